@@ -1,0 +1,28 @@
+# Everything runs in .venv, which is made from constraints.txt: the exact versions the tests run on.
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint
+
+setup: .venv/dev            ## everything that development needs, torch included
+
+demo: .venv/core            ## train a prefix on the small base model and show what it does
+	.venv/bin/python data/demo.py
+
+test: .venv/dev             ## the whole suite
+	.venv/bin/python -m pytest -q
+
+lint: .venv/dev             ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,60 @@
+"""The whole training state on disk, through Orbax: encoder, optimizer, and where the run is.
+
+Arrays are stored under their path in the state (`encoder.prefix_mlp.2.weight`), so that a checkpoint can be
+read without this package's classes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from convert.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest two kept. Saving goes on in the background; leaving `with` waits for it."""
+
+    def __init__(self, folder: Path, create: bool = True):
+        self.folder = folder.absolute()
+        if not create and not self.folder.is_dir():
+            raise InputError(f"{folder}: no such folder of checkpoints")
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`."""
+        arrays = {name: leaf for name, leaf in zip(_names(state), jax.tree.leaves(state), strict=True)}
+        items = {"state": ocp.args.StandardSave(arrays), "progress": ocp.args.JsonSave(progress)}
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Return the newest checkpoint's pytree, placed and shaped `like` the given one, and its JSON object.
+
+        `like` may be a part of what was saved. Raises InputError when there is no checkpoint, or its arrays are not those of `like`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise InputError(f"{self.folder}: holds no checkpoint to go on from")
+        names = _names(like)
+        abstract = dict(zip(names, jax.tree.leaves(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), strict=True))
+        items = {"state": ocp.args.StandardRestore(abstract), "progress": ocp.args.JsonRestore()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"{self.folder / str(step)}: does not fit this run ({error})") from error
+        leaves = [restored["state"][name] for name in names]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["progress"]
+
+
+def _names(state: Any) -> list[str]:
+    """Return each leaf's path in the pytree, joined by dots."""
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path in paths]

@@ -1,0 +1,279 @@
+"""The settings of every command, as frozen dataclasses; tyro makes the command line from them.
+
+Flag names and defaults are the original's wherever it has the flag.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from convert.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Where the original surprises, and whether to do as it does. One field per difference."""
+
+    drop_document_tails: bool = False
+    """Drop the chunk that is left when a document ends."""
+    keep_long_sentences: bool = False
+    """Keep a sentence longer than max_seq_len whole, instead of splitting it into even pieces."""
+    keep_blank_sentences: bool = False
+    """Treat blank lines of a document as sentences."""
+    schedule_steps_per_update: int = 1
+    """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
+    decay_over_requested_steps: bool = False
+    """Decay to 0 over n_training_steps even if n_epochs ends earlier; else to min_lr over the run's updates."""
+    average_batch_means: bool = False
+    """Average the means of batches (accumulation, dev loss, dev ppl), instead of weighing by tokens."""
+    carry_accumulation: bool = False
+    """Let an unfinished accumulation group at the end of an epoch join the next epoch's first update."""
+    drop_crossing_token: bool = False
+    """Nucleus sampling drops the token whose cumulative probability crosses top_p."""
+
+
+RECIPES = {
+    "default": Recipe(),
+    "rinna": Recipe(
+        drop_document_tails=True,
+        keep_long_sentences=True,
+        keep_blank_sentences=True,
+        schedule_steps_per_update=2,
+        decay_over_requested_steps=True,
+        average_batch_means=True,
+        carry_accumulation=True,
+        drop_crossing_token=True,
+    ),
+}
+RecipeName = Literal["default", "rinna"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a prefix for a frozen base model."""
+
+    pretrained_model_dir: str
+    """Base model: a folder in the hub's layout, or a hub id."""
+    data_filepath: Path
+    """JSON Lines; each object has `text` (sentences separated by newlines) or `prompt` and `completion`."""
+    save_name: str
+    """Name of the run; its files go to output_dir/save_name."""
+    model_type: Literal["gpt-neox"] = "gpt-neox"
+    """Architecture of the base model; must agree with its config.json."""
+    output_dir: Path = Path("runs")
+    """Folder of all runs."""
+    prefix_seq_len: int = 10
+    """P: positions of the prefix."""
+    prefix_input_dim: int = 10
+    """Width of the prefix encoder's embedding."""
+    prefix_hidden_dim: int = 10
+    """Width of the prefix encoder's hidden layer; 0 trains the keys and values directly."""
+    suffix: str = " 😃"
+    """Appended to every sentence of a `text` document."""
+    max_seq_len: int = 64
+    """Longest chunk of a `text` document, in tokens."""
+    train_data_size: int = 1000
+    """Examples to train on: the first ones of the file."""
+    dev_data_size: int = 10
+    """Examples to evaluate on after every epoch: the last ones of the file."""
+    batch_size: int = 4
+    """Examples per micro-batch; an example without a prompt makes two rows."""
+    n_accum_steps: int = 1
+    """Micro-batches per update."""
+    n_training_steps: int = 50_000
+    """Most updates to make."""
+    n_epochs: int = 50
+    """Most epochs to make."""
+    n_warmup_steps: int = 0
+    """Updates over which the learning rate rises to max_lr."""
+    max_lr: float = 1e-4
+    """Highest learning rate."""
+    min_lr: float = 1e-6
+    """Lowest learning rate (default recipe)."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.99
+    """Decay of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, of everything but biases."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    seed: int = 42
+    """Seed of the encoder's start and of the data order."""
+    bf16: bool = False
+    """Hold and run the base model in bfloat16; the prefix stays float32."""
+    fp16: bool = False
+    """Hold and run the base model in float16, with dynamic loss scaling; the prefix stays float32."""
+    recipe: RecipeName = "default"
+    """`rinna` repeats the original's surprises, see the README's table."""
+    checkpoint_path: Path | None = None
+    """Start from the prefix encoder of another run (its folder) instead of fitting one to the base model."""
+    resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
+    """Go on from the newest checkpoint of the run `save_name`."""
+    overwrite: bool = False
+    """Delete an earlier run of the same name first."""
+    checkpoint_every_n_steps: int = 1000
+    """Updates between checkpoints; one is also saved after every epoch, at the end, and on Ctrl-C."""
+    save_model: bool = True
+    """Save checkpoints and the best prefix."""
+    save_log: bool = True
+    """Save a text log, metrics.jsonl and TensorBoard scalars."""
+    log_every_n_steps: int = 100
+    """Updates between log points; each reports means over the updates since the last."""
+    filename_note: str = ""
+    """A note appended to save_name in the folder's name."""
+
+    def __post_init__(self) -> None:
+        positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
+        positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
+        positive += ["max_lr", "adam_eps", "dev_data_size"]
+        not_negative = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
+        problems = [f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0]
+        problems += [
+            f"--{name} must not be negative, is {getattr(self, name)}" for name in not_negative if not getattr(self, name) >= 0
+        ]
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"--{name} must be at least 0 and below 1, is {getattr(self, name)}")
+        if self.bf16 and self.fp16:
+            problems.append("--bf16 and --fp16 exclude each other")
+        if self.resume and self.overwrite:
+            problems.append("--resume and --overwrite exclude each other")
+        if self.resume and not self.save_model:
+            problems.append("--resume needs checkpoints, --no_save_model saves none")
+        if not self.save_name or "/" in self.save_name + self.filename_note:
+            problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
+        if problems:
+            raise InputError.all("train:", problems)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run's files."""
+        return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))
+
+    @property
+    def dtype(self) -> str:
+        """Type of the base model's weights and activations."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text is generated. Hashable: a compiled decoding loop belongs to one."""
+
+    decode_method: Literal["nucleus", "sample", "greedy"] = "nucleus"
+    """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
+    max_output_len: int = 128
+    """Most tokens to generate for a prompt."""
+    top_p: float = 0.95
+    """nucleus: probability mass to keep; 0 switches it off."""
+    top_k: int = 50
+    """nucleus: most tokens to keep; 0 keeps all."""
+    temperature: float = 1.0
+    """sample and nucleus: divides the logits."""
+    recipe: RecipeName = "default"
+    """`rinna` filters nucleus candidates as the original does: the token that crosses top_p is dropped."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_output_len < 1:
+            problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
+        if not 0 <= self.top_p <= 1:
+            problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
+        if self.top_k < 0:
+            problems.append(f"--top_k must not be negative, is {self.top_k}")
+        if not self.temperature > 0:
+            problems.append(f"--temperature must be positive, is {self.temperature}")
+        if problems:
+            raise InputError.all("generate:", problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Continue prompts with a base model and a trained prefix. Without a prompt, asks for one line after another."""
+
+    pretrained_model_dir: str
+    """Base model: a folder in the hub's layout, or a hub id."""
+    prefix_checkpoint_path: Path | None = None
+    """Run folder, adapter folder or prefix file; leave it out for the plain base model."""
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    """One or more texts to continue."""
+    prompt_file: Path | None = None
+    """File with one prompt a line."""
+    compare: bool = False
+    """Show the plain base model's continuation beside the prefix's."""
+    json: bool = False
+    """Print one JSON object per prompt."""
+    seed: int = 42
+    """Seed of the sampling."""
+    model_type: Literal["gpt-neox"] = "gpt-neox"
+    """Architecture of the base model; must agree with its config.json."""
+    prefix_seq_len: int | None = None
+    """Prefix length to expect; the prefix file knows its own."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the base model's weights and activations."""
+    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
+
+    def __post_init__(self) -> None:
+        if self.compare and self.prefix_checkpoint_path is None:
+            raise InputError("generate: --compare needs --prefix_checkpoint_path")
+        if self.prompt and self.prompt_file:
+            raise InputError("generate: --prompt and --prompt_file exclude each other")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure loss and ppl on a file, and how many generated sentences end with the suffix, with and without a prefix."""
+
+    pretrained_model_dir: str
+    """Base model: a folder in the hub's layout, or a hub id."""
+    prefix_checkpoint_path: Path | None = None
+    """Run folder, adapter folder or prefix file; leave it out to measure the plain base model alone."""
+    data_filepath: Path | None = None
+    """JSON Lines to compute loss and ppl on, as in training."""
+    suffix: str = " 😃"
+    """The task's suffix."""
+    max_seq_len: int = 64
+    """Longest chunk of a `text` document, in tokens."""
+    batch_size: int = 16
+    """Examples, or prompts, per batch."""
+    prompt_file: Path | None = None
+    """File with one prompt a line, to sample from; without it, samples start from nothing."""
+    n_samples: int = 100
+    """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
+    seed: int = 42
+    """Seed of the sampling."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the base model's weights and activations."""
+    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"--{name} must be positive, is {getattr(self, name)}"
+            for name in ("max_seq_len", "batch_size")
+            if getattr(self, name) < 1
+        ]
+        if self.n_samples < 0:
+            problems.append(f"--n_samples must not be negative, is {self.n_samples}")
+        if self.n_samples and not self.suffix.strip():
+            problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
+        if problems:
+            raise InputError.all("evaluate:", problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a prefix: to the original's format if the target ends in .weight or .checkpoint, else to an adapter folder."""
+
+    source: tyro.conf.Positional[Path]
+    """Run folder, adapter folder, .weight, .checkpoint, .safetensors or .npy."""
+    target: tyro.conf.Positional[Path]
+    """File ending in .weight or .checkpoint, or the folder to write."""
+    pretrained_model_dir: str | None = None
+    """Base model that the prefix is for; needed to write an adapter folder unless the source names its shape."""

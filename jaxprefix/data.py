@@ -1,0 +1,207 @@
+"""JSON Lines → examples → batches, and which examples each update sees. No jax in here."""
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.errors import InputError
+from jaxprefix.config import Recipe
+from jaxprefix.tokenizer import Tokenizer
+
+IGNORED = -100
+"""The label of a position that has no part in the loss."""
+
+
+class Example(NamedTuple):
+    """Token ids; the loss is on the target."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class Batch(NamedTuple):
+    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+
+
+def read_examples(
+    path: Path, tokenizer: Tokenizer, *, suffix: str = " 😃", max_seq_len: int = 64, recipe: Recipe = Recipe()
+) -> list[Example]:
+    """Read a JSON Lines file of `text` documents and `prompt` + `completion` pairs, in file order.
+
+    A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
+    """
+    examples: list[Example] = []
+    for where, record in _read_records(path):
+        if "completion" in record and "prompt" in record:
+            prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
+            if not (target := tokenizer.encode(completion)):
+                raise InputError(f"{where}: `completion` is empty")
+            examples.append(Example(tokenizer.encode(prompt), target))
+        elif "text" in record:
+            sentences = _string(record, "text", where).split("\n")
+            chunks = chunk_document(sentences, tokenizer, suffix, max_seq_len, recipe)
+            examples.extend(Example([], chunk) for chunk in chunks)
+        else:
+            raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
+    if not examples:
+        raise InputError(f"{path}: holds no example")
+    return examples
+
+
+def chunk_document(
+    sentences: Sequence[str], tokenizer: Tokenizer, suffix: str, max_seq_len: int, recipe: Recipe
+) -> Iterator[list[int]]:
+    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len."""
+    chunk: list[int] = []
+    text = ""
+    for sentence in sentences:
+        if not sentence.strip() and not recipe.keep_blank_sentences:
+            continue
+        longer_text = f"{text}\n{sentence}{suffix}"
+        longer = tokenizer.encode(longer_text)
+        if len(longer) <= max_seq_len:
+            text, chunk = longer_text, longer
+            continue
+        if chunk:
+            yield chunk
+        text = f"{sentence}{suffix}"
+        chunk = tokenizer.encode(text)
+        if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
+            n_pieces = -(-len(chunk) // max_seq_len)
+            yield from (piece.tolist() for piece in np.array_split(chunk, n_pieces))
+            text, chunk = "", []
+    if chunk and not recipe.drop_document_tails:
+        yield chunk
+
+
+def split_examples(examples: list[Example], n_train: int, n_dev: int, path: Path) -> tuple[list[Example], list[Example]]:
+    """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
+    if len(examples) < n_train + n_dev:
+        raise InputError(
+            f"{path}: makes {len(examples)} examples, fewer than --train_data_size {n_train} + --dev_data_size {n_dev}"
+        )
+    return examples[:n_train], examples[-n_dev:]
+
+
+def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int], list[int]]]:
+    """Return the (inputs, labels) rows of an example: two without a prompt, one with.
+
+    Without a prompt, one row starts at bos and one at the target's first token, so that the prefix learns
+    to work behind nothing and in the middle of a text.
+    """
+    prompt, target = example
+    if prompt:
+        return [(prompt + target, [IGNORED] * (len(prompt) - 1) + target + [eos_id])]
+    return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
+
+
+def longest_row(examples: Sequence[Example]) -> int:
+    """Return the tokens of the longest row that any example makes."""
+    return max(len(example.prompt) + len(example.target) + (not example.prompt) for example in examples)
+
+
+def make_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int) -> Batch:
+    """Lay the examples' rows into arrays of [n_rows, n_columns], padded on the right and at the bottom."""
+    tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
+    labels = np.full((n_rows, n_columns), IGNORED, np.int32)
+    rows = itertools.chain.from_iterable(rows_of(example, tokenizer.bos_id, tokenizer.eos_id) for example in examples)
+    for index, (inputs, targets) in enumerate(rows):
+        tokens[index, : len(inputs)] = inputs
+        labels[index, : len(targets)] = targets
+    return Batch(tokens, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdatePlan:
+    """Which examples each update sees: a function of the update's number alone, so a run can go on anywhere."""
+
+    n_examples: int
+    batch_size: int
+    n_accum_steps: int
+    n_epochs: int
+    n_training_steps: int
+    seed: int
+    carry_accumulation: bool
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch; the last one may be smaller."""
+        return -(-self.n_examples // self.batch_size)
+
+    @property
+    def n_updates(self) -> int:
+        """Updates of the whole run."""
+        return min(self.n_training_steps, self._updates_before_epoch(self.n_epochs))
+
+    def micro_batches(self, update: int) -> list[list[int]]:
+        """Return the example numbers of each micro-batch of an update (counted from 0)."""
+        if self.carry_accumulation:
+            first = update * self.n_accum_steps
+            places = [divmod(first + i, self.batches_per_epoch) for i in range(self.n_accum_steps)]
+        else:
+            epoch, group = divmod(update, self._updates_before_epoch(1))
+            first = group * self.n_accum_steps
+            places = [(epoch, i) for i in range(first, min(first + self.n_accum_steps, self.batches_per_epoch))]
+        return [self._batch(epoch, index) for epoch, index in places]
+
+    def epoch_of(self, update: int) -> int:
+        """Return the epoch that an update's first micro-batch belongs to."""
+        if self.carry_accumulation:
+            return update * self.n_accum_steps // self.batches_per_epoch
+        return update // self._updates_before_epoch(1)
+
+    def epochs_ending(self, n_done: int) -> list[int]:
+        """Return the epochs to evaluate once n_done updates are made; a run cut short ends its epoch too."""
+        epoch = self.epoch_of(n_done - 1)
+        ending = [e for e in range(epoch, self.n_epochs) if self._updates_before_epoch(e + 1) == n_done]
+        return ending or ([epoch] if n_done == self.n_updates else [])
+
+    def _updates_before_epoch(self, epoch: int) -> int:
+        if self.carry_accumulation:
+            return epoch * self.batches_per_epoch // self.n_accum_steps
+        return epoch * -(-self.batches_per_epoch // self.n_accum_steps)
+
+    def _batch(self, epoch: int, index: int) -> list[int]:
+        order = epoch_order(self.n_examples, self.seed, epoch)
+        return order[index * self.batch_size : (index + 1) * self.batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the order of the examples in an epoch: a fresh permutation for every (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(n_examples)
+
+
+def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, line n", object) of every line that is not blank."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                record = json.loads(text) if text else None
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+            if not text:
+                continue
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            yield where, record
+
+
+def _string(record: dict[str, Any], field: str, where: str) -> str:
+    value = record[field]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
+    return value

@@ -1,0 +1,91 @@
+"""How good a prefix is: loss and ppl on data, and the share of generated sentences that end with the suffix."""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import jax
+
+from jaxprefix.config import Recipe
+from jaxprefix.data import Batch, Example, longest_row, make_batch
+from jaxprefix.loss import next_token_loss
+from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.prefix import Prefix
+from jaxprefix.tokenizer import Tokenizer
+
+
+class LossMeter:
+    """Averages losses over batches, by tokens; or plainly, as the original does (`average_batch_means`)."""
+
+    def __init__(self, recipe: Recipe, items: Iterable[tuple[float, int, float]] = ()):
+        self.items = [tuple(item) for item in items]  # (mean loss, tokens, seconds) of every batch
+        self._plain = recipe.average_batch_means
+
+    def add(self, loss: float, n_tokens: int, seconds: float = 0.0) -> None:
+        """Take in a batch's mean loss, its number of labels and how long it took."""
+        self.items.append((loss, n_tokens, seconds))
+
+    def means(self) -> dict[str, float]:
+        """Return loss (nats per token) and ppl."""
+        losses, n_tokens, _ = zip(*self.items, strict=True)
+        if self._plain:
+            return {"loss": sum(losses) / len(losses), "ppl": sum(map(_exp, losses)) / len(losses)}
+        loss = sum(loss * n for loss, n in zip(losses, n_tokens, strict=True)) / sum(n_tokens)
+        return {"loss": loss, "ppl": _exp(loss)}
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Labels per second over the batches."""
+        return sum(n for _, n, _ in self.items) / max(sum(seconds for _, _, seconds in self.items), 1e-9)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def dev_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int) -> list[Batch]:
+    """Lay examples into batches of one shape, in order."""
+    groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    n_columns = longest_row(examples)
+    return [make_batch(group, tokenizer, 2 * batch_size, n_columns) for group in groups]
+
+
+def dev_loss(base: GPTNeoX, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()) -> dict[str, float]:
+    """Return {"loss": nats per token, "ppl": its exponential} over the batches."""
+    meter = LossMeter(recipe)
+    for batch in batches:
+        total, n_tokens = _batch_loss(base, prefix, batch)
+        meter.add(float(total) / int(n_tokens), int(n_tokens))
+    return meter.means()
+
+
+@jax.jit
+def _batch_loss(base: GPTNeoX, prefix: Prefix | None, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    return next_token_loss(base(batch.tokens, prefix)[0], batch.labels)
+
+
+def count_sentences(text: str, suffix: str) -> tuple[int, int]:
+    """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
+
+    A sentence ends at the suffix, at 。！？!? outside a closing bracket, or at such a bracket before a space.
+    """
+    ends = _sentence_ends(suffix.strip())
+    found = [match["suffix"] is not None for match in ends.finditer(text)]
+    return len(found), sum(found)
+
+
+@functools.cache
+def _sentence_ends(suffix: str) -> re.Pattern[str]:
+    mark, bracket = r"[。．！？!?]", r"[」』）)]"
+    return re.compile(
+        rf"(?<!^)(?<!{re.escape(suffix)})(?:{mark}*{bracket}*)\s*(?P<suffix>{re.escape(suffix)})"
+        rf"|{mark}+(?!{mark}|{bracket})|{mark}+{bracket}+(?=\s|$)",
+    )
+
+
+def suffix_rate(texts: Sequence[str], suffix: str) -> dict[str, float]:
+    """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over texts."""
+    counts = [count_sentences(text, suffix) for text in texts]
+    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
+    return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}

@@ -1,0 +1,186 @@
+"""Continue prompts: one compiled prefill, one compiled decoding loop, a cache of static size.
+
+Rows of different lengths are padded on the right. A row's next token goes into the slot behind its own
+last one, so the padding's keys are overwritten before a query could see them.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from convert.errors import InputError
+from jaxprefix.config import RECIPES, DecodeConfig
+from jaxprefix.models.attention import Cache, empty_cache
+from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.prefix import Prefix
+from jaxprefix.tokenizer import Tokenizer
+
+PROMPT_BUCKET = 16
+"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+
+
+class DecodeState(NamedTuple):
+    """What the decoding loop carries."""
+
+    n_made: Int[Array, ""]
+    tokens: Int[Array, "B"]  # the last token of every row
+    slots: Int[Array, "B"]  # where it goes in the cache
+    made: Int[Array, "B max_output_len"]
+    stopped: Bool[Array, "B"]
+    cache: Cache
+
+
+def generate(
+    model: GPTNeoX,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    prefix: Prefix | None = None,
+    seed: int = 42,
+    **decode: Any,
+) -> list[str]:
+    """Return one continuation per prompt, without the prompt.
+
+    `decode` takes the fields of DecodeConfig: decode_method, max_output_len (tokens), top_p, top_k,
+    temperature, recipe. An empty prompt starts from bos. Generation stops before eos. Sampling depends on
+    the seed and on a prompt's place in the list. Raises InputError when prefix, prompt and output
+    together exceed the model's positions.
+    """
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    made = generate_ids(model, tokenizer, ids, prefix, seed, DecodeConfig(**decode))
+    return [_continuation(tokenizer, *pair) for pair in zip(ids, made, strict=True)]
+
+
+def generate_ids(
+    model: GPTNeoX,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    prefix: Prefix | None = None,
+    seed: int = 42,
+    decode: DecodeConfig = DecodeConfig(),
+) -> list[list[int]]:
+    """Like `generate`, from token ids to token ids."""
+    if not prompts:
+        return []
+    rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
+    longest = max(map(len, rows))
+    prefix_len = 0 if prefix is None else prefix.shape[2]
+    if prefix_len + longest + decode.max_output_len > model.config.n_positions:
+        raise InputError(
+            f"prefix {prefix_len} + longest prompt {longest} + --max_output_len {decode.max_output_len} tokens "
+            f"are more than the base model's {model.config.n_positions} positions"
+        )
+    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
+    tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = ids
+    lengths = np.array([len(ids) for ids in rows], np.int32)
+    keys = jax.random.split(jax.random.key(seed), len(rows))
+    made = np.asarray(_decode(model, prefix, tokens, lengths, keys, tokenizer.eos_id, decode))
+    return [row[: _index(row, tokenizer.eos_id)].tolist() for row in made]
+
+
+@functools.partial(jax.jit, static_argnames=("eos_id", "decode"))
+def _decode(
+    model: GPTNeoX,
+    prefix: Prefix | None,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    keys: Array,
+    eos_id: int,
+    decode: DecodeConfig,
+) -> Int[Array, "B max_output_len"]:
+    """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos."""
+    config, n_rows = model.config, tokens.shape[0]
+    cache_shape = (n_rows, tokens.shape[1] + decode.max_output_len, config.n_head, config.head_dim)
+    cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
+    hidden, cache = model.hidden(tokens, prefix, cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+
+    def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)
+        return choose_tokens(logits, step_keys, decode)
+
+    def going_on(state: DecodeState) -> Bool[Array, ""]:
+        return (state.n_made < decode.max_output_len) & ~state.stopped.all()
+
+    def step(state: DecodeState) -> DecodeState:
+        slots = state.slots[:, None]
+        hidden, cache = model.hidden(state.tokens[:, None], prefix, state.cache, slots)
+        tokens = pick(model.logits(hidden[:, 0]), state.n_made)
+        stopped = state.stopped | (tokens == eos_id)
+        made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
+        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, cache)
+
+    first = pick(model.logits(last), jnp.int32(0))
+    made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
+    state = DecodeState(jnp.int32(1), first, lengths, made, first == eos_id, cache)
+    return jax.lax.while_loop(going_on, step, state).made
+
+
+def choose_tokens(logits: Float[Array, "B V"], keys: Array, decode: DecodeConfig) -> Int[Array, "B"]:
+    """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
+    if decode.decode_method == "greedy":
+        return logits.argmax(axis=-1)
+    logits = logits / decode.temperature
+    if decode.decode_method == "nucleus":
+        drop_crossing = RECIPES[decode.recipe].drop_crossing_token
+        logits = filter_nucleus(logits, decode.top_k, decode.top_p, drop_crossing)
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+def filter_nucleus(
+    logits: Float[Array, "B V"], top_k: int, top_p: float, drop_crossing: bool = False
+) -> Float[Array, "B V"]:
+    """Set the logits of all tokens outside the nucleus to −∞ (Holtzman et al., arXiv:1904.09751).
+
+    Keeps the top_k likeliest (0: all); of these, the smallest set whose probabilities reach top_p
+    (0: all). With `drop_crossing` the token that takes the sum beyond top_p is dropped as well, unless
+    it is the likeliest, as the original does.
+    """
+    if top_k:
+        kth_largest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth_largest, -jnp.inf, logits)
+    if top_p:
+        order = jnp.argsort(-logits, axis=-1)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        reached = jnp.cumsum(probabilities, axis=-1)
+        outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
+        outside = outside.at[:, 0].set(False)
+        rank = jnp.argsort(order, axis=-1)
+        logits = jnp.where(jnp.take_along_axis(outside, rank, axis=-1), -jnp.inf, logits)
+    return logits
+
+
+def sample_texts(
+    model: GPTNeoX,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    n_samples: int,
+    prefix: Prefix | None,
+    seed: int,
+    decode: DecodeConfig,
+    batch_size: int,
+) -> Iterator[str]:
+    """Yield n_samples texts, prompt included, taking the prompts in turn; every batch has its own seed."""
+    ids = [tokenizer.encode(prompts[i % len(prompts)]) for i in range(n_samples)]
+    for first in range(0, n_samples, batch_size):
+        group = ids[first : first + batch_size]
+        padded = group + [[]] * (batch_size - len(group))
+        made = generate_ids(model, tokenizer, padded, prefix, seed + first, decode)
+        for prompt, continuation in zip(group, made, strict=False):
+            yield tokenizer.decode(prompt) + _continuation(tokenizer, prompt, continuation)
+
+
+def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
+    """Decode behind the prompt, so that a space at the seam is kept."""
+    return tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
+
+
+def _index(row: np.ndarray, token: int) -> int:
+    found = np.flatnonzero(row == token)
+    return int(found[0]) if len(found) else len(row)

@@ -1,0 +1,120 @@
+"""GPT-NeoX (arXiv:2204.06745) with a prefix of keys and values as an explicit input. Legend: `attention.py`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
+from jaxprefix.models.config import ModelConfig
+from jaxprefix.models.layers import Embedding, LayerNorm, Linear, matmul, rotary_angles, rotate
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs)  # [N·3·H, D], per head q, k, v
+        self.out = Linear(config.n_embd, config.n_embd, rngs)
+        self.n_head = config.n_head
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T half"],
+        slots: Int[Array, "B T"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        qkv = self.qkv(x).reshape(*x.shape[:2], self.n_head, -1)  # [B, T, N, 3·H]
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        q, k = rotate(q, angles), rotate(k, angles)
+        if cache is not None:
+            k, v = cache = write_cache(cache, k, v, slots)
+        return self.out(attend(q, k, v, prefix, slots).reshape(x.shape)), cache
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an exact GELU between them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.up = Linear(config.n_embd, config.n_inner, rngs)
+        self.down = Linear(config.n_inner, config.n_embd, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, in parallel on the same input or one after the other."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.mlp = MLP(config, rngs)
+        self.parallel_residual = config.parallel_residual
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[Array, "B T half"],
+        slots: Int[Array, "B T"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        attended, cache = self.attention(self.attention_norm(x), angles, slots, prefix, cache)
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.mlp_norm(x)), cache
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class GPTNeoX(nnx.Module):
+    """A GPT-NeoX language model. Its parameters are data: nothing in here trains or changes them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.n_layer)])
+        self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.head = Embedding(config.vocab_size, config.n_embd, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        prefix: Float[Array, "L 2 P N H"] | None = None,
+        cache: Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Cache | None]:
+        """Return float32 logits of the next token, and the cache with these tokens written into it.
+
+        `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
+        With a cache, tokens attend to the slots written before as well. Rows are padded on the right.
+        """
+        hidden, cache = self.hidden(tokens, prefix, cache, slots)
+        return self.logits(hidden), cache
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        prefix: Float[Array, "L 2 P N H"] | None = None,
+        cache: Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Everything before the head: the last layer's output after the final norm."""
+        if slots is None:
+            slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        angles = rotary_angles(positions_of(slots, prefix), self.config.rotary_dim, self.config.rotary_base)
+        x = self.embed(tokens)
+        caches: list[LayerCache | None] = []
+        for index, layer in enumerate(self.layers):
+            layer_prefix = None if prefix is None else prefix[index]
+            with jax.named_scope(f"layer_{index}"):
+                x, written = layer(x, angles, slots, layer_prefix, None if cache is None else cache[index])
+            caches.append(written)
+        return self.final_norm(x), None if cache is None else tuple(caches)
+
+    def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
+        """Float32 logits of hidden states."""
+        return matmul(hidden, self.head.weight[...])

@@ -1,0 +1,68 @@
+"""The layers that base models and the prefix encoder are made of. Legend: `attention.py`."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b, stored as PyTorch stores it: weight [out, in], bias [out].
+
+    Initialised as `torch.nn.Linear` is: both uniform in ±1/√in.
+    """
+
+    def __init__(self, n_in: int, n_out: int, rngs: nnx.Rngs):
+        bound = 1 / math.sqrt(n_in)
+        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (n_out, n_in), minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (n_out,), minval=-bound, maxval=bound))
+
+    def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+        return matmul(x, self.weight[...]).astype(x.dtype) + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """A table of vectors [rows, width], initialised as `torch.nn.Embedding` is: N(0, 1)."""
+
+    def __init__(self, n_rows: int, width: int, rngs: nnx.Rngs):
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (n_rows, width)))
+
+    def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
+        return self.weight[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, computed in float32."""
+
+    def __init__(self, width: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.eps)
+        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
+    """x Wᵀ, accumulated and returned in float32."""
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, base: float) -> Float[Array, "B T half"]:
+    """Angle of every rotating pair of dimensions at every position (RoFormer, arXiv:2104.09864)."""
+    frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T half"]) -> Float[Array, "B T N H"]:
+    """Rotate the leading 2·half dimensions of each head, pairing dimension i with i + half (GPT-NeoX's layout)."""
+    half = angles.shape[-1]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x.dtype)

@@ -1,0 +1,142 @@
+"""The prefix: what is trained, how it starts, and its files. Legend: `models/attention.py`.
+
+What is trained is an encoder, a module that returns the prefix [L, 2, P, N, H] when called:
+    PrefixEncoder   embedding → tanh MLP → keys and values (Li & Liang, arXiv:2101.00190), the original's
+    DirectPrefix    the keys and values themselves
+What is kept is the prefix alone, folded to [P, L·2·N·H].
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from convert.errors import InputError
+from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
+from jaxprefix.models.attention import empty_cache
+from jaxprefix.models.config import ModelConfig
+from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models.layers import Embedding, Linear
+from jaxprefix.tokenizer import Tokenizer
+
+Prefix = Float[Array, "L 2 P N H"]
+
+
+class PrefixEncoder(nnx.Module):
+    """Embedding → linear → tanh → linear; parameter names, shapes and initialisation are the original's."""
+
+    def __init__(self, config: ModelConfig, prefix_seq_len: int, input_dim: int, hidden_dim: int, rngs: nnx.Rngs):
+        self.prefix_wte = Embedding(prefix_seq_len, input_dim, rngs)
+        self.prefix_mlp = nnx.Dict(
+            {"0": Linear(input_dim, hidden_dim, rngs), "2": Linear(hidden_dim, config.folded_width, rngs)}
+        )
+        self.layers_heads_dim = (config.n_layer, config.n_head, config.head_dim)
+
+    def __call__(self) -> Prefix:
+        hidden = jnp.tanh(self.prefix_mlp["0"](self.prefix_wte.weight[...]))
+        return to_layers(self.prefix_mlp["2"](hidden), *self.layers_heads_dim)
+
+
+class DirectPrefix(nnx.Module):
+    """The keys and values themselves as the parameters."""
+
+    def __init__(self, prefix: Prefix):
+        self.folded = nnx.Param(to_folded(prefix))  # [P, L·2·N·H]
+        self.layers_heads_dim = (prefix.shape[0], prefix.shape[3], prefix.shape[4])
+
+    def __call__(self) -> Prefix:
+        return to_layers(self.folded[...], *self.layers_heads_dim)
+
+
+Encoder = PrefixEncoder | DirectPrefix
+
+
+def new_encoder(base: GPTNeoX, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int) -> Encoder:
+    """Make an encoder whose prefix starts close to the base model's own keys and values.
+
+    With hidden_dim 0 the keys and values are trained directly and start there exactly.
+    """
+    target = base_keys_values(base, prefix_seq_len)
+    if hidden_dim == 0:
+        return DirectPrefix(target)
+    return fit(PrefixEncoder(base.config, prefix_seq_len, input_dim, hidden_dim, nnx.Rngs(seed)), target)
+
+
+@jax.jit(static_argnums=1)
+def base_keys_values(base: GPTNeoX, prefix_seq_len: int) -> Prefix:
+    """Return the keys (after rotary) and values of the base model on token ids 0 … P−1, in float32."""
+    config = base.config
+    cache = empty_cache(config.n_layer, (1, prefix_seq_len, config.n_head, config.head_dim), jnp.float32)
+    _, cache = base.hidden(jnp.arange(prefix_seq_len)[None], cache=cache)
+    return jnp.stack([jnp.concatenate(layer) for layer in cache])
+
+
+@jax.jit(static_argnames="n_steps")
+def fit(encoder: PrefixEncoder, target: Prefix, n_steps: int = 200) -> PrefixEncoder:
+    """Fit the encoder to a prefix by mean squared error over all layers at once, in one compiled loop.
+
+    AdamW at a constant 1e-4, betas (.9, .999), weight decay .01 except on biases, as the original does.
+    PyTorch rounds p·(1 − lr·decay) to float32 before it subtracts Adam's step; over 200 steps that rounding
+    adds up to 3e-5. The decayed copy is a loop variable because a fused multiply-add would skip it.
+    """
+    rate, decay = 1e-4, 0.01
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    gradient = jax.grad(lambda encoder: jnp.mean(jnp.square(encoder() - target)))
+
+    def decayed(encoder: PrefixEncoder) -> PrefixEncoder:
+        return jax.tree.map(lambda p, marked: p * (1 - rate * decay) if marked else p, encoder, decays(encoder))
+
+    def step(_: int, state: tuple) -> tuple:
+        encoder, shrunk, moments = state
+        direction, moments = adam.update(gradient(encoder), moments)
+        encoder = jax.tree.map(lambda p, d: p - rate * d, shrunk, direction)
+        return encoder, decayed(encoder), moments
+
+    return jax.lax.fori_loop(0, n_steps, step, (encoder, decayed(encoder), adam.init(encoder)))[0]
+
+
+def decays(encoder: Encoder) -> Encoder:
+    """Mark the parameters that weight decay applies to: all but biases."""
+    return jax.tree.map_with_path(lambda path, _: "bias" not in jax.tree_util.keystr(path), encoder)
+
+
+def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+    """Describe a base model for the header of a prefix file; all but its name must agree on loading."""
+    fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
+    identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
+    return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
+
+
+def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
+    """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a base model's config.
+
+    Files: .weight and .checkpoint (need torch), .safetensors, .npy. Raises InputError that names each
+    field in which the file's base model differs from this one (with a tokenizer given, that too).
+    """
+    folded, header = read_prefix(Path(path))
+    mine = base_identity(config, tokenizer)
+    differing = [
+        f"{field}: made for {header[field]}, this base has {value}"
+        for field, value in mine.items()
+        if field != "base_model" and header.get(field, value) != value
+    ]
+    if differing:
+        raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
+    if folded.shape[1] != config.folded_width:
+        raise InputError(
+            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, "
+            f"2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim} = {config.folded_width} fit this one"
+        )
+    if folded.shape[0] >= config.n_positions:
+        raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")
+    return jnp.asarray(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
+
+
+def save_prefix(folder: Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write a prefix as a PEFT adapter folder whose header names the base model."""
+    folded = np.asarray(to_folded(prefix), np.float32)
+    write_adapter(folder, folded, config.n_layer, config.n_head, base_identity(config, tokenizer))

@@ -1,0 +1,74 @@
+"""The files that a run writes about itself: log.txt, metrics.jsonl, tensorboard/, and the screen."""
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+
+class RunLog:
+    """Writes log lines and metrics of a run; used as a context manager.
+
+    With `folder` None only the screen is written. With `from_step` the run is resumed: what earlier
+    sittings logged after that update is taken out of metrics.jsonl, since it is done again.
+    """
+
+    def __init__(self, folder: Path | None, n_updates: int, from_step: int = 0):
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._text = self._metrics = self._tensorboard = None
+        if folder is not None:
+            _keep_until(folder / "metrics.jsonl", from_step)
+            self._text = (folder / "log.txt").open("a", encoding="utf-8")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
+
+    def __enter__(self) -> "RunLog":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+        for file in (self._text, self._metrics, self._tensorboard):
+            if file is not None:
+                file.close()
+
+    def line(self, text: str) -> None:
+        """Write a line to the screen and to log.txt, after the seconds since the start."""
+        text = f"{time.monotonic() - self._started:.2f}s {text}"
+        self.console.print(text, markup=False)
+        if self._text is not None:
+            print(text, file=self._text, flush=True)
+
+    def progress(self, n_done: int, loss: float, tokens_per_s: float) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=n_done, status=f"loss {loss:.4g} · {tokens_per_s:,.0f} tokens/s")
+
+    def point(self, split: str, step: int, epoch: int, **values: float) -> None:
+        """Log loss, ppl, … of a split after `step` updates, everywhere."""
+        record: dict[str, Any] = {"split": split, "step": step, "epoch": epoch, **values}
+        if split == "train":
+            where = f"Epoch {epoch}, step {step}, lr {values['lr']:.5g}"
+            self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
+        else:
+            self.line(f"Epoch {epoch}, {split} - monitor: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
+        if self._metrics is not None and self._tensorboard is not None:
+            print(json.dumps(record), file=self._metrics, flush=True)
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{name}/{split}", value, step)
+            self._tensorboard.flush()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records of later updates, and a last line that was cut off, from a metrics file."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

@@ -1,0 +1,328 @@
+"""Train a prefix: read → load → start the prefix → jitted update → loop. Legend: `models/attention.py`."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from convert.errors import InputError
+from jaxprefix.checkpoint import Checkpoints
+from jaxprefix.config import RECIPES, Recipe, TrainConfig
+from jaxprefix.data import (
+    IGNORED,
+    Batch,
+    Example,
+    UpdatePlan,
+    longest_row,
+    make_batch,
+    read_examples,
+    rows_of,
+    split_examples,
+)
+from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
+from jaxprefix.hub import resolve_folder
+from jaxprefix.loss import LossScale, next_token_loss
+from jaxprefix.models import load_model
+from jaxprefix.models.config import ModelConfig, read_model_config
+from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.prefix import DirectPrefix, Encoder, base_identity, decays, load_prefix, new_encoder, save_prefix
+from jaxprefix.run_folder import open_run_folder
+from jaxprefix.run_log import RunLog
+from jaxprefix.sharding import data_mesh, replicated, rows_on, split_rows
+from jaxprefix.tokenizer import Tokenizer, load_tokenizer
+
+
+class TrainState(NamedTuple):
+    """All arrays that an update changes."""
+
+    encoder: Encoder
+    moments: optax.OptState
+    loss_scale: LossScale | None
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it starts, checked."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    train_set: list[Example]
+    dev_set: list[Example]
+    plan: UpdatePlan
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is, besides its arrays."""
+
+    n_done: int = 0
+    best_dev_loss: float | None = None
+    window: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended; unfinished means that a signal stopped it."""
+
+    run_dir: Path
+    n_done: int
+    best_dev_loss: float | None
+    finished: bool
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
+
+    Raises InputError for anything wrong with the user's input, before anything is written. SIGINT and
+    SIGTERM end the run after the update at hand, with a checkpoint; a second signal ends it at once.
+    """
+    recipe = RECIPES[config.recipe]
+    inputs = read_inputs(config, recipe)
+    open_run_folder(config, base_identity(inputs.model_config, inputs.tokenizer))
+    mesh = data_mesh()
+    base = jax.device_put(load_model(config.pretrained_model_dir, config.dtype), replicated(mesh))
+    rate = learning_rate(config, recipe, inputs.plan.n_updates)
+    optimizer = make_optimizer(config, rate)
+    encoder = start_encoder(config, base, inputs.tokenizer)
+    state = TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.fp16 else None)
+    state = jax.device_put(state, replicated(mesh))
+    update = make_update(optimizer, recipe, mesh)
+
+    progress = Progress()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal())
+        checkpoints = stack.enter_context(Checkpoints(config.run_dir / "checkpoints")) if config.save_model else None
+        if checkpoints and config.resume:
+            state, saved = checkpoints.restore(like=state)
+            progress = Progress(**saved)
+        log_folder = config.run_dir if config.save_log else None
+        log = stack.enter_context(RunLog(log_folder, inputs.plan.n_updates, progress.n_done))
+        for line in summary(config, inputs, encoder, mesh):
+            log.line(line)
+        loop(config, inputs, base, state, progress, mesh, update, rate, log, checkpoints, stop)
+        finished = progress.n_done == inputs.plan.n_updates
+        if not finished:
+            log.line(f"stopped after update {progress.n_done}; repeat the command with --resume to go on")
+    return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, finished)
+
+
+def loop(
+    config: TrainConfig,
+    inputs: Inputs,
+    base: GPTNeoX,
+    state: TrainState,
+    progress: Progress,
+    mesh: Mesh,
+    update: Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]],
+    rate: optax.Schedule,
+    log: RunLog,
+    checkpoints: Checkpoints | None,
+    stop: threading.Event,
+) -> None:
+    """Make the updates that are left; log, evaluate and save where due. Moves `progress` on."""
+    recipe = RECIPES[config.recipe]
+    dev = dev_batches(inputs.dev_set, inputs.tokenizer, config.batch_size)
+    window = LossMeter(recipe, progress.window)
+    batches = update_batches(config, inputs, rows_on(mesh, 2 * config.batch_size), progress.n_done)
+    batch = next(batches, None)
+    while batch is not None and not stop.is_set():
+        started = time.monotonic()
+        n_tokens = int((batch.labels != IGNORED).sum())
+        state, device_loss = update(state, base, batch)
+        batch = next(batches, None)  # laid out while the device is at work
+        loss = float(device_loss)
+        window.add(loss, n_tokens, time.monotonic() - started)
+        epoch = inputs.plan.epoch_of(progress.n_done)
+        progress.n_done += 1
+        log.progress(progress.n_done, loss, window.tokens_per_s)
+
+        if progress.n_done % config.log_every_n_steps == 0:
+            speed = window.tokens_per_s
+            lr = float(rate(progress.n_done - 1))
+            log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
+            window = LossMeter(recipe)
+        ended = inputs.plan.epochs_ending(progress.n_done)
+        for epoch in ended:
+            metrics = dev_loss(base, state.encoder(), dev, recipe)
+            log.point("dev", progress.n_done, epoch, **metrics)
+            if progress.best_dev_loss is None or metrics["loss"] < progress.best_dev_loss:
+                progress.best_dev_loss = metrics["loss"]
+                if config.save_model:
+                    save_prefix(config.run_dir / "prefix", state.encoder(), inputs.model_config, inputs.tokenizer)
+        stopping = stop.is_set()
+        if checkpoints and (ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0):
+            progress.window = window.items
+            checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
+        if stopping:
+            return
+
+
+def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
+    """Read configuration, tokenizer and data, and check that they fit together."""
+    folder = resolve_folder(config.pretrained_model_dir)
+    model_config = read_model_config(folder, name=config.pretrained_model_dir)
+    tokenizer = load_tokenizer(folder)
+    examples = read_examples(
+        config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
+    )
+    train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
+    longest = longest_row(train_set + dev_set)
+    if config.prefix_seq_len + longest > model_config.n_positions:
+        raise InputError(
+            f"--prefix_seq_len {config.prefix_seq_len} + the longest row, {longest} tokens, "
+            f"is more than the base model's {model_config.n_positions} positions"
+        )
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocab_size "
+            f"{model_config.vocab_size}"
+        )
+    plan = UpdatePlan(
+        n_examples=len(train_set),
+        batch_size=config.batch_size,
+        n_accum_steps=config.n_accum_steps,
+        n_epochs=config.n_epochs,
+        n_training_steps=config.n_training_steps,
+        seed=config.seed,
+        carry_accumulation=recipe.carry_accumulation,
+    )
+    return Inputs(model_config, tokenizer, train_set, dev_set, plan)
+
+
+def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> Encoder:
+    """Make the encoder that training starts from: fitted to the base model, or another run's."""
+    sizes = (config.prefix_seq_len, config.prefix_input_dim, config.prefix_hidden_dim)
+    if config.checkpoint_path is None:
+        return new_encoder(base, *sizes, config.seed)
+    if config.prefix_hidden_dim == 0:
+        return DirectPrefix(load_prefix(config.checkpoint_path, base.config, tokenizer))
+    like = jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))
+    with Checkpoints(config.checkpoint_path / "checkpoints", create=False) as checkpoints:
+        return checkpoints.restore(like={"encoder": like})[0]["encoder"]
+
+
+def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
+    """Return the learning rate as a function of the updates already made: linear warmup, linear decay."""
+    total = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
+    floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
+
+    def rate(n_done: Any) -> Any:
+        step = n_done * recipe.schedule_steps_per_update
+        warmup = step / max(config.n_warmup_steps, 1)
+        decay = (total - step) / max(total - config.n_warmup_steps, 1)
+        multiplier = jnp.where(step < config.n_warmup_steps, warmup, jnp.maximum(decay, 0.0))
+        return jnp.maximum(config.max_lr * multiplier, floor)
+
+    return rate
+
+
+def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on all but biases, behind clipping by the global norm."""
+    adamw = optax.adamw(
+        rate,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
+
+
+def make_update(
+    optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
+) -> Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]]:
+    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
+
+    The encoder runs once; the gradient towards the prefix is summed over the micro-batches and then
+    pulled back through it. The base is an argument that nothing differentiates: that is all the freezing.
+    """
+
+    def update(state: TrainState, base: GPTNeoX, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
+        prefix, pull_back = jax.vjp(lambda encoder: encoder(), state.encoder)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+        n_labels = (batch.labels != IGNORED).sum(axis=(1, 2))
+        per_label = 1 / (n_labels * len(n_labels) if recipe.average_batch_means else n_labels.sum())
+        per_label = jnp.broadcast_to(per_label, n_labels.shape)
+
+        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+            tokens, labels, weight = micro_batch
+
+            def scaled_loss(prefix: Float[Array, "L 2 P N H"]) -> Float[Array, ""]:
+                return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
+
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
+
+        zero = (jnp.float32(0), jnp.zeros_like(prefix))
+        (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
+        (gradient,) = pull_back(gradient / scale)
+        updates, moments = optimizer.update(gradient, state.moments, state.encoder)
+        moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
+        if state.loss_scale is not None:
+            finite = jnp.isfinite(optax.global_norm(gradient))
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
+            moved = TrainState(*kept, state.loss_scale.adjusted(finite))
+        return moved, loss / scale
+
+    everywhere = replicated(mesh)
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(everywhere, everywhere, split_rows(mesh)),
+        out_shardings=everywhere,
+    )
+
+
+def update_batches(config: TrainConfig, inputs: Inputs, n_rows: int, first: int) -> Iterator[Batch]:
+    """Yield every update's batch from number `first` on, all of one shape [micro-batches, n_rows, columns]."""
+    n_columns = longest_row(inputs.train_set)
+    for number in range(first, inputs.plan.n_updates):
+        groups = inputs.plan.micro_batches(number)
+        groups += [[]] * (config.n_accum_steps - len(groups))
+        parts = [
+            make_batch([inputs.train_set[i] for i in group], inputs.tokenizer, n_rows, n_columns) for group in groups
+        ]
+        yield Batch(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
+    """Yield the lines that tell what is about to be trained, on what, and what looks wrong."""
+    model, plan = inputs.model_config, inputs.plan
+    n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
+    n_bytes = config.prefix_seq_len * model.folded_width * 4
+    rows = [row for example in inputs.train_set for row in rows_of(example, inputs.tokenizer.bos_id, inputs.tokenizer.eos_id)]
+    n_tokens = sum(label != IGNORED for _, labels in rows for label in labels)
+    yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
+    yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
+    yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
+    yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
+    if inputs.tokenizer.unk_id in inputs.tokenizer.encode(config.suffix):
+        yield f"WARNING: the suffix {config.suffix!r} holds an unknown token for this tokenizer; it cannot be learnt"
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Set the event at the first SIGINT or SIGTERM; raise KeyboardInterrupt at the second."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
