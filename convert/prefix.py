@@ -61,7 +61,9 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     elif start[8:9] == b"{":
         array, base = _read_safetensors(path)
     else:
-        raise InputError(f"{path}: not a prefix; expected .weight, .checkpoint, .safetensors, .npy or an adapter folder")
+        raise InputError(
+            f"{path}: not a prefix; expected .weight, .checkpoint, .safetensors, .npy or an adapter folder"
+        )
 
     array = np.asarray(array)
     if array.ndim == 5:

@@ -46,7 +46,7 @@ def stream_weights(
     """
     rules = expand(table, n_layer)
     handles = [_open(path) for path in weight_files(folder)]
-    found = {name: handle for handle in handles for name in handle.keys()}
+    found = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
 
     problems = [f"unknown weight {name}" for name in sorted(found) if name not in rules]
     problems += [f"missing weight {name}" for name, path in rules.items() if path and name not in found]

@@ -31,14 +31,15 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`."""
-        arrays = {name: leaf for name, leaf in zip(_names(state), jax.tree.leaves(state), strict=True)}
+        arrays = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
         items = {"state": ocp.args.StandardSave(arrays), "progress": ocp.args.JsonSave(progress)}
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """Return the newest checkpoint's pytree, placed and shaped `like` the given one, and its JSON object.
 
-        `like` may be a part of what was saved. Raises InputError when there is no checkpoint, or its arrays are not those of `like`.
+        `like` may be a part of what was saved. Raises InputError when there is no checkpoint, or its arrays
+        are not those of `like`.
         """
         step = self._manager.latest_step()
         if step is None:

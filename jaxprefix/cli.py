@@ -25,10 +25,15 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    run = {TrainConfig: _train, GenerateConfig: _generate, EvaluateConfig: _evaluate, ConvertConfig: _convert}
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
-        return run[type(settings)](settings)
+        if isinstance(settings, TrainConfig):
+            return _train(settings)
+        if isinstance(settings, GenerateConfig):
+            return _generate(settings)
+        if isinstance(settings, EvaluateConfig):
+            return _evaluate(settings)
+        return _convert(settings)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

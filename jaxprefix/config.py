@@ -132,9 +132,13 @@ class TrainConfig:
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size"]
         not_negative = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
-        problems = [f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0]
+        problems = [
+            f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0
+        ]
         problems += [
-            f"--{name} must not be negative, is {getattr(self, name)}" for name in not_negative if not getattr(self, name) >= 0
+            f"--{name} must not be negative, is {getattr(self, name)}"
+            for name in not_negative
+            if not getattr(self, name) >= 0
         ]
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -227,7 +231,7 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure loss and ppl on a file, and how many generated sentences end with the suffix, with and without a prefix."""
+    """Measure loss and ppl on a file, and the share of generated sentences that end with the suffix."""
 
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
@@ -269,7 +273,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a prefix: to the original's format if the target ends in .weight or .checkpoint, else to an adapter folder."""
+    """Convert a prefix to the original's format (a target ending in .weight or .checkpoint) or to an adapter folder."""
 
     source: tyro.conf.Positional[Path]
     """Run folder, adapter folder, .weight, .checkpoint, .safetensors or .npy."""

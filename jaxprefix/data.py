@@ -83,7 +83,9 @@ def chunk_document(
         yield chunk
 
 
-def split_examples(examples: list[Example], n_train: int, n_dev: int, path: Path) -> tuple[list[Example], list[Example]]:
+def split_examples(
+    examples: list[Example], n_train: int, n_dev: int, path: Path
+) -> tuple[list[Example], list[Example]]:
     """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
     if len(examples) < n_train + n_dev:
         raise InputError(
@@ -102,6 +104,11 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     if prompt:
         return [(prompt + target, [IGNORED] * (len(prompt) - 1) + target + [eos_id])]
     return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
+
+
+def n_labels(example: Example) -> int:
+    """Return the number of labels that count in all rows of an example: the target and eos."""
+    return len(example.target) + 1 if example.prompt else 2 * len(example.target) + 1
 
 
 def longest_row(examples: Sequence[Example]) -> int:

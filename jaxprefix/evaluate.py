@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Recipe
 from jaxprefix.data import Batch, Example, longest_row, make_batch
@@ -16,10 +18,13 @@ from jaxprefix.tokenizer import Tokenizer
 
 
 class LossMeter:
-    """Averages losses over batches, by tokens; or plainly, as the original does (`average_batch_means`)."""
+    """Averages losses over batches, by tokens; or plainly, as the original does (`average_batch_means`).
+
+    `items` holds (mean loss, tokens, seconds) of every batch.
+    """
 
     def __init__(self, recipe: Recipe, items: Iterable[tuple[float, int, float]] = ()):
-        self.items = [tuple(item) for item in items]  # (mean loss, tokens, seconds) of every batch
+        self.items = [(loss, n_tokens, seconds) for loss, n_tokens, seconds in items]
         self._plain = recipe.average_batch_means
 
     def add(self, loss: float, n_tokens: int, seconds: float = 0.0) -> None:
@@ -51,18 +56,22 @@ def dev_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: i
     return [make_batch(group, tokenizer, 2 * batch_size, n_columns) for group in groups]
 
 
-def dev_loss(base: GPTNeoX, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()) -> dict[str, float]:
+def dev_loss(
+    base: GPTNeoX, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()
+) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": its exponential} over the batches."""
     meter = LossMeter(recipe)
     for batch in batches:
-        total, n_tokens = _batch_loss(base, prefix, batch)
+        total, n_tokens = _batch_loss(base, prefix, *map(jnp.asarray, batch))
         meter.add(float(total) / int(n_tokens), int(n_tokens))
     return meter.means()
 
 
 @jax.jit
-def _batch_loss(base: GPTNeoX, prefix: Prefix | None, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    return next_token_loss(base(batch.tokens, prefix)[0], batch.labels)
+def _batch_loss(
+    base: GPTNeoX, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    return next_token_loss(base(tokens, prefix)[0], labels)
 
 
 def count_sentences(text: str, suffix: str) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def _decode(
     config, n_rows = model.config, tokens.shape[0]
     cache_shape = (n_rows, tokens.shape[1] + decode.max_output_len, config.n_head, config.head_dim)
     cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
-    hidden, cache = model.hidden(tokens, prefix, cache)
+    hidden, written = model.hidden(tokens, prefix, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
@@ -118,7 +118,7 @@ def _decode(
 
     first = pick(model.logits(last), jnp.int32(0))
     made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
-    state = DecodeState(jnp.int32(1), first, lengths, made, first == eos_id, cache)
+    state = DecodeState(jnp.int32(1), first, lengths, made, first == eos_id, written)
     return jax.lax.while_loop(going_on, step, state).made
 
 

@@ -31,6 +31,7 @@ class LossScale(NamedTuple):
 
     @classmethod
     def start(cls) -> "LossScale":
+        """Return the scale of the first update."""
         return cls(jnp.float32(2**10), jnp.int32(0))
 
     def adjusted(self, finite: Bool[Array, ""]) -> "LossScale":

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
-from jaxprefix.models.attention import empty_cache
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.models.layers import Embedding, Linear
@@ -69,10 +68,8 @@ def new_encoder(base: GPTNeoX, prefix_seq_len: int, input_dim: int, hidden_dim: 
 @jax.jit(static_argnums=1)
 def base_keys_values(base: GPTNeoX, prefix_seq_len: int) -> Prefix:
     """Return the keys (after rotary) and values of the base model on token ids 0 … P−1, in float32."""
-    config = base.config
-    cache = empty_cache(config.n_layer, (1, prefix_seq_len, config.n_head, config.head_dim), jnp.float32)
-    _, cache = base.hidden(jnp.arange(prefix_seq_len)[None], cache=cache)
-    return jnp.stack([jnp.concatenate(layer) for layer in cache])
+    _, keys_values = base.hidden(jnp.arange(prefix_seq_len)[None])
+    return jnp.stack([jnp.concatenate(layer) for layer in keys_values]).astype(jnp.float32)
 
 
 @jax.jit(static_argnames="n_steps")
@@ -128,8 +125,8 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
         raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
     if folded.shape[1] != config.folded_width:
         raise InputError(
-            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, "
-            f"2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim} = {config.folded_width} fit this one"
+            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per "
+            f"position, this one takes 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim} = {config.folded_width}"
         )
     if folded.shape[0] >= config.n_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")

@@ -11,7 +11,14 @@ from convert.errors import InputError
 from jaxprefix.config import TrainConfig
 
 CONFIG_FILE = "config.json"
-MAY_CHANGE_ON_RESUME = {"resume", "overwrite", "save_log", "log_every_n_steps", "checkpoint_every_n_steps", "output_dir"}
+MAY_CHANGE_ON_RESUME = {
+    "resume",
+    "overwrite",
+    "output_dir",
+    "save_log",
+    "log_every_n_steps",
+    "checkpoint_every_n_steps",
+}
 
 
 def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:

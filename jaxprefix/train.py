@@ -5,16 +5,14 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from jaxprefix.checkpoint import Checkpoints
@@ -26,29 +24,22 @@ from jaxprefix.data import (
     UpdatePlan,
     longest_row,
     make_batch,
+    n_labels,
     read_examples,
-    rows_of,
     split_examples,
 )
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.hub import resolve_folder
-from jaxprefix.loss import LossScale, next_token_loss
+from jaxprefix.loss import LossScale
 from jaxprefix.models import load_model
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt_neox import GPTNeoX
-from jaxprefix.prefix import DirectPrefix, Encoder, base_identity, decays, load_prefix, new_encoder, save_prefix
+from jaxprefix.prefix import DirectPrefix, Encoder, base_identity, load_prefix, new_encoder, save_prefix
 from jaxprefix.run_folder import open_run_folder
 from jaxprefix.run_log import RunLog
-from jaxprefix.sharding import data_mesh, replicated, rows_on, split_rows
+from jaxprefix.sharding import data_mesh, replicated, rows_on
 from jaxprefix.tokenizer import Tokenizer, load_tokenizer
-
-
-class TrainState(NamedTuple):
-    """All arrays that an update changes."""
-
-    encoder: Encoder
-    moments: optax.OptState
-    loss_scale: LossScale | None
+from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update
 
 
 class Inputs(NamedTuple):
@@ -123,7 +114,7 @@ def loop(
     state: TrainState,
     progress: Progress,
     mesh: Mesh,
-    update: Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]],
+    update: Update,
     rate: optax.Schedule,
     log: RunLog,
     checkpoints: Checkpoints | None,
@@ -211,78 +202,6 @@ def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> E
         return checkpoints.restore(like={"encoder": like})[0]["encoder"]
 
 
-def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
-    """Return the learning rate as a function of the updates already made: linear warmup, linear decay."""
-    total = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
-    floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
-
-    def rate(n_done: Any) -> Any:
-        step = n_done * recipe.schedule_steps_per_update
-        warmup = step / max(config.n_warmup_steps, 1)
-        decay = (total - step) / max(total - config.n_warmup_steps, 1)
-        multiplier = jnp.where(step < config.n_warmup_steps, warmup, jnp.maximum(decay, 0.0))
-        return jnp.maximum(config.max_lr * multiplier, floor)
-
-    return rate
-
-
-def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on all but biases, behind clipping by the global norm."""
-    adamw = optax.adamw(
-        rate,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
-
-
-def make_update(
-    optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh
-) -> Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]]:
-    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
-
-    The encoder runs once; the gradient towards the prefix is summed over the micro-batches and then
-    pulled back through it. The base is an argument that nothing differentiates: that is all the freezing.
-    """
-
-    def update(state: TrainState, base: GPTNeoX, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
-        prefix, pull_back = jax.vjp(lambda encoder: encoder(), state.encoder)
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        n_labels = (batch.labels != IGNORED).sum(axis=(1, 2))
-        per_label = 1 / (n_labels * len(n_labels) if recipe.average_batch_means else n_labels.sum())
-        per_label = jnp.broadcast_to(per_label, n_labels.shape)
-
-        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-            tokens, labels, weight = micro_batch
-
-            def scaled_loss(prefix: Float[Array, "L 2 P N H"]) -> Float[Array, ""]:
-                return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
-
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
-
-        zero = (jnp.float32(0), jnp.zeros_like(prefix))
-        (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
-        (gradient,) = pull_back(gradient / scale)
-        updates, moments = optimizer.update(gradient, state.moments, state.encoder)
-        moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
-        if state.loss_scale is not None:
-            finite = jnp.isfinite(optax.global_norm(gradient))
-            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
-            moved = TrainState(*kept, state.loss_scale.adjusted(finite))
-        return moved, loss / scale
-
-    everywhere = replicated(mesh)
-    return jax.jit(
-        update,
-        donate_argnums=0,
-        in_shardings=(everywhere, everywhere, split_rows(mesh)),
-        out_shardings=everywhere,
-    )
-
-
 def update_batches(config: TrainConfig, inputs: Inputs, n_rows: int, first: int) -> Iterator[Batch]:
     """Yield every update's batch from number `first` on, all of one shape [micro-batches, n_rows, columns]."""
     n_columns = longest_row(inputs.train_set)
@@ -300,8 +219,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     model, plan = inputs.model_config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
-    rows = [row for example in inputs.train_set for row in rows_of(example, inputs.tokenizer.bos_id, inputs.tokenizer.eos_id)]
-    n_tokens = sum(label != IGNORED for _, labels in rows for label in labels)
+    n_tokens = sum(n_labels(example) for example in inputs.train_set)
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"

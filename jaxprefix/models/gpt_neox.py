@@ -25,13 +25,12 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = self.qkv(x).reshape(*x.shape[:2], self.n_head, -1)  # [B, T, N, 3·H]
         q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k = rotate(q, angles), rotate(k, angles)
-        if cache is not None:
-            k, v = cache = write_cache(cache, k, v, slots)
-        return self.out(attend(q, k, v, prefix, slots).reshape(x.shape)), cache
+        cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
+        return self.out(attend(q, *cache, prefix, slots).reshape(x.shape)), cache
 
 
 class MLP(nnx.Module):
@@ -62,12 +61,12 @@ class Layer(nnx.Module):
         slots: Int[Array, "B T"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        attended, cache = self.attention(self.attention_norm(x), angles, slots, prefix, cache)
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        attended, written = self.attention(self.attention_norm(x), angles, slots, prefix, cache)
         if self.parallel_residual:
-            return x + attended + self.mlp(self.mlp_norm(x)), cache
+            return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x)), written
 
 
 class GPTNeoX(nnx.Module):
@@ -86,14 +85,15 @@ class GPTNeoX(nnx.Module):
         prefix: Float[Array, "L 2 P N H"] | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], Cache | None]:
-        """Return float32 logits of the next token, and the cache with these tokens written into it.
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Return float32 logits of the next token, and the keys (after rotary) and values of every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        With a cache, tokens attend to the slots written before as well. Rows are padded on the right.
+        With a cache, the keys and values are written into it at their slots, and tokens attend to what was
+        written before as well. Rows are padded on the right.
         """
-        hidden, cache = self.hidden(tokens, prefix, cache, slots)
-        return self.logits(hidden), cache
+        hidden, written = self.hidden(tokens, prefix, cache, slots)
+        return self.logits(hidden), written
 
     def hidden(
         self,
@@ -101,19 +101,19 @@ class GPTNeoX(nnx.Module):
         prefix: Float[Array, "L 2 P N H"] | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if slots is None:
             slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         angles = rotary_angles(positions_of(slots, prefix), self.config.rotary_dim, self.config.rotary_base)
         x = self.embed(tokens)
-        caches: list[LayerCache | None] = []
+        written: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
             layer_prefix = None if prefix is None else prefix[index]
             with jax.named_scope(f"layer_{index}"):
-                x, written = layer(x, angles, slots, layer_prefix, None if cache is None else cache[index])
-            caches.append(written)
-        return self.final_norm(x), None if cache is None else tuple(caches)
+                x, layer_cache = layer(x, angles, slots, layer_prefix, None if cache is None else cache[index])
+            written.append(layer_cache)
+        return self.final_norm(x), tuple(written)
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""

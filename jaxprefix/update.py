@@ -1,0 +1,98 @@
+"""One update of the prefix encoder: loss, gradient towards the prefix, AdamW. Legend: `models/attention.py`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from jaxprefix.config import Recipe, TrainConfig
+from jaxprefix.data import IGNORED, Batch
+from jaxprefix.loss import LossScale, next_token_loss
+from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.prefix import Encoder, Prefix, decays
+from jaxprefix.sharding import replicated, split_rows
+
+
+class TrainState(NamedTuple):
+    """All arrays that an update changes."""
+
+    encoder: Encoder
+    moments: optax.OptState
+    loss_scale: LossScale | None
+
+
+Update = Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]]
+
+
+def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
+    """Return the learning rate as a function of the updates already made: linear warmup, linear decay."""
+    total = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
+    floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
+
+    def rate(n_done: Any) -> Any:
+        step = n_done * recipe.schedule_steps_per_update
+        warmup = step / max(config.n_warmup_steps, 1)
+        decay = (total - step) / max(total - config.n_warmup_steps, 1)
+        multiplier = jnp.where(step < config.n_warmup_steps, warmup, jnp.maximum(decay, 0.0))
+        return jnp.maximum(config.max_lr * multiplier, floor)
+
+    return rate
+
+
+def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay on all but biases, behind clipping by the global norm."""
+    adamw = optax.adamw(
+        rate,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
+
+
+def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
+    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
+
+    The encoder runs once; the gradient towards the prefix is summed over the micro-batches and then
+    pulled back through it. The base is an argument that nothing differentiates: that is all the freezing.
+    """
+
+    def update(state: TrainState, base: GPTNeoX, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
+        prefix, pull_back = jax.vjp(lambda encoder: encoder(), state.encoder)
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+        counts = (batch.labels != IGNORED).sum(axis=(1, 2))
+        per_label = 1 / (counts * len(counts) if recipe.average_batch_means else counts.sum())
+        per_label = jnp.broadcast_to(per_label, counts.shape)
+
+        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+            tokens, labels, weight = micro_batch
+
+            def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
+                return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
+
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
+
+        zero = (jnp.float32(0), jnp.zeros_like(prefix))
+        (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
+        (gradient,) = pull_back(gradient / scale)
+        updates, moments = optimizer.update(gradient, state.moments, state.encoder)
+        moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
+        if state.loss_scale is not None:
+            finite = jnp.isfinite(optax.global_norm(gradient))
+            encoder, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
+            moved = TrainState(encoder, moments, state.loss_scale.adjusted(finite))
+        return moved, loss / scale
+
+    everywhere = replicated(mesh)
+    return jax.jit(
+        update,
+        donate_argnums=0,
+        in_shardings=(everywhere, everywhere, split_rows(mesh)),
+        out_shardings=everywhere,
+    )
