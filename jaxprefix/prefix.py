@@ -7,6 +7,7 @@ What is kept is the prefix alone, folded to [P, L·2·N·H].
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ def fit(encoder: PrefixEncoder, target: Prefix, n_steps: int = 200) -> PrefixEnc
     def decayed(encoder: PrefixEncoder) -> PrefixEncoder:
         return jax.tree.map(lambda p, marked: p * (1 - rate * decay) if marked else p, encoder, decays(encoder))
 
-    def step(_: int, state: tuple) -> tuple:
+    def step(_: Any, state: Any) -> Any:
         encoder, shrunk, moments = state
         direction, moments = adam.update(gradient(encoder), moments)
         encoder = jax.tree.map(lambda p, d: p - rate * d, shrunk, direction)

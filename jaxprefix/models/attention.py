@@ -11,6 +11,7 @@ Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_o
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 LayerPrefix = Float[Array, "2 P N H"]
@@ -23,7 +24,7 @@ def positions_of(slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | N
     return slots if prefix is None else slots + prefix.shape[2]
 
 
-def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> Cache:
+def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Cache:
     """Make zeroed keys and values of shape [B, S, N, H] for every layer."""
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layer))
 

@@ -96,9 +96,12 @@ def read_model_config(folder: Path, name: str | None = None) -> ModelConfig:
     for field, (spellings, supported) in _FIXED.items():
         if (found := _lookup(raw, spellings, supported, problems)) != supported:
             problems.append(f"{field} {found!r} is not supported, only {supported!r}")
-    for field in ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "n_positions"):
-        if values[field] is not None and (type(values[field]) is not int or values[field] < 1):
-            problems.append(f"{_FIELDS[field][0][0]} must be a positive integer, found {values[field]!r}")
+    for field, value in values.items():
+        kind = ModelConfig.__annotations__[field]
+        if kind is float and type(value) is int:
+            values[field] = float(value)
+        elif value is not None and (type(value) is not kind or (kind is not bool and value <= 0)):
+            problems.append(f"{_FIELDS[field][0][0]} must be a positive {kind.__name__}, found {value!r}")
     if not problems and values["n_embd"] % values["n_head"]:
         problems.append(f"hidden_size {values['n_embd']} is not divisible by {values['n_head']} heads")
     if problems:

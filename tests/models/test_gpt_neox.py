@@ -1,0 +1,105 @@
+"""Properties that hold for any correct prefix, and settings that must not go unnoticed when wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxprefix.models import attention, gpt_neox
+from jaxprefix.models.gpt_neox import GPTNeoX
+from tests.base_folders import random_prefix
+from tests.tolerances import MODEL
+
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
+
+
+def keys_values(model, tokens):
+    """The prefix that real tokens leave behind."""
+    _, cache = model(tokens)
+    return jnp.stack([jnp.concatenate(layer) for layer in cache])
+
+
+def with_config(model, **changes) -> GPTNeoX:
+    """The same weights in a model of a changed configuration."""
+    changed = GPTNeoX(dataclasses.replace(model.config, **changes), nnx.Rngs(0))
+    return nnx.merge(nnx.split(changed)[0], nnx.split(model)[1])
+
+
+def prefix_gap(model) -> float:
+    """Largest difference between text behind a prefix of real tokens and the concatenated text."""
+    head, tail = TOKENS[:1, :9], TOKENS[:1, 9:]
+    whole, _ = model(TOKENS[:1])
+    split, _ = model(tail, prefix=keys_values(model, head))
+    return float(jnp.abs(split - whole[:, 9:]).max())
+
+
+def test_prefix_of_real_tokens_equals_concatenation(model):
+    assert prefix_gap(model) < MODEL
+
+
+def test_missing_position_offset_is_noticed(model, monkeypatch):
+    monkeypatch.setattr(gpt_neox, "positions_of", lambda slots, prefix: slots)
+    assert prefix_gap(model) > 100 * MODEL
+
+
+def test_rotated_prefix_keys_are_noticed(model):
+    head = TOKENS[:1, :9]
+    prefix = keys_values(model, head)
+    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], model.config.rotary_dim, model.config.rotary_base)
+    rotated = jnp.stack([gpt_neox.rotate(layer[:1], angles)[0] for layer in prefix])
+    whole, _ = model(TOKENS[:1])
+    split, _ = model(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))
+    assert jnp.abs(split - whole[:, 9:]).max() > 100 * MODEL
+
+
+@pytest.mark.parametrize("change", [{"rotary_base": 500.0}, {"rotary_fraction": 1.0}, {"layer_norm_eps": 0.1}])
+def test_wrong_setting_is_noticed(model, change):
+    assert jnp.abs(with_config(model, **change)(TOKENS)[0] - model(TOKENS)[0]).max() > 100 * MODEL
+
+
+def test_swapped_residual_is_noticed(model):
+    swapped = with_config(model, parallel_residual=not model.config.parallel_residual)
+    assert jnp.abs(swapped(TOKENS)[0] - model(TOKENS)[0]).max() > 100 * MODEL
+
+
+def test_empty_prefix_is_the_base_model(model):
+    empty = jnp.zeros((model.config.n_layer, 2, 0, model.config.n_head, model.config.head_dim))
+    np.testing.assert_allclose(model(TOKENS, empty)[0], model(TOKENS)[0], rtol=0, atol=MODEL)
+
+
+def test_prefix_changes_every_position(model):
+    changed = jnp.abs(model(TOKENS, random_prefix(model.config))[0] - model(TOKENS)[0]).max(axis=-1)
+    assert changed.min() > 100 * MODEL
+
+
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_cached_decode_equals_full_forward(model, with_prefix):
+    prefix = random_prefix(model.config) if with_prefix else None
+    whole, _ = model(TOKENS, prefix)
+    shape = (2, 32, model.config.n_head, model.config.head_dim)
+    logits, cache = model(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    parts = [logits]
+    step = jax.jit(lambda token, cache, slot: model(token, prefix, cache, slot))
+    for slot in range(10, TOKENS.shape[1]):
+        logits, cache = step(TOKENS[:, slot : slot + 1], cache, jnp.full((2, 1), slot))
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=MODEL)
+
+
+def test_padding_on_the_right_changes_nothing(model):
+    padded = jnp.pad(TOKENS, ((0, 0), (0, 8)), constant_values=3)
+    np.testing.assert_allclose(model(padded)[0][:, :24], model(TOKENS)[0], rtol=0, atol=MODEL)
+
+
+def test_bfloat16_stays_close_to_float32(base_folder, model):
+    from jaxprefix import load_model
+
+    prefix = random_prefix(model.config)
+    half, _ = load_model(base_folder, "bfloat16")(TOKENS, prefix)
+    whole, _ = model(TOKENS, prefix)
+    assert half.dtype == jnp.float32
+    difference = jax.nn.softmax(half) - jax.nn.softmax(whole)
+    assert 0 < jnp.abs(difference).mean() < 1e-3
