@@ -136,7 +136,7 @@ def _evaluate(config: EvaluateConfig) -> int:
     ways: dict[str, Any] = {"without_prefix": None}
     if config.prefix_checkpoint_path is not None:
         ways = {"with_prefix": load_prefix(config.prefix_checkpoint_path, model.config, tokenizer), **ways}
-    report: dict[str, dict[str, float]] = {way: {} for way in ways}
+    report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
     if config.data_filepath is not None:
         examples = read_examples(
             config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe

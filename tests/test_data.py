@@ -1,0 +1,169 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix.config import RECIPES, Recipe
+from jaxprefix.data import (
+    IGNORED,
+    Example,
+    UpdatePlan,
+    chunk_document,
+    longest_row,
+    make_batch,
+    n_labels,
+    read_examples,
+    rows_of,
+    split_examples,
+)
+
+SUFFIX = " 😃"
+LONG = "大きな川の向こうに見える町の灯りは、夜が深くなるにつれて一つまた一つと消えていった。" * 4
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def chunks_of(text, tokenizer, recipe=Recipe(), max_seq_len=64):
+    return list(chunk_document(text.split("\n"), tokenizer, SUFFIX, max_seq_len, recipe))
+
+
+def test_default_recipe_keeps_every_sentence_in_order(tokenizer):
+    sentences = ["朝の市場は人でいっぱいだった。", "魚を買った。", "昼には塩焼きにして食べた。"] * 4
+    text = "".join(tokenizer.decode(chunk) for chunk in chunks_of("\n".join(sentences), tokenizer)).replace(" ", "")
+    assert text == "".join(sentence + "😃" for sentence in sentences)
+
+
+def test_rinna_recipe_drops_the_tail_of_a_document(tokenizer):
+    text = "\n".join(["朝の市場は人でいっぱいだった。"] * 5)
+    sound = chunks_of(text, tokenizer)
+    assert chunks_of(text, tokenizer, RECIPES["rinna"]) == sound[:-1] != sound
+
+
+def test_long_sentences_are_split_by_default_and_whole_under_rinna(tokenizer):
+    pieces = chunks_of(LONG + "\n短い文。", tokenizer)
+    whole = tokenizer.encode(LONG + SUFFIX)
+    assert max(map(len, pieces)) <= 64 < len(whole)
+    assert sum(pieces[:-1], []) == whole
+    assert min(map(len, pieces[:-1])) > 1, "the suffix must not be left alone"
+    assert whole in chunks_of(LONG + "\n短い文。", tokenizer, RECIPES["rinna"])
+
+
+def test_blank_sentences_are_skipped_by_default(tokenizer):
+    assert chunks_of("一つ。\n\n二つ。\n", tokenizer) == chunks_of("一つ。\n二つ。", tokenizer)
+    kept = dataclasses.replace(Recipe(), keep_blank_sentences=True)
+    assert chunks_of("一つ。\n\n二つ。", tokenizer, kept) != chunks_of("一つ。\n二つ。", tokenizer)
+
+
+def test_suffix_and_length_are_settings(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", {"text": "\n".join(["魚を買った。"] * 9)})
+    examples = read_examples(path, tokenizer, suffix="!!", max_seq_len=20)
+    assert all(len(example.target) <= 20 for example in examples)
+    assert all("魚を買った。!!" in tokenizer.decode(example.target) for example in examples)
+
+
+def test_mixed_file(tokenizer, tmp_path):
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        {"prompt": "朝の", "completion": "市場。"},
+        {"text": "魚を買った。"},
+        {"prompt": "", "completion": "川。"},
+    )
+    examples = read_examples(path, tokenizer)
+    assert examples[0] == Example(tokenizer.encode("朝の"), tokenizer.encode("市場。"))
+    assert [len(rows_of(example, 1, 2)) for example in examples] == [1, 2, 2]
+
+
+def test_rows_of_an_example_without_prompt():
+    assert rows_of(Example([], [10, 11, 12]), 1, 2) == [
+        ([1, 10, 11, 12], [10, 11, 12, 2]),
+        ([10, 11, 12], [11, 12, 2]),
+    ]
+
+
+def test_loss_of_a_prompt_is_on_the_completion_only():
+    ((inputs, labels),) = rows_of(Example([7, 8, 9], [10, 11]), 1, 2)
+    assert inputs == [7, 8, 9, 10, 11]
+    assert labels == [IGNORED, IGNORED, 10, 11, 2]
+
+
+@pytest.mark.parametrize("example", [Example([], [10, 11]), Example([7, 8], [10, 11, 12])])
+def test_counts_agree_with_the_rows(example):
+    rows = rows_of(example, 1, 2)
+    assert n_labels(example) == sum(label != IGNORED for _, labels in rows for label in labels)
+    assert longest_row([example]) == max(len(inputs) for inputs, _ in rows)
+
+
+def test_batch_is_padded_right_and_below(tokenizer):
+    batch = make_batch([Example([], [10, 11])], tokenizer, n_rows=4, n_columns=5)
+    pad = tokenizer.pad_id
+    assert batch.tokens.tolist() == [[1, 10, 11, pad, pad], [10, 11, pad, pad, pad], [pad] * 5, [pad] * 5]
+    assert (batch.labels == IGNORED).sum() == 20 - 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: not a line of JSON"),
+        ("[1]", "line 2: expected a JSON object, found list"),
+        ('{"body": "a"}', "line 2: has neither `text` nor `prompt` and `completion`"),
+        ('{"text": 5}', "line 2: `text` must be a string, found int"),
+        ('{"prompt": "a", "completion": ""}', "line 2: `completion` is empty"),
+        (b'{"text": "\xff"}', "line 2: not a line of JSON in UTF-8"),
+    ],
+)
+def test_bad_line_is_named(tokenizer, tmp_path, line, message):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(InputError, match=f"^{path}, {message}"):
+        read_examples(path, tokenizer)
+
+
+def test_file_without_examples_is_an_error(tokenizer, tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match="holds no example"):
+        read_examples(tmp_path / "d.jsonl", tokenizer)
+
+
+def test_split_takes_both_ends(tmp_path):
+    examples = [Example([], [i]) for i in range(10)]
+    assert split_examples(examples, 6, 3, tmp_path) == (examples[:6], examples[7:])
+    with pytest.raises(InputError, match="makes 10 examples"):
+        split_examples(examples, 8, 3, tmp_path)
+
+
+def make_plan(carry, n_accum_steps=3, n_training_steps=1000, n_epochs=4):
+    return UpdatePlan(10, 2, n_accum_steps, n_epochs, n_training_steps, 42, carry)
+
+
+def test_every_epoch_sees_every_example_once_in_a_fresh_order():
+    plan = make_plan(carry=False)
+    assert plan.n_updates == 8
+    epochs = [sum((sum(plan.micro_batches(u), []) for u in (2 * e, 2 * e + 1)), []) for e in range(4)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert [plan.epochs_ending(n) for n in range(1, 9)] == [[], [0], [], [1], [], [2], [], [3]]
+
+
+def test_carried_accumulation_joins_the_next_epoch():
+    plan = make_plan(carry=True)
+    assert plan.n_updates == 6  # 20 micro-batches, 3 an update, the last 2 never applied
+    seen = sum((sum(plan.micro_batches(u), []) for u in range(6)), [])
+    assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:20])
+    assert [plan.epochs_ending(n) for n in range(1, 7)] == [[0], [], [1], [], [2], [3]]
+
+
+def test_a_run_cut_short_ends_its_epoch():
+    plan = make_plan(carry=False, n_training_steps=3)
+    assert plan.n_updates == 3
+    assert [plan.epochs_ending(n) for n in (1, 2, 3)] == [[], [0], [1]]
+
+
+def test_order_depends_on_the_seed():
+    orders = [UpdatePlan(50, 50, 1, 1, 1, seed, False).micro_batches(0) for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert np.sort(orders[2][0]).tolist() == list(range(50))

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from jaxprefix.config import RECIPES, Recipe
+from jaxprefix.evaluate import LossMeter, count_sentences, suffix_rate
+
+SMILE = " 😃"
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("今日は晴れ。 😃 明日は雨。 😃", (2, 2)),
+        ("今日は晴れ。 明日は雨。 😃", (2, 1)),
+        ("今日は晴れ。明日は雨。", (2, 0)),
+        ("今日は晴れ 😃 明日は", (1, 1)),
+        ("今日は晴れ", (0, 0)),
+        ("本当に！？ 😃", (1, 1)),
+        ("「行こう。」と言った。 😃", (1, 1)),
+        ("「行こう。」 「はい。」 😃", (2, 1)),
+        ("今日は晴れ。😃 😃 😃", (1, 1)),
+        ("😃", (0, 0)),
+        ("", (0, 0)),
+    ],
+)
+def test_count_sentences(text, counts):
+    assert count_sentences(text, SMILE) == counts
+
+
+def test_suffix_rate_is_over_all_sentences():
+    assert suffix_rate(["一。 😃 二。", "三。 😃"], SMILE) == {"sentences": 3, "suffix_rate": 2 / 3}
+    assert suffix_rate(["途中"], SMILE) == {"sentences": 0, "suffix_rate": 0.0}
+
+
+def test_means_weigh_by_tokens_or_plainly():
+    sound, plain = LossMeter(Recipe()), LossMeter(RECIPES["rinna"])
+    for meter in (sound, plain):
+        meter.add(1.0, 30, 2.0)
+        meter.add(2.0, 10, 2.0)
+    assert sound.means() == {"loss": 1.25, "ppl": np.exp(1.25)}
+    assert plain.means() == pytest.approx({"loss": 1.5, "ppl": (np.exp(1) + np.exp(2)) / 2})
+    assert sound.tokens_per_s == 10

@@ -1,0 +1,97 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix import generate
+from jaxprefix.config import DecodeConfig
+from jaxprefix.generate import choose_tokens, filter_nucleus, generate_ids
+from tests.base_folders import random_prefix
+
+PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
+GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
+
+
+def slow_greedy(model, prompt, prefix, n_tokens, eos_id):
+    """Greedy decoding by running the whole text again for every token."""
+    forward = jax.jit(lambda ids: model(ids, prefix)[0])
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        padded = jnp.asarray([ids + [eos_id] * (40 - len(ids))])
+        token = int(forward(padded)[0, len(ids) - 1].argmax())
+        if token == eos_id:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("with_prefix", [True, False])
+def test_a_batch_of_different_lengths_equals_full_forwards(model, tokenizer, with_prefix):
+    prefix = random_prefix(model.config) if with_prefix else None
+    made = generate_ids(model, tokenizer, PROMPTS, prefix, decode=GREEDY)
+    assert made == [slow_greedy(model, prompt, prefix, 12, tokenizer.eos_id) for prompt in PROMPTS]
+
+
+def test_order_of_prompts_does_not_matter(model, tokenizer):
+    forward = generate_ids(model, tokenizer, PROMPTS, decode=GREEDY)
+    assert generate_ids(model, tokenizer, PROMPTS[::-1], decode=GREEDY) == forward[::-1]
+
+
+def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
+    made = generate_ids(model, tokenizer, PROMPTS, decode=GREEDY)
+    stop = made[0][3]
+    stopping = dataclasses.replace(tokenizer, eos_id=stop)
+    cut = [row[: row.index(stop)] if stop in row else row for row in made]
+    assert generate_ids(model, stopping, PROMPTS, decode=GREEDY) == cut
+    assert len({len(row) for row in cut}) > 1
+
+
+def test_seed_decides_the_sample(golden_model, tokenizer):
+    options = {"decode_method": "sample", "max_output_len": 20}
+    first, again, other = (generate(golden_model, tokenizer, ["朝の"], seed=s, **options) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_empty_prompt_starts_from_bos(golden_model, tokenizer):
+    greedy = {"decode_method": "greedy", "max_output_len": 5}
+    made = generate_ids(golden_model, tokenizer, [[tokenizer.bos_id]], decode=DecodeConfig(**greedy))
+    assert generate(golden_model, tokenizer, [""], **greedy) == [tokenizer.decode(made[0])]
+
+
+def test_too_long_a_text_is_refused(model, tokenizer):
+    with pytest.raises(InputError, match=r"prefix 0 \+ longest prompt 200 \+ --max_output_len 100 .* 256 positions"):
+        generate_ids(model, tokenizer, [[5] * 200], decode=DecodeConfig(max_output_len=100))
+
+
+LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "drop_crossing", "kept"),
+    [
+        (0, 0.0, False, 4),
+        (3, 0.0, False, 3),
+        (0, 0.7, False, 2),  # 0.5 + 0.3 crosses 0.7: the crossing token stays …
+        (0, 0.7, True, 1),  # … or goes
+        (0, 0.1, True, 1),  # the likeliest always stays
+        (2, 0.6, False, 1),  # of the two left the first has 0.5 / 0.8 = 0.625 ≥ 0.6
+        (0, 1.0, False, 4),
+    ],
+)
+def test_nucleus(top_k, top_p, drop_crossing, kept):
+    shuffled = LOGITS[:, jnp.asarray([2, 0, 3, 1])]
+    filtered = filter_nucleus(shuffled, top_k, top_p, drop_crossing)
+    assert int(jnp.isfinite(filtered).sum()) == kept
+    np.testing.assert_array_equal(jnp.sort(filtered[0])[::-1][:kept], LOGITS[0, :kept])
+
+
+def test_samples_follow_the_softmax_and_the_temperature():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    logits = jnp.broadcast_to(LOGITS, (4000, 4))
+    for temperature in (1.0, 2.0):
+        decode = DecodeConfig(decode_method="sample", temperature=temperature)
+        shares = np.bincount(choose_tokens(logits, keys, decode), minlength=4) / 4000
+        np.testing.assert_allclose(shares, jax.nn.softmax(LOGITS[0] / temperature), atol=0.03)

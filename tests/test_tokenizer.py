@@ -1,0 +1,48 @@
+import json
+import shutil
+
+import pytest
+from sentencepiece import SentencePieceProcessor
+
+from convert.errors import InputError
+from jaxprefix import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+TEXTS = ["朝の市場は", " 先頭の空白", "改行\nを含む", "全角 空白", "😃😃", "", "ABC 123", "①株式会社ｱｲｳ"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_and_text_are_those_of_sentencepiece(tokenizer, text):
+    processor = SentencePieceProcessor(model_file=str(GOLDEN_BASE / "spiece.model"))
+    assert tokenizer.encode(text) == processor.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == processor.decode(processor.encode(text))
+
+
+def test_special_ids_come_from_the_tokenizer_files(tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 2, 3, 0)
+
+
+def copy_with(folder, special: dict | None):
+    folder.mkdir()
+    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
+    if special is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def test_special_tokens_may_be_objects_or_missing(tmp_path):
+    renamed = load_tokenizer(copy_with(tmp_path / "a", {"bos_token": {"content": "[CLS]"}}))
+    assert (renamed.bos_id, renamed.eos_id) == (4, 2)
+    assert load_tokenizer(copy_with(tmp_path / "b", None)).bos_id == 1
+
+
+def test_fingerprint_is_of_the_vocabulary(tokenizer, tmp_path):
+    assert load_tokenizer(copy_with(tmp_path / "a", None)).fingerprint == tokenizer.fingerprint
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"no SentencePiece tokenizer; expected one of spiece.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
