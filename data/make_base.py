@@ -46,7 +46,7 @@ class Settings:
     n_layer: int = 4
     n_head: int = 6
     n_embd: int = 192
-    n_steps: int = 2500
+    n_steps: int = 2400
     """Updates of the pretraining."""
     batch_size: int = 32
     """Rows per update."""
