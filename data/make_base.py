@@ -57,14 +57,21 @@ class Settings:
 
 
 def read_scenes(path: Path) -> list[dict]:
-    """Read scenes: {"title", "slots": {"A B": [[a, b], …], "C": [c, …]}, "lines": [[alternative, …], …]}."""
-    scenes = json.loads(path.read_text())
-    for scene in scenes:
-        defined = {name for names in scene["slots"] for name in names.split()}
+    """Read {"shared": slots, "scenes": [{"title", "slots", "lines": [[alternative, …], …]}, …]}.
+
+    Slots are {"C": [c, …], "A B": [[a, b], …]}; the second kind binds several names to choices that agree.
+    The shared slots that a scene uses, and does not define itself, are added to its own.
+    """
+    content = json.loads(path.read_text())
+    for scene in content["scenes"]:
         used = set(re.findall(r"\{(\w+)\}", "".join(line for lines in scene["lines"] for line in lines)))
-        if defined != used:
-            raise SystemExit(f"{path}: scene {scene['title']}: slots {sorted(defined ^ used)} not both defined and used")
-    return scenes
+        own = {name for names in scene["slots"] for name in names.split()}
+        missing = used - own
+        scene["slots"] |= {names: c for names, c in content["shared"].items() if missing & set(names.split())}
+        undefined = used - {name for names in scene["slots"] for name in names.split()}
+        if undefined or own - used:
+            raise SystemExit(f"{path}: {scene['title']}: undefined {sorted(undefined)}, unused {sorted(own - used)}")
+    return content["scenes"]
 
 
 def fill_scene(scene: dict, rng: random.Random) -> list[str]:

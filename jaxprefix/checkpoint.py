@@ -32,7 +32,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`."""
         arrays = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
-        items = {"state": ocp.args.StandardSave(arrays), "progress": ocp.args.JsonSave(progress)}
+        items = {"state": ocp.args.PyTreeSave(arrays), "progress": ocp.args.JsonSave(progress)}
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -46,11 +46,14 @@ class Checkpoints:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
         names = _names(like)
         abstract = dict(zip(names, jax.tree.leaves(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), strict=True))
-        items = {"state": ocp.args.StandardRestore(abstract), "progress": ocp.args.JsonRestore()}
+        placement = ocp.checkpoint_utils.construct_restore_args(abstract)
+        state = ocp.args.PyTreeRestore(abstract, restore_args=placement, partial_restore=True)
+        items = {"state": state, "progress": ocp.args.JsonRestore()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"{self.folder / str(step)}: does not fit this run ({error})") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{self.folder / str(step)}: does not fit this run ({reason})") from error
         leaves = [restored["state"][name] for name in names]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["progress"]
 

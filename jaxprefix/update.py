@@ -84,7 +84,7 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
         if state.loss_scale is not None:
-            finite = jnp.isfinite(optax.global_norm(gradient))
+            finite = jnp.isfinite(optax.tree.norm(gradient))
             encoder, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
             moved = TrainState(encoder, moments, state.loss_scale.adjusted(finite))
         return moved, loss / scale

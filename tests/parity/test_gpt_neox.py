@@ -39,6 +39,4 @@ def test_logits_and_gradients_with_prefix(base_folder, model):
 
     gradient = jax.grad(lambda p: jax.nn.logsumexp(model(jnp.asarray(TOKENS), p)[0], axis=-1).mean())
     reference = torch_prefix.grad.numpy()
-    np.testing.assert_allclose(
-        gradient(prefix), reference, rtol=0, atol=MODEL * np.abs(reference).max()
-    )
+    np.testing.assert_allclose(gradient(prefix), reference, rtol=0, atol=MODEL * np.abs(reference).max())

@@ -1,0 +1,98 @@
+import json
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert.errors import InputError
+from convert.gpt_neox import TABLE
+from convert.table import expand
+from jaxprefix import load_model
+from tests.base_folders import make_base_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_base_folder(tmp_path / "base")
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_expand_writes_out_every_layer():
+    rules = expand({"a": "x", "h.{layer}.w": "layers.{layer}.w", "h.{layer}.b": None}, 2)
+    assert rules == {
+        "a": "x",
+        "h.0.w": "layers.0.w",
+        "h.1.w": "layers.1.w",
+        "h.0.b": None,
+        "h.1.b": None,
+    }
+
+
+def test_our_paths_are_all_different():
+    paths = [path for path in expand(TABLE, 3).values() if path]
+    assert len(paths) == len(set(paths)) == 4 + 12 * 3
+
+
+def test_all_problems_are_reported_at_once(folder):
+    def damage(weights):
+        weights["gpt_neox.surplus"] = weights.pop("embed_out.weight")
+        weights["gpt_neox.final_layer_norm.bias"] = np.zeros(5, np.float32)
+
+    rewrite(folder, damage)
+    with pytest.raises(InputError) as error:
+        load_model(folder)
+    assert str(error.value).splitlines()[1:] == [
+        "  - unknown weight gpt_neox.surplus",
+        "  - missing weight embed_out.weight",
+        "  - gpt_neox.final_layer_norm.bias has shape (5,), config.json asks for (64,)",
+    ]
+
+
+def test_legacy_buffers_are_dropped(folder):
+    expected = load_model(folder)(jnp.asarray([[5, 6]]))[0]
+    rewrite(folder, lambda weights: weights.update({"gpt_neox.layers.0.attention.masked_bias": np.float32([-1e9])}))
+    np.testing.assert_array_equal(load_model(folder)(jnp.asarray([[5, 6]]))[0], expected)
+
+
+def test_shards_equal_the_single_file(folder):
+    expected = load_model(folder)(jnp.asarray([[5, 6]]))[0]
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: weights[name] for name in members}, folder / file)
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    np.testing.assert_array_equal(load_model(folder)(jnp.asarray([[5, 6]]))[0], expected)
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-2.safetensors: not a readable safetensors file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_on_disk(folder, stored):
+    rewrite(folder, lambda weights: weights.update({name: w.astype(stored) for name, w in weights.items()}))
+    model = load_model(folder)
+    assert model.embed.weight.dtype == jnp.float32
+    assert load_model(folder, "bfloat16").embed.weight.dtype == jnp.bfloat16
+
+
+def test_a_truncated_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model.safetensors: not a readable safetensors file"):
+        load_model(folder)
+
+
+def test_a_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights; expected model.safetensors or"):
+        load_model(folder)

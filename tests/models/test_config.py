@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from convert.errors import InputError
+from jaxprefix.models.config import read_model_config
+from tests.base_folders import TINY
+
+OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
+NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+BARE = {key: value for key, value in TINY.items() if not key.startswith("rotary")}
+
+
+def read(folder, config):
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return read_model_config(folder, name="base")
+
+
+def test_old_and_new_spellings_agree(tmp_path):
+    assert read(tmp_path, BARE | OLD) == read(tmp_path, BARE | NEW) == read(tmp_path, BARE | OLD | NEW)
+
+
+def test_absent_keys_are_transformers_defaults(tmp_path):
+    bare = {key: value for key, value in BARE.items() if key != "use_parallel_residual"}
+    config = read(tmp_path, bare)
+    assert (config.rotary_fraction, config.rotary_base, config.parallel_residual) == (0.25, 10000.0, True)
+    assert (config.head_dim, config.rotary_dim) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rotary_pct": 0.25} | NEW, "contradiction: rotary_pct = 0.25, rope_parameters.partial_rotary_factor = 0.5"),
+        ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox'"),
+        ({"model_type": "gpt_neox_japanese"}, "model_type is 'gpt_neox_japanese'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings True is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive int, found '64'"),
+        ({"num_attention_heads": 5}, "hidden_size 64 is not divisible by 5 heads"),
+        ({"vocab_size": -1}, "vocab_size must be a positive int, found -1"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, BARE | changes)
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, {"model_type": "gpt_neox", "hidden_act": "relu"})
+    assert str(error.value).count("\n  - ") == 7
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(InputError, match=r"config.json: no such file"):
+        read_model_config(tmp_path)
+    for content, message in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
+        with pytest.raises(InputError, match=message):
+            read(tmp_path, content)

@@ -1,0 +1,40 @@
+"""Short training runs on the golden base and documents."""
+
+import json
+from pathlib import Path
+
+from jaxprefix.config import TrainConfig
+from tests.base_folders import GOLDEN, GOLDEN_BASE
+
+
+def run_config(folder: Path, name: str = "run", **changes: object) -> TrainConfig:
+    """14 train and 4 dev chunks, 4 updates an epoch; every update is logged."""
+    settings = {
+        "pretrained_model_dir": str(GOLDEN_BASE),
+        "data_filepath": GOLDEN / "documents.jsonl",
+        "save_name": name,
+        "output_dir": folder,
+        "train_data_size": 14,
+        "dev_data_size": 4,
+        "n_epochs": 2,
+        "max_lr": 1e-2,
+        "log_every_n_steps": 1,
+    }
+    return TrainConfig(**settings | changes)
+
+
+def flags_of(config: TrainConfig) -> list[str]:
+    """The command-line flags of a run_config."""
+    names = ("pretrained_model_dir", "data_filepath", "save_name", "output_dir", "train_data_size", "dev_data_size")
+    names += ("n_epochs", "max_lr", "log_every_n_steps", "n_training_steps", "batch_size")
+    return [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
+
+
+def metrics_of(run_dir: Path, split: str = "train") -> list[dict]:
+    """The records of one split in metrics.jsonl."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["split"] == split]
+
+
+def losses_of(run_dir: Path, split: str = "train") -> list[float]:
+    return [record["loss"] for record in metrics_of(run_dir, split)]

@@ -1,0 +1,229 @@
+"""The command line as a user meets it: what it prints, and how it fails."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from convert.prefix import read_prefix
+from jaxprefix.cli import main
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.runs import flags_of, run_config
+
+BASE = ["--pretrained_model_dir", str(GOLDEN_BASE)]
+PREFIX = ["--prefix_checkpoint_path", str(GOLDEN / "forward.weight")]
+GREEDY = ["--decode_method", "greedy", "--max_output_len", "8"]
+
+
+def train_flags(folder, **changes):
+    return ["train", *flags_of(run_config(folder, **changes))]
+
+
+def fails(capsys, arguments, *messages):
+    """Run a command that must end with code 2, plain messages on stderr, and nothing else."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in error
+    for message in messages:
+        assert message in error
+
+
+def data_file(folder, content: str):
+    path = folder / "data.jsonl"
+    path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\nnot json\n', "data.jsonl, line 2: not a line of JSON"),
+        ('{"text": "a"}\n["b"]\n', "data.jsonl, line 2: expected a JSON object"),
+        ('{"text": "a"}\n{"title": "b"}\n', "data.jsonl, line 2: has neither `text`"),
+        ("", "data.jsonl: holds no example"),
+        ('{"text": "a"}\n', "data.jsonl: makes 1 examples, fewer than --train_data_size 14 + --dev_data_size 4"),
+    ],
+)
+def test_bad_data(capsys, tmp_path, content, message):
+    fails(capsys, train_flags(tmp_path, data_filepath=data_file(tmp_path, content)), message)
+
+
+def test_missing_data_file(capsys, tmp_path):
+    fails(capsys, train_flags(tmp_path, data_filepath=tmp_path / "none.jsonl"), "none.jsonl: no such data file")
+
+
+def test_base_folder_without_config(capsys, tmp_path):
+    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path)), "config.json: no such file")
+
+
+def test_base_of_another_architecture(capsys, tmp_path):
+    base = make_base_folder(tmp_path / "base", model_type="gpt_neox")
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(base)), "model_type is 'llama'; supported: 'gpt_neox'")
+
+
+def test_base_that_is_nowhere(capsys, tmp_path):
+    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path / "a b")), "no such folder, and not a hub id")
+
+
+def test_prefix_of_another_base(capsys, tmp_path):
+    base = make_base_folder(tmp_path / "base", num_hidden_layers=2)
+    assert main(["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "prefix"), *BASE]) == 0
+    command = ["generate", "--pretrained_model_dir", str(base), "--prompt", "a", "--prefix_checkpoint_path"]
+    fails(capsys, [*command, str(tmp_path / "prefix")], "another base model", "n_layer: made for 3, this base has 2")
+
+
+def test_too_few_positions(capsys, tmp_path):
+    short = make_base_folder(tmp_path / "base", max_position_embeddings=64)
+    flags = train_flags(tmp_path, pretrained_model_dir=str(short))
+    fails(capsys, flags, "--prefix_seq_len 10 + the longest row, 63 tokens, is more than the base model's 64 positions")
+
+
+def test_unknown_flag(capsys, tmp_path):
+    fails(capsys, [*train_flags(tmp_path), "--learning_rat", "1"], "--learning_rat")
+
+
+def test_output_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    fails(capsys, train_flags(tmp_path / "file"), "cannot be written (Not a directory)")
+
+
+def test_all_wrong_settings_are_named_at_once(capsys, tmp_path):
+    flags = ["--n_epochs", "0", "--adam_beta1", "1", "--bf16", "--fp16"]
+    base = ["train", *BASE, "--data_filepath", "x", "--save_name", "y"]
+    fails(capsys, [*base, *flags], "--n_epochs must be positive", "--adam_beta1 must be", "exclude each other")
+
+
+def test_wrong_decode_settings(capsys):
+    command = ["generate", *BASE, "--prompt", "a", "--top_p", "1.5", "--temperature", "0", "--top_k", "-1"]
+    fails(capsys, command, "--top_p must be between 0 and 1", "--temperature must be positive", "--top_k must not")
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "blank.txt"])
+def test_prompt_file_without_prompts(capsys, tmp_path, name):
+    (tmp_path / "blank.txt").write_text("\n\n")
+    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], name)
+
+
+def test_prefix_length_that_disagrees(capsys):
+    command = ["generate", *BASE, *PREFIX, "--prompt", "a", "--prefix_seq_len", "20"]
+    fails(capsys, command, "prefix length is 10, --prefix_seq_len says 20")
+
+
+def test_the_original_flags_work_unchanged(tmp_path):
+    """The flags of rinna's README and their spelling; --deepspeed's own are DeepSpeed's."""
+    flags = (
+        "--model_type gpt-neox --prefix_seq_len 5 --prefix_input_dim 6 --prefix_hidden_dim 7 --seed 1 --batch_size 4"
+    )
+    flags += (
+        " --n_training_steps 1 --n_epochs 1 --n_warmup_steps 0 --n_accum_steps 1 --adam_beta1 0.9 --adam_beta2 0.99"
+    )
+    flags += " --adam_eps 1e-8 --weight_decay 0.01 --min_lr 1e-6 --max_lr 1e-4 --grad_clip 1.0 --train_data_size 14"
+    flags += (
+        " --dev_data_size 4 --save_log --save_model --save_name r --log_every_n_steps 1 --filename_note note --bf16"
+    )
+    data = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--output_dir", str(tmp_path)]
+    assert main(["train", *BASE, *data, *flags.split()]) == 0
+    assert (tmp_path / "r.note" / "prefix" / "adapter_model.safetensors").is_file()
+    resumed = ["train", *BASE, *data, *flags.split(), "--resume_training"]
+    assert main(resumed) == 0
+
+
+def test_convert_there_and_back(capsys, tmp_path):
+    folder, back = tmp_path / "prefix", tmp_path / "back.weight"
+    assert main(["convert", str(GOLDEN / "forward.weight"), str(folder), *BASE]) == 0
+    assert main(["convert", str(folder), str(back)]) == 0
+    np.testing.assert_array_equal(read_prefix(back)[0], read_prefix(GOLDEN / "forward.weight")[0])
+    assert "prefix of 10 positions, 15,360 bytes" in capsys.readouterr().out
+
+
+def test_convert_needs_to_know_the_base(capsys, tmp_path):
+    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "give --pretrained_model_dir")
+
+
+def test_convert_says_so_when_torch_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "pip install 'jaxprefix[torch]'")
+
+
+def test_generate_compares_as_text_and_json(capsys):
+    prompts = ["--prompt", "朝の市場は", "猫が二匹"]
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare"]) == 0
+    text = capsys.readouterr().out
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == prompts[1:]
+    for record in records:
+        assert record["continuation"] != record["continuation_without_prefix"]
+        assert f"with prefix:    {record['prompt']}{record['continuation']}" in text
+        assert f"without prefix: {record['prompt']}{record['continuation_without_prefix']}" in text
+
+
+def test_the_prompt_loop_answers_line_by_line():
+    command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, *GREEDY]
+    result = subprocess.run(command, input="朝の\n猫が\n", capture_output=True, text=True, check=True)
+    assert [line[:2] for line in result.stdout.splitlines()] == ["朝の", "猫が"]
+
+
+def test_evaluate_with_and_without_prefix(capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("朝の\n猫が\n")
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--prompt_file", str(tmp_path / "prompts.txt")]
+    options += ["--n_samples", "6", "--batch_size", "4", "--max_output_len", "30"]
+    assert main(["evaluate", *BASE, *PREFIX, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.keys() == {"with_prefix", "without_prefix"}
+    for values in report.values():
+        assert values.keys() == {"loss", "ppl", "sentences", "suffix_rate"}
+        assert values["ppl"] == pytest.approx(np.exp(values["loss"]))
+    assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
+    assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
+    assert capsys.readouterr().out.startswith("without_prefix:")
+
+
+def test_evaluate_refuses_a_blank_suffix(capsys):
+    fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
+
+
+def test_hub_id_is_fetched_through_the_cache(monkeypatch, tmp_path):
+    """A repository in huggingface_hub's cache layout is found by its id, without a network."""
+    snapshot = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
+    shutil.copytree(GOLDEN_BASE, snapshot)
+    (tmp_path / "models--someone--small" / "refs").mkdir()
+    (tmp_path / "models--someone--small" / "refs" / "main").write_text("0" * 40)
+    script = (
+        "import jaxprefix; m = jaxprefix.load_model('someone/small'); print(m.config.name, m.config.n_layer)\n"
+        "try: jaxprefix.load_model('someone/absent')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    first, second = result.stdout.splitlines()
+    assert first == "someone/small 3"
+    assert second.startswith("someone/absent: no such folder, and the model hub cannot be reached")
+
+
+def test_ctrl_c_in_the_terminal_saves_and_resumes(tmp_path):
+    flags = train_flags(tmp_path, n_epochs=2000, n_training_steps=100000)
+    process = subprocess.Popen([sys.executable, "-m", "jaxprefix.cli", *flags], stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "step 6," in line:
+            process.send_signal(2)
+    watchdog.cancel()
+    assert process.wait() == 130, "".join(lines)
+    assert "repeat the command with --resume" in lines[-1]
+    assert "Traceback" not in "".join(lines)

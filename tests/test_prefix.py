@@ -1,0 +1,202 @@
+"""The encoder, and prefix files on their way between us, PEFT and the original."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from peft import PeftModel
+from safetensors.numpy import save_file
+
+from convert.errors import InputError
+from convert.prefix import read_prefix, to_folded, to_layers, write_weight
+from jaxprefix import load_prefix
+from jaxprefix.models.config import read_model_config
+from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, random_prefix
+from tests.tolerances import MODEL
+
+
+def test_layout_is_key_then_value_of_each_layer():
+    n_layer, n_head, head_dim, length = 3, 2, 4, 5
+    folded = np.arange(length * 2 * n_layer * n_head * head_dim).reshape(length, -1)
+    view = folded.reshape(length, 2 * n_layer, n_head, head_dim)
+    layered = to_layers(folded, n_layer, n_head, head_dim)
+    for layer in range(n_layer):
+        np.testing.assert_array_equal(layered[layer, 0], view[:, 2 * layer])
+        np.testing.assert_array_equal(layered[layer, 1], view[:, 2 * layer + 1])
+    np.testing.assert_array_equal(to_folded(layered), folded)
+
+
+def test_encoder_names_and_shapes_are_the_originals(golden_model):
+    encoder = PrefixEncoder(golden_model.config, 10, 11, 12, nnx.Rngs(0))
+    shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.split(encoder)[1])}
+    assert shapes == {
+        "prefix_wte.weight": (10, 11),
+        "prefix_mlp.0.weight": (12, 11),
+        "prefix_mlp.0.bias": (12,),
+        "prefix_mlp.2.weight": (384, 12),
+        "prefix_mlp.2.bias": (384,),
+    }
+
+
+def test_encoder_starts_as_torch_does(golden_model):
+    encoder = PrefixEncoder(golden_model.config, 500, 400, 300, nnx.Rngs(0))
+    assert float(encoder.prefix_wte.weight[...].std()) == pytest.approx(1, abs=0.02)
+    for name, fan_in in (("0", 400), ("2", 300)):
+        for values in (encoder.prefix_mlp[name].weight[...], encoder.prefix_mlp[name].bias[...]):
+            assert float(jnp.abs(values).max()) == pytest.approx(fan_in**-0.5, rel=0.05)
+            assert float(values.std()) == pytest.approx(fan_in**-0.5 / 3**0.5, rel=0.1)
+
+
+def test_a_direct_prefix_starts_at_the_bases_keys_and_values(model):
+    target = base_keys_values(model, 5)
+    encoder = new_encoder(model, 5, 10, 0, seed=0)
+    assert isinstance(encoder, DirectPrefix)
+    np.testing.assert_array_equal(encoder(), target)
+
+
+def test_fitting_brings_the_encoder_close_to_the_bases_keys_and_values(golden_model):
+    target = base_keys_values(golden_model, 10)
+    raw = PrefixEncoder(golden_model.config, 10, 10, 10, nnx.Rngs(42))
+    fitted = new_encoder(golden_model, 10, 10, 10, seed=42)
+    assert jnp.square(fitted() - target).mean() < 0.999 * jnp.square(raw() - target).mean()
+
+
+@pytest.mark.parametrize("hidden_dim", [10, 0])
+def test_every_leaf_gets_a_gradient(model, hidden_dim):
+    encoder = new_encoder(model, 6, 5, hidden_dim, seed=1)
+    tokens = jnp.asarray([[5, 6, 7, 8]])
+    gradient = jax.grad(lambda e: jax.nn.logsumexp(model(tokens, e())[0]).mean())(encoder)
+    leaves = jax.tree.leaves(gradient)
+    assert len(leaves) == (5 if hidden_dim else 1)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in leaves)
+    prefix_gradient = jax.grad(lambda p: jax.nn.logsumexp(model(tokens, p)[0]).mean())(encoder())
+    assert jnp.abs(prefix_gradient).max(axis=(2, 4)).min() > 0, "every layer, key, value and head takes part"
+
+
+def test_weight_to_adapter_to_weight_is_bit_identical(golden_model, tokenizer, tmp_path):
+    prefix = load_prefix(GOLDEN / "forward.weight", golden_model.config)
+    save_prefix(tmp_path / "prefix", prefix, golden_model.config, tokenizer)
+    write_weight(tmp_path / "back.weight", read_prefix(tmp_path / "prefix")[0])
+    original = torch.load(GOLDEN / "forward.weight", weights_only=True)
+    back = torch.load(tmp_path / "back.weight", weights_only=True)
+    assert back.dtype == original.dtype
+    assert torch.equal(back, original)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft against transformers
+def test_peft_loads_the_adapter_folder(base_folder, model, tokenizer, tmp_path):
+    prefix = random_prefix(model.config)
+    save_prefix(tmp_path / "prefix", prefix, model.config, tokenizer)
+    tokens = np.random.default_rng(7).integers(4, 440, (2, 11))
+    reference = transformers.GPTNeoXForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    peft_model = PeftModel.from_pretrained(reference, tmp_path / "prefix").eval()
+    with torch.no_grad():
+        expected = peft_model(input_ids=torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(model(jnp.asarray(tokens), prefix)[0], expected, rtol=0, atol=MODEL)
+
+
+def save_as(kind: str, folded: np.ndarray, path):
+    tensor = torch.from_numpy(folded.copy())
+    match kind:
+        case "weight":
+            torch.save(tensor.requires_grad_(), path)
+        case "parameter":
+            torch.save(torch.nn.Parameter(tensor), path)
+        case "old torch":
+            torch.save(tensor, path, _use_new_zipfile_serialization=False)
+        case "bfloat16":
+            torch.save(tensor.bfloat16(), path)
+        case "4-D view":
+            torch.save(tensor.view(10, 6, 4, 16), path)
+        case "safetensors":
+            save_file({"anything": folded}, path)
+        case "npy" | "npy layered":
+            with path.open("wb") as file:
+                np.save(file, folded if kind == "npy" else to_layers(folded, 3, 4, 16))
+
+
+@pytest.mark.parametrize(
+    "kind", ["weight", "parameter", "old torch", "bfloat16", "4-D view", "safetensors", "npy", "npy layered"]
+)
+def test_every_format_is_told_by_content_and_read(golden_model, tmp_path, kind):
+    folded, _ = read_prefix(GOLDEN / "forward.weight")
+    path = tmp_path / "file"
+    save_as(kind, folded, path)
+    expected = torch.from_numpy(folded).bfloat16().float().numpy() if kind == "bfloat16" else folded
+    np.testing.assert_array_equal(to_folded(load_prefix(path, golden_model.config)), expected)
+
+
+def test_another_base_is_refused_field_by_field(golden_model, tokenizer, tmp_path):
+    save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
+    other = read_model_config(make_base_folder(tmp_path / "other", num_hidden_layers=2, vocab_size=500))
+    with pytest.raises(InputError) as error:
+        load_prefix(tmp_path / "prefix", other)
+    assert "n_layer: made for 3, this base has 2" in str(error.value)
+    assert "vocab_size: made for 440, this base has 500" in str(error.value)
+    assert "n_head" not in str(error.value)
+
+
+def test_another_tokenizer_is_refused(golden_model, tokenizer, tmp_path):
+    save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
+    with pytest.raises(InputError, match="tokenizer: made for "):
+        load_prefix(tmp_path / "prefix", golden_model.config, dataclasses.replace(tokenizer, fingerprint="0" * 16))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones((10, 100), np.float32), "it has 100 numbers per position"),
+        (np.full((10, 384), np.nan, np.float32), "3840 numbers that are not finite"),
+        (np.ones(384, np.float32), r"found shape \(384,\)"),
+        (np.ones((10, 384), np.int32), "expected floating-point numbers, found int32"),
+        (np.ones((600, 384), np.float32), "prefix length 600 leaves no room in 512 positions"),
+    ],
+)
+def test_unusable_numbers_are_refused(golden_model, tmp_path, content, message):
+    np.save(tmp_path / "p.npy", content)
+    with pytest.raises(InputError, match=message):
+        load_prefix(tmp_path / "p.npy", golden_model.config)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return (open, ("written-by-pickle", "w"))
+
+
+def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("hello, this is no prefix")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "zip").write_bytes(b"PK\x03\x04 and then nothing")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    torch.save({"state": 1}, tmp_path / "dict")
+    torch.save(RunsCode(), tmp_path / "code")
+    for name, message in {
+        "text": "not a prefix; expected",
+        "empty": "not a prefix; expected",
+        "zip": "not a tensor that torch can load safely",
+        "folder": "neither an adapter folder",
+        "lora": "peft_type is not PREFIX_TUNING",
+        "dict": "expected one floating-point tensor, found dict",
+        "code": "not a tensor that torch can load safely",
+        "missing": "no such prefix file or folder",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            read_prefix(tmp_path / name)
+    assert not (tmp_path / "written-by-pickle").exists()
+
+
+def test_model_type_of_the_golden_base_is_in_the_header(golden_model, tokenizer, tmp_path):
+    save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
+    _, header = read_prefix(tmp_path / "prefix")
+    assert header["base_model"] == str(GOLDEN_BASE)
+    assert header["tokenizer"] == tokenizer.fingerprint

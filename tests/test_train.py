@@ -1,0 +1,168 @@
+"""Whole runs: what they leave behind, and that stopping, resuming and more devices change nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from convert.errors import InputError
+from convert.prefix import read_prefix
+from jaxprefix import load_model, load_prefix, load_tokenizer
+from jaxprefix.data import read_examples
+from jaxprefix.evaluate import dev_batches, dev_loss
+from jaxprefix.run_log import RunLog
+from jaxprefix.train import train
+from tests.base_folders import GOLDEN_BASE
+from tests.runs import flags_of, losses_of, metrics_of, run_config
+from tests.tolerances import LOSS
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of 8 updates in 2 epochs."""
+    config = run_config(tmp_path_factory.mktemp("runs"))
+    assert train(config).finished
+    return config
+
+
+def prefix_of(config):
+    return read_prefix(config.run_dir)[0]
+
+
+def test_files_of_a_run(finished):
+    names = {path.name for path in finished.run_dir.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "prefix"}
+    config = json.loads((finished.run_dir / "config.json").read_text())
+    assert (config["max_lr"], config["base"]["n_layer"]) == (1e-2, "3")
+
+
+def test_metrics_tell_the_run(finished):
+    train_points, dev_points = metrics_of(finished.run_dir), metrics_of(finished.run_dir, "dev")
+    assert [point["step"] for point in train_points] == list(range(1, 9))
+    assert [point["epoch"] for point in train_points] == [0] * 4 + [1] * 4
+    assert [(point["step"], point["epoch"]) for point in dev_points] == [(4, 0), (8, 1)]
+    assert {"split", "step", "epoch", "loss", "ppl", "lr", "tokens_per_s"} == train_points[0].keys()
+    assert train_points[0]["lr"] == pytest.approx(1e-2)
+    assert all(point["ppl"] == pytest.approx(np.exp(point["loss"])) for point in train_points)
+
+
+def test_training_lowers_the_loss(finished):
+    first, *_, last = losses_of(finished.run_dir, "dev")
+    assert last < first
+
+
+def test_log_and_tensorboard_hold_the_same_numbers(finished):
+    log = (finished.run_dir / "log.txt").read_text()
+    point = metrics_of(finished.run_dir)[4]
+    assert f"Epoch 1, step 5, lr {point['lr']:.5g} - loss: {point['loss']:.5g}, ppl: {point['ppl']:.5g}" in log
+    assert "4,434 trainable parameters" in log
+    assert "15,360 bytes" in log
+    events = EventAccumulator(str(finished.run_dir / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/train")] == list(range(1, 9))
+    assert events.Scalars("loss/train")[4].value == pytest.approx(point["loss"], rel=1e-6)
+
+
+def test_the_best_prefix_is_kept(tmp_path):
+    config = run_config(tmp_path, n_epochs=3, max_lr=30.0, min_lr=30.0, prefix_hidden_dim=0)  # gets worse again
+    train(config)
+    losses = losses_of(config.run_dir, "dev")
+    assert losses.index(min(losses)) < 2, "this test needs a run whose last epoch is not its best"
+    model, tokenizer = load_model(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
+    dev_set = read_examples(config.data_filepath, tokenizer)[-4:]
+    prefix = load_prefix(config.run_dir, model.config, tokenizer)
+    assert dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4))["loss"] == pytest.approx(min(losses), rel=LOSS)
+
+
+@pytest.mark.parametrize("stop_after", range(1, 8))
+def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch, stop_after):
+    config = run_config(tmp_path)
+    progress = RunLog.progress
+
+    def press_ctrl_c(self, n_done, *rest):
+        progress(self, n_done, *rest)
+        if n_done == stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "progress", press_ctrl_c)
+        stopped = train(config)
+    assert (stopped.finished, stopped.n_done) == (False, stop_after)
+    assert train(run_config(tmp_path, resume=True)).finished
+    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
+    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
+    assert losses_of(config.run_dir, "dev") == losses_of(finished.run_dir, "dev")
+
+
+def test_same_seed_same_prefix(finished, tmp_path):
+    config = run_config(tmp_path)
+    train(config)
+    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
+    other = run_config(tmp_path, name="other", seed=43)
+    train(other)
+    assert not np.array_equal(prefix_of(other), prefix_of(finished))
+
+
+def test_resume_refuses_other_settings(finished):
+    changed = run_config(finished.output_dir, resume=True, max_lr=1e-3, batch_size=2)
+    with pytest.raises(InputError) as error:
+        train(changed)
+    assert "max_lr: was 0.01, now 0.001" in str(error.value)
+    assert "batch_size: was 4, now 2" in str(error.value)
+
+
+def test_an_earlier_run_is_not_touched(finished):
+    before = prefix_of(finished)
+    with pytest.raises(InputError, match="is not empty; use --resume, --overwrite, or another --save_name"):
+        train(run_config(finished.output_dir))
+    np.testing.assert_array_equal(prefix_of(finished), before)
+
+
+def test_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no run to resume"):
+        train(run_config(tmp_path, resume=True))
+
+
+def test_a_run_can_start_from_another_runs_encoder(finished, tmp_path):
+    config = run_config(tmp_path, checkpoint_path=finished.run_dir, n_training_steps=1, max_lr=1e-9)
+    train(config)
+    assert losses_of(config.run_dir, "dev") == pytest.approx(losses_of(finished.run_dir, "dev")[-1:], rel=LOSS)
+
+
+def test_a_direct_prefix_can_start_from_a_prefix_file(finished, tmp_path):
+    changes = {"prefix_hidden_dim": 0, "n_training_steps": 1, "max_lr": 1e-9}
+    config = run_config(tmp_path, checkpoint_path=finished.run_dir / "prefix", **changes)
+    train(config)
+    np.testing.assert_allclose(prefix_of(config), prefix_of(finished), atol=1e-5)
+
+
+def test_four_devices_give_the_curve_of_one(tmp_path):
+    config = run_config(tmp_path, n_epochs=5, n_training_steps=20)
+    train(config)
+    four = run_config(tmp_path, name="four", n_epochs=5, n_training_steps=20)
+    command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four)]
+    result = subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True)
+    assert "4 device(s)" in result.stderr, result.stderr
+    assert len(losses_of(four.run_dir)) == 20
+    np.testing.assert_allclose(losses_of(four.run_dir), losses_of(config.run_dir), rtol=LOSS)
+
+
+def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):
+    with pytest.raises(InputError, match=r"--prefix_seq_len 500 \+ the longest row, 63 tokens, .* 512 positions"):
+        train(run_config(tmp_path, prefix_seq_len=500))
+    assert not any(tmp_path.iterdir()), "nothing is written for a run that cannot start"
+
+
+def test_an_unknown_suffix_is_warned_of(tmp_path):
+    config = run_config(tmp_path, suffix=" 🦀", n_training_steps=1)
+    train(config)
+    assert "WARNING: the suffix ' 🦀' holds an unknown token" in (config.run_dir / "log.txt").read_text()
+
+
+def test_without_saving_nothing_is_written(tmp_path):
+    train(run_config(tmp_path, save_model=False, save_log=False, n_training_steps=1))
+    assert not any(tmp_path.iterdir())

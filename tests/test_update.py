@@ -1,0 +1,171 @@
+"""One update: what it computes, what it leaves alone, and how often it is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxprefix import load_model
+from jaxprefix.config import RECIPES, Recipe
+from jaxprefix.data import IGNORED, Batch, Example, make_batch
+from jaxprefix.loss import LossScale, next_token_loss
+from jaxprefix.prefix import decays, new_encoder
+from jaxprefix.sharding import data_mesh, replicated
+from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+from tests.base_folders import GOLDEN_BASE
+from tests.runs import run_config
+from tests.tolerances import FUNCTION, MODEL
+
+EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
+
+
+def stacked(tokenizer, *groups) -> Batch:
+    parts = [make_batch(group, tokenizer, 10, 16) for group in groups]
+    return Batch(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
+
+
+@pytest.fixture
+def start(golden_model):
+    """A function that makes a fresh state: an update may consume it."""
+
+    def make(optimizer, loss_scale=None):
+        encoder = new_encoder(golden_model, 6, 5, 4, seed=0)
+        return TrainState(encoder, optimizer.init(encoder), loss_scale)
+
+    return make
+
+
+def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
+    optimizer = optimizer or optax.sgd(1.0)
+    return make_update(optimizer, recipe, data_mesh())(start(optimizer, loss_scale), base, batch)
+
+
+def gap(first, second) -> float:
+    """Largest difference between two encoders."""
+    return max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+
+
+def test_update_follows_the_gradient_of_the_mean_loss(start, golden_model, tokenizer):
+    batch = stacked(tokenizer, EXAMPLES)
+    moved, loss = run(start, golden_model, batch)
+    encoder = start(optax.sgd(1.0)).encoder
+
+    def mean_loss(encoder):
+        total, n = next_token_loss(
+            golden_model(jnp.asarray(batch.tokens[0]), encoder())[0], jnp.asarray(batch.labels[0])
+        )
+        return total / n
+
+    expected, gradient = jax.value_and_grad(mean_loss)(encoder)
+    assert float(loss) == pytest.approx(float(expected), rel=FUNCTION)
+    assert gap(moved.encoder, optax.apply_updates(encoder, jax.tree.map(jnp.negative, gradient))) < MODEL
+
+
+def test_accumulation_equals_one_large_batch(start, golden_model, tokenizer):
+    whole, loss = run(start, golden_model, stacked(tokenizer, EXAMPLES))
+    parts, loss_of_parts = run(start, golden_model, stacked(tokenizer, EXAMPLES[:1], EXAMPLES[1:], []))
+    assert float(loss) == pytest.approx(float(loss_of_parts), rel=FUNCTION)
+    assert gap(whole.encoder, parts.encoder) < FUNCTION
+
+
+def test_rinna_averages_the_means_of_micro_batches(start, golden_model, tokenizer):
+    groups = (EXAMPLES[:1], EXAMPLES[1:])
+    losses = [float(run(start, golden_model, stacked(tokenizer, group))[1]) for group in groups]
+    _, loss = run(start, golden_model, stacked(tokenizer, *groups), RECIPES["rinna"])
+    _, sound = run(start, golden_model, stacked(tokenizer, *groups))
+    assert float(loss) == pytest.approx(sum(losses) / 2, rel=FUNCTION)
+    assert abs(float(sound) - float(loss)) > 1e-3
+
+
+def test_order_of_a_batch_does_not_matter(start, golden_model, tokenizer):
+    forward, _ = run(start, golden_model, stacked(tokenizer, EXAMPLES))
+    backward, _ = run(start, golden_model, stacked(tokenizer, EXAMPLES[::-1]))
+    assert gap(forward.encoder, backward.encoder) < FUNCTION
+
+
+def test_padding_has_no_part_in_the_update(start, golden_model, tokenizer):
+    tight = stacked(tokenizer, EXAMPLES)
+    wide = Batch(
+        np.pad(tight.tokens, ((0, 0), (0, 3), (0, 9)), constant_values=77),
+        np.pad(tight.labels, ((0, 0), (0, 3), (0, 9)), constant_values=IGNORED),
+    )
+    assert gap(run(start, golden_model, tight)[0].encoder, run(start, golden_model, wide)[0].encoder) < FUNCTION
+
+
+def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer):
+    before = [np.array(leaf) for leaf in jax.tree.leaves(golden_model)]
+    optimizer = optax.adamw(0.1, mask=decays)
+    mesh = data_mesh()
+    update = make_update(optimizer, Recipe(), mesh)
+    state, golden_model = jax.device_put((start(optimizer), golden_model), replicated(mesh))
+    for group in (EXAMPLES, EXAMPLES[:2], EXAMPLES[3:]):
+        state, _ = update(state, golden_model, stacked(tokenizer, group))
+    assert update._cache_size() == 1
+    for leaf, copy in zip(jax.tree.leaves(golden_model), before, strict=True):
+        np.testing.assert_array_equal(leaf, copy)
+
+
+def test_no_decay_on_biases(tmp_path, golden_model):
+    encoder = new_encoder(golden_model, 6, 5, 4, seed=0)
+    still = jax.tree.map(jnp.zeros_like, encoder)
+    config = run_config(tmp_path, weight_decay=0.5, max_lr=0.1, n_training_steps=100, n_epochs=1)
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    moved = optax.apply_updates(encoder, optimizer.update(still, optimizer.init(encoder), encoder)[0])
+    for name, shrinks in (("0", 1 - 0.05), ("2", 1 - 0.05)):
+        old, new = encoder.prefix_mlp[name], moved.prefix_mlp[name]
+        np.testing.assert_allclose(new.weight[...], old.weight[...] * shrinks, rtol=1e-6)
+        np.testing.assert_array_equal(new.bias[...], old.bias[...])
+    np.testing.assert_allclose(moved.prefix_wte.weight[...], encoder.prefix_wte.weight[...] * 0.95, rtol=1e-6)
+
+
+def test_gradients_are_clipped_by_their_global_norm(tmp_path, start, golden_model, tokenizer):
+    batch = stacked(tokenizer, EXAMPLES)
+    plain, _ = run(start, golden_model, batch)
+    clip = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    clipped, _ = run(start, golden_model, batch, optimizer=clip)
+    encoder = start(clip).encoder
+    step = optax.tree.norm(jax.tree.map(jnp.subtract, clipped.encoder, encoder))
+    assert float(step) == pytest.approx(0.01, rel=1e-3)
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, plain.encoder, encoder))) > 0.02
+
+
+def rates(tmp_path, n_updates, **changes):
+    config = run_config(tmp_path, max_lr=1.0, min_lr=0.1, **changes)
+    rate = learning_rate(config, RECIPES[config.recipe], n_updates)
+    return [round(float(rate(n)), 4) for n in range(n_updates)]
+
+
+def test_learning_rate_decays_over_the_run_to_min_lr(tmp_path):
+    assert rates(tmp_path, 5) == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert rates(tmp_path, 6, n_warmup_steps=2) == [0.1, 0.5, 1.0, 0.75, 0.5, 0.25]
+    assert min(rates(tmp_path, 50)) == 0.1
+
+
+def test_rinna_steps_the_schedule_twice_and_over_the_requested_steps(tmp_path):
+    assert rates(tmp_path, 8, recipe="rinna", n_training_steps=10) == [1.0, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
+    assert rates(tmp_path, 4, recipe="rinna", n_training_steps=10, n_warmup_steps=4) == [0, 0.5, 1.0, 0.6667]
+
+
+def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
+    base = load_model(GOLDEN_BASE, "float16")
+    batch = stacked(tokenizer, EXAMPLES)
+    scaled, loss = run(start, base, batch, loss_scale=LossScale.start())
+    plain, plain_loss = run(start, base, batch)
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-3)
+    assert 0 < gap(scaled.encoder, plain.encoder) < 1e-2
+    assert int(scaled.loss_scale.n_good) == 1
+
+    huge = LossScale(jnp.float32(1e38), jnp.int32(5))
+    skipped, _ = run(start, base, batch, loss_scale=huge)
+    assert gap(skipped.encoder, start(optax.sgd(1.0)).encoder) == 0
+    assert float(skipped.loss_scale.value) == pytest.approx(5e37)
+    assert int(skipped.loss_scale.n_good) == 0
+
+
+def test_loss_scale_doubles_after_a_thousand_good_updates():
+    scale = LossScale(jnp.float32(1024), jnp.int32(998))
+    scale = scale.adjusted(jnp.bool_(True))
+    assert (float(scale.value), int(scale.n_good)) == (1024, 999)
+    scale = scale.adjusted(jnp.bool_(True))
+    assert (float(scale.value), int(scale.n_good)) == (2048, 0)
