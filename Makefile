@@ -7,7 +7,7 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --con
 setup: .venv/dev            ## everything that development needs, torch included
 
 demo: .venv/core            ## train a prefix on the small base model and show what it does
-	.venv/bin/python data/demo.py
+	.venv/bin/python examples/demo.py
 
 test: .venv/dev             ## the whole suite
 	.venv/bin/python -m pytest -q

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_long_sentences_are_split_by_default_and_whole_under_rinna(tokenizer):
     pieces = chunks_of(LONG + "\n短い文。", tokenizer)
     whole = tokenizer.encode(LONG + SUFFIX)
     assert max(map(len, pieces)) <= 64 < len(whole)
-    assert sum(pieces[:-1], []) == whole
+    assert flat(pieces[:-1]) == whole
     assert min(map(len, pieces[:-1])) > 1, "the suffix must not be left alone"
     assert whole in chunks_of(LONG + "\n短い文。", tokenizer, RECIPES["rinna"])
 
@@ -136,6 +137,15 @@ def test_split_takes_both_ends(tmp_path):
         split_examples(examples, 8, 3, tmp_path)
 
 
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def seen_in(plan, first, last):
+    """The examples that updates first … last − 1 see, in order."""
+    return flat(flat(plan.micro_batches(update)) for update in range(first, last))
+
+
 def make_plan(carry, n_accum_steps=3, n_training_steps=1000, n_epochs=4):
     return UpdatePlan(10, 2, n_accum_steps, n_epochs, n_training_steps, 42, carry)
 
@@ -143,7 +153,7 @@ def make_plan(carry, n_accum_steps=3, n_training_steps=1000, n_epochs=4):
 def test_every_epoch_sees_every_example_once_in_a_fresh_order():
     plan = make_plan(carry=False)
     assert plan.n_updates == 8
-    epochs = [sum((sum(plan.micro_batches(u), []) for u in (2 * e, 2 * e + 1)), []) for e in range(4)]
+    epochs = [seen_in(plan, 2 * e, 2 * e + 2) for e in range(4)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
     assert [plan.epochs_ending(n) for n in range(1, 9)] == [[], [0], [], [1], [], [2], [], [3]]
@@ -152,7 +162,7 @@ def test_every_epoch_sees_every_example_once_in_a_fresh_order():
 def test_carried_accumulation_joins_the_next_epoch():
     plan = make_plan(carry=True)
     assert plan.n_updates == 6  # 20 micro-batches, 3 an update, the last 2 never applied
-    seen = sum((sum(plan.micro_batches(u), []) for u in range(6)), [])
+    seen = seen_in(plan, 0, 6)
     assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:20])
     assert [plan.epochs_ending(n) for n in range(1, 7)] == [[0], [], [1], [], [2], [3]]
 

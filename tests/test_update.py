@@ -52,9 +52,8 @@ def test_update_follows_the_gradient_of_the_mean_loss(start, golden_model, token
     encoder = start(optax.sgd(1.0)).encoder
 
     def mean_loss(encoder):
-        total, n = next_token_loss(
-            golden_model(jnp.asarray(batch.tokens[0]), encoder())[0], jnp.asarray(batch.labels[0])
-        )
+        tokens, labels = (jnp.asarray(array[0]) for array in batch)
+        total, n = next_token_loss(golden_model(tokens, encoder())[0], labels)
         return total / n
 
     expected, gradient = jax.value_and_grad(mean_loss)(encoder)

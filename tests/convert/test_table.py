@@ -94,5 +94,5 @@ def test_a_truncated_file_is_refused(folder):
 
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="no weights; expected model.safetensors or"):
+    with pytest.raises(InputError, match=r"no weights; expected model\.safetensors or"):
         load_model(folder)

@@ -1,0 +1,76 @@
+"""Train a prefix that makes a small Japanese model end every sentence with 😃, and show that it does.
+
+Runs on the CPU in about two minutes: `make demo`, or `python examples/demo.py`.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jaxprefix
+from jaxprefix.config import DecodeConfig, TrainConfig
+from jaxprefix.evaluate import suffix_rate
+from jaxprefix.generate import sample_texts
+from jaxprefix.train import train
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+PROMPTS = (DATA / "prompts.txt").read_text().splitlines()  # beginnings that the training data does not hold
+
+
+def main() -> None:
+    """Train, compare, measure, and say what to try next."""
+    started = time.monotonic()
+    config = TrainConfig(
+        pretrained_model_dir=str(DATA / "small_base"),
+        data_filepath=DATA / "sample_data.jsonl",
+        save_name="demo",
+        train_data_size=400,
+        dev_data_size=20,
+        n_epochs=4,
+        max_lr=1e-2,
+        log_every_n_steps=50,
+        overwrite=True,
+    )
+    if not train(config).finished:
+        return
+
+    model = jaxprefix.load_model(config.pretrained_model_dir)
+    tokenizer = jaxprefix.load_tokenizer(config.pretrained_model_dir)
+    prefix = jaxprefix.load_prefix(config.run_dir, model.config, tokenizer)
+    decode = DecodeConfig(max_output_len=48)
+    rates = {}
+    for name, trained in (("without", None), ("with", prefix)):
+        texts = list(sample_texts(model, tokenizer, PROMPTS, 2 * len(PROMPTS), trained, config.seed, decode, 59))
+        rates[name] = suffix_rate(texts, config.suffix)
+        print(
+            f"\n--- {name} prefix: {rates[name]['suffix_rate']:.1%} of {rates[name]['sentences']} sentences end with 😃"
+        )
+        print("\n".join(texts[:6]))
+
+    metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    dev_losses = [point["loss"] for point in metrics if point["split"] == "dev"]
+    report = {
+        "suffix_rate_with": rates["with"]["suffix_rate"],
+        "suffix_rate_without": rates["without"]["suffix_rate"],
+        "sentences_with": rates["with"]["sentences"],
+        "sentences_without": rates["without"]["sentences"],
+        "dev_loss_first": dev_losses[0],
+        "dev_loss_best": min(dev_losses),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (config.run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    jaxprefix_command, base = ".venv/bin/jaxprefix", "--pretrained_model_dir data/small_base"
+    print(f"\n{config.run_dir / 'report.json'}: {json.dumps(report)}\n\nTry next:")
+    print(f"  {jaxprefix_command} generate {base} --prefix_checkpoint_path {config.run_dir} --compare")
+    print(
+        f"  {jaxprefix_command} evaluate {base} --prefix_checkpoint_path {config.run_dir} --prompt_file data/prompts.txt"
+    )
+    print(
+        f"  {jaxprefix_command} train {base} --data_filepath data/sample_data.jsonl --save_name mine --suffix '！！' \\"
+    )
+    print("      --train_data_size 400 --n_epochs 4 --max_lr 1e-2")
+
+
+if __name__ == "__main__":
+    main()
