@@ -42,9 +42,8 @@ def main() -> None:
     for name, trained in (("without", None), ("with", prefix)):
         texts = list(sample_texts(model, tokenizer, PROMPTS, 2 * len(PROMPTS), trained, config.seed, decode, 59))
         rates[name] = suffix_rate(texts, config.suffix)
-        print(
-            f"\n--- {name} prefix: {rates[name]['suffix_rate']:.1%} of {rates[name]['sentences']} sentences end with 😃"
-        )
+        rate, n_sentences = rates[name]["suffix_rate"], rates[name]["sentences"]
+        print(f"\n--- {name} prefix: {rate:.1%} of {n_sentences} sentences end with 😃")
         print("\n".join(texts[:6]))
 
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -60,16 +59,13 @@ def main() -> None:
     }
     (config.run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
-    jaxprefix_command, base = ".venv/bin/jaxprefix", "--pretrained_model_dir data/small_base"
+    command, base = ".venv/bin/jaxprefix", "--pretrained_model_dir data/small_base"
+    with_prefix = f"{base} --prefix_checkpoint_path {config.run_dir}"
     print(f"\n{config.run_dir / 'report.json'}: {json.dumps(report)}\n\nTry next:")
-    print(f"  {jaxprefix_command} generate {base} --prefix_checkpoint_path {config.run_dir} --compare")
-    print(
-        f"  {jaxprefix_command} evaluate {base} --prefix_checkpoint_path {config.run_dir} --prompt_file data/prompts.txt"
-    )
-    print(
-        f"  {jaxprefix_command} train {base} --data_filepath data/sample_data.jsonl --save_name mine --suffix '！！' \\"
-    )
-    print("      --train_data_size 400 --n_epochs 4 --max_lr 1e-2")
+    print(f"  {command} generate {with_prefix} --compare")
+    print(f"  {command} evaluate {with_prefix} --prompt_file data/prompts.txt")
+    print(f"  {command} train {base} --data_filepath data/sample_data.jsonl --save_name mine \\")
+    print("      --suffix '！！' --train_data_size 400 --n_epochs 4 --max_lr 1e-2")
 
 
 if __name__ == "__main__":

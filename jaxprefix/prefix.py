@@ -127,7 +127,7 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
     if folded.shape[1] != config.folded_width:
         raise InputError(
             f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, "
-            f"this takes {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
+            f"this: {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
         )
     if folded.shape[0] >= config.n_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")

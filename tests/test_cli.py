@@ -121,16 +121,11 @@ def test_prefix_length_that_disagrees(capsys):
 
 def test_the_original_flags_work_unchanged(tmp_path):
     """The flags of rinna's README and their spelling; --deepspeed's own are DeepSpeed's."""
-    flags = (
-        "--model_type gpt-neox --prefix_seq_len 5 --prefix_input_dim 6 --prefix_hidden_dim 7 --seed 1 --batch_size 4"
-    )
-    flags += (
-        " --n_training_steps 1 --n_epochs 1 --n_warmup_steps 0 --n_accum_steps 1 --adam_beta1 0.9 --adam_beta2 0.99"
-    )
-    flags += " --adam_eps 1e-8 --weight_decay 0.01 --min_lr 1e-6 --max_lr 1e-4 --grad_clip 1.0 --train_data_size 14"
-    flags += (
-        " --dev_data_size 4 --save_log --save_model --save_name r --log_every_n_steps 1 --filename_note note --bf16"
-    )
+    flags = """--model_type gpt-neox --prefix_seq_len 5 --prefix_input_dim 6 --prefix_hidden_dim 7 --seed 1
+        --batch_size 4 --n_training_steps 1 --n_epochs 1 --n_warmup_steps 0 --n_accum_steps 1 --adam_beta1 0.9
+        --adam_beta2 0.99 --adam_eps 1e-8 --weight_decay 0.01 --min_lr 1e-6 --max_lr 1e-4 --grad_clip 1.0
+        --train_data_size 14 --dev_data_size 4 --save_log --save_model --save_name r --log_every_n_steps 1
+        --filename_note note --bf16"""
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--output_dir", str(tmp_path)]
     assert main(["train", *BASE, *data, *flags.split()]) == 0
     assert (tmp_path / "r.note" / "prefix" / "adapter_model.safetensors").is_file()
