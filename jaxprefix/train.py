@@ -79,12 +79,12 @@ def train(config: TrainConfig) -> TrainResult:
     """
     recipe = RECIPES[config.recipe]
     inputs = read_inputs(config, recipe)
-    open_run_folder(config, base_identity(inputs.model_config, inputs.tokenizer))
     mesh = data_mesh()
     base = jax.device_put(load_model(config.pretrained_model_dir, config.dtype), replicated(mesh))
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
     encoder = start_encoder(config, base, inputs.tokenizer)
+    open_run_folder(config, base_identity(inputs.model_config, inputs.tokenizer))
     state = TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.fp16 else None)
     state = jax.device_put(state, replicated(mesh))
     update = make_update(optimizer, recipe, mesh)

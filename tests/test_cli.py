@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 from convert.prefix import read_prefix
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
-from tests.runs import flags_of, run_config
+from tests.runs import flags_of, metrics_of, run_config
 
 BASE = ["--pretrained_model_dir", str(GOLDEN_BASE)]
 PREFIX = ["--prefix_checkpoint_path", str(GOLDEN / "forward.weight")]
@@ -208,17 +209,21 @@ def test_hub_id_is_fetched_through_the_cache(monkeypatch, tmp_path):
     assert second.startswith("someone/absent: no such folder, and the model hub cannot be reached")
 
 
-def test_ctrl_c_in_the_terminal_saves_and_resumes(tmp_path):
+def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):
     flags = train_flags(tmp_path, n_epochs=2000, n_training_steps=100000)
-    process = subprocess.Popen([sys.executable, "-m", "jaxprefix.cli", *flags], stderr=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(120, process.kill)
-    watchdog.start()
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "step 6," in line:
-            process.send_signal(2)
-    watchdog.cancel()
-    assert process.wait() == 130, "".join(lines)
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxprefix.cli", *flags], stderr=subprocess.PIPE, text=True
+    ) as process:
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        for line in process.stderr:
+            lines.append(line)
+            if "step 6," in line:
+                process.send_signal(signal.SIGINT)
+        watchdog.cancel()
+    assert process.returncode == 130, "".join(lines)
     assert "repeat the command with --resume" in lines[-1]
     assert "Traceback" not in "".join(lines)
+    last_step = metrics_of(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / str(last_step)).is_dir()
