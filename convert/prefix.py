@@ -8,8 +8,6 @@ Two layouts of the same numbers:
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +63,8 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
             f"{path}: not a prefix; expected .weight, .checkpoint, .safetensors, .npy or an adapter folder"
         )
 
-    array = np.asarray(array)
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
+        raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5:
         array = to_folded(array)
     if array.ndim not in (2, 4) or 0 in array.shape:
@@ -79,7 +78,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, base: Mapping[str, str]) -> None:
     """Write a PEFT adapter folder (PREFIX_TUNING); `base` goes into the safetensors header.
 
-    Each file replaces its predecessor in one step, so a reader never sees half of one.
+    Each file replaces its predecessor in one step, so a reader never sees half of one. Raises OSError.
     """
     n_virtual_tokens, width = folded.shape
     token_dim = width // (2 * n_layer)
@@ -105,10 +104,11 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
 
 
 def write_weight(path: Path, folded: np.ndarray) -> None:
-    """Write the original's format: `torch.save` of the folded tensor. Needs torch."""
+    """Write the original's format: `torch.save` of the folded tensor. Needs torch; raises OSError."""
     torch = _import_torch(f"writing {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.from_numpy(np.ascontiguousarray(folded)), path)
+    with path.open("wb") as file:
+        torch.save(torch.from_numpy(np.ascontiguousarray(folded)), file)
 
 
 def _file_of_folder(folder: Path) -> Path:
@@ -139,24 +139,26 @@ def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error})") from error
-    if array.dtype.kind != "f":
-        raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
-    return array
+        return np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy's parser of the header raises many kinds
+        raise InputError(f"{path}: not a readable .npy file ({_reason(error)})") from error
 
 
 def _read_torch(path: Path) -> np.ndarray:
     torch = _import_torch(f"reading {path}")
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a tensor that torch can load safely ({reason})") from error
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-        raise InputError(f"{path}: expected one floating-point tensor, found {type(tensor).__name__}")
-    return tensor.detach().float().numpy()
+    except Exception as error:  # so does torch's, on a damaged file
+        raise InputError(f"{path}: not a tensor that torch can load safely ({_reason(error)})") from error
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+        raise InputError(f"{path}: expected one dense tensor, found {type(tensor).__name__}")
+    tensor = tensor.detach()
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _import_torch(purpose: str) -> Any:

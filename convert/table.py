@@ -29,7 +29,10 @@ def expand(table: Mapping[str, str | None], n_layer: int) -> dict[str, str | Non
 def weight_files(folder: Path) -> list[Path]:
     """List a hub folder's safetensors files: the shards its index names, or the single file."""
     if (folder / SHARD_INDEX).is_file():
-        shards = set(json.loads((folder / SHARD_INDEX).read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads((folder / SHARD_INDEX).read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / SHARD_INDEX}: not an index with a weight_map") from error
         return [folder / name for name in sorted(shards)]
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]

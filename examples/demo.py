@@ -10,7 +10,7 @@ from pathlib import Path
 import jaxprefix
 from jaxprefix.config import DecodeConfig, TrainConfig
 from jaxprefix.evaluate import suffix_rate
-from jaxprefix.generate import sample_texts
+from jaxprefix.generate import stream
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -40,11 +40,11 @@ def main() -> None:
     decode = DecodeConfig(max_output_len=48)
     rates = {}
     for name, trained in (("without", None), ("with", prefix)):
-        texts = list(sample_texts(model, tokenizer, PROMPTS, 2 * len(PROMPTS), trained, config.seed, decode, 59))
+        texts = list(stream(model, tokenizer, PROMPTS * 3, trained, config.seed, len(PROMPTS), decode))
         rates[name] = suffix_rate(texts, config.suffix)
         rate, n_sentences = rates[name]["suffix_rate"], rates[name]["sentences"]
         print(f"\n--- {name} prefix: {rate:.1%} of {n_sentences} sentences end with 😃")
-        print("\n".join(texts[:6]))
+        print("\n".join(prompt + text for prompt, text in zip(PROMPTS[:6], texts, strict=False)))
 
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     dev_losses = [point["loss"] for point in metrics if point["split"] == "dev"]

@@ -13,6 +13,11 @@ import orbax.checkpoint as ocp
 from convert.errors import InputError
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder holds a complete checkpoint; Orbax gives those under way another name."""
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run, newest two kept. Saving goes on in the background; leaving `with` waits for it."""
 
@@ -35,17 +40,17 @@ class Checkpoints:
         items = {"state": ocp.args.PyTreeSave(arrays), "progress": ocp.args.JsonSave(progress)}
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the newest checkpoint's pytree, placed and shaped `like` the given one, and its JSON object.
+    def restore(self, like: Any, sharding: jax.sharding.Sharding) -> tuple[Any, dict[str, Any]]:
+        """Return the newest checkpoint's pytree, placed by `sharding`, and its JSON object.
 
-        `like` may be a part of what was saved. Raises InputError when there is no checkpoint, or its arrays
-        are not those of `like`.
+        `like` gives the structure, shapes and types, of all that was saved or of a part. Raises InputError
+        when there is no checkpoint, or its arrays are not those of `like`.
         """
         step = self._manager.latest_step()
         if step is None:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
-        names = _names(like)
-        abstract = dict(zip(names, jax.tree.leaves(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)), strict=True))
+        expected = dict(zip(_names(like), jax.tree.leaves(like), strict=True))
+        abstract = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for n, leaf in expected.items()}
         placement = ocp.checkpoint_utils.construct_restore_args(abstract)
         state = ocp.args.PyTreeRestore(abstract, restore_args=placement, partial_restore=True)
         items = {"state": state, "progress": ocp.args.JsonRestore()}
@@ -54,8 +59,20 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{self.folder / str(step)}: does not fit this run ({reason})") from error
-        leaves = [restored["state"][name] for name in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["progress"]
+        found = restored["state"]
+        problems = [
+            f"{name}: expected shape {leaf.shape}, found {found[name].shape if _is_array(found[name]) else 'nothing'}"
+            for name, leaf in expected.items()
+            if not _is_array(found[name]) or found[name].shape != leaf.shape
+        ]
+        if problems:
+            raise InputError.all(f"{self.folder / str(step)}: does not fit this run:", problems)
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected]), restored["progress"]
+
+
+def _is_array(leaf: Any) -> bool:
+    """Tell an array from the placeholder that Orbax leaves for what was not stored."""
+    return isinstance(leaf, jax.Array)
 
 
 def _names(state: Any) -> list[str]:

@@ -50,6 +50,9 @@ def _train(config: TrainConfig) -> int:
     result = train(config)
     if not result.finished:
         return 130
+    if result.best_dev_loss is None:
+        print("error: no dev loss was finite, so no prefix was kept; lower --max_lr", file=sys.stderr)
+        return 1
     if config.save_model:
         base = config.pretrained_model_dir
         print(f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:")
@@ -58,37 +61,46 @@ def _train(config: TrainConfig) -> int:
 
 
 def _generate(config: GenerateConfig) -> int:
-    import dataclasses
+    from jaxprefix.generate import stream
 
-    from jaxprefix.generate import generate
+    prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else None)
+    model, tokenizer, prefix = _load(config)
+    if config.prefix_seq_len is not None and prefix is not None and config.prefix_seq_len != prefix.shape[2]:
+        raise InputError(
+            f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
+            f"{config.prefix_seq_len}"
+        )
+    ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
+
+    def answer(prompts: list[str]) -> None:
+        options = (config.seed, config.batch_size, config.decode)
+        streams = [stream(model, tokenizer, prompts, way, *options) for way in ways.values()]
+        for prompt, *made in zip(prompts, *streams, strict=True):
+            result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
+            print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
+
+    if prompts:
+        answer(prompts)
+        return 0
+    for prompt in prompt_loop():
+        try:
+            answer([prompt])
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+    return 0
+
+
+def _load(config: GenerateConfig | EvaluateConfig) -> tuple[Any, Any, Any]:
+    """Return the base model, its tokenizer, and the prefix or None."""
     from jaxprefix.models import load_model
     from jaxprefix.prefix import load_prefix
     from jaxprefix.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.pretrained_model_dir)
     model = load_model(config.pretrained_model_dir, config.dtype)
-    prefix = None
-    if config.prefix_checkpoint_path is not None:
-        prefix = load_prefix(config.prefix_checkpoint_path, model.config, tokenizer)
-        if config.prefix_seq_len not in (None, prefix.shape[2]):
-            raise InputError(
-                f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
-                f"{config.prefix_seq_len}"
-            )
-
-    def answer(prompts: list[str]) -> Iterator[dict[str, str]]:
-        ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
-        decode = dataclasses.asdict(config.decode)
-        made = {way: generate(model, tokenizer, prompts, p, config.seed, **decode) for way, p in ways.items()}
-        for index, prompt in enumerate(prompts):
-            yield {"prompt": prompt, **{way: texts[index] for way, texts in made.items()}}
-
-    prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else None)
-    batches = [prompts] if prompts else prompt_loop()
-    for batch in batches:
-        for result in answer(batch):
-            print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
-    return 0
+    if config.prefix_checkpoint_path is None:
+        return model, tokenizer, None
+    return model, tokenizer, load_prefix(config.prefix_checkpoint_path, model.config, tokenizer)
 
 
 def _as_text(result: dict[str, str]) -> str:
@@ -98,14 +110,14 @@ def _as_text(result: dict[str, str]) -> str:
     return f"with prefix:    {text}\nwithout prefix: {result['prompt'] + result['continuation_without_prefix']}\n"
 
 
-def prompt_loop() -> Iterator[list[str]]:
+def prompt_loop() -> Iterator[str]:
     """Yield what the user types, a line at a time, until Ctrl-D or Ctrl-C."""
     interactive = sys.stdin.isatty()
     if interactive:
         print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            yield [input("> " if interactive else "")]
+            yield input("> " if interactive else "")
         except (EOFError, KeyboardInterrupt):
             return
 
@@ -123,35 +135,34 @@ def read_prompts(path: Path) -> list[str]:
 
 def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.config import RECIPES
-    from jaxprefix.data import read_examples
+    from jaxprefix.data import longest_row, read_examples
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
-    from jaxprefix.generate import sample_texts
-    from jaxprefix.models import load_model
-    from jaxprefix.prefix import load_prefix
-    from jaxprefix.tokenizer import load_tokenizer
+    from jaxprefix.generate import stream
+    from jaxprefix.tokenizer import check_fit
 
     recipe = RECIPES[config.decode.recipe]
-    tokenizer = load_tokenizer(config.pretrained_model_dir)
-    model = load_model(config.pretrained_model_dir, config.dtype)
-    ways: dict[str, Any] = {"without_prefix": None}
-    if config.prefix_checkpoint_path is not None:
-        ways = {"with_prefix": load_prefix(config.prefix_checkpoint_path, model.config, tokenizer), **ways}
+    prompts = read_prompts(config.prompt_file) if config.prompt_file else [""]
+    prompts = [prompts[i % len(prompts)] for i in range(config.n_samples)]
+    model, tokenizer, prefix = _load(config)
+    ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
     if config.data_filepath is not None:
         examples = read_examples(
             config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
         )
+        prefix_len = 0 if prefix is None else prefix.shape[2]
+        check_fit(model.config, tokenizer, prefix_len, longest_row(examples), "the longest row")
         batches = dev_batches(examples, tokenizer, config.batch_size)
-        for way, prefix in ways.items():
-            report[way] |= dev_loss(model, prefix, batches, recipe)
-    if config.n_samples:
-        prompts = read_prompts(config.prompt_file) if config.prompt_file else [""]
-        for way, prefix in ways.items():
-            options = (config.n_samples, prefix, config.seed, config.decode, config.batch_size)
-            report[way] |= suffix_rate(list(sample_texts(model, tokenizer, prompts, *options)), config.suffix)
+        for way, values in report.items():
+            values |= dev_loss(model, ways[way], batches, recipe)
+    if prompts:
+        for way, values in report.items():
+            texts = stream(model, tokenizer, prompts, ways[way], config.seed, config.batch_size, config.decode)
+            values |= suffix_rate(list(texts), config.suffix)
     if config.json:
         print(json.dumps(report))
-    for way, values in report.items() if not config.json else ():
+        return 0
+    for way, values in report.items():
         print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
     return 0
 
@@ -160,22 +171,25 @@ def _convert(config: ConvertConfig) -> int:
     from convert.prefix import read_prefix, write_adapter, write_weight
 
     folded, base = read_prefix(config.source)
-    if config.target.suffix in (".weight", ".checkpoint"):
-        write_weight(config.target, folded)
-    elif config.pretrained_model_dir is not None:
+    if config.pretrained_model_dir is not None:
         from jaxprefix.hub import resolve_folder
         from jaxprefix.models.config import read_model_config
-        from jaxprefix.prefix import load_prefix, save_prefix
+        from jaxprefix.prefix import base_identity, load_prefix
         from jaxprefix.tokenizer import load_tokenizer
 
         folder = resolve_folder(config.pretrained_model_dir)
-        model_config = read_model_config(folder, name=config.pretrained_model_dir)
-        tokenizer = load_tokenizer(folder)
-        save_prefix(config.target, load_prefix(config.source, model_config, tokenizer), model_config, tokenizer)
-    elif {"n_layer", "n_head"} <= base.keys():
-        write_adapter(config.target, folded, int(base["n_layer"]), int(base["n_head"]), base)
-    else:
-        raise InputError(f"{config.source}: does not say what base model it is for; give --pretrained_model_dir")
+        model_config, tokenizer = read_model_config(folder, name=config.pretrained_model_dir), load_tokenizer(folder)
+        load_prefix(config.source, model_config, tokenizer)
+        base = base_identity(model_config, tokenizer)
+    try:
+        if config.target.suffix in (".weight", ".checkpoint"):
+            write_weight(config.target, folded)
+        elif {"n_layer", "n_head"} <= base.keys():
+            write_adapter(config.target, folded, int(base["n_layer"]), int(base["n_head"]), base)
+        else:
+            raise InputError(f"{config.source}: does not say what base model it is for; give --pretrained_model_dir")
+    except OSError as error:
+        raise InputError(f"{config.target}: cannot be written ({error.strerror})") from error
     print(f"{config.target}: prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes")
     return 0
 

@@ -11,6 +11,8 @@ import tyro
 
 from convert.errors import InputError
 
+SEED_LIMIT = 2**32
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -25,7 +27,7 @@ class Recipe:
     schedule_steps_per_update: int = 1
     """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
     decay_over_requested_steps: bool = False
-    """Decay to 0 over n_training_steps even if n_epochs ends earlier; else to min_lr over the run's updates."""
+    """Decay to 0 over n_training_steps even if n_epochs ends earlier; else over the run's updates, not below min_lr."""
     average_batch_means: bool = False
     """Average the means of batches (accumulation, dev loss, dev ppl), instead of weighing by tokens."""
     carry_accumulation: bool = False
@@ -143,13 +145,17 @@ class TrainConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"--{name} must be at least 0 and below 1, is {getattr(self, name)}")
+        if self.recipe == "default" and self.min_lr > self.max_lr:
+            problems.append(f"--min_lr {self.min_lr} is above --max_lr {self.max_lr}")
+        if self.seed >= SEED_LIMIT:
+            problems.append(f"--seed must be below {SEED_LIMIT}, is {self.seed}")
         if self.bf16 and self.fp16:
             problems.append("--bf16 and --fp16 exclude each other")
         if self.resume and self.overwrite:
             problems.append("--resume and --overwrite exclude each other")
         if self.resume and not self.save_model:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
-        if not self.save_name or "/" in self.save_name + self.filename_note:
+        if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
             problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
         if problems:
             raise InputError.all("train:", problems)
@@ -180,7 +186,7 @@ class DecodeConfig:
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
-    """`rinna` filters nucleus candidates as the original does: the token that crosses top_p is dropped."""
+    """`rinna` does as the original: nucleus drops the token that crosses top_p, evaluate chunks and averages so."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -193,7 +199,7 @@ class DecodeConfig:
         if not self.temperature > 0:
             problems.append(f"--temperature must be positive, is {self.temperature}")
         if problems:
-            raise InputError.all("generate:", problems)
+            raise InputError.all("decoding:", problems)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +224,8 @@ class GenerateConfig:
     """Architecture of the base model; must agree with its config.json."""
     prefix_seq_len: int | None = None
     """Prefix length to expect; the prefix file knows its own."""
+    batch_size: int = 16
+    """Prompts to continue at a time."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the base model's weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
@@ -227,6 +235,8 @@ class GenerateConfig:
             raise InputError("generate: --compare needs --prefix_checkpoint_path")
         if self.prompt and self.prompt_file:
             raise InputError("generate: --prompt and --prompt_file exclude each other")
+        if self.batch_size < 1 or not 0 <= self.seed < SEED_LIMIT:
+            raise InputError(f"generate: --batch_size must be positive, --seed between 0 and {SEED_LIMIT}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +275,10 @@ class EvaluateConfig:
         ]
         if self.n_samples < 0:
             problems.append(f"--n_samples must not be negative, is {self.n_samples}")
+        if not 0 <= self.seed < SEED_LIMIT:
+            problems.append(f"--seed must be between 0 and {SEED_LIMIT}, is {self.seed}")
+        if not self.n_samples and self.data_filepath is None:
+            problems.append("nothing to measure: neither --data_filepath nor --n_samples")
         if self.n_samples and not self.suffix.strip():
             problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
         if problems:
@@ -280,4 +294,8 @@ class ConvertConfig:
     target: tyro.conf.Positional[Path]
     """File ending in .weight or .checkpoint, or the folder to write."""
     pretrained_model_dir: str | None = None
-    """Base model that the prefix is for; needed to write an adapter folder unless the source names its shape."""
+    """Base model that the prefix must fit; needed to write an adapter folder unless the source names its shape."""
+
+    def __post_init__(self) -> None:
+        if self.target.suffix in (".npy", ".safetensors"):
+            raise InputError(f"{self.target}: give a folder, or a file ending in .weight or .checkpoint")

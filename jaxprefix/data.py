@@ -198,7 +198,7 @@ def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 record = json.loads(text) if text else None
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
             if not text:
                 continue
@@ -211,4 +211,6 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{where}: `{field}` holds half a surrogate pair")
     return value

@@ -74,24 +74,26 @@ def _batch_loss(
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
+# A full stop needs a space behind it: 3.5 is no end.
 _MARKS, _BRACKETS = "。！？!?", "」』）)"
-_SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))")
+_SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 
 
 def count_sentences(text: str, suffix: str) -> tuple[int, int]:
     """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
 
-    A sentence ends at the suffix, or at 。！？!? when the suffix does not follow.
+    A sentence ends at the suffix, or at 。！？!? or a full stop when the suffix does not follow.
     """
-    *before_suffix, rest = text.split(suffix.strip())
+    first, *others = text.split(suffix.strip())
+    *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
     suffixed = [piece.strip() for piece in before_suffix if piece.strip()]
-    unsuffixed = [*(piece.rstrip(_MARKS + _BRACKETS) for piece in suffixed), rest]
+    unsuffixed = [*(piece.rstrip(_MARKS + _BRACKETS + ".") for piece in suffixed), rest]
     n_unsuffixed = sum(len(_SENTENCE_END.findall(piece)) for piece in unsuffixed)
     return len(suffixed) + n_unsuffixed, len(suffixed)
 
 
 def suffix_rate(texts: Sequence[str], suffix: str) -> dict[str, float | int]:
-    """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over texts."""
+    """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over generated texts."""
     counts = [count_sentences(text, suffix) for text in texts]
     n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
     return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}

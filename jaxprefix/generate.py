@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from convert.errors import InputError
 from jaxprefix.config import RECIPES, DecodeConfig
 from jaxprefix.models.attention import Cache, empty_cache
 from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.prefix import Prefix
-from jaxprefix.tokenizer import Tokenizer
+from jaxprefix.tokenizer import Tokenizer, check_fit
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -41,6 +40,7 @@ def generate(
     prompts: Sequence[str],
     prefix: Prefix | None = None,
     seed: int = 42,
+    batch_size: int = 16,
     **decode: Any,
 ) -> list[str]:
     """Return one continuation per prompt, without the prompt.
@@ -50,9 +50,23 @@ def generate(
     the seed and on a prompt's place in the list. Raises InputError when prefix, prompt and output
     together exceed the model's positions.
     """
+    return list(stream(model, tokenizer, prompts, prefix, seed, batch_size, DecodeConfig(**decode)))
+
+
+def stream(
+    model: GPTNeoX,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    prefix: Prefix | None,
+    seed: int,
+    batch_size: int,
+    decode: DecodeConfig,
+) -> Iterator[str]:
+    """Yield what `generate` returns, a batch of prompts at a time."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    made = generate_ids(model, tokenizer, ids, prefix, seed, DecodeConfig(**decode))
-    return [_continuation(tokenizer, *pair) for pair in zip(ids, made, strict=True)]
+    for prompt, made in zip(ids, generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode), strict=True):
+        # Decoded behind the prompt, so that a space at the seam is kept.
+        yield tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
 
 
 def generate_ids(
@@ -61,27 +75,30 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     prefix: Prefix | None = None,
     seed: int = 42,
+    batch_size: int = 16,
     decode: DecodeConfig = DecodeConfig(),
-) -> list[list[int]]:
-    """Like `generate`, from token ids to token ids."""
-    if not prompts:
-        return []
+) -> Iterator[list[int]]:
+    """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
-    longest = max(map(len, rows))
-    prefix_len = 0 if prefix is None else prefix.shape[2]
-    if prefix_len + longest + decode.max_output_len > model.config.n_positions:
-        raise InputError(
-            f"prefix {prefix_len} + longest prompt {longest} + --max_output_len {decode.max_output_len} tokens "
-            f"are more than the base model's {model.config.n_positions} positions"
+    longest = max(map(len, rows), default=0)
+    what = f"--max_output_len and the longest prompt of {longest}"
+    check_fit(model.config, tokenizer, 0 if prefix is None else prefix.shape[2], longest + decode.max_output_len, what)
+    batch_size = min(batch_size, len(rows))
+    for first in range(0, len(rows), batch_size or 1):
+        group = rows[first : first + batch_size]
+        width = -(-max(map(len, group)) // PROMPT_BUCKET) * PROMPT_BUCKET
+        tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
+        lengths = np.zeros(batch_size, np.int32)  # 0: no prompt is left for this row
+        for index, ids in enumerate(group):
+            tokens[index, : len(ids)] = ids
+            lengths[index] = len(ids)
+        places = jnp.arange(first, first + batch_size)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
+        made = np.asarray(
+            _decode(model, prefix, jnp.asarray(tokens), jnp.asarray(lengths), keys, tokenizer.eos_id, decode)
         )
-    width = -(-longest // PROMPT_BUCKET) * PROMPT_BUCKET
-    tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
-    for row, ids in zip(tokens, rows, strict=True):
-        row[: len(ids)] = ids
-    lengths = np.array([len(ids) for ids in rows], np.int32)
-    keys = jax.random.split(jax.random.key(seed), len(rows))
-    made = np.asarray(_decode(model, prefix, tokens, lengths, keys, tokenizer.eos_id, decode))
-    return [row[: _index(row, tokenizer.eos_id)].tolist() for row in made]
+        for row in made[: len(group)]:
+            yield row[: np.argmax(row == tokenizer.eos_id) if tokenizer.eos_id in row else len(row)].tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))
@@ -99,7 +116,7 @@ def _decode(
     cache_shape = (n_rows, tokens.shape[1] + decode.max_output_len, config.n_head, config.head_dim)
     cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
     hidden, written = model.hidden(tokens, prefix, cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)
@@ -118,7 +135,8 @@ def _decode(
 
     first = pick(model.logits(last), jnp.int32(0))
     made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
-    state = DecodeState(jnp.int32(1), first, lengths, made, first == eos_id, written)
+    stopped = (first == eos_id) | (lengths == 0)
+    state = DecodeState(jnp.int32(1), first, lengths, made, stopped, written)
     return jax.lax.while_loop(going_on, step, state).made
 
 
@@ -154,33 +172,3 @@ def filter_nucleus(
         rank = jnp.argsort(order, axis=-1)
         logits = jnp.where(jnp.take_along_axis(outside, rank, axis=-1), -jnp.inf, logits)
     return logits
-
-
-def sample_texts(
-    model: GPTNeoX,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    n_samples: int,
-    prefix: Prefix | None,
-    seed: int,
-    decode: DecodeConfig,
-    batch_size: int,
-) -> Iterator[str]:
-    """Yield n_samples texts, prompt included, taking the prompts in turn; every batch has its own seed."""
-    ids = [tokenizer.encode(prompts[i % len(prompts)]) for i in range(n_samples)]
-    for first in range(0, n_samples, batch_size):
-        group = ids[first : first + batch_size]
-        padded = group + [[]] * (batch_size - len(group))
-        made = generate_ids(model, tokenizer, padded, prefix, seed + first, decode)
-        for prompt, continuation in zip(group, made, strict=False):
-            yield tokenizer.decode(prompt) + _continuation(tokenizer, prompt, continuation)
-
-
-def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
-    """Decode behind the prompt, so that a space at the seam is kept."""
-    return tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
-
-
-def _index(row: np.ndarray, token: int) -> int:
-    found = np.flatnonzero(row == token)
-    return int(found[0]) if len(found) else len(row)

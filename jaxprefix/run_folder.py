@@ -35,20 +35,36 @@ def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
         if config.resume:
             _check_same_run(folder, description)
             return
-        if config.overwrite and (folder / CONFIG_FILE).is_file():
+        if config.overwrite and folder.is_dir() and _read_description(folder):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise InputError(f"{folder}: is not empty; use --resume, --overwrite, or another --save_name")
-        (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+            advice = "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
+            raise InputError(f"{folder}: is not empty; {advice}")
+        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
+def check_base(run_dir: Path, base: dict[str, str]) -> None:
+    """Check that an earlier run belongs to a base model. Raises InputError naming the fields that differ."""
+    earlier = _read_description(run_dir).get("base")
+    if not isinstance(earlier, dict):
+        raise InputError(f"{run_dir}: no run, {CONFIG_FILE} is missing or damaged")
+    differing = [
+        f"{field}: made for {earlier.get(field)}, this base has {value}"
+        for field, value in base.items()
+        if field != "base_model" and earlier.get(field) != value
+    ]
+    if differing:
+        raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
+
+
 def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
-    if not (folder / CONFIG_FILE).is_file():
-        raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing")
-    earlier = json.loads((folder / CONFIG_FILE).read_text())
+    earlier = _read_description(folder)
+    if not earlier:
+        raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     changed = [
         f"{field}: was {earlier.get(field)!r}, now {value!r}"
         for field, value in description.items()
@@ -56,6 +72,15 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """Return a run's config.json, empty when there is none or it is not one of ours."""
+    try:
+        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return description if isinstance(description, dict) and "data_sha256" in description else {}
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

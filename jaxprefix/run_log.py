@@ -1,9 +1,9 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, tensorboard/, and the screen."""
 
 import json
+import math
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,7 +53,8 @@ class RunLog:
 
     def point(self, split: str, step: int, epoch: int, **values: float) -> None:
         """Log loss, ppl, … of a split after `step` updates, everywhere."""
-        record: dict[str, Any] = {"split": split, "step": step, "epoch": epoch, **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"split": split, "step": step, "epoch": epoch, **finite}
         if split == "train":
             where = f"Epoch {epoch}, step {step}, lr {values['lr']:.5g}"
             self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
@@ -69,5 +70,6 @@ class RunLog:
 def _keep_until(path: Path, step: int) -> None:
     """Drop the records of later updates, and a last line that was cut off, from a metrics file."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

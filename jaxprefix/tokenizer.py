@@ -15,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
 from jaxprefix.hub import resolve_folder
+from jaxprefix.models.config import ModelConfig
 
 MODEL_FILES = ("spiece.model", "spm.model", "tokenizer.model")
 SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -38,8 +39,11 @@ class Tokenizer:
         return self.processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without special tokens."""
-        return self.processor.encode(text)
+        """Return the ids of a text, without special tokens. Raises InputError if it is not valid Unicode."""
+        try:
+            return self.processor.encode(text)
+        except RuntimeError as error:
+            raise InputError(f"not a valid text: {text[:40]!r}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens leave no trace."""
@@ -79,6 +83,23 @@ def load_tokenizer(dir_or_hub_id: str | Path) -> Tokenizer:
     )
 
 
+def check_fit(config: ModelConfig, tokenizer: Tokenizer, prefix_len: int, longest: int, what: str) -> None:
+    """Check that all ids and positions exist, since gathers on the device clamp silently.
+
+    Raises InputError naming `what` is too long, or the tokenizer that knows more pieces than the model.
+    """
+    if prefix_len + longest > config.n_positions:
+        raise InputError(
+            f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
+            f"{config.n_positions} positions"
+        )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{config.name}: the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocab_size "
+            f"{config.vocab_size}"
+        )
+
+
 def _special_id(processor: SentencePieceProcessor, name: Any, default: int) -> int | None:
     """Return the id of a special token by its name (a string, or transformers' {"content": …}), else the default."""
     if isinstance(name, dict):
@@ -94,7 +115,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from convert.errors import InputError
-from jaxprefix.checkpoint import Checkpoints
+from jaxprefix.checkpoint import Checkpoints, has_checkpoint
 from jaxprefix.config import RECIPES, Recipe, TrainConfig
 from jaxprefix.data import (
     IGNORED,
@@ -34,12 +35,14 @@ from jaxprefix.loss import LossScale
 from jaxprefix.models import load_model
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt_neox import GPTNeoX
-from jaxprefix.prefix import DirectPrefix, Encoder, base_identity, load_prefix, new_encoder, save_prefix
-from jaxprefix.run_folder import open_run_folder
+from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
+from jaxprefix.run_folder import check_base, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import data_mesh, replicated, rows_on
-from jaxprefix.tokenizer import Tokenizer, load_tokenizer
-from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update
+from jaxprefix.tokenizer import Tokenizer, check_fit, load_tokenizer
+from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
+
+CHECKPOINTS = "checkpoints"
 
 
 class Inputs(NamedTuple):
@@ -50,6 +53,19 @@ class Inputs(NamedTuple):
     train_set: list[Example]
     dev_set: list[Example]
     plan: UpdatePlan
+
+
+class Run(NamedTuple):
+    """What stays the same while a run goes on."""
+
+    config: TrainConfig
+    inputs: Inputs
+    base: GPTNeoX
+    mesh: Mesh
+    update: Update
+    rate: optax.Schedule
+    log: RunLog
+    checkpoints: Checkpoints | None
 
 
 @dataclasses.dataclass
@@ -83,79 +99,75 @@ def train(config: TrainConfig) -> TrainResult:
     base = jax.device_put(load_model(config.pretrained_model_dir, config.dtype), replicated(mesh))
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
-    encoder = start_encoder(config, base, inputs.tokenizer)
+
+    resuming = config.resume and has_checkpoint(config.run_dir / CHECKPOINTS)
+    state = start_state(config, base, inputs.tokenizer, optimizer, resuming)
     open_run_folder(config, base_identity(inputs.model_config, inputs.tokenizer))
-    state = TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.fp16 else None)
-    state = jax.device_put(state, replicated(mesh))
-    update = make_update(optimizer, recipe, mesh)
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signal())
-        checkpoints = stack.enter_context(Checkpoints(config.run_dir / "checkpoints")) if config.save_model else None
-        if checkpoints and config.resume:
-            state, saved = checkpoints.restore(like=state)
+        checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
+        if checkpoints and resuming:
+            state, saved = checkpoints.restore(state, replicated(mesh))
             progress = Progress(**saved)
+        else:
+            state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log else None
         log = stack.enter_context(RunLog(log_folder, inputs.plan.n_updates, progress.n_done))
-        for line in summary(config, inputs, encoder, mesh):
+        for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
-        loop(config, inputs, base, state, progress, mesh, update, rate, log, checkpoints, stop)
+        update = make_update(optimizer, recipe, mesh)
+        loop(Run(config, inputs, base, mesh, update, rate, log, checkpoints), state, progress, stop)
         finished = progress.n_done == inputs.plan.n_updates
         if not finished:
-            log.line(f"stopped after update {progress.n_done}; repeat the command with --resume to go on")
+            advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
+            log.line(f"stopped after update {progress.n_done}{advice}")
     return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, finished)
 
 
-def loop(
-    config: TrainConfig,
-    inputs: Inputs,
-    base: GPTNeoX,
-    state: TrainState,
-    progress: Progress,
-    mesh: Mesh,
-    update: Update,
-    rate: optax.Schedule,
-    log: RunLog,
-    checkpoints: Checkpoints | None,
-    stop: threading.Event,
-) -> None:
+def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event) -> None:
     """Make the updates that are left; log, evaluate and save where due. Moves `progress` on."""
-    recipe = RECIPES[config.recipe]
+    config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
     dev = dev_batches(inputs.dev_set, inputs.tokenizer, config.batch_size)
     window = LossMeter(recipe, progress.window)
-    batches = update_batches(config, inputs, rows_on(mesh, 2 * config.batch_size), progress.n_done)
+    batches = update_batches(config, inputs, rows_on(run.mesh, 2 * config.batch_size), progress.n_done)
     batch = next(batches, None)
-    while batch is not None and not stop.is_set():
+    while batch is not None:
         started = time.monotonic()
         n_tokens = int((batch.labels != IGNORED).sum())
-        state, device_loss = update(state, base, batch)
+        state, device_loss = run.update(state, run.base, batch)
         batch = next(batches, None)  # laid out while the device is at work
         loss = float(device_loss)
         window.add(loss, n_tokens, time.monotonic() - started)
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
-        log.progress(progress.n_done, loss, window.tokens_per_s)
+        run.log.progress(progress.n_done, loss, window.tokens_per_s)
 
         if progress.n_done % config.log_every_n_steps == 0:
-            speed = window.tokens_per_s
-            lr = float(rate(progress.n_done - 1))
-            log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
+            lr, speed = float(run.rate(n_applied(state) - 1)), window.tokens_per_s
+            run.log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
             window = LossMeter(recipe)
         ended = inputs.plan.epochs_ending(progress.n_done)
         for epoch in ended:
-            metrics = dev_loss(base, state.encoder(), dev, recipe)
-            log.point("dev", progress.n_done, epoch, **metrics)
-            if progress.best_dev_loss is None or metrics["loss"] < progress.best_dev_loss:
-                progress.best_dev_loss = metrics["loss"]
-                if config.save_model:
-                    save_prefix(config.run_dir / "prefix", state.encoder(), inputs.model_config, inputs.tokenizer)
+            prefix = state.encoder()
+            metrics = dev_loss(run.base, prefix, dev, recipe)
+            run.log.point("dev", progress.n_done, epoch, **metrics)
+            keep_best(run, prefix, metrics["loss"], progress)
         stopping = stop.is_set()
-        if checkpoints and (ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0):
+        if run.checkpoints and (ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0):
             progress.window = window.items
-            checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
+            run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
         if stopping:
             return
+
+
+def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None:
+    """Save the prefix if its dev loss is the lowest so far."""
+    if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
+        progress.best_dev_loss = loss
+        if run.config.save_model:
+            save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.model_config, run.inputs.tokenizer)
 
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
@@ -167,17 +179,7 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
         config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
     )
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    longest = longest_row(train_set + dev_set)
-    if config.prefix_seq_len + longest > model_config.n_positions:
-        raise InputError(
-            f"--prefix_seq_len {config.prefix_seq_len} + the longest row, {longest} tokens, "
-            f"is more than the base model's {model_config.n_positions} positions"
-        )
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocab_size "
-            f"{model_config.vocab_size}"
-        )
+    check_fit(model_config, tokenizer, config.prefix_seq_len, longest_row(train_set + dev_set), "the longest row")
     plan = UpdatePlan(
         n_examples=len(train_set),
         batch_size=config.batch_size,
@@ -187,7 +189,29 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
         seed=config.seed,
         carry_accumulation=recipe.carry_accumulation,
     )
+    if recipe.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
+        raise InputError(
+            f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
+            f"which --recipe {config.recipe} cannot fill"
+        )
     return Inputs(model_config, tokenizer, train_set, dev_set, plan)
+
+
+def start_state(
+    config: TrainConfig,
+    base: GPTNeoX,
+    tokenizer: Tokenizer,
+    optimizer: optax.GradientTransformation,
+    resuming: bool,
+) -> TrainState:
+    """Make the state that training starts from; only its shapes when a checkpoint is to replace it."""
+    scale = LossScale.start() if config.fp16 else None
+    if resuming:
+        sizes = (config.prefix_seq_len, config.prefix_input_dim, config.prefix_hidden_dim)
+        encoder = jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))
+        return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)
+    encoder = start_encoder(config, base, tokenizer)
+    return TrainState(encoder, optimizer.init(encoder), scale)
 
 
 def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> Encoder:
@@ -196,10 +220,17 @@ def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> E
     if config.checkpoint_path is None:
         return new_encoder(base, *sizes, config.seed)
     if config.prefix_hidden_dim == 0:
-        return DirectPrefix(load_prefix(config.checkpoint_path, base.config, tokenizer))
-    like = jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))
-    with Checkpoints(config.checkpoint_path / "checkpoints", create=False) as checkpoints:
-        return checkpoints.restore(like={"encoder": like})[0]["encoder"]
+        prefix = load_prefix(config.checkpoint_path, base.config, tokenizer)
+        if prefix.shape[2] != config.prefix_seq_len:
+            raise InputError(
+                f"{config.checkpoint_path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len "
+                f"{config.prefix_seq_len}"
+            )
+        return DirectPrefix(prefix)
+    check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
+    like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))}
+    with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
+        return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))[0]["encoder"]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, n_rows: int, first: int) -> Iterator[Batch]:

@@ -67,8 +67,8 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
         prefix, pull_back = jax.vjp(lambda encoder: encoder(), state.encoder)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         counts = (batch.labels != IGNORED).sum(axis=(1, 2))
-        per_label = 1 / (counts * len(counts) if recipe.average_batch_means else counts.sum())
-        per_label = jnp.broadcast_to(per_label, counts.shape)
+        totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
+        per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
 
         def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
             tokens, labels, weight = micro_batch
@@ -96,3 +96,8 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
         in_shardings=(everywhere, everywhere, split_rows(mesh)),
         out_shardings=everywhere,
     )
+
+
+def n_applied(state: TrainState) -> int:
+    """Return the updates that moved the encoder; float16 skips some."""
+    return int(optax.tree_utils.tree_get_all_with_path(state.moments, "count")[0][1])

@@ -27,6 +27,9 @@ def flags_of(config: TrainConfig) -> list[str]:
     """The command-line flags of a run_config."""
     names = ("pretrained_model_dir", "data_filepath", "save_name", "output_dir", "train_data_size", "dev_data_size")
     names += ("n_epochs", "max_lr", "log_every_n_steps", "n_training_steps", "batch_size")
+    default = run_config(config.output_dir, config.save_name)
+    changed = {name for name, value in vars(config).items() if value != getattr(default, name)}
+    assert changed <= {*names}, f"add {changed - {*names}} to flags_of"
     return [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
 
 

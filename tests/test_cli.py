@@ -86,7 +86,7 @@ def test_prefix_of_another_base(capsys, tmp_path):
 def test_too_few_positions(capsys, tmp_path):
     short = make_base_folder(tmp_path / "base", max_position_embeddings=64)
     flags = train_flags(tmp_path, pretrained_model_dir=str(short))
-    fails(capsys, flags, "--prefix_seq_len 10 + the longest row, 63 tokens, is more than the base model's 64 positions")
+    fails(capsys, flags, "prefix of 10 + the longest row, 63 tokens, is more than the base model's 64 positions")
 
 
 def test_unknown_flag(capsys, tmp_path):
@@ -146,6 +146,32 @@ def test_convert_needs_to_know_the_base(capsys, tmp_path):
     fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "give --pretrained_model_dir")
 
 
+@pytest.mark.parametrize("target", ["in-the-way/prefix", "in-the-way/p.weight"])
+def test_convert_to_a_place_that_cannot_be_written(capsys, tmp_path, target):
+    (tmp_path / "in-the-way").write_text("")
+    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / target), *BASE], "cannot be written")
+
+
+def test_convert_to_a_format_it_does_not_write(capsys, tmp_path):
+    fails(
+        capsys,
+        ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p.npy")],
+        "give a folder, or a file ending in",
+    )
+
+
+def test_convert_checks_the_base(capsys, tmp_path):
+    base = make_base_folder(tmp_path / "base", num_hidden_layers=2)
+    command = [
+        "convert",
+        str(GOLDEN / "forward.weight"),
+        str(tmp_path / "p.weight"),
+        "--pretrained_model_dir",
+        str(base),
+    ]
+    fails(capsys, command, "it has 384 numbers per position")
+
+
 def test_convert_says_so_when_torch_is_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "pip install 'jaxprefix[torch]'")
@@ -158,6 +184,8 @@ def test_generate_compares_as_text_and_json(capsys):
     assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare", "--json"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["prompt"] for record in records] == prompts[1:]
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY]) == 0
+    assert capsys.readouterr().out.splitlines() == [r["prompt"] + r["continuation"] for r in records]
     for record in records:
         assert record["continuation"] != record["continuation_without_prefix"]
         assert f"with prefix:    {record['prompt']}{record['continuation']}" in text
@@ -166,8 +194,10 @@ def test_generate_compares_as_text_and_json(capsys):
 
 def test_the_prompt_loop_answers_line_by_line():
     command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, *GREEDY]
-    result = subprocess.run(command, input="朝の\n猫が\n", capture_output=True, text=True, check=True)
+    lines = ["朝の", "朝" * 600, "猫が"]
+    result = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
     assert [line[:2] for line in result.stdout.splitlines()] == ["朝の", "猫が"]
+    assert "error: prefix of 10 + --max_output_len and the longest prompt" in result.stderr
 
 
 def test_evaluate_with_and_without_prefix(capsys, tmp_path):
@@ -183,6 +213,17 @@ def test_evaluate_with_and_without_prefix(capsys, tmp_path):
     assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
     assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
     assert capsys.readouterr().out.startswith("without_prefix:")
+
+
+def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
+    data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
+    fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")
+    fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
+
+
+def test_seeds_have_a_limit(capsys, tmp_path):
+    for command in (["generate", *BASE, "--prompt", "a"], ["evaluate", *BASE], train_flags(tmp_path)):
+        fails(capsys, [*command, "--seed", "9" * 23], "--seed")
 
 
 def test_evaluate_refuses_a_blank_suffix(capsys):

@@ -114,6 +114,9 @@ def test_batch_is_padded_right_and_below(tokenizer):
         ('{"body": "a"}', "line 2: has neither `text` nor `prompt` and `completion`"),
         ('{"text": 5}', "line 2: `text` must be a string, found int"),
         ('{"prompt": "a", "completion": ""}', "line 2: `completion` is empty"),
+        (r'{"text": "\ud800"}', "line 2: `text` holds half a surrogate pair"),
+        ('{"n": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
+        ("[" * 200_000, "line 2: not a line of JSON"),
         (b'{"text": "\xff"}', "line 2: not a line of JSON in UTF-8"),
     ],
 )

@@ -19,12 +19,18 @@ SMILE = " 😃"
         ("「行こう。」と言った。 😃", (1, 1)),
         ("「行こう。」 「はい。」 😃", (2, 1)),
         ("今日は晴れ。😃 😃 😃", (1, 1)),
+        ("I paid 3.5 yen. You paid more. 😃", (2, 1)),
+        (" 😃 次の文。", (1, 0)),  # a suffix that answers the prompt's own sentence
         ("😃", (0, 0)),
         ("", (0, 0)),
     ],
 )
 def test_count_sentences(text, counts):
     assert count_sentences(text, SMILE) == counts
+
+
+def test_a_suffix_of_marks():
+    assert count_sentences("すごい！！！ 猫。", "！！") == (2, 1)
 
 
 def test_suffix_rate_is_over_all_sentences():

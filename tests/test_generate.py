@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError
-from jaxprefix import generate
+from jaxprefix import generate, load_model
 from jaxprefix.config import DecodeConfig
 from jaxprefix.generate import choose_tokens, filter_nucleus, generate_ids
-from tests.base_folders import random_prefix
+from tests.base_folders import make_base_folder, random_prefix
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
+
+
+def ids_of(*arguments, **options):
+    return list(generate_ids(*arguments, **options))
 
 
 def slow_greedy(model, prompt, prefix, n_tokens, eos_id):
@@ -31,21 +35,35 @@ def slow_greedy(model, prompt, prefix, n_tokens, eos_id):
 @pytest.mark.parametrize("with_prefix", [True, False])
 def test_a_batch_of_different_lengths_equals_full_forwards(model, tokenizer, with_prefix):
     prefix = random_prefix(model.config) if with_prefix else None
-    made = generate_ids(model, tokenizer, PROMPTS, prefix, decode=GREEDY)
+    made = ids_of(model, tokenizer, PROMPTS, prefix, decode=GREEDY)
     assert made == [slow_greedy(model, prompt, prefix, 12, tokenizer.eos_id) for prompt in PROMPTS]
 
 
 def test_order_of_prompts_does_not_matter(model, tokenizer):
-    forward = generate_ids(model, tokenizer, PROMPTS, decode=GREEDY)
-    assert generate_ids(model, tokenizer, PROMPTS[::-1], decode=GREEDY) == forward[::-1]
+    forward = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
+    assert ids_of(model, tokenizer, PROMPTS[::-1], decode=GREEDY) == forward[::-1]
+
+
+def test_batch_size_does_not_matter(golden_model, tokenizer):
+    """Samples depend on the seed and the place in the list, also when the last batch is not full."""
+    for decode in (GREEDY, DecodeConfig(decode_method="sample", max_output_len=6)):
+        whole = ids_of(golden_model, tokenizer, PROMPTS[:3], decode=decode)
+        assert ids_of(golden_model, tokenizer, PROMPTS[:3], batch_size=2, decode=decode) == whole
+    assert ids_of(golden_model, tokenizer, []) == []
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer, tmp_path):
+    small = load_model(make_base_folder(tmp_path / "small", vocab_size=100))
+    with pytest.raises(InputError, match="the tokenizer has 440 pieces, more than the model's vocab_size 100"):
+        ids_of(small, tokenizer, PROMPTS)
 
 
 def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
-    made = generate_ids(model, tokenizer, PROMPTS, decode=GREEDY)
+    made = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
     stop = made[0][3]
     stopping = dataclasses.replace(tokenizer, eos_id=stop)
     cut = [row[: row.index(stop)] if stop in row else row for row in made]
-    assert generate_ids(model, stopping, PROMPTS, decode=GREEDY) == cut
+    assert ids_of(model, stopping, PROMPTS, decode=GREEDY) == cut
     assert len({len(row) for row in cut}) > 1
 
 
@@ -57,13 +75,13 @@ def test_seed_decides_the_sample(golden_model, tokenizer):
 
 def test_empty_prompt_starts_from_bos(golden_model, tokenizer):
     greedy = {"decode_method": "greedy", "max_output_len": 5}
-    made = generate_ids(golden_model, tokenizer, [[tokenizer.bos_id]], decode=DecodeConfig(**greedy))
+    made = ids_of(golden_model, tokenizer, [[tokenizer.bos_id]], decode=DecodeConfig(**greedy))
     assert generate(golden_model, tokenizer, [""], **greedy) == [tokenizer.decode(made[0])]
 
 
 def test_too_long_a_text_is_refused(model, tokenizer):
-    with pytest.raises(InputError, match=r"prefix 0 \+ longest prompt 200 \+ --max_output_len 100 .* 256 positions"):
-        generate_ids(model, tokenizer, [[5] * 200], decode=DecodeConfig(max_output_len=100))
+    with pytest.raises(InputError, match=r"prefix of 0 \+ --max_output_len and the longest prompt of 200, 300 tokens"):
+        ids_of(model, tokenizer, [[5] * 200], decode=DecodeConfig(max_output_len=100))
 
 
 LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))

@@ -92,7 +92,7 @@ def test_greedy_ids(golden_model, tokenizer, with_prefix):
     prefix = load_prefix(GOLDEN / "forward.weight", golden_model.config) if with_prefix else None
     prompts = [tokenizer.encode(prompt) for prompt in golden]
     decode = DecodeConfig(decode_method="greedy", max_output_len=40)
-    made = generate_ids(golden_model, tokenizer, prompts, prefix, decode=decode)
+    made = list(generate_ids(golden_model, tokenizer, prompts, prefix, decode=decode))
     assert made == [ids[0 if with_prefix else 1] for ids in golden.values()]
 
 

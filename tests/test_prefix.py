@@ -179,14 +179,19 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     torch.save({"state": 1}, tmp_path / "dict")
+    torch.save(torch.arange(20).view(4, 5), tmp_path / "integers")
+    torch.save(torch.ones(4, 5), tmp_path / "old", _use_new_zipfile_serialization=False)
+    (tmp_path / "cut").write_bytes((tmp_path / "old").read_bytes()[:30])
     torch.save(RunsCode(), tmp_path / "code")
     for name, message in {
         "text": "not a prefix; expected",
         "empty": "not a prefix; expected",
+        "cut": "not a tensor that torch can load safely",
+        "integers": "expected floating-point numbers, found int64",
         "zip": "not a tensor that torch can load safely",
         "folder": "neither an adapter folder",
         "lora": "peft_type is not PREFIX_TUNING",
-        "dict": "expected one floating-point tensor, found dict",
+        "dict": "expected one dense tensor, found dict",
         "code": "not a tensor that torch can load safely",
         "missing": "no such prefix file or folder",
     }.items():

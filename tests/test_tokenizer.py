@@ -40,6 +40,11 @@ def test_fingerprint_is_of_the_vocabulary(tokenizer, tmp_path):
     assert load_tokenizer(copy_with(tmp_path / "a", None)).fingerprint == tokenizer.fingerprint
 
 
+def test_half_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(InputError, match="not a valid text"):
+        tokenizer.encode("\ud800")
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"no SentencePiece tokenizer; expected one of spiece.model"):
         load_tokenizer(tmp_path)

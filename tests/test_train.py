@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from jaxprefix.data import read_examples
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.run_log import RunLog
 from jaxprefix.train import train
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
 
@@ -78,24 +79,51 @@ def test_the_best_prefix_is_kept(tmp_path):
     assert dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4))["loss"] == pytest.approx(min(losses), rel=LOSS)
 
 
-@pytest.mark.parametrize("stop_after", range(1, 8))
-def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch, stop_after):
-    config = run_config(tmp_path)
+def stop_at(monkeypatch, update):
+    """Press Ctrl-C while the given update is made."""
     progress = RunLog.progress
 
     def press_ctrl_c(self, n_done, *rest):
         progress(self, n_done, *rest)
-        if n_done == stop_after:
+        if n_done == update:
             signal.raise_signal(signal.SIGINT)
 
+    monkeypatch.setattr(RunLog, "progress", press_ctrl_c)
+
+
+@pytest.mark.parametrize("stop_after", range(1, 8))
+def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch, stop_after):
+    config = run_config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "progress", press_ctrl_c)
+        stop_at(patch, stop_after)
         stopped = train(config)
     assert (stopped.finished, stopped.n_done) == (False, stop_after)
     assert train(run_config(tmp_path, resume=True)).finished
     np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
     assert losses_of(config.run_dir) == losses_of(finished.run_dir)
     assert losses_of(config.run_dir, "dev") == losses_of(finished.run_dir, "dev")
+
+
+def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkeypatch):
+    changes = {"log_every_n_steps": 4, "n_accum_steps": 2, "fp16": True, "n_epochs": 4}
+    whole = run_config(tmp_path, name="whole", **changes)
+    train(whole)
+    config = run_config(tmp_path, **changes)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        train(config)
+    assert train(run_config(tmp_path, resume=True, **changes)).finished
+    np.testing.assert_array_equal(prefix_of(config), prefix_of(whole))
+    assert losses_of(config.run_dir) == losses_of(whole.run_dir)
+    assert len(losses_of(whole.run_dir)) == 2
+
+
+def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
+    config = run_config(tmp_path)
+    config.run_dir.mkdir()
+    shutil.copy(finished.run_dir / "config.json", config.run_dir)
+    assert train(run_config(tmp_path, resume=True)).finished
+    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
 
 
 def test_same_seed_same_prefix(finished, tmp_path):
@@ -128,18 +156,44 @@ def test_resume_without_a_run_is_refused(tmp_path):
 
 
 def test_a_run_can_start_from_another_runs_encoder(finished, tmp_path):
-    config = run_config(tmp_path, checkpoint_path=finished.run_dir, n_training_steps=1, max_lr=1e-9)
+    config = run_config(tmp_path, checkpoint_path=finished.run_dir, n_training_steps=1, max_lr=1e-9, min_lr=0.0)
     train(config)
     assert losses_of(config.run_dir, "dev") == pytest.approx(losses_of(finished.run_dir, "dev")[-1:], rel=LOSS)
 
 
 def test_a_direct_prefix_can_start_from_a_prefix_file(finished, tmp_path):
-    changes = {"prefix_hidden_dim": 0, "n_training_steps": 1, "max_lr": 1e-9}
+    changes = {"prefix_hidden_dim": 0, "n_training_steps": 1, "max_lr": 1e-9, "min_lr": 0.0}
     config = run_config(tmp_path, checkpoint_path=finished.run_dir / "prefix", **changes)
     train(config)
-    np.testing.assert_allclose(prefix_of(config), prefix_of(finished), atol=1e-5)
+    np.testing.assert_allclose(prefix_of(config), prefix_of(finished), atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_seq_len": 20}, r"prefix_wte.weight: expected shape \(20, 10\), found \(10, 10\)"),
+        ({"prefix_hidden_dim": 7}, r"prefix_mlp.0.bias: expected shape \(7,\), found \(10,\)"),
+        ({"prefix_hidden_dim": 0, "prefix_seq_len": 5}, "has prefix length 10, not --prefix_seq_len 5"),
+        ({"base": {"vocab_size": 500}}, "vocab_size: made for 440, this base has 500"),
+    ],
+)
+def test_another_runs_encoder_must_fit(finished, tmp_path, changes, message):
+    changes = dict(changes)
+    if base := changes.pop("base", None):
+        changes["pretrained_model_dir"] = str(make_base_folder(tmp_path / "base", **base))
+    with pytest.raises(InputError, match=message):
+        train(run_config(tmp_path, checkpoint_path=finished.run_dir, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
+    direct = run_config(tmp_path, name="direct", prefix_hidden_dim=0, n_training_steps=1)
+    train(direct)
+    with pytest.raises(InputError, match=r"prefix_wte.weight: expected shape \(10, 10\), found nothing"):
+        train(run_config(tmp_path, checkpoint_path=direct.run_dir))
+
+
+@pytest.mark.slow
 def test_four_devices_give_the_curve_of_one(tmp_path):
     config = run_config(tmp_path, n_epochs=5, n_training_steps=20)
     train(config)
@@ -152,9 +206,34 @@ def test_four_devices_give_the_curve_of_one(tmp_path):
 
 
 def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):
-    with pytest.raises(InputError, match=r"--prefix_seq_len 500 \+ the longest row, 63 tokens, .* 512 positions"):
+    with pytest.raises(InputError, match=r"prefix of 500 \+ the longest row, 63 tokens, .* 512 positions"):
         train(run_config(tmp_path, prefix_seq_len=500))
     assert not any(tmp_path.iterdir()), "nothing is written for a run that cannot start"
+
+
+def test_overwrite_deletes_runs_and_nothing_else(finished, tmp_path):
+    config = run_config(tmp_path, n_training_steps=1, overwrite=True)
+    train(config)
+    (config.run_dir / "left-over").write_text("from the first run")
+    train(config)
+    assert not (config.run_dir / "left-over").exists()
+    base = make_base_folder(tmp_path / "base")
+    with pytest.raises(InputError, match="is not empty; is no run of ours"):
+        train(run_config(tmp_path, name="base", overwrite=True))
+    assert (base / "model.safetensors").is_file()
+
+
+def test_a_diverged_run_keeps_no_prefix(tmp_path):
+    changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "n_training_steps": 6}
+    result = train(run_config(tmp_path, **changes))
+    assert result.best_dev_loss is None
+    assert not (result.run_dir / "prefix").exists()
+    assert losses_of(result.run_dir)[-1] is None, "NaN is not JSON"
+
+
+def test_rinna_refuses_accumulation_longer_than_an_epoch(tmp_path):
+    with pytest.raises(InputError, match="--n_accum_steps 9 is more than the 4 batches of an epoch"):
+        train(run_config(tmp_path, recipe="rinna", train_data_size=13, dev_data_size=1, n_accum_steps=9))
 
 
 def test_an_unknown_suffix_is_warned_of(tmp_path):

@@ -36,8 +36,6 @@ class ModelConfig:
     """True: x + attn(ln1 x) + mlp(ln2 x). False: two residuals, one after the other."""
     layer_norm_eps: float
     """Added to the variance in every layer norm."""
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -83,7 +81,7 @@ def read_model_config(folder: Path, name: str | None = None) -> ModelConfig:
     if not path.is_file():
         raise InputError(f"{path}: no such file; a base model folder holds config.json, its weights and a tokenizer")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
@@ -106,13 +104,7 @@ def read_model_config(folder: Path, name: str | None = None) -> ModelConfig:
         problems.append(f"hidden_size {values['n_embd']} is not divisible by {values['n_head']} heads")
     if problems:
         raise InputError.all(f"{path}:", problems)
-    return ModelConfig(
-        name=name or str(folder),
-        model_type="gpt_neox",
-        **values,
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_id=raw.get("eos_token_id"),
-    )
+    return ModelConfig(name=name or str(folder), model_type="gpt_neox", **values)
 
 
 def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, problems: list[str]) -> Any:

@@ -77,6 +77,13 @@ def test_shards_equal_the_single_file(folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize("index", ["{", "{}", "[]"])
+def test_a_broken_index_is_refused(folder, index):
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r"index.json: not an index with a weight_map"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_on_disk(folder, stored):
     rewrite(folder, lambda weights: weights.update({name: w.astype(stored) for name, w in weights.items()}))
