@@ -1,7 +1,7 @@
 """The one exception that means "something the user gave is wrong"."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A file, folder, flag or value from the user cannot be used.
 
     The message is complete without a traceback: it names the file, line or field.

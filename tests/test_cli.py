@@ -239,7 +239,7 @@ def test_hub_id_is_fetched_through_the_cache(monkeypatch, tmp_path):
     script = (
         "import jaxprefix; m = jaxprefix.load_model('someone/small'); print(m.config.name, m.config.n_layer)\n"
         "try: jaxprefix.load_model('someone/absent')\n"
-        "except ValueError as error: print(error)"
+        "except jaxprefix.InputError as error: print(error)"
     )
     environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(

@@ -72,11 +72,11 @@ def test_fitting_brings_the_encoder_close_to_the_bases_keys_and_values(golden_mo
 def test_every_leaf_gets_a_gradient(model, hidden_dim):
     encoder = new_encoder(model, 6, 5, hidden_dim, seed=1)
     tokens = jnp.asarray([[5, 6, 7, 8]])
-    gradient = jax.grad(lambda e: jax.nn.logsumexp(model(tokens, e())[0]).mean())(encoder)
+    gradient = jax.jit(jax.grad(lambda e: jax.nn.logsumexp(model(tokens, e())[0]).mean()))(encoder)
     leaves = jax.tree.leaves(gradient)
     assert len(leaves) == (5 if hidden_dim else 1)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in leaves)
-    prefix_gradient = jax.grad(lambda p: jax.nn.logsumexp(model(tokens, p)[0]).mean())(encoder())
+    prefix_gradient = jax.jit(jax.grad(lambda p: jax.nn.logsumexp(model(tokens, p)[0]).mean()))(encoder())
     assert jnp.abs(prefix_gradient).max(axis=(2, 4)).min() > 0, "every layer, key, value and head takes part"
 
 

@@ -37,6 +37,6 @@ def test_logits_and_gradients_with_prefix(base_folder, model):
     logits, _ = model(jnp.asarray(TOKENS), prefix)
     np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=0, atol=MODEL)
 
-    gradient = jax.grad(lambda p: jax.nn.logsumexp(model(jnp.asarray(TOKENS), p)[0], axis=-1).mean())
+    gradient = jax.jit(jax.grad(lambda p: jax.nn.logsumexp(model(jnp.asarray(TOKENS), p)[0], axis=-1).mean()))
     reference = torch_prefix.grad.numpy()
     np.testing.assert_allclose(gradient(prefix), reference, rtol=0, atol=MODEL * np.abs(reference).max())
