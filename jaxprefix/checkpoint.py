@@ -25,7 +25,9 @@ class Checkpoints:
         self.folder = folder.absolute()
         if not create and not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder of checkpoints")
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(max_to_keep=2)
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -50,29 +52,21 @@ class Checkpoints:
         if step is None:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
         expected = dict(zip(_names(like), jax.tree.leaves(like), strict=True))
+        stored = self._manager.item_metadata(step)["state"].tree
+        problems = [
+            f"{name}: expected shape {leaf.shape}, found {stored[name].shape if name in stored else 'nothing'}"
+            for name, leaf in expected.items()
+            if name not in stored or stored[name].shape != leaf.shape
+        ]
+        if problems:
+            raise InputError.all(f"{self.folder / str(step)}: does not fit this run:", problems)
         abstract = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for n, leaf in expected.items()}
         placement = ocp.checkpoint_utils.construct_restore_args(abstract)
         state = ocp.args.PyTreeRestore(abstract, restore_args=placement, partial_restore=True)
         items = {"state": state, "progress": ocp.args.JsonRestore()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{self.folder / str(step)}: does not fit this run ({reason})") from error
-        found = restored["state"]
-        problems = [
-            f"{name}: expected shape {leaf.shape}, found {found[name].shape if _is_array(found[name]) else 'nothing'}"
-            for name, leaf in expected.items()
-            if not _is_array(found[name]) or found[name].shape != leaf.shape
-        ]
-        if problems:
-            raise InputError.all(f"{self.folder / str(step)}: does not fit this run:", problems)
-        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in expected]), restored["progress"]
-
-
-def _is_array(leaf: Any) -> bool:
-    """Tell an array from the placeholder that Orbax leaves for what was not stored."""
-    return isinstance(leaf, jax.Array)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        leaves = [restored["state"][name] for name in expected]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["progress"]
 
 
 def _names(state: Any) -> list[str]:

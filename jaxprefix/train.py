@@ -74,7 +74,7 @@ class Progress:
 
     n_done: int = 0
     best_dev_loss: float | None = None
-    window: list[tuple[float, int, float]] = dataclasses.field(default_factory=list)
+    window: list[Any] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,8 +171,8 @@ def test_a_direct_prefix_can_start_from_a_prefix_file(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prefix_seq_len": 20}, r"prefix_wte.weight: expected shape \(20, 10\), found \(10, 10\)"),
-        ({"prefix_hidden_dim": 7}, r"prefix_mlp.0.bias: expected shape \(7,\), found \(10,\)"),
+        ({"prefix_seq_len": 20}, r"encoder.prefix_wte.weight: expected shape \(20, 10\), found \(10, 10\)"),
+        ({"prefix_hidden_dim": 7}, r"encoder.prefix_mlp.0.bias: expected shape \(7,\), found \(10,\)"),
         ({"prefix_hidden_dim": 0, "prefix_seq_len": 5}, "has prefix length 10, not --prefix_seq_len 5"),
         ({"base": {"vocab_size": 500}}, "vocab_size: made for 440, this base has 500"),
     ],
@@ -189,7 +189,7 @@ def test_another_runs_encoder_must_fit(finished, tmp_path, changes, message):
 def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
     direct = run_config(tmp_path, name="direct", prefix_hidden_dim=0, n_training_steps=1)
     train(direct)
-    with pytest.raises(InputError, match=r"prefix_wte.weight: expected shape \(10, 10\), found nothing"):
+    with pytest.raises(InputError, match=r"encoder.prefix_mlp.0.bias: expected shape \(10,\), found nothing"):
         train(run_config(tmp_path, checkpoint_path=direct.run_dir))
 
 
