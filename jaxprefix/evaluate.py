@@ -22,8 +22,8 @@ class LossMeter:
     `items` holds (mean loss, tokens, seconds) of every batch.
     """
 
-    def __init__(self, recipe: Recipe, items: Iterable[tuple[float, int, float]] = ()):
-        self.items = [(loss, n_tokens, seconds) for loss, n_tokens, seconds in items]
+    def __init__(self, recipe: Recipe, items: Iterable[Sequence[float | int]] = ()):
+        self.items = [tuple(item) for item in items]
         self._plain = recipe.average_batch_means
 
     def add(self, loss: float, n_tokens: int, seconds: float = 0.0) -> None:
