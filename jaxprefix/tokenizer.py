@@ -46,8 +46,8 @@ class Tokenizer:
             raise InputError(f"not a valid text: {text[:40]!r}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; special tokens leave no trace."""
-        return self.processor.decode([int(i) for i in ids])
+        """Return the text of ids; special tokens, and ids of a padded vocabulary, leave no trace."""
+        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
 
 
 def load_tokenizer(dir_or_hub_id: str | Path) -> Tokenizer:

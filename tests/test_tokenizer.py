@@ -40,6 +40,12 @@ def test_fingerprint_is_of_the_vocabulary(tokenizer, tmp_path):
     assert load_tokenizer(copy_with(tmp_path / "a", None)).fingerprint == tokenizer.fingerprint
 
 
+def test_ids_beyond_the_tokenizer_leave_no_trace(tokenizer):
+    """Models pad their vocabulary; an untrained row of it may be sampled."""
+    ids = tokenizer.encode("朝の市場は")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size, tokenizer.vocab_size + 5]) == tokenizer.decode(ids)
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(InputError, match="not a valid text"):
         tokenizer.encode("\ud800")
