@@ -166,6 +166,11 @@ class TrainConfig:
         return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))
 
     @property
+    def encoder_sizes(self) -> tuple[int, int, int]:
+        """Prefix length, embedding width and hidden width of the encoder."""
+        return self.prefix_seq_len, self.prefix_input_dim, self.prefix_hidden_dim
+
+    @property
     def dtype(self) -> str:
         """Type of the base model's weights and activations."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"

@@ -145,7 +145,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
         run.log.progress(progress.n_done, loss, window.tokens_per_s)
 
         if progress.n_done % config.log_every_n_steps == 0:
-            lr, speed = float(run.rate(n_applied(state) - 1)), window.tokens_per_s
+            lr, speed = float(run.rate(max(n_applied(state) - 1, 0))), window.tokens_per_s
             run.log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
             window = LossMeter(recipe)
         ended = inputs.plan.epochs_ending(progress.n_done)
@@ -207,8 +207,7 @@ def start_state(
     """Make the state that training starts from; only its shapes when a checkpoint is to replace it."""
     scale = LossScale.start() if config.fp16 else None
     if resuming:
-        sizes = (config.prefix_seq_len, config.prefix_input_dim, config.prefix_hidden_dim)
-        encoder = jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))
+        encoder = jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))
         return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)
     encoder = start_encoder(config, base, tokenizer)
     return TrainState(encoder, optimizer.init(encoder), scale)
@@ -216,9 +215,8 @@ def start_state(
 
 def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> Encoder:
     """Make the encoder that training starts from: fitted to the base model, or another run's."""
-    sizes = (config.prefix_seq_len, config.prefix_input_dim, config.prefix_hidden_dim)
     if config.checkpoint_path is None:
-        return new_encoder(base, *sizes, config.seed)
+        return new_encoder(base, *config.encoder_sizes, config.seed)
     if config.prefix_hidden_dim == 0:
         prefix = load_prefix(config.checkpoint_path, base.config, tokenizer)
         if prefix.shape[2] != config.prefix_seq_len:
@@ -228,7 +226,7 @@ def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> E
             )
         return DirectPrefix(prefix)
     check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
-    like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *sizes, config.seed))}
+    like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))}
     with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
         return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))[0]["encoder"]
 
