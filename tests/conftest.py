@@ -1,7 +1,16 @@
+import jax
 import pytest
 
 from jaxprefix import load_model, load_tokenizer
 from tests.base_folders import GOLDEN_BASE, make_base_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Compile the same program once a session: every run makes its own jitted update."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
