@@ -138,7 +138,6 @@ def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.data import longest_row, read_examples
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.generate import stream
-    from jaxprefix.tokenizer import check_fit
 
     recipe = RECIPES[config.decode.recipe]
     prompts = read_prompts(config.prompt_file) if config.prompt_file else [""]
@@ -151,7 +150,7 @@ def _evaluate(config: EvaluateConfig) -> int:
             config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
         )
         prefix_len = 0 if prefix is None else prefix.shape[2]
-        check_fit(model.config, tokenizer, prefix_len, longest_row(examples), "the longest row")
+        model.config.check_fit(tokenizer.vocab_size, prefix_len, longest_row(examples), "the longest row")
         batches = dev_batches(examples, tokenizer, config.batch_size)
         for way, values in report.items():
             values |= dev_loss(model, ways[way], batches, recipe)

@@ -17,7 +17,7 @@ from jaxprefix.config import RECIPES, DecodeConfig
 from jaxprefix.models.attention import Cache, empty_cache
 from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.prefix import Prefix
-from jaxprefix.tokenizer import Tokenizer, check_fit
+from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
@@ -81,8 +81,9 @@ def generate_ids(
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
     longest = max(map(len, rows), default=0)
+    prefix_len = 0 if prefix is None else prefix.shape[2]
     what = f"--max_output_len and the longest prompt of {longest}"
-    check_fit(model.config, tokenizer, 0 if prefix is None else prefix.shape[2], longest + decode.max_output_len, what)
+    model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
     batch_size = min(batch_size, len(rows))
     for first in range(0, len(rows), batch_size or 1):
         group = rows[first : first + batch_size]

@@ -15,7 +15,6 @@ from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
 from jaxprefix.hub import resolve_folder
-from jaxprefix.models.config import ModelConfig
 
 MODEL_FILES = ("spiece.model", "spm.model", "tokenizer.model")
 SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -81,23 +80,6 @@ def load_tokenizer(dir_or_hub_id: str | Path) -> Tokenizer:
         unk_id=processor.unk_id(),
         fingerprint=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
     )
-
-
-def check_fit(config: ModelConfig, tokenizer: Tokenizer, prefix_len: int, longest: int, what: str) -> None:
-    """Check that all ids and positions exist, since gathers on the device clamp silently.
-
-    Raises InputError naming `what` is too long, or the tokenizer that knows more pieces than the model.
-    """
-    if prefix_len + longest > config.n_positions:
-        raise InputError(
-            f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
-            f"{config.n_positions} positions"
-        )
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{config.name}: the tokenizer has {tokenizer.vocab_size} pieces, more than the model's vocab_size "
-            f"{config.vocab_size}"
-        )
 
 
 def _special_id(processor: SentencePieceProcessor, name: Any, default: int) -> int | None:

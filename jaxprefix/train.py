@@ -39,7 +39,7 @@ from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_
 from jaxprefix.run_folder import check_base, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import data_mesh, replicated, rows_on
-from jaxprefix.tokenizer import Tokenizer, check_fit, load_tokenizer
+from jaxprefix.tokenizer import Tokenizer, load_tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
 
 CHECKPOINTS = "checkpoints"
@@ -179,7 +179,8 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
         config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
     )
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    check_fit(model_config, tokenizer, config.prefix_seq_len, longest_row(train_set + dev_set), "the longest row")
+    longest = longest_row(train_set + dev_set)
+    model_config.check_fit(tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
     plan = UpdatePlan(
         n_examples=len(train_set),
         batch_size=config.batch_size,

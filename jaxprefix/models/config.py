@@ -52,6 +52,21 @@ class ModelConfig:
         """Numbers that one prefix position adds to the model: a key and a value in every layer."""
         return 2 * self.n_layer * self.n_embd
 
+    def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str) -> None:
+        """Check that all ids and positions exist, since gathers on the device clamp silently.
+
+        `n_pieces` is the tokenizer's, `longest` the tokens of `what`. Raises InputError.
+        """
+        if prefix_len + longest > self.n_positions:
+            raise InputError(
+                f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
+                f"{self.n_positions} positions"
+            )
+        if n_pieces > self.vocab_size:
+            raise InputError(
+                f"{self.name}: the tokenizer has {n_pieces} pieces, more than the model's vocab_size {self.vocab_size}"
+            )
+
 
 # Field → (every spelling in config.json, default of transformers when none is present).
 _FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
