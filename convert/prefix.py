@@ -7,7 +7,6 @@ Two layouts of the same numbers:
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from convert import torch_files
 from convert.errors import InputError
+from convert.files import replacing
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS_TORCH = "adapter_model.bin"
 TENSOR_NAME = "prompt_embeddings"
 RUN_SUBFOLDER = "prefix"
 
-# How a file of each format begins; torch's two are its zip format and the one before torch 1.6.
 _NPY = b"\x93NUMPY"
-_TORCH = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
 
 
 def to_layers(folded: Any, n_layer: int, n_head: int, head_dim: int) -> Any:
@@ -42,11 +42,12 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read a prefix of any format as (folded float32 array, what its header says of the base model).
 
     Accepts a run folder, an adapter folder or a file; files are told apart by content. Tensors may be
-    float32, float16 or bfloat16, folded, [P, 2·L, N, H] or layered; only safetensors headers can name
-    a base. Raises InputError when it is none of these, or holds a number that is not finite.
+    float32, float16 or bfloat16, folded, [P, 2·L, N, H] or layered. A safetensors header names the base;
+    an adapter folder and an array of more than two axes tell its shape. Raises InputError when it is none
+    of these, or holds a number that is not finite.
     """
     if path.is_dir():
-        return read_prefix(_file_of_folder(path))
+        return _read_adapter(path)
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
     with path.open("rb") as file:
@@ -54,7 +55,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     base: dict[str, str] = {}
     if start.startswith(_NPY):
         array = _read_npy(path)
-    elif start.startswith(_TORCH):
+    elif start.startswith(torch_files.MAGIC):
         array = _read_torch(path)
     elif start[8:9] == b"{":
         array, base = _read_safetensors(path)
@@ -66,9 +67,12 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5:
-        array = to_folded(array)
+        array = to_folded(array).reshape(array.shape[2], -1, *array.shape[3:])
     if array.ndim not in (2, 4) or 0 in array.shape:
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")
+    if array.ndim == 4 and array.shape[1] % 2 == 0:
+        n_layer, n_head, head_dim = array.shape[1] // 2, *array.shape[2:]
+        base = {"n_layer": str(n_layer), "n_head": str(n_head), "head_dim": str(head_dim), **base}
     folded = np.ascontiguousarray(array.reshape(array.shape[0], -1), dtype=np.float32)
     if not np.isfinite(folded).all():
         raise InputError(f"{path}: holds {int((~np.isfinite(folded)).sum())} numbers that are not finite")
@@ -95,34 +99,94 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
         "prefix_projection": False,
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    weights_tmp, config_tmp = folder / (ADAPTER_WEIGHTS + ".tmp"), folder / (ADAPTER_CONFIG + ".tmp")
-    save_file({TENSOR_NAME: np.ascontiguousarray(folded)}, weights_tmp, metadata={"format": "pt", **base})
-    config_tmp.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    os.replace(config_tmp, folder / ADAPTER_CONFIG)
-    os.replace(weights_tmp, folder / ADAPTER_WEIGHTS)
+    with replacing(folder / ADAPTER_CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_safetensors(folder / ADAPTER_WEIGHTS, folded, base)
 
 
 def write_weight(path: Path, folded: np.ndarray) -> None:
     """Write the original's format: `torch.save` of the folded tensor. Needs torch; raises OSError."""
-    torch = _import_torch(f"writing {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        torch.save(torch.from_numpy(np.ascontiguousarray(folded)), file)
+    torch = torch_files.import_torch(f"writing {path}")
+    torch_files.save_torch(path, torch.from_numpy(np.ascontiguousarray(folded)))
 
 
-def _file_of_folder(folder: Path) -> Path:
-    if not (folder / ADAPTER_CONFIG).is_file():
+def write_npy(path: Path, folded: np.ndarray) -> None:
+    """Write the folded array in numpy's format; raises OSError."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, folded, allow_pickle=False)
+
+
+def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -> None:
+    """Write the one tensor of an adapter folder; `base` goes into the header. Raises OSError."""
+    with replacing(path) as temporary:
+        save_file({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, metadata={"format": "pt", **base})
+
+
+def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1) -> Any:
+    """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
+
+    Hand it over as `model(tokens, past_key_values=cache)`; a model writes into its cache, so make one for each call.
+    """
+    torch = torch_files.import_torch("making a DynamicCache")
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    layered = to_layers(folded, n_layer, n_head, folded.shape[1] // (2 * n_layer * n_head))
+    for index, keys_values in enumerate(layered.transpose(0, 1, 3, 2, 4)):  # [2, N, P, H]
+        rows = np.repeat(keys_values[:, None], batch_size, axis=1)
+        cache.update(*torch.from_numpy(np.ascontiguousarray(rows)), index)
+    return cache
+
+
+def from_dynamic_cache(cache: Any) -> np.ndarray:
+    """Return the folded array of a DynamicCache. Raises InputError when its rows differ, or it is empty."""
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    if not layers:
+        raise InputError("the cache is empty: nothing has been written to it")
+    pairs = np.stack([[part.detach().float().cpu().numpy() for part in pair] for pair in layers])  # [L, 2, B, N, P, H]
+    if not (pairs == pairs[:, :, :1]).all():
+        raise InputError(f"the {pairs.shape[2]} rows of the cache differ; a prefix is the same for all")
+    return np.ascontiguousarray(to_folded(pairs[:, :, 0].transpose(0, 1, 3, 2, 4)))
+
+
+def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
+    """Read an adapter folder, or the one in a run folder; adapter_config.json adds to what the header says."""
+    config_path = folder / ADAPTER_CONFIG
+    if not config_path.is_file():
         if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
-            return _file_of_folder(folder / RUN_SUBFOLDER)
+            return _read_adapter(folder / RUN_SUBFOLDER)
         raise InputError(f"{folder}: neither an adapter folder ({ADAPTER_CONFIG}) nor a run folder ({RUN_SUBFOLDER}/)")
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{folder / ADAPTER_CONFIG}: not valid JSON ({error})") from error
+        raise InputError(f"{config_path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "PREFIX_TUNING":
-        raise InputError(f"{folder / ADAPTER_CONFIG}: peft_type is not PREFIX_TUNING")
-    return folder / ADAPTER_WEIGHTS
+        raise InputError(f"{config_path}: peft_type is not PREFIX_TUNING")
+    folded, header = read_prefix(_adapter_weights(folder))
+    length = config.get("num_virtual_tokens")
+    if length not in (None, len(folded)):
+        raise InputError(f"{config_path}: num_virtual_tokens is {length}, the weights have {len(folded)} positions")
+    sizes = [config.get(field) for field in ("num_layers", "token_dim", "num_attention_heads")]
+    if None not in sizes:
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise InputError(f"{config_path}: num_layers, token_dim and num_attention_heads are {sizes}")
+        n_layer, token_dim, n_head = (int(str(size)) for size in sizes)
+        if 2 * n_layer * token_dim != folded.shape[1]:
+            raise InputError(
+                f"{config_path}: num_layers {n_layer} and token_dim {token_dim} ask for {2 * n_layer * token_dim} "
+                f"numbers per position, the weights have {folded.shape[1]}"
+            )
+        shape = {"n_layer": n_layer, "n_head": n_head, "head_dim": token_dim // n_head}
+        header = {**{field: str(value) for field, value in shape.items()}, **header}
+    return folded, header
+
+
+def _adapter_weights(folder: Path) -> Path:
+    """Return PEFT's weights file: safetensors, or torch's of older versions."""
+    for name in (ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_TORCH):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
 
 
 def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
@@ -141,29 +205,15 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)
     except Exception as error:  # numpy's parser of the header raises many kinds
-        raise InputError(f"{path}: not a readable .npy file ({_reason(error)})") from error
+        raise InputError(f"{path}: not a readable .npy file ({torch_files.first_line(error)})") from error
 
 
 def _read_torch(path: Path) -> np.ndarray:
-    torch = _import_torch(f"reading {path}")
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # so does torch's, on a damaged file
-        raise InputError(f"{path}: not a tensor that torch can load safely ({_reason(error)})") from error
+    torch = torch_files.import_torch(f"reading {path}")
+    tensor = torch_files.load_torch(path)
+    if isinstance(tensor, dict) and TENSOR_NAME in tensor:  # PEFT's adapter_model.bin
+        tensor = tensor[TENSOR_NAME]
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
         raise InputError(f"{path}: expected one dense tensor, found {type(tensor).__name__}")
     tensor = tensor.detach()
     return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _import_torch(purpose: str) -> Any:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        raise InputError(f"{purpose} needs PyTorch: pip install 'jaxprefix[torch]'") from error
-    return torch

@@ -1,20 +1,23 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
 Names and shapes are compared from the file headers before any weight is read, and every
-disagreement is reported in one error.
+disagreement is reported in one error. The same table, read backwards, writes a checkpoint.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from convert.errors import InputError
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
 
 
 def expand(table: Mapping[str, str | None], n_layer: int) -> dict[str, str | None]:
@@ -64,6 +67,42 @@ def stream_weights(
     for name, handle in found.items():
         if path := rules[name]:
             yield path, handle.get_tensor(name)
+
+
+def write_weights(
+    folder: Path, table: Mapping[str, str | None], n_layer: int, weights: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Write (our path, array) pairs under their hub names: the inverse of `stream_weights`, with the arrays' own types.
+
+    More than SHARD_BYTES go into several files with an index, as transformers writes them. Raises OSError.
+    """
+    names = {path: name for name, path in expand(table, n_layer).items() if path}
+    shards: list[list[str]] = []
+
+    def flush(shard: dict[str, np.ndarray]) -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shard: dict[str, np.ndarray] = {}
+    total = 0
+    for path, array in weights:
+        if shard and sum(weight.nbytes for weight in shard.values()) + array.nbytes > SHARD_BYTES:
+            flush(shard)
+            shard = {}
+        shard[names[path]] = np.ascontiguousarray(array)
+        total += array.nbytes
+    flush(shard)
+    if len(shards) == 1:
+        os.replace(folder / "1.tmp", folder / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, written in enumerate(shards, start=1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        os.replace(folder / f"{number}.tmp", folder / file_name)
+        weight_map |= dict.fromkeys(written, file_name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(path: Path) -> safe_open:

@@ -167,29 +167,12 @@ def _evaluate(config: EvaluateConfig) -> int:
 
 
 def _convert(config: ConvertConfig) -> int:
-    from convert.prefix import read_prefix, write_adapter, write_weight
+    from jaxprefix.conversion import convert
 
-    folded, base = read_prefix(config.source)
-    if config.pretrained_model_dir is not None:
-        from jaxprefix.hub import resolve_folder
-        from jaxprefix.models.config import read_model_config
-        from jaxprefix.prefix import base_identity, load_prefix
-        from jaxprefix.tokenizer import load_tokenizer
-
-        folder = resolve_folder(config.pretrained_model_dir)
-        model_config, tokenizer = read_model_config(folder, name=config.pretrained_model_dir), load_tokenizer(folder)
-        load_prefix(config.source, model_config, tokenizer)
-        base = base_identity(model_config, tokenizer)
     try:
-        if config.target.suffix in (".weight", ".checkpoint"):
-            write_weight(config.target, folded)
-        elif {"n_layer", "n_head"} <= base.keys():
-            write_adapter(config.target, folded, int(base["n_layer"]), int(base["n_head"]), base)
-        else:
-            raise InputError(f"{config.source}: does not say what base model it is for; give --pretrained_model_dir")
+        print(convert(config))
     except OSError as error:
         raise InputError(f"{config.target}: cannot be written ({error.strerror})") from error
-    print(f"{config.target}: prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes")
     return 0
 
 

@@ -113,7 +113,8 @@ class TrainConfig:
     recipe: RecipeName = "default"
     """`rinna` repeats the original's surprises, see the README's table."""
     checkpoint_path: Path | None = None
-    """Start from the prefix encoder of another run (its folder) instead of fitting one to the base model."""
+    """Start from another encoder instead of fitting one to the base model: a run folder, or a torch file that holds
+    the encoder's state, as the original expects."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False
@@ -292,15 +293,13 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a prefix to the original's format (a target ending in .weight or .checkpoint) or to an adapter folder."""
+    """Convert a prefix, an encoder's training state, or a base model. What the source is, its content tells."""
 
     source: tyro.conf.Positional[Path]
-    """Run folder, adapter folder, .weight, .checkpoint, .safetensors or .npy."""
+    """Prefix (run folder, adapter folder, .weight, .checkpoint, .safetensors, .npy), training state (a torch file, or
+    a run folder when the target ends in .pt), or base model (a folder in the hub's layout)."""
     target: tyro.conf.Positional[Path]
-    """File ending in .weight or .checkpoint, or the folder to write."""
+    """Prefix: a file ending in .weight or .checkpoint (the original's), .safetensors or .npy, or an adapter folder.
+    Training state: a file ending in .pt for torch_ref, or a run folder for --resume. Base model: an empty folder."""
     pretrained_model_dir: str | None = None
-    """Base model that the prefix must fit; needed to write an adapter folder unless the source names its shape."""
-
-    def __post_init__(self) -> None:
-        if self.target.suffix in (".npy", ".safetensors"):
-            raise InputError(f"{self.target}: give a folder, or a file ending in .weight or .checkpoint")
+    """Base model that the source must fit; needed to write an adapter folder unless the source tells its shape."""

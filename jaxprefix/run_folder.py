@@ -11,6 +11,7 @@ from convert.errors import InputError
 from jaxprefix.config import TrainConfig
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 MAY_CHANGE_ON_RESUME = {
     "resume",
     "overwrite",
@@ -32,19 +33,24 @@ def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
     description = {**_plain(config), "data_sha256": _sha256(config.data_filepath), "base": base}
     folder = config.run_dir
     try:
-        if config.resume:
+        if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
             return
         if config.overwrite and folder.is_dir() and _read_description(folder):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if not config.resume and any(folder.iterdir()):
             advice = "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
             raise InputError(f"{folder}: is not empty; {advice}")
         text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Tell whether a folder is a run's: a base model's has a config.json too."""
+    return bool(_read_description(folder))
 
 
 def check_base(run_dir: Path, base: dict[str, str]) -> None:
@@ -59,6 +65,11 @@ def check_base(run_dir: Path, base: dict[str, str]) -> None:
     ]
     if differing:
         raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
+
+
+def _is_converted(folder: Path) -> bool:
+    """Tell whether the folder holds a training state from elsewhere (`jaxprefix convert`) and nothing of a run yet."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [CHECKPOINTS]
 
 
 def _check_same_run(folder: Path, description: dict[str, Any]) -> None:

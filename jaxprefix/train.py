@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from convert.errors import InputError
-from jaxprefix.checkpoint import Checkpoints, has_checkpoint
+from convert.training_state import read_training_state
+from jaxprefix.checkpoint import Checkpoints, from_names, has_checkpoint
 from jaxprefix.config import RECIPES, Recipe, TrainConfig
 from jaxprefix.data import (
     IGNORED,
@@ -36,13 +37,11 @@ from jaxprefix.models import load_model
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
-from jaxprefix.run_folder import check_base, open_run_folder
+from jaxprefix.run_folder import CHECKPOINTS, check_base, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import data_mesh, replicated, rows_on
 from jaxprefix.tokenizer import Tokenizer, load_tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
-
-CHECKPOINTS = "checkpoints"
 
 
 class Inputs(NamedTuple):
@@ -226,8 +225,10 @@ def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> E
                 f"{config.prefix_seq_len}"
             )
         return DirectPrefix(prefix)
-    check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
     like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))}
+    if config.checkpoint_path.is_file():  # the original's: a torch file with the encoder's state
+        return from_names(like, read_training_state(config.checkpoint_path), config.checkpoint_path)["encoder"]
+    check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
     with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
         return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))[0]["encoder"]
 

@@ -53,7 +53,12 @@ def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientT
         weight_decay=config.weight_decay,
         mask=decays,
     )
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw) if config.grad_clip else adamw
+    return optax.chain(clipping(config), adamw)  # a chain either way: checkpoints keep their names
+
+
+def clipping(config: TrainConfig) -> optax.GradientTransformation:
+    """Clip by the global norm; 0 does not clip."""
+    return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
 
 
 def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:

@@ -11,7 +11,6 @@ import threading
 import numpy as np
 import pytest
 
-from convert.prefix import read_prefix
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
@@ -132,49 +131,6 @@ def test_the_original_flags_work_unchanged(tmp_path):
     assert (tmp_path / "r.note" / "prefix" / "adapter_model.safetensors").is_file()
     resumed = ["train", *BASE, *data, *flags.split(), "--resume_training"]
     assert main(resumed) == 0
-
-
-def test_convert_there_and_back(capsys, tmp_path):
-    folder, back = tmp_path / "prefix", tmp_path / "back.weight"
-    assert main(["convert", str(GOLDEN / "forward.weight"), str(folder), *BASE]) == 0
-    assert main(["convert", str(folder), str(back)]) == 0
-    np.testing.assert_array_equal(read_prefix(back)[0], read_prefix(GOLDEN / "forward.weight")[0])
-    assert "prefix of 10 positions, 15,360 bytes" in capsys.readouterr().out
-
-
-def test_convert_needs_to_know_the_base(capsys, tmp_path):
-    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "give --pretrained_model_dir")
-
-
-@pytest.mark.parametrize("target", ["in-the-way/prefix", "in-the-way/p.weight"])
-def test_convert_to_a_place_that_cannot_be_written(capsys, tmp_path, target):
-    (tmp_path / "in-the-way").write_text("")
-    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / target), *BASE], "cannot be written")
-
-
-def test_convert_to_a_format_it_does_not_write(capsys, tmp_path):
-    fails(
-        capsys,
-        ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p.npy")],
-        "give a folder, or a file ending in",
-    )
-
-
-def test_convert_checks_the_base(capsys, tmp_path):
-    base = make_base_folder(tmp_path / "base", num_hidden_layers=2)
-    command = [
-        "convert",
-        str(GOLDEN / "forward.weight"),
-        str(tmp_path / "p.weight"),
-        "--pretrained_model_dir",
-        str(base),
-    ]
-    fails(capsys, command, "it has 384 numbers per position")
-
-
-def test_convert_says_so_when_torch_is_missing(capsys, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    fails(capsys, ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "p")], "pip install 'jaxprefix[torch]'")
 
 
 def test_generate_compares_as_text_and_json(capsys):

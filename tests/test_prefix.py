@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from flax import nnx
-from peft import PeftModel
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
@@ -19,7 +17,6 @@ from jaxprefix import load_prefix
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, random_prefix
-from tests.tolerances import MODEL
 
 
 def test_layout_is_key_then_value_of_each_layer():
@@ -88,18 +85,6 @@ def test_weight_to_adapter_to_weight_is_bit_identical(golden_model, tokenizer, t
     back = torch.load(tmp_path / "back.weight", weights_only=True)
     assert back.dtype == original.dtype
     assert torch.equal(back, original)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft against transformers
-def test_peft_loads_the_adapter_folder(base_folder, model, tokenizer, tmp_path):
-    prefix = random_prefix(model.config)
-    save_prefix(tmp_path / "prefix", prefix, model.config, tokenizer)
-    tokens = np.random.default_rng(7).integers(4, 440, (2, 11))
-    reference = transformers.GPTNeoXForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    peft_model = PeftModel.from_pretrained(reference, tmp_path / "prefix").eval()
-    with torch.no_grad():
-        expected = peft_model(input_ids=torch.from_numpy(tokens)).logits.numpy()
-    np.testing.assert_allclose(model(jnp.asarray(tokens), prefix)[0], expected, rtol=0, atol=MODEL)
 
 
 def save_as(kind: str, folded: np.ndarray, path):
@@ -186,13 +171,13 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
     for name, message in {
         "text": "not a prefix; expected",
         "empty": "not a prefix; expected",
-        "cut": "not a tensor that torch can load safely",
+        "cut": "not a file that torch can load safely",
         "integers": "expected floating-point numbers, found int64",
-        "zip": "not a tensor that torch can load safely",
+        "zip": "not a file that torch can load safely",
         "folder": "neither an adapter folder",
         "lora": "peft_type is not PREFIX_TUNING",
         "dict": "expected one dense tensor, found dict",
-        "code": "not a tensor that torch can load safely",
+        "code": "not a file that torch can load safely",
         "missing": "no such prefix file or folder",
     }.items():
         with pytest.raises(InputError, match=message):

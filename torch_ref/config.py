@@ -43,6 +43,7 @@ def train_parser() -> argparse.ArgumentParser:
     add("--deepspeed", action="store_true")
     add("--deepspeed_config", default="ds_config.json", help="written by this program from the flags above")
     add("--local_rank", type=int, default=0)
+    add("--save_state", help="ours: where to write encoder and optimizer at the end, for jaxprefix convert")
     return parser
 
 

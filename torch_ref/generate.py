@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from torch_ref.config import generate_parser
+from torch_ref.models import load_base
 from torch_ref.prefix import filled_cache, to_rows
 from torch_ref.tokenizer import load_tokenizer
 
@@ -75,7 +76,7 @@ def generate_ids(
 def main(arguments: list[str] | None = None) -> None:
     """Read prompts from the terminal until Ctrl-D or Ctrl-C."""
     flags = generate_parser().parse_args(arguments)
-    base = AutoModelForCausalLM.from_pretrained(flags.pretrained_model_dir, dtype=torch.float32).eval()
+    base = load_base(flags)
     tokenizer = load_tokenizer(Path(flags.pretrained_model_dir))
     prefix = load_prefix(Path(flags.prefix_checkpoint_path), base) if flags.prefix_checkpoint_path else None
     while True:

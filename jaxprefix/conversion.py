@@ -1,0 +1,97 @@
+"""What `jaxprefix convert` does: tells by content what the source is, checks it, and writes the target."""
+
+import numpy as np
+
+from convert.errors import InputError
+from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
+from convert.torch_files import is_torch_file, load_torch
+from convert.training_state import STEPS, is_training_state, read_training_state, write_training_state
+from jaxprefix.checkpoint import Checkpoints, has_checkpoint
+from jaxprefix.config import ConvertConfig
+from jaxprefix.hub import resolve_folder
+from jaxprefix.models import copy_base_model
+from jaxprefix.models.config import read_model_config
+from jaxprefix.prefix import base_identity, load_prefix
+from jaxprefix.run_folder import CHECKPOINTS, is_run_folder
+from jaxprefix.tokenizer import load_tokenizer
+
+BASE_CONFIG = "config.json"
+TRAINING_STATE = ".pt"
+
+
+def convert(config: ConvertConfig) -> str:
+    """Convert `config.source` to `config.target`; return a line that says what was written.
+
+    Raises InputError for a source that cannot be used or does not fit the base, and OSError.
+    """
+    source, target = config.source, config.target
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder")
+    if target.suffix == TRAINING_STATE:
+        return _training_state_out(config)
+    if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
+        return _training_state_in(config)
+    if (source / BASE_CONFIG).is_file() and not is_run_folder(source):
+        copy_base_model(str(source), target)
+        return f"{target}: base model, weights bit-identical to {source}"
+    return _convert_prefix(config)
+
+
+def _convert_prefix(config: ConvertConfig) -> str:
+    source, target = config.source, config.target
+    folded, base = read_prefix(source)
+    if config.pretrained_model_dir is not None:
+        folder = resolve_folder(config.pretrained_model_dir)
+        model_config, tokenizer = read_model_config(folder, name=config.pretrained_model_dir), load_tokenizer(folder)
+        load_prefix(source, model_config, tokenizer)
+        base = base_identity(model_config, tokenizer)
+    if target.suffix in (".weight", ".checkpoint"):
+        write_weight(target, folded)
+    elif target.suffix == ".npy":
+        write_npy(target, folded)
+    elif target.suffix == ".safetensors":
+        write_safetensors(target, folded, base)
+    elif {"n_layer", "n_head"} <= base.keys():
+        write_adapter(target, folded, int(base["n_layer"]), int(base["n_head"]), base)
+    else:
+        raise InputError(f"{source}: does not say what base model it is for; give --pretrained_model_dir")
+    return f"{target}: prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes"
+
+
+def _training_state_out(config: ConvertConfig) -> str:
+    """From a run's newest checkpoint to a torch file."""
+    if not has_checkpoint(config.source / CHECKPOINTS):
+        raise InputError(f"{config.source}: no run folder with a checkpoint, whose training state could be written")
+    with Checkpoints(config.source / CHECKPOINTS, create=False) as checkpoints:
+        arrays, progress = checkpoints.read()
+    _check_width(config, arrays)
+    write_training_state(config.target, arrays, config.source)
+    return f"{config.target}: encoder and optimizer after {progress['n_done']} updates"
+
+
+def _training_state_in(config: ConvertConfig) -> str:
+    """From a torch file to the newest checkpoint of a run folder, from which --resume goes on."""
+    arrays = read_training_state(config.source)
+    _check_width(config, arrays)
+    if STEPS[0] not in arrays:
+        raise InputError(f"{config.source}: holds an encoder without its optimizer; give it to train --checkpoint_path")
+    n_done = int(arrays[STEPS[0]])
+    folder = config.target / CHECKPOINTS
+    with Checkpoints(folder) as checkpoints:
+        progress = checkpoints.read()[1] if has_checkpoint(folder) else {"n_done": 0, "best_dev_loss": None}
+        if int(progress["n_done"] or 0) >= n_done:
+            raise InputError(f"{folder}: has a checkpoint of update {progress['n_done']}, the source is of {n_done}")
+        checkpoints.save(n_done, arrays, {**progress, "n_done": n_done, "window": []})
+    return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
+
+
+def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Compare the encoder's output with the base model, if one is given."""
+    if config.pretrained_model_dir is None:
+        return
+    base = read_model_config(resolve_folder(config.pretrained_model_dir), config.pretrained_model_dir)
+    found = arrays["encoder.prefix_mlp.2.weight"].shape[0]
+    if found != base.folded_width:
+        raise InputError(
+            f"{config.source}: its encoder makes {found} numbers per position, {base.name} takes {base.folded_width}"
+        )

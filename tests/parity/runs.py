@@ -1,0 +1,44 @@
+"""Runs of the PyTorch reference that see jaxprefix's encoder and its order of examples."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flax import nnx
+
+from jaxprefix import load_model
+from jaxprefix.config import TrainConfig
+from jaxprefix.data import epoch_order
+from jaxprefix.prefix import Encoder, new_encoder
+from tests.base_folders import GOLDEN, GOLDEN_BASE
+from torch_ref import train as reference
+from torch_ref.config import train_parser
+
+
+def reference_run(folder: Path, encoder: Path, *extra: Any, **changes: Any) -> dict[str, Any]:
+    """The reference's record of a run on the golden documents, started from a torch file of the encoder's state."""
+    flags = {"pretrained_model_dir": GOLDEN_BASE, "data_filepath": GOLDEN / "documents.jsonl", "save_name": "reference"}
+    flags |= {"train_data_size": 10, "dev_data_size": 4, "n_epochs": 20, "n_training_steps": 60, "max_lr": 1e-2}
+    flags |= {"checkpoint_path": encoder} | changes
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    parsed = train_parser().parse_args([*arguments, *map(str, extra)])
+    with contextlib.chdir(folder):
+        return reference.train(parsed, order=jax_order)
+
+
+def jax_order(n_examples: int, epoch: int, seed: int) -> list[int]:
+    """The order in which jaxprefix sees the examples of an epoch, with the reference's arguments."""
+    return epoch_order(n_examples, seed, epoch).tolist()
+
+
+def encoder_state(encoder: Encoder) -> dict[str, torch.Tensor]:
+    """The state dict of the original's encoder."""
+    leaves = nnx.to_flat_state(nnx.state(encoder))
+    return {".".join(path): torch.from_numpy(np.array(leaf[...])) for path, leaf in leaves}
+
+
+def started_encoder(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The state dict of the encoder that a run of jaxprefix starts from."""
+    return encoder_state(new_encoder(load_model(config.pretrained_model_dir), *config.encoder_sizes, config.seed))

@@ -1,0 +1,214 @@
+"""`jaxprefix convert`: prefixes, base models and training states, there and back."""
+
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from convert import gpt_neox, table
+from convert.errors import InputError
+from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
+from jaxprefix import load_model
+from jaxprefix.config import RECIPES, ConvertConfig
+from jaxprefix.conversion import convert
+from jaxprefix.train import start_encoder, train
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.parity.runs import encoder_state, reference_run, started_encoder
+from tests.runs import losses_of, metrics_of, run_config
+from tests.tolerances import LOSS
+from torch_ref.prefix import to_rows
+
+WEIGHT = GOLDEN / "forward.weight"
+
+
+def converted(source, target, base=None):
+    convert(ConvertConfig(source, target, base and str(base)))
+    return target
+
+
+def test_a_prefix_through_every_format_is_bit_identical(tmp_path):
+    place = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    for name in ("p.npy", "p.safetensors", "p.checkpoint", "adapter2", "p.weight"):
+        place = converted(place, tmp_path / name, GOLDEN_BASE)
+    back, original = (torch.load(path, weights_only=True) for path in (place, WEIGHT))
+    assert torch.equal(back, original)
+    assert back.dtype == original.dtype
+
+
+def test_an_adapter_tells_its_shape_without_a_base(tmp_path):
+    adapter = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    save_file(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors")  # no header
+    assert read_prefix(adapter)[1] == {"n_layer": "3", "n_head": "4", "head_dim": "16"}
+    again = converted(adapter, tmp_path / "again")
+    np.testing.assert_array_equal(read_prefix(again)[0], read_prefix(WEIGHT)[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_virtual_tokens", 9, "num_virtual_tokens is 9, the weights have 10 positions"),
+        ("num_layers", 2, "ask for 256 numbers per position, the weights have 384"),
+        ("token_dim", "64", r"token_dim and num_attention_heads are \[3, '64', 4\]"),
+    ],
+)
+def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, field, value, message):
+    adapter = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(InputError, match=message):
+        read_prefix(adapter)
+
+
+def test_an_adapter_for_other_heads_is_refused(tmp_path):
+    adapter = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    base = make_base_folder(tmp_path / "base", num_attention_heads=2)
+    with pytest.raises(InputError, match="n_head: made for 4, this base has 2") as error:
+        converted(adapter, tmp_path / "p.weight", base)
+    assert "head_dim: made for 16, this base has 32" in str(error.value)
+    view = torch.load(WEIGHT, weights_only=True).view(10, 6, 4, 16)
+    torch.save(view, tmp_path / "view.weight")
+    with pytest.raises(InputError, match="n_head: made for 4, this base has 2"):
+        converted(tmp_path / "view.weight", tmp_path / "q.weight", base)
+
+
+def test_a_prefix_needs_to_know_its_base(tmp_path):
+    with pytest.raises(InputError, match="give --pretrained_model_dir"):
+        converted(WEIGHT, tmp_path / "adapter")
+    base = make_base_folder(tmp_path / "base", num_hidden_layers=2)
+    with pytest.raises(InputError, match="it has 384 numbers per position"):
+        converted(WEIGHT, tmp_path / "p.weight", base)
+
+
+def test_without_torch_the_error_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InputError, match=r"pip install 'jaxprefix\[torch\]'"):
+        converted(WEIGHT, tmp_path / "p")
+
+
+def test_dynamic_cache_there_and_back():
+    folded = read_prefix(WEIGHT)[0]
+    cache = to_dynamic_cache(folded, n_layer=3, n_head=4, batch_size=2)
+    expected = to_rows(torch.from_numpy(folded)[None], 3, 4)
+    for layer in range(3):
+        for part, index in ((cache.layers[layer].keys, 2 * layer), (cache.layers[layer].values, 2 * layer + 1)):
+            assert torch.equal(part, expected[index].expand(2, -1, -1, -1))
+    np.testing.assert_array_equal(from_dynamic_cache(cache), folded)
+
+
+def test_a_cache_of_different_rows_is_no_prefix():
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN_BASE)
+    with torch.no_grad():
+        alike, different = (base(torch.tensor(ids)).past_key_values for ids in ([[5, 6], [5, 6]], [[5, 6], [7, 8]]))
+    assert from_dynamic_cache(alike).shape == (2, 384)
+    with pytest.raises(InputError, match="the 2 rows of the cache differ"):
+        from_dynamic_cache(different)
+
+
+@pytest.mark.parametrize("shard_bytes", [table.SHARD_BYTES, 120_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_base_model_there_and_back_is_bit_identical(tmp_path, monkeypatch, dtype, shard_bytes):
+    monkeypatch.setattr(table, "SHARD_BYTES", shard_bytes)
+    source = make_base_folder(tmp_path / "base")
+    weights = {name: array.astype(dtype) for name, array in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors")
+    copy = converted(source, tmp_path / "copy")
+    written: dict[str, np.ndarray] = {}
+    files = table.weight_files(copy)
+    assert (len(files) > 1) == (shard_bytes == 120_000)
+    for file in files:
+        assert file.stat().st_size < shard_bytes + 5_000
+        written |= load_file(file)
+    assert written.keys() == weights.keys()
+    for name, array in weights.items():
+        assert written[name].dtype == dtype
+        np.testing.assert_array_equal(written[name], array)
+    reference = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)  # and transformers reads it
+    assert torch.equal(reference.get_output_embeddings().weight, torch.from_numpy(weights["embed_out.weight"]).float())
+    with pytest.raises(InputError, match="is not an empty folder"):
+        converted(source, copy)
+
+
+def test_the_weights_of_a_loaded_model_can_be_written(tmp_path):
+    base = make_base_folder(tmp_path / "base")
+    state = nnx.to_flat_state(nnx.split(load_model(base))[1])
+    weights = ((".".join(map(str, path)), np.asarray(leaf[...])) for path, leaf in state)
+    table.write_weights(tmp_path, gpt_neox.TABLE, 3, weights)
+    written, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, base))
+    assert written.keys() == original.keys()
+    for name, array in original.items():
+        np.testing.assert_array_equal(written[name], array)
+
+
+RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
+
+
+@pytest.fixture
+def stepped_once(monkeypatch):
+    """Without DeepSpeed the original steps the schedule once."""
+    monkeypatch.setitem(RECIPES, "rinna", dataclasses.replace(RECIPES["rinna"], schedule_steps_per_update=1))
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, stepped_once):
+    """Twelve updates here, three an epoch: (losses, rates)."""
+    config = run_config(tmp_path / "whole", **RINNA, n_epochs=4)
+    train(config)
+    return losses_of(config.run_dir), [point["lr"] for point in metrics_of(config.run_dir)]
+
+
+def test_a_run_goes_on_in_pytorch(tmp_path, uninterrupted):
+    config = run_config(tmp_path, **RINNA, n_epochs=2)
+    train(config)
+    state = converted(config.run_dir, tmp_path / "state.pt", GOLDEN_BASE)
+    record = reference_run(tmp_path, state, n_epochs=4)
+    np.testing.assert_allclose(record["losses"], uninterrupted[0][6:], rtol=LOSS)
+    np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=1e-6)
+
+
+def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
+    start = run_config(tmp_path, "start", **RINNA, n_epochs=4)
+    encoder = tmp_path / "encoder.pt"
+    torch.save(started_encoder(start), encoder)
+    record = reference_run(tmp_path, encoder, "--save_state", tmp_path / "state.pt", n_epochs=2)
+    np.testing.assert_allclose(record["losses"], uninterrupted[0][:6], rtol=LOSS)
+    converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
+    config = run_config(tmp_path, "run", **RINNA, n_epochs=4, resume=True)
+    assert train(config).n_done == 12
+    np.testing.assert_allclose(losses_of(config.run_dir), uninterrupted[0][6:], rtol=LOSS)
+    np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=1e-6)
+    with pytest.raises(InputError, match="has a checkpoint of update 12, the source is of 6"):
+        converted(tmp_path / "state.pt", tmp_path / "run")
+
+
+def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_model, tokenizer):
+    path = tmp_path / "encoder.pt"
+    saved = started_encoder(run_config(tmp_path, seed=43))
+    torch.save(saved, path)
+    config = run_config(tmp_path, checkpoint_path=path)
+    found = encoder_state(start_encoder(config, golden_model, tokenizer))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
+    longer = run_config(tmp_path, checkpoint_path=path, prefix_seq_len=11)
+    with pytest.raises(InputError, match=r"prefix_wte.weight: expected shape \(11, 10\), found \(10, 10\)"):
+        start_encoder(longer, golden_model, tokenizer)
+
+
+def test_damaged_training_states_are_refused(tmp_path):
+    good = started_encoder(run_config(tmp_path))
+    moments = {"step": 3, "exp_avg": good, "exp_avg_sq": good}
+    for content, message in (
+        ({"encoder": good, "optimizer": moments | {"step": -1}}, "step must be a whole number, found -1"),
+        ({"encoder": good, "optimizer": moments | {"exp_avg": {}}}, "missing moments.1.0.mu.prefix_mlp.0.bias"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.full((10,), torch.nan)}}, "0.bias holds numbers that are not"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(10,\), found \(9,\)"),
+        ({"encoder": good}, "holds an encoder without its optimizer"),
+    ):
+        torch.save(content, tmp_path / "state.pt")
+        with pytest.raises(InputError, match=message):
+            converted(tmp_path / "state.pt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

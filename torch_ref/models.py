@@ -1,0 +1,14 @@
+"""The frozen base model: transformers' own classes, the prefix comes in as a filled cache."""
+
+import argparse
+
+import torch
+from transformers import GPT2LMHeadModel, GPTNeoXForCausalLM, PreTrainedModel
+
+MODEL_CLASSES = {"gpt-neox": GPTNeoXForCausalLM, "gpt": GPT2LMHeadModel}
+
+
+def load_base(flags: argparse.Namespace, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load the base model with the class that `--model_type` names; raises ValueError if the folder holds another."""
+    base = MODEL_CLASSES[flags.model_type].from_pretrained(flags.pretrained_model_dir, dtype=dtype)
+    return base.eval().requires_grad_(False)
