@@ -61,38 +61,46 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
 
 
-def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
-    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
+def loss_and_gradient(
+    encoder: Encoder, base: GPTNeoX, batch: Batch, recipe: Recipe, scale: Float[Array, ""] | float = 1.0
+) -> tuple[Float[Array, ""], Encoder]:
+    """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient towards the encoder.
 
     The encoder runs once; the gradient towards the prefix is summed over the micro-batches and then
     pulled back through it. The base is an argument that nothing differentiates: that is all the freezing.
+    Inside, the loss is multiplied by `scale`, so that float16 gradients do not vanish.
     """
+    prefix, pull_back = jax.vjp(lambda encoder: encoder(), encoder)
+    counts = (batch.labels != IGNORED).sum(axis=(1, 2))
+    totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
+    per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
+
+    def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
+        tokens, labels, weight = micro_batch
+
+        def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
+            return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
+
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
+
+    zero = (jnp.float32(0), jnp.zeros_like(prefix))
+    (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
+    return loss / scale, pull_back(gradient / scale)[0]
+
+
+def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
+    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss)."""
 
     def update(state: TrainState, base: GPTNeoX, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
-        prefix, pull_back = jax.vjp(lambda encoder: encoder(), state.encoder)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        counts = (batch.labels != IGNORED).sum(axis=(1, 2))
-        totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
-        per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
-
-        def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-            tokens, labels, weight = micro_batch
-
-            def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-                return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
-
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
-
-        zero = (jnp.float32(0), jnp.zeros_like(prefix))
-        (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
-        (gradient,) = pull_back(gradient / scale)
+        loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
         if state.loss_scale is not None:
             finite = jnp.isfinite(optax.tree.norm(gradient))
             encoder, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
             moved = TrainState(encoder, moments, state.loss_scale.adjusted(finite))
-        return moved, loss / scale
+        return moved, loss
 
     everywhere = replicated(mesh)
     return jax.jit(

@@ -6,3 +6,9 @@ MODEL = 1e-4
 """A whole model in float32: logits absolute, gradients relative to the largest entry."""
 LOSS = 1e-5
 """A loss in float32, relative."""
+RATE = 1e-6
+"""A learning rate, relative to the largest: one is computed in float32, the other in float64."""
+BFLOAT16 = 1.5
+"""How far bfloat16 may stray from the float32 reference, as a multiple of how far the reference's bfloat16 does."""
+BFLOAT16_ROUNDOFF = 2**-9
+"""The largest relative error of rounding to bfloat16's 8 significant bits."""
