@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test parity lint
 
 setup: .venv/dev            ## everything that development needs, torch included
 
@@ -11,6 +11,10 @@ demo: .venv/core            ## train a prefix on the small base model and show w
 
 test: .venv/dev             ## the whole suite
 	.venv/bin/python -m pytest -q
+
+parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes docs/parity.md
+	.venv/bin/python -m tests.parity.report
+	.venv/bin/python -m pytest -q -m deepspeed
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .
@@ -25,4 +29,8 @@ lint: .venv/dev             ## style and types
 .venv/dev: .venv/core
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/parity: .venv/dev     # DeepSpeed compiles its fused Adam at the first run: needs g++
+	$(PIP) --editable '.[parity]'
 	touch $@

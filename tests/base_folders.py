@@ -59,6 +59,22 @@ def make_base_folder(folder: Path, seed: int = 0, std: float = 0.2, **config: ob
     return folder
 
 
+def make_gpt2_folder(folder: Path, seed: int = 0, std: float = 0.2) -> Path:
+    """Write a GPT-2 folder with random weights, as transformers saves it, and the golden tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=440, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 and parameter[0] == 1 else 0.0, std)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(GOLDEN_BASE / name, folder / name)
+    return folder
+
+
 def random_prefix(config, length: int = 7, seed: int = 1) -> jax.Array:
     """A prefix [L, 2, P, N, H] of std 1."""
     return jax.random.normal(jax.random.key(seed), (config.n_layer, 2, length, config.n_head, config.head_dim))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -96,8 +97,11 @@ def save_as(kind: str, folded: np.ndarray, path):
             torch.save(torch.nn.Parameter(tensor), path)
         case "old torch":
             torch.save(tensor, path, _use_new_zipfile_serialization=False)
-        case "bfloat16":
-            torch.save(tensor.bfloat16(), path)
+        case "bfloat16" | "float16":
+            torch.save(tensor.to(getattr(torch, kind)), path)
+        case "saved on a GPU":
+            with unittest.mock.patch("torch.serialization.location_tag", return_value="cuda:0"):
+                torch.save(tensor, path)
         case "4-D view":
             torch.save(tensor.view(10, 6, 4, 16), path)
         case "safetensors":
@@ -107,14 +111,16 @@ def save_as(kind: str, folded: np.ndarray, path):
                 np.save(file, folded if kind == "npy" else to_layers(folded, 3, 4, 16))
 
 
-@pytest.mark.parametrize(
-    "kind", ["weight", "parameter", "old torch", "bfloat16", "4-D view", "safetensors", "npy", "npy layered"]
-)
+KINDS = ("weight", "parameter", "old torch", "bfloat16", "float16", "saved on a GPU", "4-D view", "safetensors")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "npy", "npy layered"])
 def test_every_format_is_told_by_content_and_read(golden_model, tmp_path, kind):
     folded, _ = read_prefix(GOLDEN / "forward.weight")
     path = tmp_path / "file"
     save_as(kind, folded, path)
-    expected = torch.from_numpy(folded).bfloat16().float().numpy() if kind == "bfloat16" else folded
+    stored = getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
+    expected = torch.from_numpy(folded).to(stored).float().numpy()
     np.testing.assert_array_equal(to_folded(load_prefix(path, golden_model.config)), expected)
 
 

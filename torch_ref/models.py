@@ -5,10 +5,13 @@ import argparse
 import torch
 from transformers import GPT2LMHeadModel, GPTNeoXForCausalLM, PreTrainedModel
 
-MODEL_CLASSES = {"gpt-neox": GPTNeoXForCausalLM, "gpt": GPT2LMHeadModel}
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {"gpt-neox": GPTNeoXForCausalLM, "gpt": GPT2LMHeadModel}
 
 
-def load_base(flags: argparse.Namespace, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_base(
+    flags: argparse.Namespace, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load the base model with the class that `--model_type` names; raises ValueError if the folder holds another."""
     base = MODEL_CLASSES[flags.model_type].from_pretrained(flags.pretrained_model_dir, dtype=dtype)
+    torch.nn.Module.to(base, device)
     return base.eval().requires_grad_(False)

@@ -35,8 +35,9 @@ class RunLog:
 
     def scalars(self, split: str, step: int, **values: float) -> None:
         """Write TensorBoard scalars."""
-        for name, value in values.items() if self.board else ():
-            self.board.add_scalar(f"{name}/{split}", value, step)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{name}/{split}", value, step)
 
     def train_point(self, epoch: int, step: int, rate: float) -> None:
         """Log the means over the window of micro-batches since the last point, and start a new one."""

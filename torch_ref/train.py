@@ -59,7 +59,8 @@ def autocast(flags: argparse.Namespace) -> torch.autocast:
 def epoch_order(n_examples: int, epoch: int, seed: int) -> list[int]:
     """Return this rank's examples in a fresh random order: a permutation, or a DistributedSampler's share."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        sampler = torch.utils.data.DistributedSampler(range(n_examples), shuffle=True, seed=seed)
+        numbers: Any = range(n_examples)
+        sampler = torch.utils.data.DistributedSampler[int](numbers, shuffle=True, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
     return torch.randperm(n_examples).tolist()
@@ -92,7 +93,7 @@ def start_ranks(flags: argparse.Namespace) -> torch.device:
     if flags.deepspeed:
         import deepspeed
 
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         if "RANK" not in os.environ:  # not under a launcher
             os.environ |= alone
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
@@ -121,7 +122,7 @@ def train(
         examples = [Example([], chunk) for chunk in read_chunks(Path(flags.data_filepath), tokenizer)]
     train_set, dev_set = split_examples(examples, flags.train_data_size, flags.dev_data_size)
     half = torch.float16 if flags.fp16 else torch.bfloat16 if flags.bf16 else torch.float32
-    base = load_base(flags, half if flags.deepspeed else torch.float32).to(device)
+    base = load_base(flags, half if flags.deepspeed else torch.float32, device)
     encoder, steps, n_done = start(flags, base)
 
     note = f".{flags.filename_note}" if flags.filename_note else ""

@@ -41,7 +41,7 @@ from tests.runs import metrics_of
 from torch_ref.config import generate_parser, train_parser
 
 generation = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
-N_TRAIN, N_DEV, BATCH_SIZE = 10, 4, 4
+N_TRAIN, N_DEV, BATCH_SIZE = 9, 5, 4  # batches of 4, 4, 1 and of 4, 1
 MAX_LR, SEED = 1e-2, 42
 LOW_CLIP = 1e-2  # below the norm of any gradient of the first batch
 PROMPTS = ("", "今日は", "猫が", "電車で")
@@ -228,7 +228,7 @@ class Ours:
     @property
     def nucleus_probabilities(self) -> list[np.ndarray]:
         drop = self.recipe.drop_crossing_token
-        kept = [generation.filter_nucleus(nucleus_logits(), *cut, drop_crossing=drop) for cut in NUCLEUS]
+        kept = [generation.filter_nucleus(jnp.asarray(nucleus_logits()), *cut, drop_crossing=drop) for cut in NUCLEUS]
         return [np.asarray(jax.nn.softmax(logits)) for logits in kept]
 
 

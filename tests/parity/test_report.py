@@ -1,0 +1,175 @@
+"""The parity report holds, and each of many deliberate faults fails it first at the stage that owns the fault."""
+
+import contextlib
+import dataclasses
+import importlib
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from jaxprefix import config, conversion, data, prefix, tokenizer, train, update
+from jaxprefix.models import gpt_neox
+from tests.parity.report import CASES, STAGES, compare, compare_case
+from tests.parity.sides import Ours, Theirs, make_files
+
+generate = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
+PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
+PAD_ID = 3  # of the golden base
+
+
+def with_recipe(**changes):
+    return patch.dict(config.RECIPES, rinna=dataclasses.replace(config.RECIPES["rinna"], **changes))
+
+
+def replaced(module, name, make):
+    """Put make(original) in a function's place."""
+    return patch.object(module, name, make(getattr(module, name)))
+
+
+def shift_of_second_row_lost(rows_of):
+    return lambda *arguments: [
+        (inputs, labels if index == 0 else inputs) for index, (inputs, labels) in enumerate(rows_of(*arguments))
+    ]
+
+
+def keys_and_values_swapped(attend):
+    return lambda q, k, v, prefix, slots: attend(q, k, v, None if prefix is None else prefix[::-1], slots)
+
+
+def gradient_of_values_lost(attend):
+    def fault(q, k, v, prefix, slots):
+        return attend(q, k, v, prefix if prefix is None else prefix.at[1].set(jax.lax.stop_gradient(prefix[1])), slots)
+
+    return fault
+
+
+def position_off_by_one_in_decoding(positions_of):
+    return lambda slots, prefix: positions_of(slots, prefix) + (slots.shape[1] == 1)
+
+
+def schedule_stepped(times):
+    def fault(learning_rate):
+        return lambda config, recipe, n_updates: learning_rate(
+            config, dataclasses.replace(recipe, schedule_steps_per_update=times), n_updates
+        )
+
+    return fault
+
+
+FAULTS = {
+    "a dummy prefix before every text": (
+        "tokens",
+        lambda: replaced(
+            tokenizer.Tokenizer,
+            "encode",
+            lambda encode: lambda self, text: [self.processor.piece_to_id("▁"), *encode(self, text)],
+        ),
+    ),
+    "document tails kept": ("chunks", lambda: with_recipe(drop_document_tails=False)),
+    "labels of the second row not shifted": ("batches", lambda: replaced(data, "rows_of", shift_of_second_row_lost)),
+    "rotary base": (
+        "base_keys_values",
+        lambda: replaced(gpt_neox, "rotary_angles", lambda angles: lambda p, dim, base: angles(p, dim, 1.05 * base)),
+    ),
+    "layer-norm eps": (
+        "base_keys_values",
+        lambda: replaced(gpt_neox, "LayerNorm", lambda norm: lambda width, eps: norm(width, 100 * eps)),
+    ),
+    "decay on biases": (
+        "initialised",
+        lambda: replaced(prefix, "decays", lambda _: lambda encoder: jax.tree.map(lambda _: True, encoder)),
+    ),
+    "position offset missing": ("logits", lambda: replaced(gpt_neox, "positions_of", lambda _: lambda slots, _: slots)),
+    "keys and values swapped": ("logits", lambda: replaced(gpt_neox, "attend", keys_and_values_swapped)),
+    "loss over pad": (
+        "loss",
+        lambda: replaced(
+            update,
+            "next_token_loss",
+            lambda loss: lambda logits, labels: loss(logits, jnp.where(labels == data.IGNORED, PAD_ID, labels)),
+        ),
+    ),
+    "gradient of the prefix values lost": ("gradients", lambda: replaced(gpt_neox, "attend", gradient_of_values_lost)),
+    "clipped by value": ("clipped_gradients", lambda: patch.object(update.optax, "clip_by_global_norm", optax.clip)),
+    "schedule stepped twice": ("learning_rates", lambda: replaced(train, "learning_rate", schedule_stepped(2))),
+    "Adam's second decay": (
+        "losses",
+        lambda: replaced(
+            train,
+            "make_optimizer",
+            lambda make: lambda config, rate: make(dataclasses.replace(config, adam_beta2=0.999), rate),
+        ),
+    ),
+    "last update lost": (
+        "folded",
+        lambda: replaced(train.Checkpoints, "save", lambda save: lambda *a: save(*a) if a[1] < 60 else None),
+    ),
+    "dev loss weighted by tokens": (
+        "dev_losses",
+        lambda: replaced(train, "dev_loss", lambda dev_loss: lambda base, prefix, dev, _: dev_loss(base, prefix, dev)),
+    ),
+    "saved layout": (
+        "saved",
+        lambda: replaced(
+            conversion,
+            "write_weight",
+            lambda write: lambda path, folded: write(path, folded.reshape(10, -1, 2, 64)[:, :, ::-1]),
+        ),
+    ),
+    "position off by one in decoding": (
+        "greedy_ids",
+        lambda: replaced(gpt_neox, "positions_of", position_off_by_one_in_decoding),
+    ),
+    "crossing token kept": ("nucleus_probabilities", lambda: with_recipe(drop_crossing_token=False)),
+}
+
+
+@contextlib.contextmanager
+def injected(fault):
+    """Nothing compiled outlives the fault, nor enters it."""
+    jax.clear_caches()
+    with fault():
+        yield
+    jax.clear_caches()
+
+
+def reference_of(case, folder):
+    """A case's files and the reference's side of it, which computes every stage once."""
+    base, documents = make_files(case, folder)
+    raw_encoder = Ours(case, base, documents, folder / "ours").raw_encoder
+    return base, documents, Theirs(case, base, documents, folder / "theirs", raw_encoder)
+
+
+def first_failure(case, reference, folder):
+    base, documents, theirs = reference
+    results = compare(case, Ours(case, base, documents, folder / "faulty"), theirs)
+    return next((result.stage.name for result in results if not result.holds), None)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return reference_of(PLAIN, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.deepspeed], ids=lambda case: case.name)
+def test_every_stage_agrees(case, tmp_path):
+    results = list(compare_case(case, tmp_path))
+    assert [result.stage for result in results] == list(STAGES)
+    assert not [(result.stage.title, result.difference) for result in results if not result.holds]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_fails_at_its_stage(fault, reference, tmp_path):
+    stage, inject = FAULTS[fault]
+    with injected(inject):
+        assert first_failure(PLAIN, reference, tmp_path) == stage
+
+
+@pytest.mark.deepspeed
+def test_a_schedule_stepped_once_fails_under_deepspeed(tmp_path):
+    reference = reference_of(DEEPSPEED, tmp_path)
+    with injected(lambda: replaced(train, "learning_rate", schedule_stepped(1))):
+        assert first_failure(DEEPSPEED, reference, tmp_path) == "learning_rates"

@@ -1,0 +1,265 @@
+"""The reference as a program: its quirks, its files and log lines, several ranks.
+
+Each test of a quirk of the original fails when the reference does the sound thing instead.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_gpt2_folder
+from tests.parity.runs import reference_run
+from torch_ref import generate, train
+from torch_ref.config import deepspeed_config, generate_parser, train_parser
+from torch_ref.data import Example, chunk_document, split_examples
+from torch_ref.models import load_base
+from torch_ref.prefix import PrefixEncoder
+from torch_ref.tokenizer import load_tokenizer
+from torch_ref.update import DeepSpeedSteps, PlainSteps, lr_lambda
+
+ROOT = Path(__file__).parents[2]
+LOG_LINE = r"\d+\.\d\ds Epoch \d+, step \d+, lr [\d.e-]+ - loss: [\d.]+, ppl: [\d.]+"
+DEV_LINE = r"\d+\.\d\ds Epoch \d+, dev - monitor: [\d.]+, ppl: [\d.]+"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(GOLDEN_BASE)
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    return make_gpt2_folder(tmp_path_factory.mktemp("base") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def encoder_file(tmp_path_factory):
+    """An encoder for the golden base, so that no run has to fit one."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save(PrefixEncoder(3, 4, 64, 10, 10, 10).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, encoder_file):
+    """A short run: nine examples in three batches, one epoch."""
+    few = {"train_data_size": 9, "dev_data_size": 5, "n_epochs": 1}
+    return lambda *extra, **changes: reference_run(tmp_path, encoder_file, *extra, **few | changes)
+
+
+def flags_of(base=GOLDEN_BASE, **changes):
+    flags = {"pretrained_model_dir": base, "data_filepath": GOLDEN / "documents.jsonl", "save_name": "run"} | changes
+    return train_parser().parse_args([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+
+
+def test_document_tail_is_dropped(tokenizer):
+    assert chunk_document("今日は晴れです。\n明日は雨です。", tokenizer) == []
+
+
+def test_long_sentence_is_one_chunk(tokenizer):
+    chunks = chunk_document("短い。\n" + "猫が好きです" * 30 + "\n短い。", tokenizer)
+    assert [len(chunk) > 64 for chunk in chunks] == [False, True]
+
+
+def test_fewer_chunks_than_asked_for():
+    with pytest.raises(ValueError, match="1 chunks are fewer than 1 for training \\+ 1"):
+        split_examples([Example([], [5])], 1, 1)
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    rate = lr_lambda(flags_of(n_training_steps=10, n_warmup_steps=4))
+    assert [rate(step) for step in (0, 1, 4, 7, 10, 12)] == [0, 0.25, 1, 0.5, 0, 0]
+
+
+def test_schedule_is_stepped_once_without_deepspeed(run):
+    record = run(n_training_steps=6, n_epochs=2, max_lr=0.06)
+    np.testing.assert_allclose(record["rates"], [0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
+
+
+@pytest.mark.deepspeed
+def test_schedule_is_stepped_twice_under_deepspeed(run):
+    record = run("--deepspeed", n_training_steps=6, n_epochs=2, max_lr=0.06)
+    np.testing.assert_allclose(record["rates"], [0.06, 0.04, 0.02, 0, 0, 0], atol=1e-9)
+
+
+def test_accumulation_is_a_sum_without_deepspeed():
+    encoder = PrefixEncoder(1, 2, 8, 2, 3, 3)
+    steps = PlainSteps(encoder, flags_of(n_accum_steps=2), 0)
+    assert not steps.step(encoder.folded().sum())
+    with patch("torch.nn.utils.clip_grad_norm_"), patch.object(steps.optimizer, "zero_grad"):
+        assert steps.step(encoder.folded().sum())
+    np.testing.assert_array_equal(encoder.prefix_mlp[2].bias.grad, 4.0)  # 2 positions × 2 micro-batches
+
+
+@pytest.mark.deepspeed
+def test_accumulation_is_a_mean_under_deepspeed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder, flags = PrefixEncoder(1, 2, 8, 2, 3, 3), flags_of(n_accum_steps=2)
+    flags.deepspeed = True
+    train.start_ranks(flags)
+    steps = DeepSpeedSteps(encoder, flags, 0)
+    assert not steps.step(steps.forward(1).sum())
+    np.testing.assert_array_equal(encoder.prefix_mlp[2].bias.grad, 1.0)  # 2 positions ÷ 2 micro-batches
+
+
+def test_unfinished_accumulation_joins_the_next_epoch(run):
+    assert len(run(n_accum_steps=2)["rates"]) == 1
+    assert len(run(n_accum_steps=2, n_epochs=2)["rates"]) == 3
+
+
+def test_dev_means_are_not_weighted_by_tokens(run):
+    seen = []
+    original = train.batch_loss
+
+    def spy(*arguments):
+        seen.append((original(*arguments), (arguments[2][1] != arguments[3]).sum()))
+        return seen[-1][0]
+
+    with patch.object(train, "batch_loss", spy):
+        record = run(n_training_steps=1)
+    losses, counts = (np.array([float(value) for value in column]) for column in zip(*seen[-2:], strict=True))
+    monitor, ppl = record["dev"][0]
+    np.testing.assert_allclose([monitor, ppl], [losses.mean(), np.exp(losses).mean()], rtol=1e-6)
+    assert abs(monitor - np.average(losses, weights=counts)) > 1e-4
+
+
+def test_files_and_log_lines(run, tmp_path, capsys):
+    run("--save_log", "--save_model", n_epochs=2, filename_note="note", log_every_n_steps=2)
+    stem = r"reference_prefix_encoder\.seed42\.\d{4}(-\d\d){5}\.note"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    patterns = [rf"{stem}\.best\.checkpoint", rf"{stem}\.checkpoint", rf"{stem}\.log", rf"{stem}\.tensorboard"]
+    assert all(map(re.fullmatch, patterns, names)), names
+    lines = (tmp_path / names[2]).read_text().splitlines()
+    assert lines == [line for line in capsys.readouterr().out.splitlines() if "Epoch" in line]
+    assert [bool(re.fullmatch(LOG_LINE, line)) for line in lines] == [True, False, True, True, False]
+    assert [bool(re.fullmatch(DEV_LINE, line)) for line in lines] == [False, True, False, False, True]
+
+
+def test_saved_tensor_still_requires_grad(run, tmp_path):
+    run("--save_model", n_training_steps=1)
+    saved = torch.load(next(tmp_path.glob("*.best.checkpoint")), weights_only=True)
+    assert saved.requires_grad
+    assert saved.shape == (10, 3 * 2 * 64)
+
+
+def test_checkpoint_path_wants_the_encoders_state_which_no_run_writes(run, tmp_path):
+    run("--save_model", n_training_steps=1)
+    with pytest.raises(TypeError, match="expected a dict with the encoder's state, found Tensor"):
+        run(checkpoint_path=next(tmp_path.glob("*.best.checkpoint")))
+
+
+@pytest.mark.parametrize("extra", [["--resume_training"], ["--min_lr", "0.5"]])
+def test_flags_without_effect(run, extra):
+    assert run(*extra)["losses"] == run()["losses"]
+
+
+def test_min_lr_stands_in_the_deepspeed_config():
+    assert deepspeed_config(flags_of(min_lr=0.5))["scheduler"]["params"]["warmup_min_lr"] == 0.5
+
+
+def test_nucleus_drops_the_crossing_token():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    np.testing.assert_allclose(generate.nucleus_probabilities(logits, 0, 0.7), [[1, 0, 0]])
+    np.testing.assert_allclose(generate.nucleus_probabilities(logits, 0, 0.0), [[0.5, 0.3, 0.2]], rtol=1e-6)
+
+
+def positions_given(folder, max_output_len=3, prompt=(5, 6, 7)):
+    """The position ids of every call of a base model that generates behind a prefix of four."""
+    flags = ["--pretrained_model_dir", str(folder), "--decode_method", "greedy"]
+    model_type = "gpt" if "gpt2" in folder.name else "gpt-neox"
+    flags += ["--max_output_len", str(max_output_len), "--model_type", model_type]
+    parsed = generate_parser().parse_args(flags)
+    base = load_base(parsed)
+    heads = base.config.num_attention_heads
+    prefix = torch.zeros(2 * base.config.num_hidden_layers, 1, heads, 4, base.config.hidden_size // heads)
+    with patch.object(base, "forward", wraps=base.forward) as forward:
+        generate.generate_ids(base, prompt, prefix, -1, parsed)
+    return [call.kwargs.get("position_ids") for call in forward.call_args_list]
+
+
+def test_gpt2_positions_start_at_zero_and_skip_one(gpt2_folder):
+    assert [positions.tolist() for positions in positions_given(gpt2_folder)] == [[[0, 1, 2]], [[4]], [[5]]]
+
+
+def test_gpt_neox_counts_its_cache():
+    assert positions_given(GOLDEN_BASE) == [None] * 3
+
+
+def test_training_passes_neither_positions_nor_a_mask(gpt2_folder):
+    base = load_base(flags_of(gpt2_folder, model_type="gpt"))
+    encoder, batch = PrefixEncoder.of(base, 4, 3, 3), (torch.tensor([[1, 5, 3]]), torch.tensor([[5, 2, 3]]))
+    with patch.object(base, "forward", wraps=base.forward) as forward:
+        train.batch_loss(base, encoder(1), batch, 3)
+    assert forward.call_args.kwargs.keys() == {"past_key_values"}
+
+
+def test_gpt2_trains(gpt2_folder, tmp_path):
+    flags = flags_of(gpt2_folder, model_type="gpt", train_data_size=9, dev_data_size=5, n_epochs=4, max_lr=1e-2)
+    with contextlib.chdir(tmp_path):
+        record = train.train(flags)
+    assert record["dev"][-1][0] < record["dev"][0][0]
+
+
+def test_prompt_loop(monkeypatch, capsys):
+    prompts = iter(["今日は", ""])
+    monkeypatch.setattr("builtins.input", functools.partial(next_or_eof, prompts))
+    weight = str(GOLDEN / "forward.weight")
+    flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--prefix_checkpoint_path", weight]
+    generate.main([*flags, "--decode_method", "greedy", "--max_output_len", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("今日は")
+
+
+def next_or_eof(prompts, _shown):
+    try:
+        return next(prompts)
+    except StopIteration:
+        raise EOFError from None
+
+
+LAUNCHERS = [
+    pytest.param(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"], id="torchrun"
+    ),
+    pytest.param(
+        [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module"],
+        id="deepspeed",
+        marks=pytest.mark.deepspeed,
+    ),
+]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_ranks_log_and_save_once_and_end_equal(launcher, tmp_path, encoder_file):
+    flags = ["--pretrained_model_dir", GOLDEN_BASE, "--data_filepath", GOLDEN / "documents.jsonl", "--save_name", "run"]
+    flags += ["--train_data_size", 8, "--dev_data_size", 4, "--batch_size", 2, "--n_epochs", 2, "--max_lr", 1e-2]
+    flags += ["--checkpoint_path", encoder_file, "--log_every_n_steps", 1, "--save_model", "--save_log"]
+    flags += ["--deepspeed"] if "--module" in launcher else []
+    command = [*launcher, "tests.parity.each_rank", tmp_path, *flags]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(LOG_LINE, done.stdout)) == 4  # 8 examples ÷ 2 ranks ÷ 2, twice
+    assert len(re.findall(DEV_LINE, done.stdout)) == 2
+    assert len(list(tmp_path.glob("*.checkpoint"))) == 2  # the last and the best
+    assert len(list(tmp_path.glob("*.log"))) == 1
+    initial, first, second = (
+        torch.load(path, weights_only=True) for path in (encoder_file, tmp_path / "rank0.pt", tmp_path / "rank1.pt")
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        assert not torch.equal(first[name], initial[name]), name
