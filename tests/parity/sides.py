@@ -42,7 +42,7 @@ from torch_ref.config import generate_parser, train_parser
 
 generation = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 N_TRAIN, N_DEV, BATCH_SIZE = 9, 5, 4  # batches of 4, 4, 1 and of 4, 1
-MAX_LR, SEED = 1e-2, 42
+MAX_LR, SEED = 5e-3, 42
 LOW_CLIP = 1e-2  # below the norm of any gradient of the first batch
 PROMPTS = ("", "今日は", "猫が", "電車で")
 NUCLEUS = ((50, 0.95), (0, 0.9), (7, 0.0), (0, 0.05))
