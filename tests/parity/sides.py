@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
-import sys
 import unittest.mock
 from collections.abc import Mapping
 from pathlib import Path
@@ -321,7 +321,7 @@ class Theirs:
         switches = {"--save_model": True, "--deepspeed": self.case.deepspeed, "--bf16": self.case.bf16}
         extra = [switch for switch, is_on in switches.items() if is_on]
         files = {"pretrained_model_dir": self.base, "data_filepath": self.data}
-        with contextlib.redirect_stdout(sys.stderr):  # its log lines
+        with contextlib.redirect_stdout(io.StringIO()):  # its log lines
             return reference_run(self.folder, initial, *extra, examples=self.chunks, **files, **self.case.flags)
 
     @property
