@@ -4,7 +4,12 @@ Linear weights are [out, in] on both sides, so no rule transposes anything.
 `query_key_value` packs its rows per head as [q | k | v], i.e. [N, 3, H].
 """
 
-TABLE: dict[str, str | None] = {
+from convert.table import Rule
+
+OPTIONAL_PREFIX = "gpt_neox."
+HEAD = "embed_out.weight"
+
+TABLE: dict[str, Rule] = {
     "gpt_neox.embed_in.weight": "embed.weight",
     "gpt_neox.layers.{layer}.input_layernorm.weight": "layers.{layer}.attention_norm.weight",
     "gpt_neox.layers.{layer}.input_layernorm.bias": "layers.{layer}.attention_norm.bias",
@@ -20,7 +25,7 @@ TABLE: dict[str, str | None] = {
     "gpt_neox.layers.{layer}.mlp.dense_4h_to_h.bias": "layers.{layer}.mlp.down.bias",
     "gpt_neox.final_layer_norm.weight": "final_norm.weight",
     "gpt_neox.final_layer_norm.bias": "final_norm.bias",
-    "embed_out.weight": "head.weight",
+    HEAD: "head.weight",
     # Buffers that old transformers wrote; they are computed here.
     "gpt_neox.layers.{layer}.attention.bias": None,
     "gpt_neox.layers.{layer}.attention.masked_bias": None,

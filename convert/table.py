@@ -1,82 +1,73 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-Names and shapes are compared from the file headers before any weight is read, and every
-disagreement is reported in one error. The same table, read backwards, writes a checkpoint.
+A rule `(path, "transpose")` exchanges the two axes. Names and shapes are compared from the file headers
+before any weight is read, and every disagreement is reported in one error. The same table, read
+backwards, writes a checkpoint.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
+from convert.weights import SHARD_INDEX, SINGLE_FILE, StoredWeight, TransposedWeight, stored_weights
 
-SINGLE_FILE = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 
+Rule = str | tuple[str, Literal["transpose"]] | None
+Table = Mapping[str, Rule]
 
-def expand(table: Mapping[str, str | None], n_layer: int) -> dict[str, str | None]:
+
+def expand(table: Table, n_layer: int) -> dict[str, Rule]:
     """Write the table out for every layer: names without `{layer}` once, the others n_layer times."""
     return {
-        name.format(layer=layer): path and path.format(layer=layer)
-        for name, path in table.items()
+        name.format(layer=layer): _in_layer(rule, layer)
+        for name, rule in table.items()
         for layer in (range(n_layer) if "{layer}" in name else (0,))
     }
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """List a hub folder's safetensors files: the shards its index names, or the single file."""
-    if (folder / SHARD_INDEX).is_file():
-        try:
-            shards = set(json.loads((folder / SHARD_INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / SHARD_INDEX}: not an index with a weight_map") from error
-        return [folder / name for name in sorted(shards)]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    raise InputError(f"{folder}: no weights; expected {SINGLE_FILE} or {SHARD_INDEX}")
-
-
 def stream_weights(
-    folder: Path, table: Mapping[str, str | None], n_layer: int, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (our path, array as stored) for every weight of the folder, one file after the other.
+    folder: Path, table: Table, n_layer: int, shapes: Mapping[str, tuple[int, ...]], optional_prefix: str = ""
+) -> Iterator[tuple[str, StoredWeight]]:
+    """Yield (our path, weight to read) for every weight of the folder.
 
-    `shapes` maps each of our paths to the shape the model expects. Raises InputError that lists all
-    missing, unknown and misshapen weights before the first one is read.
+    `shapes` maps each of our paths to the shape the model expects; rules for other paths do not count.
+    Files may leave the optional prefix of names out. Raises InputError that lists all missing, unknown and
+    misshapen weights before the first one is read.
     """
-    rules = expand(table, n_layer)
-    handles = [_open(path) for path in weight_files(folder)]
-    found = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+    rules = {name: rule for name, rule in expand(table, n_layer).items() if rule is None or path_of(rule) in shapes}
+    found: dict[str, StoredWeight] = {}
+    for stored_name, weight in stored_weights(folder):
+        name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
+        found[name] = TransposedWeight(weight) if isinstance(rules.get(name), tuple) else weight
 
     problems = [f"unknown weight {name}" for name in sorted(found) if name not in rules]
-    problems += [f"missing weight {name}" for name, path in rules.items() if path and name not in found]
-    for name in found:
-        path = rules.get(name)
-        shape = tuple(found[name].get_slice(name).get_shape())
-        if path and shape != tuple(shapes[path]):
-            problems.append(f"{name} has shape {shape}, config.json asks for {tuple(shapes[path])}")
+    problems += [f"missing weight {name}" for name, rule in rules.items() if rule and name not in found]
+    for name, weight in found.items():
+        path = path_of(rules.get(name))
+        if path and weight.shape != tuple(shapes[path]):
+            found_shape, expected = _as_stored(weight), _as_stored(weight, shapes[path])
+            problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
 
-    for name, handle in found.items():
-        if path := rules[name]:
-            yield path, handle.get_tensor(name)
+    for name, weight in found.items():
+        if path := path_of(rules[name]):
+            yield path, weight
 
 
-def write_weights(
-    folder: Path, table: Mapping[str, str | None], n_layer: int, weights: Iterable[tuple[str, np.ndarray]]
-) -> None:
+def write_weights(folder: Path, table: Table, n_layer: int, weights: Iterable[tuple[str, np.ndarray]]) -> None:
     """Write (our path, array) pairs under their hub names: the inverse of `stream_weights`, with the arrays' own types.
 
     More than SHARD_BYTES go into several files with an index, as transformers writes them. Raises OSError.
     """
-    names = {path: name for name, path in expand(table, n_layer).items() if path}
+    names = {path_of(rule): (name, isinstance(rule, tuple)) for name, rule in expand(table, n_layer).items() if rule}
     shards: list[list[str]] = []
 
     def flush(shard: dict[str, np.ndarray]) -> None:
@@ -90,7 +81,8 @@ def write_weights(
         if shard and sum(weight.nbytes for weight in shard.values()) + array.nbytes > SHARD_BYTES:
             flush(shard)
             shard = {}
-        shard[names[path]] = np.ascontiguousarray(array)
+        name, transposed = names[path]
+        shard[name] = np.ascontiguousarray(array.T if transposed else array)
         total += array.nbytes
     flush(shard)
     if len(shards) == 1:
@@ -105,8 +97,18 @@ def write_weights(
     (folder / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+def path_of(rule: Rule) -> str | None:
+    """Return our path in a rule."""
+    return rule[0] if isinstance(rule, tuple) else rule
+
+
+def _in_layer(rule: Rule, layer: int) -> Rule:
+    if isinstance(rule, tuple):
+        return rule[0].format(layer=layer), rule[1]
+    return rule and rule.format(layer=layer)
+
+
+def _as_stored(weight: StoredWeight, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """A shape as the file has it."""
+    shape = weight.shape if shape is None else tuple(shape)
+    return shape[::-1] if isinstance(weight, TransposedWeight) else shape

@@ -25,11 +25,16 @@ def is_torch_file(path: Path) -> bool:
         return file.read(16).startswith(MAGIC)
 
 
-def load_torch(path: Path) -> Any:
-    """Load tensors onto the CPU; pickled code is refused. Raises InputError."""
+def load_torch(path: Path, mapped: bool = False) -> Any:
+    """Load tensors onto the CPU; pickled code is refused. Raises InputError.
+
+    `mapped` leaves their numbers in the file until they are used, if it is in the zip format.
+    """
     torch = import_torch(f"reading {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            mapped = mapped and file.read(4) == MAGIC[0]
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # on a damaged file torch raises many kinds
         raise InputError(f"{path}: not a file that torch can load safely ({first_line(error)})") from error
 

@@ -92,12 +92,12 @@ def _generate(config: GenerateConfig) -> int:
 
 def _load(config: GenerateConfig | EvaluateConfig) -> tuple[Any, Any, Any]:
     """Return the base model, its tokenizer, and the prefix or None."""
+    from jaxprefix.base_folder import open_base
     from jaxprefix.models import load_model
     from jaxprefix.prefix import load_prefix
-    from jaxprefix.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.pretrained_model_dir)
-    model = load_model(config.pretrained_model_dir, config.dtype)
+    folder, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    model = load_model(folder, config.dtype, config=model_config)
     if config.prefix_checkpoint_path is None:
         return model, tokenizer, None
     return model, tokenizer, load_prefix(config.prefix_checkpoint_path, model.config, tokenizer)

@@ -34,6 +34,8 @@ class Recipe:
     """Let an unfinished accumulation group at the end of an epoch join the next epoch's first update."""
     drop_crossing_token: bool = False
     """Nucleus sampling drops the token whose cumulative probability crosses top_p."""
+    restart_gpt2_positions: bool = False
+    """GPT-2's generation numbers the prompt from 0 instead of P, and skips one number behind it."""
 
 
 RECIPES = {
@@ -47,6 +49,7 @@ RECIPES = {
         average_batch_means=True,
         carry_accumulation=True,
         drop_crossing_token=True,
+        restart_gpt2_positions=True,
     ),
 }
 RecipeName = Literal["default", "rinna"]
@@ -62,8 +65,10 @@ class TrainConfig:
     """JSON Lines; each object has `text` (sentences separated by newlines) or `prompt` and `completion`."""
     save_name: str
     """Name of the run; its files go to output_dir/save_name."""
-    model_type: Literal["gpt-neox"] = "gpt-neox"
-    """Architecture of the base model; must agree with its config.json."""
+    model_type: Literal["gpt-neox", "gpt"] | None = None
+    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     output_dir: Path = Path("runs")
     """Folder of all runs."""
     prefix_seq_len: int = 10
@@ -192,7 +197,8 @@ class DecodeConfig:
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
-    """`rinna` does as the original: nucleus drops the token that crosses top_p, evaluate chunks and averages so."""
+    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0, evaluate
+    chunks and averages so."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -226,8 +232,10 @@ class GenerateConfig:
     """Print one JSON object per prompt."""
     seed: int = 42
     """Seed of the sampling."""
-    model_type: Literal["gpt-neox"] = "gpt-neox"
-    """Architecture of the base model; must agree with its config.json."""
+    model_type: Literal["gpt-neox", "gpt"] | None = None
+    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     prefix_seq_len: int | None = None
     """Prefix length to expect; the prefix file knows its own."""
     batch_size: int = 16
@@ -251,6 +259,10 @@ class EvaluateConfig:
 
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
+    model_type: Literal["gpt-neox", "gpt"] | None = None
+    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     prefix_checkpoint_path: Path | None = None
     """Run folder, adapter folder or prefix file; leave it out to measure the plain base model alone."""
     data_filepath: Path | None = None
@@ -303,3 +315,5 @@ class ConvertConfig:
     Training state: a file ending in .pt for torch_ref, or a run folder for --resume. Base model: an empty folder."""
     pretrained_model_dir: str | None = None
     """Base model that the source must fit; needed to write an adapter folder unless the source tells its shape."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""

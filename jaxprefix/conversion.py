@@ -6,14 +6,12 @@ from convert.errors import InputError
 from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
 from convert.torch_files import is_torch_file, load_torch
 from convert.training_state import STEPS, is_training_state, read_training_state, write_training_state
+from jaxprefix.base_folder import open_base
 from jaxprefix.checkpoint import Checkpoints, has_checkpoint
 from jaxprefix.config import ConvertConfig
-from jaxprefix.hub import resolve_folder
 from jaxprefix.models import copy_base_model
-from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import base_identity, load_prefix
 from jaxprefix.run_folder import CHECKPOINTS, is_run_folder
-from jaxprefix.tokenizer import load_tokenizer
 
 BASE_CONFIG = "config.json"
 TRAINING_STATE = ".pt"
@@ -41,8 +39,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
     source, target = config.source, config.target
     folded, base = read_prefix(source)
     if config.pretrained_model_dir is not None:
-        folder = resolve_folder(config.pretrained_model_dir)
-        model_config, tokenizer = read_model_config(folder, name=config.pretrained_model_dir), load_tokenizer(folder)
+        _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision)
         load_prefix(source, model_config, tokenizer)
         base = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
@@ -89,7 +86,7 @@ def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
     """Compare the encoder's output with the base model, if one is given."""
     if config.pretrained_model_dir is None:
         return
-    base = read_model_config(resolve_folder(config.pretrained_model_dir), config.pretrained_model_dir)
+    base = open_base(config.pretrained_model_dir, config.revision).config
     found = arrays["encoder.prefix_mlp.2.weight"].shape[0]
     if found != base.folded_width:
         raise InputError(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jaxprefix.config import Recipe
 from jaxprefix.data import Batch, Example, longest_row, make_batch
 from jaxprefix.loss import next_token_loss
-from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ def dev_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: i
 
 
 def dev_loss(
-    base: GPTNeoX, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()
+    base: BaseModel, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()
 ) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": its exponential} over the batches."""
     meter = LossMeter(recipe)
@@ -68,7 +68,7 @@ def dev_loss(
 
 @jax.jit
 def _batch_loss(
-    base: GPTNeoX, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]
+    base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     return next_token_loss(base(tokens, prefix)[0], labels)
 

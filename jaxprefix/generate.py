@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.config import RECIPES, DecodeConfig
+from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache
-from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.prefix import Prefix
 from jaxprefix.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ class DecodeState(NamedTuple):
 
 
 def generate(
-    model: GPTNeoX,
+    model: BaseModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     prefix: Prefix | None = None,
@@ -54,7 +54,7 @@ def generate(
 
 
 def stream(
-    model: GPTNeoX,
+    model: BaseModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     prefix: Prefix | None,
@@ -70,7 +70,7 @@ def stream(
 
 
 def generate_ids(
-    model: GPTNeoX,
+    model: BaseModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     prefix: Prefix | None = None,
@@ -104,7 +104,7 @@ def generate_ids(
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))
 def _decode(
-    model: GPTNeoX,
+    model: BaseModel,
     prefix: Prefix | None,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -116,7 +116,10 @@ def _decode(
     config, n_rows = model.config, tokens.shape[0]
     cache_shape = (n_rows, tokens.shape[1] + decode.max_output_len, config.n_head, config.head_dim)
     cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
-    hidden, written = model.hidden(tokens, prefix, cache)
+    recipe = RECIPES[decode.recipe]
+    restarts = recipe.restart_gpt2_positions and config.model_type == "gpt2"
+    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, written = model.hidden(tokens, prefix, cache, slots, slots if restarts else None)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
@@ -128,7 +131,8 @@ def _decode(
 
     def step(state: DecodeState) -> DecodeState:
         slots = state.slots[:, None]
-        hidden, cache = model.hidden(state.tokens[:, None], prefix, state.cache, slots)
+        positions = slots + 1 if restarts else None
+        hidden, cache = model.hidden(state.tokens[:, None], prefix, state.cache, slots, positions)
         tokens = pick(model.logits(hidden[:, 0]), state.n_made)
         stopped = state.stopped | (tokens == eos_id)
         made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))

@@ -3,27 +3,59 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from convert.errors import InputError
 
-NEEDED_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "*.model", "*token*.json"]
+TOKENIZER_FILES = ["spiece.model", "spm.model", "tokenizer.model", "tokenizer.json"]
+TOKENIZER_SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
+TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
-def resolve_folder(dir_or_hub_id: str | Path) -> Path:
+def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a base model, downloading the needed files of a hub id first.
 
+    Of the weights, safetensors are fetched, torch's files only where there are none. `revision` is a branch,
+    tag or commit. What is in the cache is not fetched again, and is all that is used without a network.
     Raises InputError when there is neither such a folder nor such a repository within reach.
     """
     folder = Path(dir_or_hub_id)
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"{dir_or_hub_id}: is a folder, which has no --revision")
         return folder
+    needed = ["config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS]
+    folder = _download(str(dir_or_hub_id), revision, needed + SAFETENSORS)
+    if not any(folder.glob("model*.safetensors")):
+        folder = _download(str(dir_or_hub_id), revision, needed + TORCH_WEIGHTS)
+    return folder
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    where = f"{hub_id}: no such folder, and"
     try:
-        return Path(snapshot_download(str(dir_or_hub_id), allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
-        raise InputError(f"{dir_or_hub_id}: no such folder, and not a hub id") from error
-    except LocalEntryNotFoundError as error:
-        message = f"{dir_or_hub_id}: no such folder, and the model hub cannot be reached nor is it in the cache"
+        raise InputError(f"{where} not a hub id") from error
+    except GatedRepoError as error:
+        message = f"{where} on the model hub its owner must grant you access: ask for it there, then `hf auth login`"
         raise InputError(message) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{where} on the model hub it has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        message = f"{where} the model hub has no such repository, or it is private: then `hf auth login`"
+        raise InputError(message) from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(f"{where} the model hub cannot be reached nor is it in the cache") from error
     except HfHubHTTPError as error:
-        raise InputError(f"{dir_or_hub_id}: no such folder, and the model hub says: {error}") from error
+        raise InputError(f"{where} the model hub says: {error}") from error
+    except OSError as error:
+        raise InputError(f"{where} it cannot be fetched into the cache ({error})") from error

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
+from jaxprefix.models import BaseModel
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.gpt_neox import GPTNeoX
 from jaxprefix.models.layers import Embedding, Linear
 from jaxprefix.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ class DirectPrefix(nnx.Module):
 Encoder = PrefixEncoder | DirectPrefix
 
 
-def new_encoder(base: GPTNeoX, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int) -> Encoder:
+def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int) -> Encoder:
     """Make an encoder whose prefix starts close to the base model's own keys and values.
 
     With hidden_dim 0 the keys and values are trained directly and start there exactly.
@@ -67,7 +67,7 @@ def new_encoder(base: GPTNeoX, prefix_seq_len: int, input_dim: int, hidden_dim: 
 
 
 @jax.jit(static_argnums=1)
-def base_keys_values(base: GPTNeoX, prefix_seq_len: int) -> Prefix:
+def base_keys_values(base: BaseModel, prefix_seq_len: int) -> Prefix:
     """Return the keys (after rotary) and values of the base model on token ids 0 … P−1, in float32."""
     _, keys_values = base.hidden(jnp.arange(prefix_seq_len)[None])
     return jnp.stack([jnp.concatenate(layer) for layer in keys_values]).astype(jnp.float32)

@@ -1,96 +1,216 @@
-"""SentencePiece tokenizers, read with `sentencepiece` itself.
+"""Text to ids and back: SentencePiece models through `sentencepiece`, tokenizer.json through `tokenizers`.
 
-transformers 5 rebuilds these tokenizers on another backend and puts a `▁` in front of every text when the
-model was trained without a dummy prefix, as rinna's are. Ids here are exactly those of sentencepiece.
+SentencePiece models are never rebuilt on another backend: that changes ids (an extra `▁`, byte fallback lost).
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
 from jaxprefix.hub import resolve_folder
 
-MODEL_FILES = ("spiece.model", "spm.model", "tokenizer.model")
+SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
+TOKENIZERS_FILE = "tokenizer.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
 SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+NEWLINE_PIECE = "<NL>"
+
+
+class SentencePiece:
+    """A SentencePiece model, with what a base model's folder adds to it.
+
+    `added` are tokens with ids behind the model's; texts are split at them first. Where the vocabulary has
+    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token.
+    """
+
+    def __init__(self, processor: SentencePieceProcessor, added: Mapping[str, int], lower: bool):
+        self.processor, self.added, self.lower = processor, dict(added), lower
+        self.unk_id: int | None = processor.unk_id()
+        self.size = max([processor.get_piece_size() - 1, *added.values()]) + 1
+        self._added_by_id = {index: token for token, index in added.items()}
+        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
+        self._splitter = re.compile(f"({'|'.join(longest_first)})" if added else "(?!)")  # (?!) splits nowhere
+        self._has_newline = self.id_of(NEWLINE_PIECE) is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's ids, without special tokens. Raises InputError if it is not valid Unicode."""
+        ids: list[int] = []
+        for part in self._splitter.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
+            elif part:
+                ids += self._encode_pieces(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids below `size`; special tokens leave no trace."""
+        texts: list[str] = []
+        run: list[int] = []
+        for index in ids:
+            if index in self._added_by_id:
+                texts += [self.processor.decode(run), self._added_by_id[index]]
+                run = []
+            elif index < self.processor.get_piece_size():
+                run.append(index)
+        text = "".join([*texts, self.processor.decode(run)])
+        return text.replace(NEWLINE_PIECE, "\n") if self._has_newline else text
+
+    def id_of(self, piece: str) -> int | None:
+        """Return a piece's id, None if there is no such piece."""
+        found = self.added.get(piece, self.processor.piece_to_id(piece))
+        is_unknown = found == self.unk_id and piece != self.processor.id_to_piece(found)
+        return None if is_unknown else found
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        text = text.lower() if self.lower else text
+        try:
+            return self.processor.encode(text.replace("\n", NEWLINE_PIECE) if self._has_newline else text)
+        except RuntimeError as error:
+            raise InputError(f"not a valid text: {text[:40]!r}") from error
+
+
+class TokenizersFile:
+    """A tokenizer.json, usually byte-level BPE; `added` are tokens that other files of the folder add to it."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, int]):
+        backend.no_truncation()
+        backend.no_padding()
+        for token, index in sorted(added.items(), key=lambda item: item[1]):
+            if backend.token_to_id(token) is None:
+                backend.add_special_tokens([token])
+            if backend.token_to_id(token) != index:
+                raise InputError(f"added token {token!r} has id {index} in one file, {backend.token_to_id(token)} here")
+        self.backend = backend
+        self.size = backend.get_vocab_size(with_added_tokens=True)
+        unknown = getattr(backend.model, "unk_token", None)
+        self.unk_id = None if unknown is None else backend.token_to_id(unknown)
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's ids."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as error:
+            raise InputError(f"not a valid text: {text[:40]!r}") from error
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def id_of(self, piece: str) -> int | None:
+        """Return a piece's id."""
+        return self.backend.token_to_id(piece)
+
+
+Vocabulary = SentencePiece | TokenizersFile
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """Text to token ids and back."""
 
-    processor: SentencePieceProcessor
+    vocabulary: Vocabulary
     bos_id: int
     eos_id: int
     pad_id: int
-    unk_id: int
     fingerprint: str
-    """First 16 hex digits of the SHA-256 of the SentencePiece file: two tokenizers agree if these do."""
+    """First 16 hex digits of the SHA-256 of the tokenizer's file: two tokenizers agree if these do."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of pieces."""
-        return self.processor.vocab_size()
+        """Number of pieces, added tokens included."""
+        return self.vocabulary.size
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of what the vocabulary cannot express; None if it can express everything."""
+        return self.vocabulary.unk_id
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens. Raises InputError if it is not valid Unicode."""
-        try:
-            return self.processor.encode(text)
-        except RuntimeError as error:
-            raise InputError(f"not a valid text: {text[:40]!r}") from error
+        return self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens, and ids of a padded vocabulary, leave no trace."""
-        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
+        special = {self.bos_id, self.eos_id, self.pad_id}
+        return self.vocabulary.decode([int(i) for i in ids if i < self.vocab_size and i not in special])
 
 
-def load_tokenizer(dir_or_hub_id: str | Path) -> Tokenizer:
-    """Load the SentencePiece tokenizer of a base model's folder or hub id.
+def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a base model's folder or hub id: SentencePiece if there is a model, else tokenizer.json.
 
-    The special tokens' names come from the tokenizer files beside it, or else their ids from the
-    SentencePiece model. A tokenizer without a pad token pads with eos: padding is never read.
-    Raises InputError when there is no SentencePiece file, or no bos or eos token.
+    The special tokens' names come from the tokenizer files beside it, or else their ids from the SentencePiece
+    model or config.json. A tokenizer without a pad token pads with eos: padding is never read.
+    Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
-    folder = resolve_folder(dir_or_hub_id)
-    path = next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+    folder = resolve_folder(dir_or_hub_id, revision)
+    settings = {key: value for file in SPECIAL_FILES for key, value in _read_object(folder / file).items()}
+    path = next((p for name in (*SENTENCEPIECE_FILES, TOKENIZERS_FILE) if (p := folder / name).is_file()), None)
     if path is None:
-        raise InputError(f"{folder}: no SentencePiece tokenizer; expected one of {', '.join(MODEL_FILES)}")
+        expected = ", ".join((*SENTENCEPIECE_FILES, TOKENIZERS_FILE))
+        raise InputError(f"{folder}: no tokenizer; expected one of {expected}")
+    vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), bool(settings.get("do_lower_case", False)))
+
+    config = _read_object(folder / "config.json")
+    ids = {kind: _special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad")}
+    missing = [f"{kind}_token" for kind in ("bos", "eos") if ids[kind] is None]
+    bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
+    if bos_id is None or eos_id is None:
+        raise InputError(f"{path}: has no {' and no '.join(missing)}")
+    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Tokenizer(vocabulary, bos_id, eos_id, eos_id if pad_id is None else pad_id, fingerprint)
+
+
+def _open_vocabulary(path: Path, added: dict[str, int], lower: bool) -> Vocabulary:
+    if path.name == TOKENIZERS_FILE:
+        try:
+            return TokenizersFile(tokenizers.Tokenizer.from_file(str(path)), added)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        except Exception as error:  # what the library raises is a bare Exception
+            raise InputError(f"{path}: not a tokenizer.json ({error})") from error
     try:
         processor = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: not a SentencePiece model ({error})") from error
-
-    names = {key: value for file in SPECIAL_FILES for key, value in _read_object(folder / file).items()}
-    bos_id = _special_id(processor, names.get("bos_token"), processor.bos_id())
-    eos_id = _special_id(processor, names.get("eos_token"), processor.eos_id())
-    pad_id = _special_id(processor, names.get("pad_token"), processor.pad_id())
-    missing = [name for name, value in (("bos_token", bos_id), ("eos_token", eos_id)) if value is None]
-    if bos_id is None or eos_id is None:
-        raise InputError(f"{path}: has no {' and no '.join(missing)}")
-    return Tokenizer(
-        processor=processor,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        pad_id=eos_id if pad_id is None else pad_id,
-        unk_id=processor.unk_id(),
-        fingerprint=hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-    )
+    return SentencePiece(processor, {t: i for t, i in added.items() if i >= processor.get_piece_size()}, lower)
 
 
-def _special_id(processor: SentencePieceProcessor, name: Any, default: int) -> int | None:
-    """Return the id of a special token by its name (a string, or transformers' {"content": …}), else the default."""
-    if isinstance(name, dict):
-        name = name.get("content")
-    if isinstance(name, str):
-        found = processor.piece_to_id(name)
-        if found != processor.unk_id() or name == processor.id_to_piece(processor.unk_id()):
-            return found
-    return None if default < 0 else default
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Collect token → id from added_tokens.json and from the settings' added_tokens_decoder."""
+    added = dict(_read_object(folder / ADDED_TOKENS_FILE))
+    decoder = settings.get("added_tokens_decoder")
+    for index, token in decoder.items() if isinstance(decoder, dict) else ():
+        added[str(_content(token))] = int(index) if str(index).isdecimal() else index
+    wrong = {token: index for token, index in added.items() if type(index) is not int or index < 0 or not token}
+    if wrong:
+        raise InputError(f"{folder}: added tokens without a proper id: {wrong}")
+    return added
+
+
+def _special_id(
+    vocabulary: Vocabulary, kind: str, settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> int | None:
+    """Return the id of the bos, eos or pad token: by its name, else the SentencePiece model's, else config.json's."""
+    name = _content(settings.get(f"{kind}_token"))
+    if isinstance(name, str) and (found := vocabulary.id_of(name)) is not None:
+        return found
+    if isinstance(vocabulary, SentencePiece) and (own := getattr(vocabulary.processor, f"{kind}_id")()) >= 0:
+        return own
+    given = config.get(f"{kind}_token_id")
+    return given if type(given) is int and 0 <= given < vocabulary.size else None
+
+
+def _content(token: Any) -> Any:
+    """Return a token's text: it may stand as it is, or as transformers' {"content": …}."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_object(path: Path) -> dict[str, Any]:

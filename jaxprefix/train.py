@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from convert.errors import InputError
 from convert.training_state import read_training_state
+from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.checkpoint import Checkpoints, from_names, has_checkpoint
 from jaxprefix.config import RECIPES, Recipe, TrainConfig
 from jaxprefix.data import (
@@ -31,24 +32,20 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
-from jaxprefix.hub import resolve_folder
 from jaxprefix.loss import LossScale
-from jaxprefix.models import load_model
-from jaxprefix.models.config import ModelConfig, read_model_config
-from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
 from jaxprefix.run_folder import CHECKPOINTS, check_base, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import data_mesh, replicated, rows_on
-from jaxprefix.tokenizer import Tokenizer, load_tokenizer
+from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
 
 
 class Inputs(NamedTuple):
     """What a run reads before it starts, checked."""
 
-    model_config: ModelConfig
-    tokenizer: Tokenizer
+    base: BaseFolder
     train_set: list[Example]
     dev_set: list[Example]
     plan: UpdatePlan
@@ -59,7 +56,7 @@ class Run(NamedTuple):
 
     config: TrainConfig
     inputs: Inputs
-    base: GPTNeoX
+    base: BaseModel
     mesh: Mesh
     update: Update
     rate: optax.Schedule
@@ -95,13 +92,13 @@ def train(config: TrainConfig) -> TrainResult:
     recipe = RECIPES[config.recipe]
     inputs = read_inputs(config, recipe)
     mesh = data_mesh()
-    base = jax.device_put(load_model(config.pretrained_model_dir, config.dtype), replicated(mesh))
+    base = load_model(inputs.base.path, config.dtype, lambda _: replicated(mesh), inputs.base.config)
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
 
     resuming = config.resume and has_checkpoint(config.run_dir / CHECKPOINTS)
-    state = start_state(config, base, inputs.tokenizer, optimizer, resuming)
-    open_run_folder(config, base_identity(inputs.model_config, inputs.tokenizer))
+    state = start_state(config, base, inputs.base.tokenizer, optimizer, resuming)
+    open_run_folder(config, base_identity(inputs.base.config, inputs.base.tokenizer))
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
@@ -128,7 +125,7 @@ def train(config: TrainConfig) -> TrainResult:
 def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event) -> None:
     """Make the updates that are left; log, evaluate and save where due. Moves `progress` on."""
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    dev = dev_batches(inputs.dev_set, inputs.tokenizer, config.batch_size)
+    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size)
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, rows_on(run.mesh, 2 * config.batch_size), progress.n_done)
     batch = next(batches, None)
@@ -166,20 +163,18 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
     if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
         progress.best_dev_loss = loss
         if run.config.save_model:
-            save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.model_config, run.inputs.tokenizer)
+            save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.base.config, run.inputs.base.tokenizer)
 
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together."""
-    folder = resolve_folder(config.pretrained_model_dir)
-    model_config = read_model_config(folder, name=config.pretrained_model_dir)
-    tokenizer = load_tokenizer(folder)
+    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     examples = read_examples(
-        config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
+        config.data_filepath, base.tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
     )
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     longest = longest_row(train_set + dev_set)
-    model_config.check_fit(tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
+    base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
     plan = UpdatePlan(
         n_examples=len(train_set),
         batch_size=config.batch_size,
@@ -194,12 +189,12 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
             f"which --recipe {config.recipe} cannot fill"
         )
-    return Inputs(model_config, tokenizer, train_set, dev_set, plan)
+    return Inputs(base, train_set, dev_set, plan)
 
 
 def start_state(
     config: TrainConfig,
-    base: GPTNeoX,
+    base: BaseModel,
     tokenizer: Tokenizer,
     optimizer: optax.GradientTransformation,
     resuming: bool,
@@ -213,7 +208,7 @@ def start_state(
     return TrainState(encoder, optimizer.init(encoder), scale)
 
 
-def start_encoder(config: TrainConfig, base: GPTNeoX, tokenizer: Tokenizer) -> Encoder:
+def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) -> Encoder:
     """Make the encoder that training starts from: fitted to the base model, or another run's."""
     if config.checkpoint_path is None:
         return new_encoder(base, *config.encoder_sizes, config.seed)
@@ -240,14 +235,15 @@ def update_batches(config: TrainConfig, inputs: Inputs, n_rows: int, first: int)
         groups = inputs.plan.micro_batches(number)
         groups += [[]] * (config.n_accum_steps - len(groups))
         parts = [
-            make_batch([inputs.train_set[i] for i in group], inputs.tokenizer, n_rows, n_columns) for group in groups
+            make_batch([inputs.train_set[i] for i in group], inputs.base.tokenizer, n_rows, n_columns)
+            for group in groups
         ]
         yield Batch(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
     """Yield the lines that tell what is about to be trained, on what, and what looks wrong."""
-    model, plan = inputs.model_config, inputs.plan
+    model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
     n_tokens = sum(n_labels(example) for example in inputs.train_set)
@@ -255,7 +251,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
-    if inputs.tokenizer.unk_id in inputs.tokenizer.encode(config.suffix):
+    if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
         yield f"WARNING: the suffix {config.suffix!r} holds an unknown token for this tokenizer; it cannot be learnt"
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from jaxprefix.config import Recipe, TrainConfig
 from jaxprefix.data import IGNORED, Batch
 from jaxprefix.loss import LossScale, next_token_loss
-from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
 from jaxprefix.sharding import replicated, split_rows
 
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None
 
 
-Update = Callable[[TrainState, GPTNeoX, Batch], tuple[TrainState, Float[Array, ""]]]
+Update = Callable[[TrainState, BaseModel, Batch], tuple[TrainState, Float[Array, ""]]]
 
 
 def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
@@ -62,7 +62,7 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def loss_and_gradient(
-    encoder: Encoder, base: GPTNeoX, batch: Batch, recipe: Recipe, scale: Float[Array, ""] | float = 1.0
+    encoder: Encoder, base: BaseModel, batch: Batch, recipe: Recipe, scale: Float[Array, ""] | float = 1.0
 ) -> tuple[Float[Array, ""], Encoder]:
     """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient towards the encoder.
 
@@ -91,7 +91,7 @@ def loss_and_gradient(
 def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
     """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss)."""
 
-    def update(state: TrainState, base: GPTNeoX, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
+    def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)

@@ -10,13 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
-from safetensors.numpy import save_file
 
-from convert import gpt_neox
-from convert.table import expand
+from convert.table import write_weights
+from jaxprefix.models import weight_shapes, weight_table
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.gpt_neox import GPTNeoX
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_BASE = GOLDEN / "base"
@@ -38,40 +35,34 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+TINY_GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "n_inner": 128,
+    "vocab_size": 440,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def make_base_folder(folder: Path, seed: int = 0, std: float = 0.2, **config: object) -> Path:
-    """Write a GPT-NeoX folder with random weights and the golden tokenizer; `config` overrides TINY."""
+    """Write a folder with random weights and the golden tokenizer; `config` overrides TINY, or TINY_GPT2."""
+    settings = (TINY_GPT2 if config.get("model_type") == "gpt2" else TINY) | config
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(TINY | config))
+    (folder / "config.json").write_text(json.dumps(settings))
     for name in TOKENIZER_FILES:
         shutil.copy(GOLDEN_BASE / name, folder / name)
     model_config = read_model_config(folder)
-    abstract = nnx.to_flat_state(nnx.split(nnx.eval_shape(lambda: GPTNeoX(model_config, nnx.Rngs(0))))[1])
-    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in abstract}
     random = np.random.default_rng(seed)
     weights = {}
-    for name, path in expand(gpt_neox.TABLE, model_config.n_layer).items():
-        if path:
-            centre = 1.0 if path.endswith("norm.weight") else 0.0
-            weights[name] = (centre + std * random.standard_normal(shapes[path], dtype=np.float32)).astype(np.float32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def make_gpt2_folder(folder: Path, seed: int = 0, std: float = 0.2) -> Path:
-    """Write a GPT-2 folder with random weights, as transformers saves it, and the golden tokenizer."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=440, n_positions=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 and parameter[0] == 1 else 0.0, std)
-    model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copy(GOLDEN_BASE / name, folder / name)
+    for path, shape in weight_shapes(model_config).items():
+        centre = np.float32(path.endswith("norm.weight"))
+        weights[path] = centre + np.float32(std) * random.standard_normal(shape, dtype=np.float32)
+    write_weights(folder, weight_table(model_config), model_config.n_layer, weights.items())
     return folder
 
 

@@ -21,6 +21,7 @@ FLOORS = [
     {"train", "conversion"},
     {"update", "generate", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding"},
+    {"base_folder"},
     {"models"},
     {"data"},
     {"tokenizer"},

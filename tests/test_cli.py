@@ -68,7 +68,11 @@ def test_base_folder_without_config(capsys, tmp_path):
 def test_base_of_another_architecture(capsys, tmp_path):
     base = make_base_folder(tmp_path / "base", model_type="gpt_neox")
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(base)), "model_type is 'llama'; supported: 'gpt_neox'")
+    fails(
+        capsys,
+        train_flags(tmp_path, pretrained_model_dir=str(base)),
+        "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'",
+    )
 
 
 def test_base_that_is_nowhere(capsys, tmp_path):

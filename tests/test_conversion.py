@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from convert import gpt_neox, table
 from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
+from convert.weights import weight_files
 from jaxprefix import load_model
 from jaxprefix.config import RECIPES, ConvertConfig
 from jaxprefix.conversion import convert
@@ -113,13 +114,13 @@ def test_a_cache_of_different_rows_is_no_prefix():
 @pytest.mark.parametrize("shard_bytes", [table.SHARD_BYTES, 120_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_base_model_there_and_back_is_bit_identical(tmp_path, monkeypatch, dtype, shard_bytes):
-    monkeypatch.setattr(table, "SHARD_BYTES", shard_bytes)
     source = make_base_folder(tmp_path / "base")
+    monkeypatch.setattr(table, "SHARD_BYTES", shard_bytes)
     weights = {name: array.astype(dtype) for name, array in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors")
     copy = converted(source, tmp_path / "copy")
     written: dict[str, np.ndarray] = {}
-    files = table.weight_files(copy)
+    files = weight_files(copy)
     assert (len(files) > 1) == (shard_bytes == 120_000)
     for file in files:
         assert file.stat().st_size < shard_bytes + 5_000

@@ -52,7 +52,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer):
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no SentencePiece tokenizer; expected one of spiece.model"):
+    with pytest.raises(InputError, match=r"no tokenizer; expected one of spiece.model, spm.model, tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):

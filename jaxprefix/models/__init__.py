@@ -1,31 +1,49 @@
 """Frozen base models: Flax NNX modules whose weights come from a folder in the hub's layout."""
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 
+from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
-from convert.table import SHARD_INDEX, stream_weights, write_weights
+from convert.table import Table, stream_weights, write_weights
+from convert.weights import SHARD_INDEX, TORCH_INDEX, StoredWeight
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
+from jaxprefix.models.gpt2 import GPT2
 from jaxprefix.models.gpt_neox import GPTNeoX
 
+BaseModel = GPTNeoX | GPT2
+_CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
+_TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
 
-def load_model(dir_or_hub_id: str | Path, dtype: str = "float32") -> GPTNeoX:
+
+def load_model(
+    dir_or_hub_id: str | Path,
+    dtype: str = "float32",
+    sharding_of: Callable[[str], jax.sharding.Sharding] | None = None,
+    config: ModelConfig | None = None,
+) -> BaseModel:
     """Load a base model from a folder in the hub's layout, or from a hub id.
 
-    `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16.
-    Raises InputError when the folder, its config.json or its weights cannot be used.
+    `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of`
+    places a weight by its path (see `sharding.py`); each device reads its own part, the first device
+    everything if it is not given; `config` saves reading config.json a second time. Raises InputError when the
+    folder, its config.json or its weights cannot be used.
     """
     folder = resolve_folder(dir_or_hub_id)
-    config = read_model_config(folder, name=str(dir_or_hub_id))
-    graph, abstract = nnx.split(_abstract_model(config))
+    config = config or read_model_config(folder, name=str(dir_or_hub_id))
+    graph, abstract = nnx.split(abstract_model(config))
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
-    for path, weight in stream_weights(folder, gpt_neox_table.TABLE, config.n_layer, weight_shapes(config)):
-        leaves[path] = leaves[path].replace(jnp.asarray(weight, dtype))
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for path, weight in _stream(folder, config):
+        sharding = sharding_of(path) if sharding_of else first_device
+        stored = jax.make_array_from_callback(weight.shape, sharding, weight.read)
+        leaves[path] = leaves[path].replace(stored.astype(dtype))
     paths = [path for path, _ in nnx.to_flat_state(abstract)]
     return nnx.merge(graph, nnx.from_flat_state(dict(zip(paths, leaves.values(), strict=True))))
 
@@ -39,18 +57,31 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     config = read_model_config(folder, name=dir_or_hub_id)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is not an empty folder")
-    table = gpt_neox_table.TABLE
-    write_weights(target, table, config.n_layer, stream_weights(folder, table, config.n_layer, weight_shapes(config)))
+    whole = ((path, weight.read(None)) for path, weight in _stream(folder, config))
+    write_weights(target, weight_table(config), config.n_layer, whole)
     for path in folder.iterdir():
-        if path.is_file() and path.suffix in (".json", ".model", ".vocab", ".txt") and path.name != SHARD_INDEX:
+        is_index = path.name in (SHARD_INDEX, TORCH_INDEX)
+        if path.is_file() and path.suffix in (".json", ".model", ".vocab", ".txt") and not is_index:
             shutil.copy(path, target / path.name)
+
+
+def abstract_model(config: ModelConfig) -> BaseModel:
+    """Return the model with shapes for weights."""
+    return nnx.eval_shape(lambda: _CLASSES[config.model_type](config, nnx.Rngs(0)))
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight by our path."""
-    state = nnx.to_flat_state(nnx.split(_abstract_model(config))[1])
+    state = nnx.to_flat_state(nnx.split(abstract_model(config))[1])
     return {".".join(map(str, path)): leaf.shape for path, leaf in state}
 
 
-def _abstract_model(config: ModelConfig) -> GPTNeoX:
-    return nnx.eval_shape(lambda: GPTNeoX(config, nnx.Rngs(0)))
+def weight_table(config: ModelConfig) -> Table:
+    """Return the table of a model's weight files; a tied head may stand in them, and is dropped."""
+    rules = _TABLES[config.model_type]
+    return rules.TABLE | ({rules.HEAD: None} if config.tied_head else {})
+
+
+def _stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, StoredWeight]]:
+    prefix = _TABLES[config.model_type].OPTIONAL_PREFIX
+    return stream_weights(folder, weight_table(config), config.n_layer, weight_shapes(config), prefix)

@@ -43,13 +43,15 @@ def attend(
     v: Float[Array, "B S N H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"],
+    scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots after the query's own (later tokens, padding on the right, unused cache) are invisible, so no
-    other mask exists. Scores and softmax are float32, whatever the inputs are.
+    other mask exists. Scores, multiplied by `scale` (1/√H unless given), and softmax are float32,
+    whatever the inputs are.
     """
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     token_scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * scale
     visible = jnp.arange(k.shape[1]) <= slots[:, None, :, None]
     token_scores = jnp.where(visible, token_scores, -jnp.inf)

@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from convert.errors import InputError
+
+Spellings = dict[str, tuple[tuple[str, ...], Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass and the prefix need to know of a GPT-NeoX base model."""
+    """What the forward pass and the prefix need to know of a base model."""
 
     name: str
     """The folder or hub id that the model was loaded from; names the base in prefix files."""
-    model_type: str
-    """`gpt_neox`."""
+    model_type: Literal["gpt_neox", "gpt2"]
+    """Architecture, as config.json spells it."""
     n_layer: int
     """L: transformer layers."""
     n_head: int
@@ -28,14 +31,30 @@ class ModelConfig:
     """V: rows of the embedding, which may exceed the tokenizer's."""
     n_positions: int
     """Positions the model was trained on; prefix and tokens together must fit."""
-    rotary_fraction: float
-    """Share of each head's dimensions that rotate."""
-    rotary_base: float
-    """Base of the rotary frequencies."""
-    parallel_residual: bool
-    """True: x + attn(ln1 x) + mlp(ln2 x). False: two residuals, one after the other."""
+    activation: str
+    """Between the two linear layers of the feed-forward layer, by transformers' name."""
+    tied_head: bool
+    """Whether the embedding is the head, too."""
     layer_norm_eps: float
     """Added to the variance in every layer norm."""
+
+    rotary_fraction: float = 0.0
+    """GPT-NeoX: share of each head's dimensions that rotate."""
+    rotary_base: float = 0.0
+    """GPT-NeoX: base of the rotary frequencies."""
+    rotary_scaling: str = "default"
+    """GPT-NeoX: how the rotary embedding reaches beyond its training length: default (not), linear or dynamic."""
+    rotary_factor: float = 1.0
+    """GPT-NeoX: linear divides positions by it; dynamic reaches to that many times n_positions."""
+    parallel_residual: bool = False
+    """GPT-NeoX. True: x + attn(ln1 x) + mlp(ln2 x). False: two residuals, one after the other."""
+    attention_bias: bool = True
+    """GPT-NeoX: whether the linear layers of attention have biases."""
+
+    scale_attention: bool = True
+    """GPT-2: divide scores by √H."""
+    scale_by_layer: bool = False
+    """GPT-2: divide scores by the layer's number, counted from 1, as well."""
 
     @property
     def head_dim(self) -> int:
@@ -52,15 +71,20 @@ class ModelConfig:
         """Numbers that one prefix position adds to the model: a key and a value in every layer."""
         return 2 * self.n_layer * self.n_embd
 
+    @property
+    def max_positions(self) -> int:
+        """Positions that exist: n_positions, or as far as dynamic scaling reaches."""
+        return int(self.n_positions * self.rotary_factor) if self.rotary_scaling == "dynamic" else self.n_positions
+
     def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str) -> None:
         """Check that all ids and positions exist, since gathers on the device clamp silently.
 
         `n_pieces` is the tokenizer's, `longest` the tokens of `what`. Raises InputError.
         """
-        if prefix_len + longest > self.n_positions:
+        if prefix_len + longest > self.max_positions:
             raise InputError(
                 f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
-                f"{self.n_positions} positions"
+                f"{self.max_positions} positions"
             )
         if n_pieces > self.vocab_size:
             raise InputError(
@@ -68,30 +92,55 @@ class ModelConfig:
             )
 
 
-# Field → (every spelling in config.json, default of transformers when none is present).
-_FIELDS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "n_layer": (("num_hidden_layers",), None),
-    "n_head": (("num_attention_heads",), None),
-    "n_embd": (("hidden_size",), None),
-    "n_inner": (("intermediate_size",), None),
-    "vocab_size": (("vocab_size",), None),
-    "n_positions": (("max_position_embeddings",), None),
-    "rotary_fraction": (("rotary_pct", "partial_rotary_factor", "rope_parameters.partial_rotary_factor"), 0.25),
-    "rotary_base": (("rotary_emb_base", "rope_theta", "rope_parameters.rope_theta"), 10000.0),
-    "parallel_residual": (("use_parallel_residual",), True),
-    "layer_norm_eps": (("layer_norm_eps",), 1e-5),
+# By architecture: field → (every spelling in config.json, default of transformers when none is present or None).
+_FIELDS: dict[str, Spellings] = {
+    "gpt_neox": {
+        "n_layer": (("num_hidden_layers",), None),
+        "n_head": (("num_attention_heads",), None),
+        "n_embd": (("hidden_size",), None),
+        "n_inner": (("intermediate_size",), None),
+        "vocab_size": (("vocab_size",), None),
+        "n_positions": (("max_position_embeddings",), None),
+        "activation": (("hidden_act",), "gelu"),
+        "tied_head": (("tie_word_embeddings",), False),
+        "layer_norm_eps": (("layer_norm_eps",), 1e-5),
+        "rotary_fraction": (("rotary_pct", "partial_rotary_factor", "rope_parameters.partial_rotary_factor"), 0.25),
+        "rotary_base": (("rotary_emb_base", "rope_theta", "rope_parameters.rope_theta"), 10000.0),
+        "rotary_scaling": (
+            ("rope_scaling.rope_type", "rope_scaling.type", "rope_parameters.rope_type", "rope_parameters.type"),
+            "default",
+        ),
+        "rotary_factor": (("rope_scaling.factor", "rope_parameters.factor"), 1.0),
+        "parallel_residual": (("use_parallel_residual",), True),
+        "attention_bias": (("attention_bias",), True),
+    },
+    "gpt2": {
+        "n_layer": (("n_layer", "num_hidden_layers"), None),
+        "n_head": (("n_head", "num_attention_heads"), None),
+        "n_embd": (("n_embd", "hidden_size"), None),
+        "n_inner": (("n_inner",), 0),  # null or absent: four times n_embd
+        "vocab_size": (("vocab_size",), None),
+        "n_positions": (("n_positions", "max_position_embeddings"), None),
+        "activation": (("activation_function",), "gelu_new"),
+        "tied_head": (("tie_word_embeddings",), True),
+        "layer_norm_eps": (("layer_norm_epsilon",), 1e-5),
+        "scale_attention": (("scale_attn_weights",), True),
+        "scale_by_layer": (("scale_attn_by_inverse_layer_idx",), False),
+    },
 }
-# Settings that change the arithmetic, with the one value that this forward pass computes.
-_FIXED: dict[str, tuple[tuple[str, ...], Any]] = {
-    "hidden_act": (("hidden_act",), "gelu"),
-    "tie_word_embeddings": (("tie_word_embeddings",), False),
-    "attention_bias": (("attention_bias",), True),
-    "rope scaling": (("rope_scaling.type", "rope_scaling.rope_type", "rope_parameters.rope_type"), "default"),
-}
+# Settings that change the arithmetic, with the one value that the forward pass computes.
+_FIXED: dict[str, Spellings] = {"gpt_neox": {}, "gpt2": {"add_cross_attention": (("add_cross_attention",), False)}}
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
+ROTARY_SCALINGS = ("default", "linear", "dynamic")
+MODEL_TYPES = {"gpt_neox": "gpt-neox", "gpt2": "gpt"}
+"""Architectures, with the names that `--model_type` has for them."""
 
 
-def read_model_config(folder: Path, name: str | None = None) -> ModelConfig:
-    """Read `folder/config.json`. Raises InputError naming every field that is missing or not supported."""
+def read_model_config(folder: Path, name: str | None = None, model_type: str | None = None) -> ModelConfig:
+    """Read `folder/config.json`; `model_type` is what the user takes it for, by --model_type's name.
+
+    Raises InputError naming every field that is missing, contradictory or not supported.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: no such file; a base model folder holds config.json, its weights and a tokenizer")
@@ -101,25 +150,47 @@ def read_model_config(folder: Path, name: str | None = None) -> ModelConfig:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if raw.get("model_type") != "gpt_neox":
-        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; supported: 'gpt_neox'")
+    architecture = raw.get("model_type")
+    if architecture not in MODEL_TYPES:
+        supported = ", ".join(map(repr, MODEL_TYPES))
+        raise InputError(f"{path}: model_type is {architecture!r}; supported: {supported}")
+    if model_type not in (None, MODEL_TYPES[architecture]):
+        raise InputError(f"{path}: model_type is {architecture!r}, which is not --model_type {model_type}")
 
     problems: list[str] = []
-    values = {field: _lookup(raw, spellings, default, problems) for field, (spellings, default) in _FIELDS.items()}
-    for field, (spellings, supported) in _FIXED.items():
+    fields = _FIELDS[architecture]
+    values = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
+    for field, (spellings, supported) in _FIXED[architecture].items():
         if (found := _lookup(raw, spellings, supported, problems)) != supported:
             problems.append(f"{field} {found!r} is not supported, only {supported!r}")
     for field, value in values.items():
-        kind = ModelConfig.__annotations__[field]
-        if kind is float and type(value) is int:
-            values[field] = float(value)
-        elif value is not None and (type(value) is not kind or (kind is not bool and value <= 0)):
-            problems.append(f"{_FIELDS[field][0][0]} must be a positive {kind.__name__}, found {value!r}")
-    if not problems and values["n_embd"] % values["n_head"]:
-        problems.append(f"hidden_size {values['n_embd']} is not divisible by {values['n_head']} heads")
+        values[field] = _checked(field, fields[field], value, problems)
     if problems:
         raise InputError.all(f"{path}:", problems)
-    return ModelConfig(name=name or str(folder), model_type="gpt_neox", **values)
+    values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
+    config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
+    if config.n_embd % config.n_head:
+        problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
+    elif config.rotary_dim % 2:
+        problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
+    if problems:
+        raise InputError.all(f"{path}:", problems)
+    return config
+
+
+def _checked(field: str, spellings: tuple[tuple[str, ...], Any], value: Any, problems: list[str]) -> Any:
+    """Return a value as its field's type; note one that is not, or not among those we compute."""
+    kind = ModelConfig.__annotations__[field]
+    if value is None:  # missing, and noted
+        return value
+    if kind is float and type(value) is int:
+        value = float(value)
+    known = {"activation": ACTIVATIONS, "rotary_scaling": ROTARY_SCALINGS}.get(field)
+    if known and value not in known:
+        problems.append(f"{spellings[0][0]} {value!r} is not supported, only {', '.join(known)}")
+    elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == spellings[1])):
+        problems.append(f"{spellings[0][0]} must be a positive {kind.__name__}, found {value!r}")
+    return value
 
 
 def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, problems: list[str]) -> Any:
@@ -131,8 +202,9 @@ def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, probl
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             found[spelling] = value
-    if len(set(map(repr, found.values()))) > 1 and len(set(found.values())) > 1:
+    first = next(iter(found.values()), default)
+    if any(value != first for value in found.values()):
         problems.append("contradiction: " + ", ".join(f"{key} = {value}" for key, value in found.items()))
     if not found and default is None:
         problems.append(f"{spellings[0]} is missing")
-    return next(iter(found.values()), default)
+    return first

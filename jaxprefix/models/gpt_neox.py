@@ -7,15 +7,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import Embedding, LayerNorm, Linear, matmul, rotary_angles, rotate
+from jaxprefix.models.layers import MLP, Embedding, LayerNorm, Linear, matmul, rotary_angles, rotate
 
 
 class Attention(nnx.Module):
     """Multi-head attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs)  # [N·3·H, D], per head q, k, v
-        self.out = Linear(config.n_embd, config.n_embd, rngs)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs, config.attention_bias)  # [N·3·H, D], per head q, k, v
+        self.out = Linear(config.n_embd, config.n_embd, rngs, config.attention_bias)
         self.n_head = config.n_head
 
     def __call__(
@@ -31,17 +31,6 @@ class Attention(nnx.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         return self.out(attend(q, *cache, prefix, slots).reshape(x.shape)), cache
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an exact GELU between them."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.n_embd, config.n_inner, rngs)
-        self.down = Linear(config.n_inner, config.n_embd, rngs)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
 class Layer(nnx.Module):
@@ -77,7 +66,8 @@ class GPTNeoX(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.n_layer)])
         self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.head = Embedding(config.vocab_size, config.n_embd, rngs)
+        if not config.tied_head:
+            self.head = Embedding(config.vocab_size, config.n_embd, rngs)
 
     def __call__(
         self,
@@ -85,14 +75,15 @@ class GPTNeoX(nnx.Module):
         prefix: Float[Array, "L 2 P N H"] | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys (after rotary) and values of every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        With a cache, the keys and values are written into it at their slots, and tokens attend to what was
-        written before as well. Rows are padded on the right.
+        `positions` are P + slots unless given. With a cache, the keys and values are written into it at
+        their slots, and tokens attend to what was written before as well. Rows are padded on the right.
         """
-        hidden, written = self.hidden(tokens, prefix, cache, slots)
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions)
         return self.logits(hidden), written
 
     def hidden(
@@ -101,11 +92,15 @@ class GPTNeoX(nnx.Module):
         prefix: Float[Array, "L 2 P N H"] | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if slots is None:
             slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        angles = rotary_angles(positions_of(slots, prefix), self.config.rotary_dim, self.config.rotary_base)
+        if positions is None:
+            positions = positions_of(slots, prefix)
+        n_slots = (0 if prefix is None else prefix.shape[2]) + (tokens if cache is None else cache[0][0]).shape[1]
+        angles = rotary_angles(positions, self.config, n_slots)
         x = self.embed(tokens)
         written: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
@@ -117,4 +112,4 @@ class GPTNeoX(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""
-        return matmul(hidden, self.head.weight[...])
+        return matmul(hidden, (self.embed if self.config.tied_head else self.head).weight[...])

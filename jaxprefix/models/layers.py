@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprefix.models.config import ModelConfig
+
 
 class Linear(nnx.Module):
     """y = x Wᵀ + b, stored as PyTorch stores it: weight [out, in], bias [out].
@@ -14,13 +16,16 @@ class Linear(nnx.Module):
     Initialised as `torch.nn.Linear` is: both uniform in ±1/√in.
     """
 
-    def __init__(self, n_in: int, n_out: int, rngs: nnx.Rngs):
+    def __init__(self, n_in: int, n_out: int, rngs: nnx.Rngs, bias: bool = True):
         bound = 1 / math.sqrt(n_in)
         self.weight = nnx.Param(jax.random.uniform(rngs.params(), (n_out, n_in), minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jax.random.uniform(rngs.params(), (n_out,), minval=-bound, maxval=bound))
+        if bias:
+            self.bias = nnx.Param(jax.random.uniform(rngs.params(), (n_out,), minval=-bound, maxval=bound))
+        self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
-        return matmul(x, self.weight[...]).astype(x.dtype) + self.bias[...]
+        product = matmul(x, self.weight[...]).astype(x.dtype)
+        return product + self.bias[...] if self.has_bias else product
 
 
 class Embedding(nnx.Module):
@@ -48,14 +53,50 @@ class LayerNorm(nnx.Module):
         return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.up = Linear(config.n_embd, config.n_inner, rngs)
+        self.down = Linear(config.n_inner, config.n_embd, rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(activate(self.up(x), self.activation))
+
+
+def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]:
+    """Apply an activation by transformers' name; three of its names are the tanh form of GELU (arXiv:1606.08415)."""
+    match activation:
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)
+        case "silu":
+            return jax.nn.silu(x)
+    raise ValueError(f"unknown activation {activation}")
+
+
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
 
 
-def rotary_angles(positions: Int[Array, "B T"], rotary_dim: int, base: float) -> Float[Array, "B T half"]:
-    """Angle of every rotating pair of dimensions at every position (RoFormer, arXiv:2104.09864)."""
-    frequencies = base ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig, n_slots: int) -> Float[Array, "B T half"]:
+    """Angle of every rotating pair of dimensions at every position (RoFormer, arXiv:2104.09864).
+
+    Linear scaling stretches positions by its factor. Dynamic scaling raises the base once there are more
+    slots than the model was trained on, as transformers does ("NTK").
+    """
+    dim, base, frequency_factor = config.rotary_dim, config.rotary_base, 1.0
+    if config.rotary_scaling == "linear":
+        frequency_factor = 1 / config.rotary_factor
+    elif config.rotary_scaling == "dynamic" and n_slots > config.n_positions:
+        stretch = config.rotary_factor * n_slots / config.n_positions - (config.rotary_factor - 1)
+        base *= stretch ** (dim / (dim - 2))
+    frequencies = frequency_factor * base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     return positions[..., None].astype(jnp.float32) * frequencies
 
 

@@ -4,10 +4,11 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix.models.config import read_model_config
-from tests.base_folders import TINY
+from tests.base_folders import TINY, TINY_GPT2
 
 OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
 NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
+GPT2 = {key: value for key, value in TINY_GPT2.items() if key != "n_inner"}
 BARE = {key: value for key, value in TINY.items() if not key.startswith("rotary")}
 
 
@@ -31,14 +32,20 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
     ("changes", "message"),
     [
         ({"rotary_pct": 0.25} | NEW, "contradiction: rotary_pct = 0.25, rope_parameters.partial_rotary_factor = 0.5"),
-        ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox'"),
+        ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'"),
         ({"model_type": "gpt_neox_japanese"}, "model_type is 'gpt_neox_japanese'"),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings True is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear' is not supported"),
+        ({"hidden_act": "swish"}, "hidden_act 'swish' is not supported, only gelu, "),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type 'yarn' is not supported, only default, linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor must be a positive float, found 0.0"),
+        (NEW | {"rope_scaling": {"type": "linear"}}, "rope_scaling.type = linear, rope_parameters.rope_type = default"),
+        ({"rotary_pct": float("nan")}, "rotary_pct must be a positive float, found nan"),
+        ({"rotary_pct": 0.2}, "3 of 16 dimensions rotate, which are no pairs"),
+        ({"model_type": "gpt2", "num_hidden_layers": None}, "n_layer is missing"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention True is not supported"),
+        (GPT2 | {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu' is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a positive int, found '64'"),
-        ({"num_attention_heads": 5}, "hidden_size 64 is not divisible by 5 heads"),
+        ({"num_attention_heads": 5}, "width 64 is not divisible by 5 heads"),
         ({"vocab_size": -1}, "vocab_size must be a positive int, found -1"),
     ],
 )
@@ -47,9 +54,21 @@ def test_what_is_not_supported_is_named(tmp_path, changes, message):
         read(tmp_path, BARE | changes)
 
 
+def test_null_inner_width_is_four_times_the_residual(tmp_path):
+    assert read(tmp_path, GPT2).n_inner == read(tmp_path, GPT2 | {"n_inner": None}).n_inner == 256
+    assert read(tmp_path, GPT2 | {"n_inner": 100}).n_inner == 100
+
+
+def test_model_type_must_agree_if_it_is_given(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    assert read_model_config(tmp_path, model_type="gpt-neox").model_type == "gpt_neox"
+    with pytest.raises(InputError, match="model_type is 'gpt_neox', which is not --model_type gpt"):
+        read_model_config(tmp_path, model_type="gpt")
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     with pytest.raises(InputError) as error:
-        read(tmp_path, {"model_type": "gpt_neox", "hidden_act": "relu"})
+        read(tmp_path, {"model_type": "gpt_neox", "hidden_act": "swish"})
     assert str(error.value).count("\n  - ") == 7
 
 

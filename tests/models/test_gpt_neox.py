@@ -48,7 +48,7 @@ def test_missing_position_offset_is_noticed(model, monkeypatch):
 def test_rotated_prefix_keys_are_noticed(model):
     head = TOKENS[:1, :9]
     prefix = keys_values(model, head)
-    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], model.config.rotary_dim, model.config.rotary_base)
+    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], model.config, 9)
     rotated = jnp.stack([gpt_neox.rotate(layer[:1], angles)[0] for layer in prefix])
     whole, _ = model(TOKENS[:1])
     split, _ = model(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))

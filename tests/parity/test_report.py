@@ -65,14 +65,18 @@ FAULTS = {
         lambda: replaced(
             tokenizer.Tokenizer,
             "encode",
-            lambda encode: lambda self, text: [self.processor.piece_to_id("▁"), *encode(self, text)],
+            lambda encode: lambda self, text: [self.vocabulary.id_of("▁"), *encode(self, text)],
         ),
     ),
     "document tails kept": ("chunks", lambda: with_recipe(drop_document_tails=False)),
     "labels of the second row not shifted": ("batches", lambda: replaced(data, "rows_of", shift_of_second_row_lost)),
     "rotary base": (
         "base_keys_values",
-        lambda: replaced(gpt_neox, "rotary_angles", lambda angles: lambda p, dim, base: angles(p, dim, 1.05 * base)),
+        lambda: replaced(
+            gpt_neox,
+            "rotary_angles",
+            lambda angles: lambda p, config, n: angles(p, dataclasses.replace(config, rotary_base=10500.0), n),
+        ),
     ),
     "layer-norm eps": (
         "base_keys_values",

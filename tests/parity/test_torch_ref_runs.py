@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_gpt2_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.parity.runs import reference_run
 from torch_ref import generate, train
 from torch_ref.config import deepspeed_config, generate_parser, train_parser
@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def gpt2_folder(tmp_path_factory):
-    return make_gpt2_folder(tmp_path_factory.mktemp("base") / "gpt2")
+    return make_base_folder(tmp_path_factory.mktemp("base") / "gpt2", model_type="gpt2")
 
 
 @pytest.fixture(scope="module")

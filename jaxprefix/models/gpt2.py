@@ -1,0 +1,109 @@
+"""GPT-2 (Radford et al., 2019) with a prefix of keys and values as an explicit input. Legend: `attention.py`."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
+from jaxprefix.models.config import ModelConfig
+from jaxprefix.models.layers import MLP, Embedding, LayerNorm, Linear, matmul
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; it knows no positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs)  # [3·N·H, D], all q, all k, all v
+        self.out = Linear(config.n_embd, config.n_embd, rngs)
+        self.n_head = config.n_head
+        self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
+        if config.scale_by_layer:
+            self.scale /= layer + 1
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        slots: Int[Array, "B T"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
+        return self.out(attend(q, *cache, prefix, slots, self.scale).reshape(x.shape)), cache
+
+
+class Layer(nnx.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+        self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.attention = Attention(config, layer, rngs)
+        self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        slots: Int[Array, "B T"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        attended, written = self.attention(self.attention_norm(x), slots, prefix, cache)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), written
+
+
+class GPT2(nnx.Module):
+    """A GPT-2 language model. Its parameters are data: nothing in here trains or changes them."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
+        self.embed_positions = Embedding(config.n_positions, config.n_embd, rngs)
+        self.layers = nnx.List([Layer(config, layer, rngs) for layer in range(config.n_layer)])
+        self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
+        if not config.tied_head:
+            self.head = Embedding(config.vocab_size, config.n_embd, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        prefix: Float[Array, "L 2 P N H"] | None = None,
+        cache: Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Return float32 logits of the next token, and the keys and values of every layer.
+
+        All arguments are those of `GPTNeoX`.
+        """
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions)
+        return self.logits(hidden), written
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        prefix: Float[Array, "L 2 P N H"] | None = None,
+        cache: Cache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Everything before the head: the last layer's output after the final norm."""
+        if slots is None:
+            slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        if positions is None:
+            positions = positions_of(slots, prefix)
+        x = self.embed(tokens) + self.embed_positions(positions)
+        written: list[LayerCache] = []
+        for index, layer in enumerate(self.layers):
+            layer_prefix = None if prefix is None else prefix[index]
+            with jax.named_scope(f"layer_{index}"):
+                x, layer_cache = layer(x, slots, layer_prefix, None if cache is None else cache[index])
+            written.append(layer_cache)
+        return self.final_norm(x), tuple(written)
+
+    def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
+        """Float32 logits of hidden states."""
+        return matmul(hidden, (self.embed if self.config.tied_head else self.head).weight[...])
