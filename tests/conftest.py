@@ -33,9 +33,12 @@ def golden_model():
     return load_model(GOLDEN_BASE)
 
 
-@pytest.fixture(scope="session", params=[True, False], ids=["parallel", "sequential"])
+BASES = {"parallel": {}, "sequential": {"use_parallel_residual": False}, "gpt2": {"model_type": "gpt2"}}
+
+
+@pytest.fixture(scope="session", params=BASES)
 def base_folder(request, tmp_path_factory):
-    return make_base_folder(tmp_path_factory.mktemp("base") / "tiny", use_parallel_residual=request.param)
+    return make_base_folder(tmp_path_factory.mktemp("base") / "tiny", **BASES[request.param])
 
 
 @pytest.fixture(scope="session")

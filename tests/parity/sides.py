@@ -42,7 +42,7 @@ from torch_ref.config import generate_parser, train_parser
 
 generation = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 N_TRAIN, N_DEV, BATCH_SIZE = 9, 5, 4  # batches of 4, 4, 1 and of 4, 1
-MAX_LR, SEED = 5e-3, 42
+MAX_LR, SEED = 1e-3, 42  # ten times the default
 LOW_CLIP = 1e-2  # below the norm of any gradient of the first batch
 PROMPTS = ("", "今日は", "猫が", "電車で")
 NUCLEUS = ((50, 0.95), (0, 0.9), (7, 0.0), (0, 0.05))
@@ -54,6 +54,7 @@ class Case:
 
     name: str
     deepspeed: bool = False
+    model_type: str = "gpt-neox"
     parallel_residual: bool = False
     completions: bool = False
     bf16: bool = False
@@ -86,6 +87,8 @@ class Case:
 def make_files(case: Case, folder: Path) -> tuple[Path, Path]:
     """Return the case's base model and its data file."""
     base = GOLDEN_BASE
+    if case.model_type == "gpt":
+        base = make_base_folder(folder / "gpt2", seed=1, model_type="gpt2")
     if case.parallel_residual:
         base = make_base_folder(folder / "parallel", use_parallel_residual=True)
     if not case.completions:
@@ -222,7 +225,7 @@ class Ours:
     def greedy_ids(self) -> list[list[int]]:
         prefix = load_prefix(self.run_dir, self.model.config)
         prompts = [self.tokenizer.encode(prompt) for prompt in PROMPTS]
-        decode = DecodeConfig(decode_method="greedy", max_output_len=40)
+        decode = DecodeConfig(decode_method="greedy", max_output_len=40, recipe="rinna")
         return list(generation.generate_ids(self.model, self.tokenizer, prompts, prefix, decode=decode))
 
     @property
@@ -320,7 +323,7 @@ class Theirs:
         torch.save(self.encoder.state_dict(), initial)
         switches = {"--save_model": True, "--deepspeed": self.case.deepspeed, "--bf16": self.case.bf16}
         extra = [switch for switch, is_on in switches.items() if is_on]
-        files = {"pretrained_model_dir": self.base, "data_filepath": self.data}
+        files = {"pretrained_model_dir": self.base, "data_filepath": self.data, "model_type": self.case.model_type}
         with contextlib.redirect_stdout(io.StringIO()):  # its log lines
             return reference_run(self.folder, initial, *extra, examples=self.chunks, **files, **self.case.flags)
 
@@ -360,6 +363,7 @@ class Theirs:
     def greedy_ids(self) -> list[list[int]]:
         prefix = torch_ref.generate.load_prefix(self.saved_file, self.model)
         flags = ["--decode_method", "greedy", "--max_output_len", "40", "--pretrained_model_dir", str(self.base)]
+        flags += ["--model_type", self.case.model_type]
         parsed = generate_parser().parse_args(flags)
         prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.bos_id] for prompt in PROMPTS]
         eos_id = self.tokenizer.eos_id
@@ -373,10 +377,9 @@ class Theirs:
 
 def load_reference(case: Case, base: Path) -> Any:
     """transformers' model, in the type that the case trains in."""
-    flags = train_parser().parse_args(
-        ["--pretrained_model_dir", str(base), "--data_filepath", "unused", "--save_name", "unused"]
-    )
-    return torch_ref.train.load_base(flags, torch.bfloat16 if case.bf16 else torch.float32)
+    flags = ["--pretrained_model_dir", str(base), "--model_type", case.model_type]
+    parsed = train_parser().parse_args([*flags, "--data_filepath", "unused", "--save_name", "unused"])
+    return torch_ref.train.load_base(parsed, torch.bfloat16 if case.bf16 else torch.float32)
 
 
 def batched(order: list[int]) -> list[list[int]]:

@@ -4,6 +4,7 @@ Each model has the row's configuration as its config.json spells it, shrunk in w
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +96,9 @@ SETTINGS = {
 TOKENS = np.random.default_rng(5).integers(4, 440, (2, 20))
 
 
-def folder_of(tmp_path, name):
+def folder_of(tmp_path, name, **changes):
     """A base model folder of a row; weights as wide as keep the activations' size independent of the width."""
-    config = {"vocab_size": 440} | (ROWS | SETTINGS)[name]
+    config = {"vocab_size": 440} | (ROWS | SETTINGS)[name] | changes
     width = config.get("hidden_size") or config["n_embd"]
     return make_base_folder(tmp_path / "base", std=0.2 * (64 / width) ** 0.5, **config)
 
@@ -122,23 +123,31 @@ def torch_logits(reference, prefix: torch.Tensor | None) -> torch.Tensor:
     return reference(torch.from_numpy(TOKENS), past_key_values=cache).logits
 
 
+@jax.jit
+def logits_of(model, tokens):
+    return model(tokens)[0]
+
+
+@jax.jit
+@functools.partial(jax.grad, has_aux=True)
+def gradient_and_logits(prefix, model, tokens):
+    logits, _ = model(tokens, prefix)
+    return jax.nn.logsumexp(logits, axis=-1).mean(), logits
+
+
 @pytest.mark.parametrize("name", [*ROWS, *SETTINGS])
 def test_logits_and_gradients_are_those_of_transformers(tmp_path, name):
     folder = folder_of(tmp_path, name)
     model, reference = load_model(folder), torch_model(folder)
     expected = torch_logits(reference, None).detach().numpy()
-    np.testing.assert_allclose(jax.jit(model)(TOKENS)[0], expected, rtol=0, atol=MODEL)
+    np.testing.assert_allclose(logits_of(model, TOKENS), expected, rtol=0, atol=MODEL)
 
     prefix = random_prefix(model.config)
     torch_prefix = torch.from_numpy(np.array(prefix)).double().requires_grad_()
     expected = torch_logits(reference, torch_prefix)
     expected.logsumexp(-1).mean().backward()
 
-    def loss(prefix):
-        logits, _ = model(jnp.asarray(TOKENS), prefix)
-        return jax.nn.logsumexp(logits, axis=-1).mean(), logits
-
-    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(prefix)
+    gradient, logits = gradient_and_logits(prefix, model, TOKENS)
     np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=0, atol=MODEL)
     reference_gradient = torch_prefix.grad.numpy()
     np.testing.assert_allclose(gradient, reference_gradient, rtol=0, atol=MODEL * np.abs(reference_gradient).max())
@@ -158,16 +167,16 @@ WRONG = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_setting_is_noticed(tmp_path, fault):
     name, change = WRONG[fault]
-    folder = folder_of(tmp_path, name)
+    folder = folder_of(tmp_path, name, vocab_size=440)
     model = load_model(folder)
     wrong = abstract_model(dataclasses.replace(model.config, **change))
     wrong = nnx.merge(nnx.split(wrong)[0], nnx.split(model)[1])
     expected = torch_logits(torch_model(folder), None).detach().numpy()
-    assert np.abs(jax.jit(wrong)(TOKENS)[0] - expected).max() > 3 * MODEL
+    assert np.abs(logits_of(wrong, TOKENS) - expected).max() > 3 * MODEL
 
 
 def test_a_wrong_head_is_noticed(tmp_path):
-    folder = folder_of(tmp_path, "line-corporation/japanese-large-lm-3.6b")
+    folder = folder_of(tmp_path, "line-corporation/japanese-large-lm-3.6b", vocab_size=440)
     model = load_model(folder)
     hidden, _ = model.hidden(jnp.asarray(TOKENS))
     other = jax.random.normal(jax.random.key(0), model.embed.weight.shape) * model.embed.weight[...].std()

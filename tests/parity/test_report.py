@@ -17,6 +17,7 @@ from tests.parity.sides import Ours, Theirs, make_files
 
 generate = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
+GPT2 = next(case for case in CASES if case.model_type == "gpt")
 PAD_ID = 3  # of the golden base
 
 
@@ -170,6 +171,12 @@ def test_a_fault_fails_at_its_stage(fault, reference, tmp_path):
     stage, inject = FAULTS[fault]
     with injected(inject):
         assert first_failure(PLAIN, reference, tmp_path) == stage
+
+
+def test_gpt2_positions_that_count_from_the_prefix_fail_in_generation(tmp_path):
+    reference = reference_of(GPT2, tmp_path)
+    with injected(lambda: with_recipe(restart_gpt2_positions=False)):
+        assert first_failure(GPT2, reference, tmp_path) == "greedy_ids"
 
 
 @pytest.mark.deepspeed

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxprefix.models import attention, gpt_neox
-from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models import BaseModel, abstract_model, attention, gpt2, gpt_neox
 from tests.base_folders import random_prefix
 from tests.tolerances import MODEL
 
@@ -22,9 +21,16 @@ def keys_values(model, tokens):
     return jnp.stack([jnp.concatenate(layer) for layer in cache])
 
 
-def with_config(model, **changes) -> GPTNeoX:
+@pytest.fixture
+def neox(model):
+    if model.config.model_type != "gpt_neox":
+        pytest.skip("of GPT-NeoX alone")
+    return model
+
+
+def with_config(model, **changes) -> BaseModel:
     """The same weights in a model of a changed configuration."""
-    changed = GPTNeoX(dataclasses.replace(model.config, **changes), nnx.Rngs(0))
+    changed = abstract_model(dataclasses.replace(model.config, **changes))
     return nnx.merge(nnx.split(changed)[0], nnx.split(model)[1])
 
 
@@ -41,28 +47,29 @@ def test_prefix_of_real_tokens_equals_concatenation(model):
 
 
 def test_missing_position_offset_is_noticed(model, monkeypatch):
-    monkeypatch.setattr(gpt_neox, "positions_of", lambda slots, prefix: slots)
+    for module in (gpt_neox, gpt2):
+        monkeypatch.setattr(module, "positions_of", lambda slots, prefix: slots)
     assert prefix_gap(model) > 100 * MODEL
 
 
-def test_rotated_prefix_keys_are_noticed(model):
+def test_rotated_prefix_keys_are_noticed(neox):
     head = TOKENS[:1, :9]
-    prefix = keys_values(model, head)
-    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], model.config, 9)
+    prefix = keys_values(neox, head)
+    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], neox.config, 9)
     rotated = jnp.stack([gpt_neox.rotate(layer[:1], angles)[0] for layer in prefix])
-    whole, _ = model(TOKENS[:1])
-    split, _ = model(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))
+    whole, _ = neox(TOKENS[:1])
+    split, _ = neox(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))
     assert jnp.abs(split - whole[:, 9:]).max() > 100 * MODEL
 
 
 @pytest.mark.parametrize("change", [{"rotary_base": 500.0}, {"rotary_fraction": 1.0}, {"layer_norm_eps": 0.1}])
-def test_wrong_setting_is_noticed(model, change):
-    assert jnp.abs(with_config(model, **change)(TOKENS)[0] - model(TOKENS)[0]).max() > 100 * MODEL
+def test_wrong_setting_is_noticed(neox, change):
+    assert jnp.abs(with_config(neox, **change)(TOKENS)[0] - neox(TOKENS)[0]).max() > 100 * MODEL
 
 
-def test_swapped_residual_is_noticed(model):
-    swapped = with_config(model, parallel_residual=not model.config.parallel_residual)
-    assert jnp.abs(swapped(TOKENS)[0] - model(TOKENS)[0]).max() > 100 * MODEL
+def test_swapped_residual_is_noticed(neox):
+    swapped = with_config(neox, parallel_residual=not neox.config.parallel_residual)
+    assert jnp.abs(swapped(TOKENS)[0] - neox(TOKENS)[0]).max() > 100 * MODEL
 
 
 def test_empty_prefix_is_the_base_model(model):
