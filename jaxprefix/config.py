@@ -12,6 +12,7 @@ import tyro
 from convert.errors import InputError
 
 SEED_LIMIT = 2**32
+MESH_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,9 @@ class TrainConfig:
     """Delete an earlier run of the same name first."""
     checkpoint_every_n_steps: int = 1000
     """Updates between checkpoints; one is also saved after every epoch, at the end, and on Ctrl-C."""
+    mesh: str | None = None
+    """Devices by axis, as in data=2,fsdp=2,tensor=2: rows split over data and fsdp, weights over fsdp and tensor.
+    All devices are data unless given."""
     save_model: bool = True
     """Save checkpoints and the best prefix."""
     save_log: bool = True
@@ -163,6 +167,10 @@ class TrainConfig:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
         if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
             problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
+        parts = [part.partition("=") for part in self.mesh.split(",")] if self.mesh is not None else []
+        known = {axis for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
+        if len(known) != len(parts):
+            problems.append(f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {self.mesh!r}")
         if problems:
             raise InputError.all("train:", problems)
 
@@ -170,6 +178,13 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Folder of this run's files."""
         return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))
+
+    @property
+    def mesh_sizes(self) -> dict[str, int] | None:
+        """Devices along each axis that --mesh names."""
+        if self.mesh is None:
+            return None
+        return {axis: int(size) for axis, _, size in (part.partition("=") for part in self.mesh.split(","))}
 
     @property
     def encoder_sizes(self) -> tuple[int, int, int]:

@@ -1,28 +1,89 @@
 """The device mesh and how arrays lie on it. Models hold no sharding code.
 
-Today's mesh has one axis, `data`: the rows of a batch are split over it, everything else is on every device.
+Axes of the mesh:
+    data    rows of a batch are split over it, weights are whole on each of its parts
+    fsdp    rows are split over it, too, and so is every large weight; XLA gathers a weight where it is used
+    tensor  heads and the inner width of the MLP are split over it
+
+The prefix encoder is whole on every device; the prefix it makes is split on heads over `tensor`.
 """
 
+import math
+import re
+from collections.abc import Callable
+
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from convert.errors import InputError
+from jaxprefix.config import MESH_AXES as AXES
+
+ROWS = ("data", "fsdp")
+
+# Path of a base model's weight → how its axes are split; the first match counts. [out, in], see `layers.Linear`.
+BASE_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
+    (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
+    (r"embed_positions\.weight", P(None, "fsdp")),  # [positions, D]
+    (r"layers\.\d+\.attention\.qkv\.weight", P("tensor", "fsdp")),  # [3·N·H, D]
+    (r"layers\.\d+\.attention\.qkv\.bias", P("tensor")),
+    (r"layers\.\d+\.attention\.out\.weight", P("fsdp", "tensor")),  # [D, N·H]
+    (r"layers\.\d+\.mlp\.up\.weight", P("tensor", "fsdp")),  # [F, D]
+    (r"layers\.\d+\.mlp\.up\.bias", P("tensor")),
+    (r"layers\.\d+\.mlp\.down\.weight", P("fsdp", "tensor")),  # [D, F]
+    (r"layers\.\d+\.(attention\.out|mlp\.down)\.bias", P()),
+    (r"(layers\.\d+\.attention|layers\.\d+\.mlp|final)_norm\.(weight|bias)", P()),
+)
 
 
-def data_mesh() -> Mesh:
-    """Make a mesh over all devices, with the one axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
+    """Make a mesh over all devices of all processes from axis sizes; all of them are `data` if none is given.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    sizes = sizes or {"data": jax.device_count()}
+    if math.prod(sizes.values()) != jax.device_count():
+        given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(f"--mesh {given} is for {math.prod(sizes.values())} devices, there are {jax.device_count()}")
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def base_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Return the function from a base weight's path and shape to its place on the mesh.
+
+    An axis whose length the mesh does not divide stays whole. Raises KeyError for a path without a rule.
+    """
+
+    def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        spec = next((spec for rule, spec in BASE_RULES if re.fullmatch(rule, path)), None)
+        if spec is None:
+            raise KeyError(f"no sharding rule for {path}")
+        fitting = (
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)
+        )
+        return NamedSharding(mesh, P(*fitting))
+
+    return place
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, P())
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """The second to last axis, rows of [.., rows, columns], split over `data`; the micro-batch axis comes first."""
-    return NamedSharding(mesh, PartitionSpec(None, "data", None))
+    """The rows of [micro-batches, rows, columns] split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(None, ROWS, None))
+
+
+def split_heads(mesh: Mesh, n_head: int) -> NamedSharding:
+    """The heads of a prefix [L, 2, P, N, H] split over `tensor`, if it divides them."""
+    return NamedSharding(mesh, P(None, None, None, "tensor", None) if n_head % mesh.shape["tensor"] == 0 else P())
 
 
 def rows_on(mesh: Mesh, n_rows: int) -> int:
-    """Round a number of rows up to a multiple of the data axis."""
-    n_devices = mesh.shape["data"]
-    return -(-n_rows // n_devices) * n_devices
+    """Round a number of rows up to a multiple of the devices that they are split over."""
+    n_parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    return -(-n_rows // n_parts) * n_parts

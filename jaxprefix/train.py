@@ -37,7 +37,7 @@ from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
 from jaxprefix.run_folder import CHECKPOINTS, check_base, open_run_folder
 from jaxprefix.run_log import RunLog
-from jaxprefix.sharding import data_mesh, replicated, rows_on
+from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
 
@@ -91,8 +91,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     recipe = RECIPES[config.recipe]
     inputs = read_inputs(config, recipe)
-    mesh = data_mesh()
-    base = load_model(inputs.base.path, config.dtype, lambda _: replicated(mesh), inputs.base.config)
+    mesh = make_mesh(config.mesh_sizes)
+    base = load_model(inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config)
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
 

@@ -14,7 +14,7 @@ from jaxprefix.data import IGNORED, Batch
 from jaxprefix.loss import LossScale, next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
-from jaxprefix.sharding import replicated, split_rows
+from jaxprefix.sharding import replicated, split_heads, split_rows
 
 
 class TrainState(NamedTuple):
@@ -62,7 +62,12 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def loss_and_gradient(
-    encoder: Encoder, base: BaseModel, batch: Batch, recipe: Recipe, scale: Float[Array, ""] | float = 1.0
+    encoder: Encoder,
+    base: BaseModel,
+    batch: Batch,
+    recipe: Recipe,
+    scale: Float[Array, ""] | float = 1.0,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Encoder]:
     """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient towards the encoder.
 
@@ -71,6 +76,8 @@ def loss_and_gradient(
     Inside, the loss is multiplied by `scale`, so that float16 gradients do not vanish.
     """
     prefix, pull_back = jax.vjp(lambda encoder: encoder(), encoder)
+    if mesh is not None:
+        prefix = jax.lax.with_sharding_constraint(prefix, split_heads(mesh, base.config.n_head))
     counts = (batch.labels != IGNORED).sum(axis=(1, 2))
     totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
     per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
@@ -89,11 +96,14 @@ def loss_and_gradient(
 
 
 def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
-    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss)."""
+    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
+
+    The base stays as it lies on the mesh.
+    """
 
     def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale)
+        loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
         if state.loss_scale is not None:
@@ -106,7 +116,7 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
     return jax.jit(
         update,
         donate_argnums=0,
-        in_shardings=(everywhere, everywhere, split_rows(mesh)),
+        in_shardings=(everywhere, None, split_rows(mesh)),
         out_shardings=everywhere,
     )
 

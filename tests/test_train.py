@@ -201,11 +201,12 @@ def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_devices_give_the_curve_of_one(tmp_path):
+@pytest.mark.parametrize("mesh", ["data=4", "fsdp=2,tensor=2"])
+def test_four_devices_give_the_curve_of_one(tmp_path, mesh):
     config = run_config(tmp_path, n_epochs=5, n_training_steps=20)
     train(config)
     four = run_config(tmp_path, name="four", n_epochs=5, n_training_steps=20)
-    command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four)]
+    command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four), "--mesh", mesh]
     result = subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True)
     assert "4 device(s)" in result.stderr, result.stderr
     assert len(losses_of(four.run_dir)) == 20

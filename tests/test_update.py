@@ -11,7 +11,7 @@ from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import IGNORED, Batch, Example, make_batch
 from jaxprefix.loss import LossScale, next_token_loss
 from jaxprefix.prefix import decays, new_encoder
-from jaxprefix.sharding import data_mesh, replicated
+from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
@@ -38,7 +38,7 @@ def start(golden_model):
 
 def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
-    return make_update(optimizer, recipe, data_mesh())(start(optimizer, loss_scale), base, batch)
+    return make_update(optimizer, recipe, make_mesh())(start(optimizer, loss_scale), base, batch)
 
 
 def gap(first, second) -> float:
@@ -95,7 +95,7 @@ def test_padding_has_no_part_in_the_update(start, golden_model, tokenizer):
 def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer):
     before = [np.array(leaf) for leaf in jax.tree.leaves(golden_model)]
     optimizer = optax.adamw(0.1, mask=decays)
-    mesh = data_mesh()
+    mesh = make_mesh()
     update = make_update(optimizer, Recipe(), mesh)
     state, golden_model = jax.device_put((start(optimizer), golden_model), replicated(mesh))
     for group in (EXAMPLES, EXAMPLES[:2], EXAMPLES[3:]):

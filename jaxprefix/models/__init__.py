@@ -25,13 +25,13 @@ _TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
 def load_model(
     dir_or_hub_id: str | Path,
     dtype: str = "float32",
-    sharding_of: Callable[[str], jax.sharding.Sharding] | None = None,
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     config: ModelConfig | None = None,
 ) -> BaseModel:
     """Load a base model from a folder in the hub's layout, or from a hub id.
 
     `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of`
-    places a weight by its path (see `sharding.py`); each device reads its own part, the first device
+    places a weight by its path and shape (see `sharding.py`); each device reads its own part, the first device
     everything if it is not given; `config` saves reading config.json a second time. Raises InputError when the
     folder, its config.json or its weights cannot be used.
     """
@@ -41,7 +41,7 @@ def load_model(
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for path, weight in _stream(folder, config):
-        sharding = sharding_of(path) if sharding_of else first_device
+        sharding = sharding_of(path, weight.shape) if sharding_of else first_device
         stored = jax.make_array_from_callback(weight.shape, sharding, weight.read)
         leaves[path] = leaves[path].replace(stored.astype(dtype))
     paths = [path for path, _ in nnx.to_flat_state(abstract)]

@@ -1,0 +1,185 @@
+"""The four ways in which SentencePiece lies in base models' folders, and tokenizer.json, on a thousand strings."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+import transformers
+
+from convert.errors import InputError
+from jaxprefix import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+SAMPLE = Path(__file__).parent.parent / "data" / "sample_data.jsonl"
+FRAGMENTS = [
+    "今日は晴れ。",
+    "朝の市場",
+    "😃",
+    "👨‍👩‍👧",
+    "🇯🇵",
+    "ABC",
+    "Hello, World!",
+    "①㈱ｱｲｳ",
+    " ",
+    "　",
+    "\n",
+    "\n\n",
+    "",
+    "é",
+    "#x",
+    "\t",
+    "123",
+]
+FRAGMENTS += ["IJsselmeer", "STRASSE", "ω≠Ω", "鬱", "한국어", "</s>", "▁"]
+# file name, trainer options, tokenizer_config.json, and how the text reaches sentencepiece
+LAYOUTS = {
+    "unk 0, bos 1, eos 2": (
+        "spiece.model",
+        {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "add_dummy_prefix": False},
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
+        str,
+    ),
+    "pad 0, byte fallback": (
+        "spm.model",
+        {"pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3, "byte_fallback": True},
+        {},
+        str,
+    ),
+    "lower-cased": (
+        "spiece.model",
+        {"unk_id": 0, "bos_id": 1, "eos_id": 2, "user_defined_symbols": ["[PAD]"]},
+        {"do_lower_case": True, "pad_token": "[PAD]"},
+        str.lower,
+    ),
+    "newline piece": (
+        "tokenizer.model",
+        {"pad_id": 3, "unk_id": 0, "bos_id": 1, "eos_id": 2, "user_defined_symbols": ["<NL>"], "byte_fallback": True}
+        | {"add_dummy_prefix": False},
+        {"bos_token": {"content": "<s>"}},
+        lambda text: text.replace("\n", "<NL>"),
+    ),
+}
+
+
+def texts(seed: int, n: int = 1000) -> list[str]:
+    generator = random.Random(seed)
+    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()]
+    sentences = [sentence for document in documents[:200] for sentence in document.split("\n")]
+    return [
+        "".join(generator.choices(FRAGMENTS + generator.sample(sentences, 3), k=generator.randint(1, 9)))
+        for _ in range(n)
+    ]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request, tmp_path_factory):
+    """A tokenizer folder, sentencepiece's own processor, and what the folder asks to do to a text first."""
+    name, options, settings, prepare = LAYOUTS[request.param]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    documents = [prepare(json.loads(line)["text"]) for line in SAMPLE.read_text().splitlines()[:300]]
+    with (folder / name).open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(documents),
+            model_writer=model,
+            **{"vocab_size": 2000, "minloglevel": 2, "num_threads": 1, "hard_vocab_limit": False} | options,
+        )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, sentencepiece.SentencePieceProcessor(model_file=str(folder / name)), prepare
+
+
+def test_a_thousand_strings_are_sentencepieces(layout):
+    folder, processor, prepare = layout
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (processor.bos_id(), processor.eos_id())
+    has_newline = processor.piece_to_id("<NL>") != processor.unk_id()
+    for text in texts(seed=1):
+        expected = processor.encode(prepare(text))
+        assert tokenizer.encode(text) == expected
+        decoded = processor.decode(
+            [i for i in expected if i not in {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}]
+        )
+        assert tokenizer.decode(expected) == (decoded.replace("<NL>", "\n") if has_newline else decoded)
+
+
+def test_newlines_come_back_where_the_vocabulary_has_them(layout):
+    folder, processor, _ = layout
+    tokenizer = load_tokenizer(folder)
+    has_newline = processor.piece_to_id("<NL>") != processor.unk_id()
+    assert ("\n" in tokenizer.decode(tokenizer.encode("朝の市場。\n魚屋"))) == has_newline
+
+
+def test_added_tokens_have_ids_behind_the_model(tmp_path):
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<chat>": 440, "<chat>2": 442}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {"eos_token": "<end>", "added_tokens_decoder": {"441": {"content": "<end>"}, "1": {"content": "<s>"}}}
+        )
+    )
+    tokenizer, plain = load_tokenizer(tmp_path), load_tokenizer(GOLDEN_BASE)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (441, 443)
+    ids = tokenizer.encode("朝の<chat>2市場<chat>は")
+    assert ids == [*plain.encode("朝の"), 442, *plain.encode("市場"), 440, *plain.encode("は")]
+    assert tokenizer.decode([*ids, 441]) == "朝の<chat>2市場<chat>は"
+
+
+@pytest.mark.parametrize("added", [{"<a>": "x"}, {"<a>": -1}, {"": 440}])
+def test_added_tokens_without_an_id_are_refused(tmp_path, added):
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    with pytest.raises(InputError, match="added tokens without a proper id"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def bpe_folder(tmp_path_factory):
+    """Byte-level BPE as Pythia's and open-calm's: bos and eos are one token, config.json gives the ids."""
+    folder = tmp_path_factory.mktemp("bpe")
+    backend = tokenizers.ByteLevelBPETokenizer()
+    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()[:300]]
+    backend.train_from_iterator(documents, vocab_size=600, special_tokens=["<|endoftext|>", "<|padding|>"])
+    backend.enable_truncation(5)  # as some files have it; whoever loads it must not obey
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"600": {"content": "<extra>"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))
+    return folder
+
+
+def test_byte_level_bpe_is_that_of_transformers(bpe_folder):
+    tokenizer = load_tokenizer(bpe_folder)
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(bpe_folder / "tokenizer.json"), additional_special_tokens=["<extra>"]
+    )
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (0, 0, 1, None)
+    assert tokenizer.vocab_size == len(reference) == 601
+    for text in [*texts(seed=2, n=300), "a<extra>b"]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == reference.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert tokenizer.decode(ids) == text.replace("<extra>", "")
+
+
+def test_a_broken_tokenizer_json_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": 5}')
+    with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_added_tokens_that_contradict_the_file_are_refused(bpe_folder, tmp_path):
+    shutil.copytree(bpe_folder, tmp_path / "bpe")
+    (tmp_path / "bpe" / "added_tokens.json").write_text(json.dumps({"<extra>": 650}))
+    (tmp_path / "bpe" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match="added token '<extra>' has id 650 in one file, 600 here"):
+        load_tokenizer(tmp_path / "bpe")
+
+
+def test_half_a_surrogate_pair_is_refused_in_bpe_too(bpe_folder):
+    with pytest.raises(InputError, match="not a valid text"):
+        load_tokenizer(bpe_folder).encode("\ud800")
