@@ -1,4 +1,4 @@
-"""The command line: jaxprefix train | generate | evaluate | convert.
+"""The command line: jaxprefix train | generate | evaluate | convert | check.
 
 What a user can get wrong ends in plain lines on stderr and exit code 2; a stopped run exits with 130.
 """
@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import tyro
 
 from convert.errors import InputError
-from jaxprefix.config import ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[ConvertConfig, tyro.conf.subcommand("convert")]
+    | Annotated[CheckConfig, tyro.conf.subcommand("check")]
 )
 
 
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
+        if isinstance(settings, CheckConfig):
+            return _check(settings)
         if isinstance(settings, TrainConfig):
             return _train(settings)
         if isinstance(settings, GenerateConfig):
@@ -173,6 +176,14 @@ def _convert(config: ConvertConfig) -> int:
         print(convert(config))
     except OSError as error:
         raise InputError(f"{config.target}: cannot be written ({error.strerror})") from error
+    return 0
+
+
+def _check(config: CheckConfig) -> int:
+    from jaxprefix.check import check
+
+    for line in check(config):
+        print(line, flush=True)
     return 0
 
 

@@ -198,6 +198,16 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckConfig(TrainConfig):
+    """Tell what a training run with the same flags would find and need: base model, tokenizer, data, memory."""
+
+    data_filepath: Path | None = None  # type: ignore[assignment]
+    """JSON Lines to look at, as in training."""
+    save_name: str = "check"
+    """Has no part in a check."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How text is generated. Hashable: a compiled decoding loop belongs to one."""
 

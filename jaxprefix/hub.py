@@ -7,6 +7,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -57,5 +58,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise InputError(f"{where} the model hub cannot be reached nor is it in the cache") from error
     except HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
+    except HTTPError as error:
+        raise InputError(f"{where} its download broke off; repeat the command to go on ({error})") from error
     except OSError as error:
         raise InputError(f"{where} it cannot be fetched into the cache ({error})") from error

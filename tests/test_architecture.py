@@ -18,7 +18,7 @@ MAY_NOT_IMPORT = {
 # A room imports only rooms of its own floor or of floors below it.
 FLOORS = [
     {"cli"},
-    {"train", "conversion"},
+    {"train", "conversion", "check"},
     {"update", "generate", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding"},
     {"base_folder"},

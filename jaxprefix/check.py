@@ -1,0 +1,131 @@
+"""What a training run would find and need, told before it starts: base model, tokenizer, data, memory."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprefix.base_folder import open_base
+from jaxprefix.config import RECIPES, CheckConfig, TrainConfig
+from jaxprefix.data import Batch, Example, longest_row, n_labels, read_examples
+from jaxprefix.loss import LossScale
+from jaxprefix.models import BaseModel, abstract_model, weight_shapes
+from jaxprefix.models.config import ModelConfig
+from jaxprefix.prefix import new_encoder
+from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
+from jaxprefix.tokenizer import SentencePiece, Tokenizer
+from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+
+GIB = 2**30
+
+
+def check(config: CheckConfig) -> Iterator[str]:
+    """Yield the report line by line. Raises InputError for what would stop a run."""
+    _, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    yield from describe_model(model, tokenizer)
+    n_columns = config.max_seq_len + 1
+    if config.data_filepath is not None:
+        recipe = RECIPES[config.recipe]
+        examples = read_examples(
+            config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
+        )
+        yield from describe_data(examples, tokenizer)
+        n_columns = longest_row(examples)
+    yield describe_suffix(config.suffix, tokenizer)
+    model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
+    yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
+    yield describe_memory(config, model, n_columns)
+
+
+def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield what the base model and its tokenizer are."""
+    n_parameters = sum(int(np.prod(shape)) for shape in weight_shapes(model).values())
+    residual = "" if model.model_type == "gpt2" else (", parallel" if model.parallel_residual else ", sequential")
+    rotary = f", rotary {model.rotary_fraction:g} base {model.rotary_base:g}" if model.rotary_dim else ""
+    if model.rotary_scaling != "default":
+        rotary += f" {model.rotary_scaling} scaling × {model.rotary_factor:g}"
+    head = "tied head" if model.tied_head else "head of its own"
+    yield (
+        f"base model: {model.model_type}, {model.n_layer} layers × {model.n_embd}, {model.n_head} heads of "
+        f"{model.head_dim}, {model.activation}{residual}{rotary}, {head}"
+    )
+    yield f"parameters: {n_parameters:,}"
+    kind = "SentencePiece" if isinstance(tokenizer.vocabulary, SentencePiece) else "tokenizer.json"
+    padded = f", padded to {model.vocab_size:,}" if model.vocab_size > tokenizer.vocab_size else ""
+    unknown = "none" if tokenizer.unk_id is None else tokenizer.unk_id
+    yield (
+        f"tokenizer: {kind}, {tokenizer.vocab_size:,} pieces{padded}; bos {tokenizer.bos_id}, eos {tokenizer.eos_id}, "
+        f"pad {tokenizer.pad_id}, unknown {unknown}"
+    )
+
+
+def describe_data(examples: list[Example], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield how many examples a file makes, how long they are, and what the tokenizer does not know."""
+    lengths = np.array([len(example.prompt) + len(example.target) for example in examples])
+    shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
+    yield (
+        f"data: {len(examples):,} examples, {sum(map(n_labels, examples)):,} tokens with a loss; lengths from "
+        f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
+    )
+    if tokenizer.unk_id is not None:
+        unknown = [(example.prompt + example.target).count(tokenizer.unk_id) for example in examples]
+        n_examples = sum(map(bool, unknown))
+        yield f"unknown tokens: {sum(unknown):,} ({sum(unknown) / lengths.sum():.2%}), in {n_examples:,} examples"
+
+
+def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
+    """Tell whether the suffix can be learnt."""
+    ids = tokenizer.encode(suffix)
+    if tokenizer.unk_id in ids:
+        return f"suffix {suffix!r}: UNKNOWN to this tokenizer, cannot be learnt"
+    return f"suffix {suffix!r}: {len(ids)} token(s)"
+
+
+def describe_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> str:
+    """Tell what an update needs on each device."""
+    weights, work = training_memory(config, model, n_columns)
+    n_devices = jax.device_count()
+    return (
+        f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples in {config.dtype}, each of "
+        f"{n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
+    )
+
+
+def training_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> tuple[int, int]:
+    """Return the bytes that an update needs on each device: (weights and state, work), by the compiler's account.
+
+    Only models of two and three layers are compiled; each further layer adds what the third did.
+    """
+    if model.n_layer <= 3:
+        return compiled_memory(config, model, n_columns)
+    two, three = (compiled_memory(config, dataclasses.replace(model, n_layer=n), n_columns) for n in (2, 3))
+    state, work = (int(b + (model.n_layer - 3) * (b - a)) for a, b in zip(two, three, strict=True))
+    return state, work
+
+
+def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> tuple[int, int]:
+    """Return the same of the model as it is, from an update compiled for shapes."""
+    mesh = make_mesh(config.mesh_sizes)
+    place = base_sharding(mesh)
+
+    def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(name, leaf.shape))
+
+    base = jax.tree.map_with_path(placed, abstract_model(model))
+    optimizer = make_optimizer(config, learning_rate(config, RECIPES[config.recipe], config.n_training_steps))
+
+    def start(base: BaseModel) -> TrainState:
+        encoder = new_encoder(base, *config.encoder_sizes, config.seed)
+        return TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.fp16 else None)
+
+    state = jax.eval_shape(start, base)
+    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), state)
+    shape = (config.n_accum_steps, rows_on(mesh, 2 * config.batch_size), n_columns)
+    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_rows(mesh))
+    update: Any = make_update(optimizer, RECIPES[config.recipe], mesh)
+    analysis = update.lower(state, base, Batch(rows, rows)).compile().memory_analysis()
+    return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes

@@ -1,0 +1,69 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from jaxprefix.check import compiled_memory, training_memory
+from jaxprefix.cli import main
+from jaxprefix.config import CheckConfig
+from jaxprefix.models.config import read_model_config
+from tests.base_folders import GOLDEN_BASE, make_base_folder
+
+SMALL_BASE = Path(__file__).parent.parent / "data" / "small_base"
+
+
+def report(capsys, base, *flags):
+    code = main(["check", "--pretrained_model_dir", str(base), *map(str, flags)])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_report_on_the_small_base(capsys):
+    code, lines, _ = report(capsys, SMALL_BASE, "--data_filepath", SMALL_BASE.parent / "sample_data.jsonl")
+    assert code == 0
+    assert lines[:2] == [
+        "base model: gpt_neox, 4 layers × 192, 6 heads of 32, gelu, sequential, rotary 1 base 10000, head of its own",
+        "parameters: 3,315,840",
+    ]
+    assert lines[2] == "tokenizer: SentencePiece, 4,000 pieces; bos 1, eos 2, pad 3, unknown 0"
+    assert lines[3].startswith("data: 674 examples, 66,152 tokens with a loss; lengths from 11, median 50, ")
+    assert lines[4] == "unknown tokens: 32 (0.10%), in 24 examples"
+    assert lines[5] == "suffix ' 😃': 1 token(s)"
+    assert lines[6] == "positions: prefix 10 + longest row 65 of 512"
+    assert lines[7].startswith("memory for an update of 4 × 1 examples in float32, each of 1 device(s): 0.01 GiB")
+
+
+def test_report_on_a_bpe_folder(capsys, tmp_path):
+    folder = make_base_folder(tmp_path / "bpe", model_type="gpt2", vocab_size=512, eos_token_id=0, bos_token_id=0)
+    for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator(["今日は晴れ。"] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
+    backend.save(str(folder / "tokenizer.json"))
+    code, lines, _ = report(capsys, folder)
+    assert code == 0
+    assert lines[0] == "base model: gpt2, 2 layers × 64, 4 heads of 16, gelu_new, tied head"
+    assert f"{backend.get_vocab_size()} pieces, padded to 512; bos 0, eos 0, pad 0, unknown none" in lines[2]
+    assert lines[3] == "suffix ' 😃': 5 token(s)"
+
+
+def test_a_suffix_that_cannot_be_learnt(capsys):
+    assert (
+        "suffix ' 鬱': UNKNOWN to this tokenizer, cannot be learnt" in report(capsys, GOLDEN_BASE, "--suffix", " 鬱")[1]
+    )
+
+
+def test_what_would_stop_a_run_ends_the_check(capsys):
+    code, lines, err = report(capsys, GOLDEN_BASE, "--prefix_seq_len", "500")
+    assert (code, len(lines)) == (2, 4)
+    assert "prefix of 500 + the longest row, 65 tokens, is more than the base model's 512 positions" in err
+
+
+def test_memory_of_deep_models_is_extrapolated_from_shallow_ones():
+    config = CheckConfig(str(GOLDEN_BASE), bf16=True, n_accum_steps=2)
+    model = dataclasses.replace(read_model_config(GOLDEN_BASE), n_layer=6)
+    guessed = training_memory(config, model, 65)
+    whole = compiled_memory(config, model, 65)
+    assert guessed[0] == pytest.approx(whole[0], rel=0.01)
+    assert guessed[1] == pytest.approx(whole[1], rel=0.05)
