@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
@@ -102,4 +103,72 @@ def test_a_truncated_file_is_refused(folder):
 def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no weights; expected model\.safetensors or"):
+        load_model(folder)
+
+
+def as_torch_file(folder, change=lambda weights: weights, **options):
+    """Replace the safetensors file by torch's."""
+    weights = {name: torch.from_numpy(array.copy()) for name, array in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(change(weights), folder / "pytorch_model.bin", **options)
+
+
+def forward(folder):
+    return load_model(folder)(jnp.asarray([[5, 6]]))[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "old"])
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+def test_torch_files_equal_safetensors(tmp_path, model_type, options):
+    folder = make_base_folder(tmp_path / "base", model_type=model_type)
+    expected = forward(folder)
+    as_torch_file(folder, **options)
+    np.testing.assert_array_equal(forward(folder), expected)
+
+
+def test_bfloat16_torch_shards(folder):
+    expected = load_model(folder, "bfloat16")(jnp.asarray([[5, 6]]))[0]
+    as_torch_file(folder, lambda weights: {name: tensor.bfloat16() for name, tensor in weights.items()})
+    weights = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    for number in range(2):
+        torch.save(dict(list(weights.items())[number::2]), folder / f"pytorch_model-{number}.bin")
+    weight_map = {name: f"pytorch_model-{number % 2}.bin" for number, name in enumerate(weights)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    np.testing.assert_array_equal(load_model(folder, "bfloat16")(jnp.asarray([[5, 6]]))[0], expected)
+
+
+def test_gpt2_without_its_prefix_and_with_its_tied_head_and_buffers(tmp_path):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2")
+    expected = forward(folder)
+
+    def rename(weights):
+        for name in list(weights):
+            weights[name.removeprefix("transformer.")] = weights.pop(name)
+        weights["lm_head.weight"] = weights["wte.weight"]
+        weights["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.uint8)
+        weights["h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
+
+    rewrite(folder, rename)
+    np.testing.assert_array_equal(forward(folder), expected)
+
+
+def test_a_bias_that_the_config_denies_is_left_over(tmp_path):
+    folder = make_base_folder(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": False}))
+    with pytest.raises(InputError, match=r"unknown weight gpt_neox.layers.0.attention.dense.bias"):
+        load_model(folder)
+
+
+def test_shards_outside_the_folder_are_refused(folder):
+    weight_map = {"a": "../model.safetensors", "b": "/etc/passwd"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match="names files outside its folder"):
+        load_model(folder)
+
+
+def test_a_torch_file_that_is_no_dict_is_refused(folder):
+    as_torch_file(folder, lambda weights: list(weights.values()))
+    with pytest.raises(InputError, match=r"pytorch_model.bin: expected a dict of weights, found list"):
         load_model(folder)

@@ -1,0 +1,98 @@
+"""Loading a base model: time and peak memory, against reading the files and against transformers.
+
+python -m benchmarks.load --shape 1.4b --disk float16 --dtype float16
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import alternate, median, peak_memory, publish, table
+from benchmarks.shapes import SHAPES, make_folder
+
+WAYS = ("files", "jaxprefix", "transformers")
+
+
+def forget(folder: Path) -> int:
+    """Drop the folder's files from the page cache; return their size in bytes."""
+    size = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        size += path.stat().st_size
+    return size
+
+
+def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Load once in this process: seconds, and peak memory beyond what the imports took."""
+    if way == "jaxprefix":
+        import jax
+
+        from jaxprefix import load_model
+
+        jax.block_until_ready(jax.numpy.zeros(8).astype(dtype) + 1)
+    elif way == "transformers":
+        import torch
+        from transformers import AutoModelForCausalLM
+    before = peak_memory()
+    size = forget(folder)
+    started = time.perf_counter()
+    if way == "files":
+        buffer = bytearray(2**24)
+        for path in folder.glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    continue
+    elif way == "jaxprefix":
+        jax.block_until_ready(jax.tree.leaves(load_model(folder, dtype)))
+    else:
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_bytes": peak_memory() - before, "file_bytes": size}
+
+
+def main() -> None:
+    """Print the table, or one measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--disk", default="float16", help="type of the weights in the files")
+    parser.add_argument("--dtype", default="float16", help="type to load them as")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
+    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
+    flags = parser.parse_args()
+    if flags.measure:
+        print(json.dumps(measure(flags.measure, flags.folder, flags.dtype)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape], flags.disk, n_shards=3)
+        arguments = {way: ("--measure", way, "--folder", folder, "--dtype", flags.dtype) for way in WAYS}
+        results = alternate(arguments, "benchmarks.load", flags.rounds)
+    file_bytes = results["files"][0]["file_bytes"]
+    weights = file_bytes * np.dtype(_numpy_name(flags.dtype)).itemsize / np.dtype(_numpy_name(flags.disk)).itemsize
+    read = median(results["files"], "seconds")
+    rows = [
+        [
+            way,
+            f"{median(r, 'seconds'):.2f}",
+            f"{median(r, 'seconds') / read:.2f}",
+            f"{median(r, 'peak_bytes') / weights:.2f}",
+        ]
+        for way, r in results.items()
+    ]
+    text = table(["load", "seconds", "× reading the files", "peak memory ÷ weights"], rows)
+    title = f"{flags.shape}, {file_bytes / 1e9:.2f} GB of {flags.disk} in three files, loaded as {flags.dtype}"
+    publish(f"load_{flags.shape}_{flags.disk}_{flags.dtype}", f"{title}\n\n{text}", results)
+
+
+def _numpy_name(dtype: str) -> str:
+    return "float16" if dtype == "bfloat16" else dtype  # of the same size
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What every benchmark shares: the machine's description, alternating rounds in fresh processes, medians, files."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
+
+
+def in_process(module: str, *arguments: object, **environment: str) -> dict[str, Any]:
+    """Run `python -m module arguments` and return the JSON object on its last line of output."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alternate(ways: Mapping[str, Sequence[object]], module: str, n_rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Run every way once in each round, each in a process of its own, and collect what they print."""
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(n_rounds):
+        for way, arguments in ways.items():
+            results[way].append(in_process(module, *arguments))
+            print(f"round {number + 1}, {way}: {json.dumps(results[way][-1])}", file=sys.stderr, flush=True)
+    return results
+
+
+def median(results: Sequence[Mapping[str, Any]], field: str) -> float:
+    """Return the median of a field."""
+    return statistics.median(result[field] for result in results)
+
+
+def machine() -> dict[str, Any]:
+    """Describe machine and versions."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    gpus = (
+        subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.splitlines()
+        if _has("nvidia-smi")
+        else []
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": gpus,
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def publish(name: str, text: str, results: Any) -> Path:
+    """Print a table, and write it with all results to results/NAME.json."""
+    about = machine()
+    where = about["gpus"][0] if about["gpus"] else f"{about['cores']} cores, {about['cpu']}"
+    print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(
+        json.dumps({"machine": about, "table": text, "results": results}, indent=1) + "\n", encoding="utf-8"
+    )
+    return path
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had resident."""
+    status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def _has(program: str) -> bool:
+    return any((Path(folder) / program).is_file() for folder in os.environ["PATH"].split(os.pathsep))
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()

@@ -1,0 +1,72 @@
+"""Base models of known sizes with random weights, in the hub's layout."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import convert.table
+from jaxprefix.models import weight_shapes, weight_table
+from jaxprefix.models.config import read_model_config
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "small_base" / "spiece.model"
+
+
+def neox(n_layer: int, width: int, n_head: int, vocab: int, **changes: Any) -> dict[str, Any]:
+    """Return the config.json of a GPT-NeoX model."""
+    return {
+        "model_type": "gpt_neox",
+        "num_hidden_layers": n_layer,
+        "hidden_size": width,
+        "num_attention_heads": n_head,
+        "intermediate_size": 4 * width,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": 10000,
+        "use_parallel_residual": False,
+        "hidden_act": "gelu",
+        "tie_word_embeddings": False,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | changes
+
+
+SHAPES = {
+    "1m": neox(2, 64, 4, 4000),
+    "3m": neox(4, 192, 6, 4000),
+    "110m": neox(12, 768, 12, 44416),  # rinna/japanese-gpt-neox-small
+    "1.4b": neox(24, 2048, 16, 50304, rotary_pct=0.25, use_parallel_residual=True),  # pythia-1.4b
+    "6.9b": neox(32, 4096, 32, 50432, rotary_pct=0.25, use_parallel_residual=True),  # pythia-6.9b
+    "20b": neox(
+        44, 6144, 64, 50432, rotary_pct=0.25, use_parallel_residual=True, hidden_act="gelu_fast"
+    ),  # gpt-neox-20b
+}
+
+
+def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_shards: int = 1) -> Path:
+    """Write a base model with random weights of std 0.02 and the small base's tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(TOKENIZER, folder / "spiece.model")
+    model = read_model_config(folder)
+    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    random = np.random.default_rng(0)
+    shapes = weight_shapes(model)
+    n_bytes = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(stored).itemsize
+
+    def weights():
+        for path, shape in shapes.items():
+            centre = np.float32(path.endswith("norm.weight"))
+            yield path, (centre + np.float32(0.02) * random.standard_normal(shape, dtype=np.float32)).astype(stored)
+
+    shard_bytes, convert.table.SHARD_BYTES = convert.table.SHARD_BYTES, -(-n_bytes * 103 // 100) // n_shards
+    try:
+        convert.table.write_weights(folder, weight_table(model), model.n_layer, weights())
+    finally:
+        convert.table.SHARD_BYTES = shard_bytes
+    return folder
