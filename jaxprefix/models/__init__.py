@@ -40,7 +40,8 @@ def load_model(
     graph, abstract = nnx.split(abstract_model(config))
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    for path, weight in _stream(folder, config):
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    for path, weight in _stream(folder, config, shapes):
         sharding = sharding_of(path, weight.shape) if sharding_of else first_device
         stored = jax.make_array_from_callback(weight.shape, sharding, weight.read)
         leaves[path] = leaves[path].replace(stored.astype(dtype))
@@ -57,7 +58,7 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     config = read_model_config(folder, name=dir_or_hub_id)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is not an empty folder")
-    whole = ((path, weight.read(None)) for path, weight in _stream(folder, config))
+    whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
     write_weights(target, weight_table(config), config.n_layer, whole)
     for path in folder.iterdir():
         is_index = path.name in (SHARD_INDEX, TORCH_INDEX)
@@ -82,6 +83,8 @@ def weight_table(config: ModelConfig) -> Table:
     return rules.TABLE | ({rules.HEAD: None} if config.tied_head else {})
 
 
-def _stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, StoredWeight]]:
+def _stream(
+    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, StoredWeight]]:
     prefix = _TABLES[config.model_type].OPTIONAL_PREFIX
-    return stream_weights(folder, weight_table(config), config.n_layer, weight_shapes(config), prefix)
+    return stream_weights(folder, weight_table(config), config.n_layer, shapes, prefix)
