@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import heapq
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ from jaxprefix.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a position that has no part in the loss."""
+SAMPLED_BATCHES = 2000
+"""Batches that are looked at to choose the shapes of packed ones."""
+COLUMN_MULTIPLE = 8
 
 
 class Example(NamedTuple):
@@ -30,6 +35,8 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray
     labels: np.ndarray
+    starts: np.ndarray | None = None
+    """In packed rows, the column at which each token's text begins."""
 
 
 def read_examples(
@@ -111,9 +118,15 @@ def n_labels(example: Example) -> int:
     return len(example.target) + 1 if example.prompt else 2 * len(example.target) + 1
 
 
+def row_lengths(example: Example) -> list[int]:
+    """Return the tokens of each row that an example makes."""
+    prompt, target = map(len, example)
+    return [prompt + target] if prompt else [target + 1, target]
+
+
 def longest_row(examples: Sequence[Example]) -> int:
     """Return the tokens of the longest row that any example makes."""
-    return max(len(example.prompt) + len(example.target) + (not example.prompt) for example in examples)
+    return max(max(row_lengths(example)) for example in examples)
 
 
 def make_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int) -> Batch:
@@ -125,6 +138,74 @@ def make_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n
         tokens[index, : len(inputs)] = inputs
         labels[index, : len(targets)] = targets
     return Batch(tokens, labels)
+
+
+def pack_rows(lengths: Sequence[int], n_rows: int) -> list[list[int]]:
+    """Spread texts over packed rows, longest first into the emptiest row; return each row's text numbers."""
+    loads = [(0, row) for row in range(n_rows)]
+    rows: list[list[int]] = [[] for _ in range(n_rows)]
+    for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
+        load, row = heapq.heappop(loads)
+        rows[row].append(text)
+        heapq.heappush(loads, (load + lengths[text], row))
+    return rows
+
+
+def packed_columns(examples: Sequence[Example], n_rows: int) -> int:
+    """Return the columns that the examples' rows need when they are packed into n_rows."""
+    lengths = [length for example in examples for length in row_lengths(example)]
+    return max(sum(lengths[text] for text in row) for row in pack_rows(lengths, n_rows))
+
+
+def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int) -> Batch:
+    """Lay the examples' rows one behind the other into arrays of [n_rows, n_columns]."""
+    tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
+    labels = np.full((n_rows, n_columns), IGNORED, np.int32)
+    starts = np.zeros((n_rows, n_columns), np.int32)
+    texts = [row for example in examples for row in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    for row, members in enumerate(pack_rows([len(inputs) for inputs, _ in texts], n_rows)):
+        start = 0
+        for inputs, targets in (texts[text] for text in members):
+            end = start + len(inputs)
+            tokens[row, start:end], labels[row, start:end], starts[row, start:end] = inputs, targets, start
+            start = end
+        starts[row, start:] = start  # the padding is a text of its own, so its positions exist
+    return Batch(tokens, labels, starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShapes:
+    """The few shapes of a run's packed batches: each is compiled once."""
+
+    n_rows: int
+    columns: tuple[int, ...]
+    """Ascending; a batch takes the first that it fits."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], batches: Iterable[list[int]], n_parts: int) -> "PackedShapes":
+        """Choose shapes from a run's batches, of which the first thousands will do; rows split into n_parts.
+
+        Rows are about twice as long as the longest text: longer ones cost more in attention than they save in padding.
+        """
+        lengths = np.array([sum(row_lengths(example)) for example in examples])
+        longest = longest_row(examples)
+        sample = list(itertools.islice(batches, SAMPLED_BATCHES))
+        rows = float(np.mean([lengths[batch].sum() for batch in sample])) / (2 * longest)
+        n_rows = max(1, math.ceil(rows / n_parts)) * n_parts
+        needed = [packed_columns([examples[i] for i in batch], n_rows) for batch in sample]
+        largest = max(map(len, sample))
+        bound = int(np.sort(lengths)[-largest:].sum()) // n_rows + longest  # no batch needs more
+        columns = {_rounded(float(np.quantile(needed, share))) for share in (0.5, 0.9, 1)} | {_rounded(float(bound))}
+        return cls(n_rows, tuple(sorted(columns)))
+
+    def fitting(self, groups: Sequence[Sequence[Example]]) -> int:
+        """Return the columns that all micro-batches of an update fit."""
+        needed = max(packed_columns(group, self.n_rows) for group in groups if group)
+        return next(columns for columns in self.columns if columns >= needed)
+
+
+def _rounded(columns: float) -> int:
+    return -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ def dev_loss(
     """Return {"loss": nats per token, "ppl": its exponential} over the batches."""
     meter = LossMeter(recipe)
     for batch in batches:
-        total, n_tokens = _batch_loss(base, prefix, *map(jnp.asarray, batch))
+        total, n_tokens = _batch_loss(base, prefix, jnp.asarray(batch.tokens), jnp.asarray(batch.labels))
         meter.add(float(total) / int(n_tokens), int(n_tokens))
     return meter.means()
 
@@ -70,7 +70,7 @@ def dev_loss(
 def _batch_loss(
     base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    return next_token_loss(base(tokens, prefix)[0], labels)
+    return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.

@@ -24,9 +24,11 @@ from jaxprefix.data import (
     IGNORED,
     Batch,
     Example,
+    PackedShapes,
     UpdatePlan,
     longest_row,
     make_batch,
+    make_packed_batch,
     n_labels,
     read_examples,
     split_examples,
@@ -40,6 +42,9 @@ from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
+
+LONGEST_PACKED = 512
+"""Tokens of the longest row up to which packing pays: attention over longer ones costs more than their padding."""
 
 
 class Inputs(NamedTuple):
@@ -127,7 +132,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
     dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size)
     window = LossMeter(recipe, progress.window)
-    batches = update_batches(config, inputs, rows_on(run.mesh, 2 * config.batch_size), progress.n_done)
+    batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
     while batch is not None:
         started = time.monotonic()
@@ -228,17 +233,21 @@ def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) ->
         return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))[0]["encoder"]
 
 
-def update_batches(config: TrainConfig, inputs: Inputs, n_rows: int, first: int) -> Iterator[Batch]:
-    """Yield every update's batch from number `first` on, all of one shape [micro-batches, n_rows, columns]."""
-    n_columns = longest_row(inputs.train_set)
-    for number in range(first, inputs.plan.n_updates):
-        groups = inputs.plan.micro_batches(number)
+def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
+    """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
+    plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
+    make, n_rows, shapes = make_batch, rows_on(mesh, 2 * config.batch_size), None
+    if config.packing and n_columns <= LONGEST_PACKED:
+        every_batch = (batch for number in range(plan.n_updates) for batch in plan.micro_batches(number))
+        shapes = PackedShapes.of(inputs.train_set, every_batch, n_parts=rows_on(mesh, 1))
+        make, n_rows = make_packed_batch, shapes.n_rows
+    for number in range(first, plan.n_updates):
+        groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
-        parts = [
-            make_batch([inputs.train_set[i] for i in group], inputs.base.tokenizer, n_rows, n_columns)
-            for group in groups
-        ]
-        yield Batch(*(np.stack(arrays) for arrays in zip(*parts, strict=True)))
+        if shapes:
+            n_columns = shapes.fitting(groups)
+        parts = [make(group, tokenizer, n_rows, n_columns) for group in groups]
+        yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:

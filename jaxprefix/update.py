@@ -83,15 +83,16 @@ def loss_and_gradient(
     per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        tokens, labels, weight = micro_batch
+        (tokens, labels, starts), weight = micro_batch
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-            return next_token_loss(base(tokens, prefix)[0], labels)[0] * weight * scale
+            hidden, _ = base.hidden(tokens, prefix, starts=starts)
+            return next_token_loss(hidden, base.head_weight, labels)[0] * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 
     zero = (jnp.float32(0), jnp.zeros_like(prefix))
-    (loss, gradient), _ = jax.lax.scan(add, zero, (*batch, per_label))
+    (loss, gradient), _ = jax.lax.scan(add, zero, (batch, per_label))
     return loss / scale, pull_back(gradient / scale)[0]
 
 

@@ -10,11 +10,14 @@ from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import (
     IGNORED,
     Example,
+    PackedShapes,
     UpdatePlan,
     chunk_document,
     longest_row,
     make_batch,
+    make_packed_batch,
     n_labels,
+    packed_columns,
     read_examples,
     rows_of,
     split_examples,
@@ -180,3 +183,36 @@ def test_order_depends_on_the_seed():
     orders = [UpdatePlan(50, 50, 1, 1, 1, seed, False).micro_batches(0) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert np.sort(orders[2][0]).tolist() == list(range(50))
+
+
+def test_packed_rows_hold_every_label_once_and_positions_restart(tokenizer):
+    examples = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
+    n_columns = packed_columns(examples, 3)
+    batch = make_packed_batch(examples, tokenizer, 3, n_columns + 2)
+    padded = make_batch(examples, tokenizer, 10, 16)
+    assert batch.tokens.shape == (3, n_columns + 2)
+    for packed, whole in ((batch.tokens, padded.tokens), (batch.labels, padded.labels)):
+        assert sorted(packed[batch.labels != IGNORED]) == sorted(whole[padded.labels != IGNORED])
+    columns = np.arange(n_columns + 2)
+    assert ((batch.starts <= columns) & (batch.starts >= 0)).all()
+    for row in range(3):
+        for start in set(batch.starts[row]):
+            own = batch.starts[row] == start
+            assert own[start], "a text begins at its start"
+            assert (np.diff(np.flatnonzero(own)) == 1).all(), "and has no gap"
+    assert n_columns < 40, "rows are even: 77 tokens in three"
+
+
+def test_packed_shapes_are_few_and_fit_every_batch(tokenizer):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    batches = [generator.choice(300, 4, replace=False).tolist() for _ in range(400)]
+    for n_parts in (1, 8):
+        shapes = PackedShapes.of(examples, iter(batches), n_parts)
+        assert shapes.n_rows % n_parts == 0
+        assert len(shapes.columns) <= 4
+        for batch in batches:
+            group = [examples[i] for i in batch]
+            assert packed_columns(group, shapes.n_rows) <= shapes.fitting([group])
+    worst = sorted(range(300), key=lambda i: -len(examples[i].target))[:4]
+    assert PackedShapes.of(examples, iter(batches[:1]), 1).fitting([[examples[i] for i in worst]])

@@ -41,7 +41,9 @@ def batch(tokenizer):
 
 
 def mean_loss(encoder, model, batch):
-    total, n_labels = next_token_loss(model(jnp.asarray(batch.tokens), encoder())[0], jnp.asarray(batch.labels))
+    total, n_labels = next_token_loss(
+        model.hidden(jnp.asarray(batch.tokens), encoder())[0], model.head_weight, jnp.asarray(batch.labels)
+    )
     return total / n_labels
 
 

@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.data import read_examples
+from jaxprefix.config import RECIPES
+from jaxprefix.data import IGNORED, read_examples
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.run_log import RunLog
-from jaxprefix.train import train
+from jaxprefix.sharding import make_mesh
+from jaxprefix.train import read_inputs, train, update_batches
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
@@ -253,3 +255,20 @@ def test_an_unknown_suffix_is_warned_of(tmp_path):
 def test_without_saving_nothing_is_written(tmp_path):
     train(run_config(tmp_path, save_model=False, save_log=False, n_training_steps=1))
     assert not any(tmp_path.iterdir())
+
+
+def test_packed_and_padded_runs_have_the_same_losses(tmp_path):
+    changes = {"n_epochs": 10, "n_training_steps": 30}
+    packed, padded = (run_config(tmp_path, name=str(p), packing=p, **changes) for p in (True, False))
+    for config in (packed, padded):
+        train(config)
+    assert len(losses_of(packed.run_dir)) == 30
+    np.testing.assert_allclose(losses_of(packed.run_dir), losses_of(padded.run_dir), rtol=LOSS)
+
+
+def test_a_packed_run_compiles_at_most_four_shapes(tmp_path):
+    config = run_config(tmp_path, n_accum_steps=2)
+    inputs = read_inputs(config, RECIPES[config.recipe])
+    batches = list(update_batches(config, inputs, make_mesh(), 0))
+    assert len({batch.tokens.shape for batch in batches}) <= 4
+    assert sum((b.labels != IGNORED).sum() for b in batches) > 0.7 * sum(b.labels.size for b in batches)

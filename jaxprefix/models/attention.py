@@ -19,9 +19,12 @@ LayerCache = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
 Cache = tuple[LayerCache, ...]
 
 
-def positions_of(slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None) -> Int[Array, "B T"]:
-    """Turn each token's index in its row into its position behind the prefix."""
-    return slots if prefix is None else slots + prefix.shape[2]
+def positions_of(
+    slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None, starts: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Turn each token's index in its row, from the start of its text, into its position behind the prefix."""
+    in_text = slots if starts is None else slots - starts
+    return in_text if prefix is None else in_text + prefix.shape[2]
 
 
 def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Cache:
@@ -43,17 +46,21 @@ def attend(
     v: Float[Array, "B S N H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
-    Slots after the query's own (later tokens, padding on the right, unused cache) are invisible, so no
-    other mask exists. Scores, multiplied by `scale` (1/√H unless given), and softmax are float32,
-    whatever the inputs are.
+    Slots after the query's own (later tokens, padding on the right, unused cache) are invisible, and those before
+    `starts`, where the query's text begins in a row of several. Scores, multiplied by `scale` (1/√H unless given),
+    and softmax are float32, whatever the inputs are.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     token_scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * scale
-    visible = jnp.arange(k.shape[1]) <= slots[:, None, :, None]
+    key_slots = jnp.arange(k.shape[1])
+    visible = key_slots <= slots[:, None, :, None]
+    if starts is not None:
+        visible &= key_slots >= starts[:, None, :, None]
     token_scores = jnp.where(visible, token_scores, -jnp.inf)
     if prefix is None:
         weights = jax.nn.softmax(token_scores).astype(v.dtype)

@@ -7,15 +7,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import MLP, Embedding, LayerNorm, Linear, matmul
+from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul
 
 
 class Attention(nnx.Module):
     """Multi-head attention; it knows no positions."""
 
     def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs)  # [3·N·H, D], all q, all k, all v
-        self.out = Linear(config.n_embd, config.n_embd, rngs)
+        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, rngs)  # [3·N·H, D], all q, all k, all v
+        self.out = FrozenLinear(config.n_embd, config.n_embd, rngs)
         self.n_head = config.n_head
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
         if config.scale_by_layer:
@@ -25,13 +25,14 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         slots: Int[Array, "B T"],
+        starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, self.scale).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, starts, self.scale).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -47,10 +48,11 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         slots: Int[Array, "B T"],
+        starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), slots, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), slots, starts, prefix, cache)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), written
 
@@ -74,12 +76,13 @@ class GPT2(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys and values of every layer.
 
         All arguments are those of `GPTNeoX`.
         """
-        hidden, written = self.hidden(tokens, prefix, cache, slots, positions)
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, starts)
         return self.logits(hidden), written
 
     def hidden(
@@ -89,21 +92,27 @@ class GPT2(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if slots is None:
             slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if positions is None:
-            positions = positions_of(slots, prefix)
+            positions = positions_of(slots, prefix, starts)
         x = self.embed(tokens) + self.embed_positions(positions)
         written: list[LayerCache] = []
         for index, layer in enumerate(self.layers):
             layer_prefix = None if prefix is None else prefix[index]
             with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = layer(x, slots, layer_prefix, None if cache is None else cache[index])
+                x, layer_cache = layer(x, slots, starts, layer_prefix, None if cache is None else cache[index])
             written.append(layer_cache)
         return self.final_norm(x), tuple(written)
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""
-        return matmul(hidden, (self.embed if self.config.tied_head else self.head).weight[...])
+        return matmul(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        """What hidden states are multiplied with to give logits."""
+        return (self.embed if self.config.tied_head else self.head).weight[...]

@@ -7,15 +7,17 @@ from jaxtyping import Array, Float, Int
 
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import MLP, Embedding, LayerNorm, Linear, matmul, rotary_angles, rotate
+from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul, rotary_angles, rotate
 
 
 class Attention(nnx.Module):
     """Multi-head attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, rngs, config.attention_bias)  # [N·3·H, D], per head q, k, v
-        self.out = Linear(config.n_embd, config.n_embd, rngs, config.attention_bias)
+        self.qkv = FrozenLinear(
+            config.n_embd, 3 * config.n_embd, rngs, config.attention_bias
+        )  # [N·3·H, D], per head q, k, v
+        self.out = FrozenLinear(config.n_embd, config.n_embd, rngs, config.attention_bias)
         self.n_head = config.n_head
 
     def __call__(
@@ -23,6 +25,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"],
+        starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
@@ -30,7 +33,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k = rotate(q, angles), rotate(k, angles)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, starts).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -48,10 +51,11 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"],
+        starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), angles, slots, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), angles, slots, starts, prefix, cache)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
@@ -76,14 +80,17 @@ class GPTNeoX(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys (after rotary) and values of every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        `positions` are P + slots unless given. With a cache, the keys and values are written into it at
-        their slots, and tokens attend to what was written before as well. Rows are padded on the right.
+        `positions` are P + slots unless given. `starts` is the slot at which each token's own text begins, when a
+        row holds several: they do not see each other, and positions restart at P. With a cache, the keys and
+        values are written into it at their slots, and tokens attend to what was written before as well. Rows are
+        padded on the right.
         """
-        hidden, written = self.hidden(tokens, prefix, cache, slots, positions)
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, starts)
         return self.logits(hidden), written
 
     def hidden(
@@ -93,12 +100,13 @@ class GPTNeoX(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if slots is None:
             slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if positions is None:
-            positions = positions_of(slots, prefix)
+            positions = positions_of(slots, prefix, starts)
         n_slots = (0 if prefix is None else prefix.shape[2]) + (tokens if cache is None else cache[0][0]).shape[1]
         angles = rotary_angles(positions, self.config, n_slots)
         x = self.embed(tokens)
@@ -106,10 +114,15 @@ class GPTNeoX(nnx.Module):
         for index, layer in enumerate(self.layers):
             layer_prefix = None if prefix is None else prefix[index]
             with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = layer(x, angles, slots, layer_prefix, None if cache is None else cache[index])
+                x, layer_cache = layer(x, angles, slots, starts, layer_prefix, None if cache is None else cache[index])
             written.append(layer_cache)
         return self.final_norm(x), tuple(written)
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""
-        return matmul(hidden, (self.embed if self.config.tied_head else self.head).weight[...])
+        return matmul(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        """What hidden states are multiplied with to give logits."""
+        return (self.embed if self.config.tied_head else self.head).weight[...]

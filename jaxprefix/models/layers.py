@@ -28,6 +28,14 @@ class Linear(nnx.Module):
         return product + self.bias[...] if self.has_bias else product
 
 
+class FrozenLinear(Linear):
+    """A linear layer of a base model: same arrays, but only the input gets a gradient."""
+
+    def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+        product = frozen_matmul(x, self.weight[...])
+        return product + self.bias[...] if self.has_bias else product
+
+
 class Embedding(nnx.Module):
     """A table of vectors [rows, width], initialised as `torch.nn.Embedding` is: N(0, 1)."""
 
@@ -39,7 +47,7 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm over the last axis, computed in float32."""
+    """Layer norm over the last axis, computed in float32; of it, the backward pass keeps the input alone."""
 
     def __init__(self, width: int, eps: float):
         self.weight = nnx.Param(jnp.ones(width))
@@ -47,6 +55,9 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        return jax.checkpoint(self._normalise)(x)
+
+    def _normalise(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
         wide = x.astype(jnp.float32)
         centred = wide - wide.mean(axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.eps)
@@ -54,34 +65,60 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them; of that, the backward pass keeps the input alone."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = Linear(config.n_embd, config.n_inner, rngs)
-        self.down = Linear(config.n_inner, config.n_embd, rngs)
+        self.up = FrozenLinear(config.n_embd, config.n_inner, rngs)
+        self.down = FrozenLinear(config.n_inner, config.n_embd, rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(activate(self.up(x), self.activation))
+        return self.down(jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation))
 
 
 def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]:
-    """Apply an activation by transformers' name; three of its names are the tanh form of GELU (arXiv:1606.08415)."""
+    """Apply an activation by transformers' name, in float32; three of the names are GELU's tanh form."""
+    wide = x.astype(jnp.float32)
     match activation:
-        case "gelu":
-            return jax.nn.gelu(x, approximate=False)
+        case "gelu":  # by erf: jax.nn.gelu goes by erfc, which takes longer on a CPU
+            wide = 0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
         case "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh":
-            return jax.nn.gelu(x, approximate=True)
+            wide = jax.nn.gelu(wide, approximate=True)
         case "relu":
-            return jax.nn.relu(x)
+            wide = jax.nn.relu(wide)
         case "silu":
-            return jax.nn.silu(x)
-    raise ValueError(f"unknown activation {activation}")
+            wide = jax.nn.silu(wide)
+        case _:
+            raise ValueError(f"unknown activation {activation}")
+    return wide.astype(x.dtype)
 
 
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
+    """x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
+
+    Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
+    incoming gradient float32, and a half-precision product would run at float32's speed or worse.
+    """
+    return matmul(x, weight).astype(x.dtype)
+
+
+def _frozen_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array]]:
+    return frozen_matmul(x, weight), (weight,)
+
+
+def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, None]:
+    (weight,) = residual
+    product = jnp.einsum("...o,oi->...i", gradient, weight, preferred_element_type=jnp.float32)
+    return product.astype(gradient.dtype), None
+
+
+frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 
 
 def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig, n_slots: int) -> Float[Array, "B T half"]:

@@ -48,7 +48,7 @@ def test_prefix_of_real_tokens_equals_concatenation(model):
 
 def test_missing_position_offset_is_noticed(model, monkeypatch):
     for module in (gpt_neox, gpt2):
-        monkeypatch.setattr(module, "positions_of", lambda slots, prefix: slots)
+        monkeypatch.setattr(module, "positions_of", lambda slots, *_: slots)
     assert prefix_gap(model) > 100 * MODEL
 
 

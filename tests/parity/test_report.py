@@ -37,18 +37,19 @@ def shift_of_second_row_lost(rows_of):
 
 
 def keys_and_values_swapped(attend):
-    return lambda q, k, v, prefix, slots: attend(q, k, v, None if prefix is None else prefix[::-1], slots)
+    return lambda q, k, v, prefix, *rest: attend(q, k, v, None if prefix is None else prefix[::-1], *rest)
 
 
 def gradient_of_values_lost(attend):
-    def fault(q, k, v, prefix, slots):
-        return attend(q, k, v, prefix if prefix is None else prefix.at[1].set(jax.lax.stop_gradient(prefix[1])), slots)
+    def fault(q, k, v, prefix, *rest):
+        stopped = None if prefix is None else prefix.at[1].set(jax.lax.stop_gradient(prefix[1]))
+        return attend(q, k, v, stopped, *rest)
 
     return fault
 
 
 def position_off_by_one_in_decoding(positions_of):
-    return lambda slots, prefix: positions_of(slots, prefix) + (slots.shape[1] == 1)
+    return lambda slots, *rest: positions_of(slots, *rest) + (slots.shape[1] == 1)
 
 
 def schedule_stepped(times):
@@ -87,14 +88,17 @@ FAULTS = {
         "initialised",
         lambda: replaced(prefix, "decays", lambda _: lambda encoder: jax.tree.map(lambda _: True, encoder)),
     ),
-    "position offset missing": ("logits", lambda: replaced(gpt_neox, "positions_of", lambda _: lambda slots, _: slots)),
+    "position offset missing": (
+        "logits",
+        lambda: replaced(gpt_neox, "positions_of", lambda _: lambda slots, *_: slots),
+    ),
     "keys and values swapped": ("logits", lambda: replaced(gpt_neox, "attend", keys_and_values_swapped)),
     "loss over pad": (
         "loss",
         lambda: replaced(
             update,
             "next_token_loss",
-            lambda loss: lambda logits, labels: loss(logits, jnp.where(labels == data.IGNORED, PAD_ID, labels)),
+            lambda loss: lambda h, head, labels: loss(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels)),
         ),
     ),
     "gradient of the prefix values lost": ("gradients", lambda: replaced(gpt_neox, "attend", gradient_of_values_lost)),
