@@ -120,7 +120,7 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
 
     def start(base: BaseModel) -> TrainState:
         encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-        return TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.fp16 else None)
+        return TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.dtype == "float16" else None)
 
     state = jax.eval_shape(start, base)
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), state)

@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
+        keep_compiled_programs()
         if isinstance(settings, CheckConfig):
             return _check(settings)
         if isinstance(settings, TrainConfig):
@@ -45,6 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it has been told another one."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "jaxprefix" / "compiled"))
 
 
 def _train(config: TrainConfig) -> int:

@@ -114,10 +114,12 @@ class TrainConfig:
     """Largest global norm of the gradient; 0 does not clip."""
     seed: int = 42
     """Seed of the encoder's start and of the data order."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the base model's weights and activations, float16 with dynamic loss scaling; the prefix stays float32."""
     bf16: bool = False
-    """Hold and run the base model in bfloat16; the prefix stays float32."""
+    """Same as --dtype bfloat16."""
     fp16: bool = False
-    """Hold and run the base model in float16, with dynamic loss scaling; the prefix stays float32."""
+    """Same as --dtype float16."""
     recipe: RecipeName = "default"
     """`rinna` repeats the original's surprises, see the README's table."""
     checkpoint_path: Path | None = None
@@ -163,6 +165,10 @@ class TrainConfig:
             problems.append(f"--seed must be below {SEED_LIMIT}, is {self.seed}")
         if self.bf16 and self.fp16:
             problems.append("--bf16 and --fp16 exclude each other")
+        half = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
+        if self.dtype not in ("float32", half):
+            problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
+        object.__setattr__(self, "dtype", half)
         if self.resume and self.overwrite:
             problems.append("--resume and --overwrite exclude each other")
         if self.resume and not self.save_model:
@@ -192,11 +198,6 @@ class TrainConfig:
     def encoder_sizes(self) -> tuple[int, int, int]:
         """Prefix length, embedding width and hidden width of the encoder."""
         return self.prefix_seq_len, self.prefix_input_dim, self.prefix_hidden_dim
-
-    @property
-    def dtype(self) -> str:
-        """Type of the base model's weights and activations."""
-        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,31 +135,44 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
+    in_flight: deque[tuple[jax.Array, int]] = deque()  # (loss, labels) of updates the device may be working on
+    clock = time.monotonic()
+
+    def settle(n_left: int) -> None:
+        """Wait until only n_left updates are in flight."""
+        nonlocal clock
+        while len(in_flight) > n_left:
+            device_loss, n_tokens = in_flight.popleft()
+            loss, before, clock = float(device_loss), clock, time.monotonic()
+            window.add(loss, n_tokens, clock - before)
+            run.log.progress(progress.n_done - len(in_flight), loss, window.tokens_per_s)
+
     while batch is not None:
-        started = time.monotonic()
         n_tokens = int((batch.labels != IGNORED).sum())
         state, device_loss = run.update(state, run.base, batch)
+        in_flight.append((device_loss, n_tokens))
         batch = next(batches, None)  # laid out while the device is at work
-        loss = float(device_loss)
-        window.add(loss, n_tokens, time.monotonic() - started)
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
-        run.log.progress(progress.n_done, loss, window.tokens_per_s)
+        ended = inputs.plan.epochs_ending(progress.n_done)
+        logging = progress.n_done % config.log_every_n_steps == 0
+        stopping = stop.is_set()
+        saving = ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0
+        settle(n_left=0 if logging or saving else 1)
 
-        if progress.n_done % config.log_every_n_steps == 0:
+        if logging:
             lr, speed = float(run.rate(max(n_applied(state) - 1, 0))), window.tokens_per_s
             run.log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
             window = LossMeter(recipe)
-        ended = inputs.plan.epochs_ending(progress.n_done)
         for epoch in ended:
             prefix = state.encoder()
             metrics = dev_loss(run.base, prefix, dev, recipe)
             run.log.point("dev", progress.n_done, epoch, **metrics)
             keep_best(run, prefix, metrics["loss"], progress)
-        stopping = stop.is_set()
-        if run.checkpoints and (ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0):
+        if run.checkpoints and saving:
             progress.window = window.items
             run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
+        clock = time.monotonic() if saving else clock  # evaluating and saving is not training
         if stopping:
             return
 
@@ -205,7 +219,7 @@ def start_state(
     resuming: bool,
 ) -> TrainState:
     """Make the state that training starts from; only its shapes when a checkpoint is to replace it."""
-    scale = LossScale.start() if config.fp16 else None
+    scale = LossScale.start() if config.dtype == "float16" else None
     if resuming:
         encoder = jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))
         return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)

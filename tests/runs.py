@@ -19,6 +19,7 @@ def run_config(folder: Path, name: str = "run", **changes: object) -> TrainConfi
         "n_epochs": 2,
         "max_lr": 1e-2,
         "log_every_n_steps": 1,
+        "packing": False,  # its up to four shapes take four times as long to compile
     }
     return TrainConfig(**settings | changes)
 
@@ -30,7 +31,7 @@ def flags_of(config: TrainConfig) -> list[str]:
     default = run_config(config.output_dir, config.save_name)
     changed = {name for name, value in vars(config).items() if value != getattr(default, name)}
     assert changed <= {*names}, f"add {changed - {*names}} to flags_of"
-    return [part for name in names for part in (f"--{name}", str(getattr(config, name)))]
+    return [*(part for name in names for part in (f"--{name}", str(getattr(config, name)))), "--no_packing"]
 
 
 def metrics_of(run_dir: Path, split: str = "train") -> list[dict]:

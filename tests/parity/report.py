@@ -23,10 +23,12 @@ BEGIN, END = "<!-- the table below is written by make parity -->\n", "<!-- end o
 CASES = (
     Case("without DeepSpeed"),
     Case("parallel residual, clip 0.05, decay 0.5", parallel_residual=True, grad_clip=0.05, weight_decay=0.5),
-    Case("prompts with completions", completions=True),
+    Case("prompts with completions, packed", completions=True, packing=True),
     Case("GPT-2", model_type="gpt"),
     Case("DeepSpeed", deepspeed=True),
-    Case("DeepSpeed, accumulation 2, warmup 5", deepspeed=True, n_accum_steps=2, n_warmup_steps=5),
+    Case(
+        "DeepSpeed, accumulation 2, warmup 5, packed", deepspeed=True, packing=True, n_accum_steps=2, n_warmup_steps=5
+    ),
     Case("DeepSpeed, bf16", deepspeed=True, bf16=True),
 )
 

@@ -60,6 +60,7 @@ class Case:
     bf16: bool = False
     grad_clip: float = 1.0
     weight_decay: float = 0.01
+    packing: bool = False
     n_accum_steps: int = 1
     n_warmup_steps: int = 0
     n_training_steps: int = 60
@@ -117,6 +118,7 @@ class Ours:
             output_dir=folder,
             recipe="rinna",
             bf16=case.bf16,
+            packing=case.packing,
             **case.flags,
         )
         self.model = load_model(base, self.config.dtype)
