@@ -1,9 +1,9 @@
 """Training speed: useful tokens per second of one update, against torch_ref and against PEFT on transformers.
 
-python -m benchmarks.train --shape 110m --data documents.jsonl --ways jaxprefix:float32 torch_ref:float32 peft:float32
+python -m benchmarks.train --shape 110m --data documents.jsonl --ways jaxprefix:float32 peft:float32
 
-All take the same batches of the same examples in the original's setting. Useful tokens are labels in the loss. The limit
-is 4N FLOPs a token at the rate that a matrix product of the model's shape reaches in the same process.
+All take the same batches of the same examples in the original's setting. Useful tokens are labels in the loss. The
+limit is 4N FLOPs a token at the rate that a matrix product of the model's shape reaches in the same process.
 """
 
 import argparse
@@ -234,16 +234,12 @@ def main() -> None:
         ]
         for way, r in results.items()
     ]
-    header = [
-        "training",
-        "useful tokens/s",
-        f"{first} is × as fast",
-        "s an update",
-        "matrix GFLOP/s",
-        "of its limit",
-        "peak GiB",
-    ]
-    title = f"{flags.shape}, batches of {flags.batch_size} examples, prefix {PREFIX}, {flags.rounds} rounds of {flags.updates}"
+    header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
+    header.append("peak GiB")
+    setting = (
+        f"batches of {flags.batch_size} examples, prefix {PREFIX}, {flags.rounds} rounds of {flags.updates} updates"
+    )
+    title = f"{flags.shape}, {setting}"
     publish(f"train_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)
 
 

@@ -33,7 +33,7 @@ from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import RECIPES, ConvertConfig, DecodeConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, Example, epoch_order, longest_row, make_batch, read_examples, split_examples
+from jaxprefix.data import IGNORED, Batch, Example, epoch_order, longest_row, make_batch, read_examples, split_examples
 from jaxprefix.run_folder import CHECKPOINTS
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.parity.runs import jax_order, named, reference_run
@@ -132,8 +132,12 @@ class Ours:
     def chunks(self) -> list[Example]:
         return read_examples(self.data, self.tokenizer, recipe=self.recipe)
 
-    @functools.cached_property
+    @property
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(batch.tokens, batch.labels) for batch in self._batches]
+
+    @functools.cached_property
+    def _batches(self) -> list[Batch]:
         train_set, _ = split_examples(self.chunks, N_TRAIN, N_DEV, self.data)
         batches = []
         for chosen in batched(epoch_order(N_TRAIN, SEED, 0).tolist()):
@@ -162,11 +166,11 @@ class Ours:
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
-        return np.asarray(self.model(jnp.asarray(self.batches[0].tokens), self.encoder())[0])
+        return np.asarray(self.model(jnp.asarray(self._batches[0].tokens), self.encoder())[0])
 
     @functools.cached_property
     def _loss_and_gradient(self) -> tuple[float, Any]:
-        batch = jax.tree.map(lambda array: array[None], self.batches[0])
+        batch = jax.tree.map(lambda array: array[None], self._batches[0])
         run = jax.jit(jaxprefix.update.loss_and_gradient, static_argnums=3)
         return run(self.encoder, self.model, batch, self.recipe)
 
