@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tests.parity.sides import Case, Ours, Theirs, make_files
+from tests.parity.cases import Case, make_files
+from tests.parity.sides import Ours, Theirs
 from tests.tolerances import BFLOAT16, BFLOAT16_ROUNDOFF, FUNCTION, LOSS, MODEL, RATE
 
 PAGE = Path(__file__).parents[2] / "docs" / "parity.md"

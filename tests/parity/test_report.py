@@ -12,8 +12,9 @@ import pytest
 
 from jaxprefix import config, conversion, data, prefix, tokenizer, train, update
 from jaxprefix.models import gpt_neox
+from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
-from tests.parity.sides import Ours, Theirs, make_files
+from tests.parity.sides import Ours, Theirs
 
 generate = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
