@@ -186,17 +186,24 @@ class PackedShapes:
         """Choose shapes from a run's batches, of which the first thousands will do; rows split into n_parts.
 
         Rows are about twice as long as the longest text: longer ones cost more in attention than they save in padding.
+        Of two numbers of rows, that with the fewer computed positions.
         """
         lengths = np.array([sum(row_lengths(example)) for example in examples])
         longest = longest_row(examples)
         sample = list(itertools.islice(batches, SAMPLED_BATCHES))
         rows = float(np.mean([lengths[batch].sum() for batch in sample])) / (2 * longest)
-        n_rows = max(1, math.ceil(rows / n_parts)) * n_parts
-        needed = [packed_columns([examples[i] for i in batch], n_rows) for batch in sample]
-        largest = max(map(len, sample))
-        bound = int(np.sort(lengths)[-largest:].sum()) // n_rows + longest  # no batch needs more
-        columns = {_rounded(float(np.quantile(needed, share))) for share in (0.5, 0.9, 1)} | {_rounded(float(bound))}
-        return cls(n_rows, tuple(sorted(columns)))
+        largest = int(np.sort(lengths)[-max(map(len, sample)) :].sum())
+
+        def shapes(n_rows: int) -> tuple[float, "PackedShapes"]:
+            needed = [packed_columns([examples[i] for i in batch], n_rows) for batch in sample]
+            needed_at_most = largest // n_rows + longest
+            wanted = [*np.quantile(needed, (0.5, 0.9, 1)), needed_at_most]
+            columns = sorted({_rounded(float(n)) for n in wanted})
+            computed = np.array(columns)[np.searchsorted(columns, needed)] * n_rows
+            return float(computed.mean()), cls(n_rows, tuple(columns))
+
+        fewest = max(1, math.ceil(rows / n_parts))
+        return min((shapes(n_rows * n_parts) for n_rows in (fewest, fewest + 1)), key=lambda shape: shape[0])[1]
 
     def fitting(self, groups: Sequence[Sequence[Example]]) -> int:
         """Return the columns that all micro-batches of an update fit."""

@@ -11,6 +11,8 @@ from jaxprefix.models.layers import matmul
 
 CHUNK_TOKENS = 2048
 """Tokens whose logits are in memory at a time; fewer make the matrix products slow."""
+CPU_BLOCK = 2048
+"""Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
 
 
 def next_token_loss(
@@ -18,9 +20,9 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the cross entropy in nats summed over all labels that are not IGNORED, and their number.
 
-    Columns are taken in chunks of about CHUNK_TOKENS tokens over the whole vocabulary; a chunk without a
-    label is skipped. The head is frozen: its gradient is not computed, and the hidden states' is computed
-    along with the loss, so that no logits wait for a backward pass.
+    Columns are taken in chunks of about CHUNK_TOKENS tokens, a chunk without a label is skipped. The head is
+    frozen: its gradient is not computed, and the hidden states' is computed along with the loss, so that no
+    logits wait for a backward pass.
     """
     return _summed_loss(hidden, head, labels), (labels != IGNORED).sum()
 
@@ -29,32 +31,13 @@ def next_token_loss(
 def _summed_loss(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
 ) -> Float[Array, ""]:
-    def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], None]:
-        loss = jax.lax.cond((chunk[1] != IGNORED).any(), lambda c: _chunk_loss(c[0], head, c[1])[0], _nothing, chunk)
-        return total + loss, None
-
-    return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))[0]
+    return _over_chunks(hidden, head, labels, with_gradient=False)[0]
 
 
 def _forward(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "B T D"]]]:
-    def with_gradient(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        loss, probabilities, target = _chunk_loss(chunk[0], head, chunk[1])
-        # The gradient towards the logits is p − 1 at the target and p elsewhere; its product with the head is taken
-        # in the head's type, which in half precision is the faster one.
-        expected = jnp.einsum("bcv,vd->bcd", probabilities.astype(head.dtype), head, preferred_element_type=jnp.float32)
-        gradient = jnp.where((chunk[1] != IGNORED)[..., None], expected - target, 0)
-        return loss, gradient.astype(hidden.dtype)
-
-    def skipped(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jnp.float32(0), jnp.zeros_like(chunk[0])
-
-    def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array]:
-        loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), with_gradient, skipped, chunk)
-        return total + loss, gradient
-
-    total, gradients = jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))
+    total, gradients = _over_chunks(hidden, head, labels, with_gradient=True)
     gradient = jnp.moveaxis(gradients, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
     return total, (gradient[:, : hidden.shape[1]],)
 
@@ -67,16 +50,74 @@ def _backward(residual: tuple[Float[Array, "B T D"]], factor: Float[Array, ""]) 
 _summed_loss.defvjp(_forward, _backward)
 
 
+def _over_chunks(
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], with_gradient: bool
+) -> tuple[Float[Array, ""], Float[Array, "chunks B C D"] | None]:
+    def compute(chunk: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        return _chunk_loss(chunk[0], head, chunk[1], with_gradient)
+
+    def skip(chunk: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        return jnp.float32(0), jnp.zeros_like(chunk[0]) if with_gradient else None
+
+    def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array | None]:
+        loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
+        return total + loss, gradient
+
+    return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))
+
+
 def _chunk_loss(
-    hidden: Float[Array, "B C D"], head: Float[Array, "V D"], labels: Int[Array, "B C"]
-) -> tuple[Float[Array, ""], Float[Array, "B C V"], Float[Array, "B C D"]]:
-    """Return the summed loss of a chunk, the probabilities of all tokens, and the head's rows of the targets."""
+    hidden: Float[Array, "B C D"], head: Float[Array, "V D"], labels: Int[Array, "B C"], with_gradient: bool
+) -> tuple[Float[Array, ""], Float[Array, "B C D"] | None]:
+    """Return the summed loss of a chunk and its gradient towards the hidden states.
+
+    The gradient is p·W − W[target], where p are the probabilities: no one-hot array, no scatter.
+    """
     counts = labels != IGNORED
-    logits = matmul(hidden, head)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    normaliser, expected = _softmax_over_vocabulary(hidden, head, with_gradient)
     target = head[jnp.where(counts, labels, 0)].astype(jnp.float32)
     losses = normaliser - jnp.einsum("bcd,bcd->bc", hidden, target, preferred_element_type=jnp.float32)
-    return jnp.sum(losses, where=counts), jnp.exp(logits - normaliser[..., None]), target
+    if expected is not None:
+        expected = jnp.where(counts[..., None], expected - target, 0).astype(hidden.dtype)
+    return jnp.sum(losses, where=counts), expected
+
+
+def _softmax_over_vocabulary(
+    hidden: Float[Array, "B C D"], head: Float[Array, "V D"], with_expected: bool
+) -> tuple[Float[Array, "B C"], Float[Array, "B C D"] | None]:
+    """Return the log of the summed exponentials of all logits, and the head's rows averaged by their probabilities.
+
+    The head is taken in blocks, with the running maximum and sums of an online softmax (Milakov & Gimelshein,
+    arXiv:1805.02867); it is both keys and values of an attention.
+    """
+    Sums = tuple[Float[Array, "B C"], Float[Array, "B C"], Float[Array, "B C D"] | None]
+
+    def add(block: Float[Array, "block D"], sums: Sums) -> Sums:
+        highest, total, expected = sums
+        logits = matmul(hidden, block)
+        raised = jnp.maximum(highest, logits.max(axis=-1))
+        weights, shrink = jnp.exp(logits - raised[..., None]), jnp.exp(highest - raised)
+        if expected is not None:  # multiplied in the head's type, which in half precision is the faster one
+            product = jnp.einsum("bcv,vd->bcd", weights.astype(head.dtype), block, preferred_element_type=jnp.float32)
+            expected = expected * shrink[..., None] + product
+        return raised, total * shrink + weights.sum(axis=-1), expected
+
+    zeros = jnp.zeros(hidden.shape, jnp.float32)
+    sums = (jnp.full_like(zeros[..., 0], -jnp.inf), zeros[..., 0], zeros if with_expected else None)
+    block_size = min(CPU_BLOCK, len(head)) if _alone_on_a_cpu() else len(head)
+    n_blocks, n_left = divmod(len(head), block_size)
+
+    def add_one(index: Int[Array, ""], sums: Sums) -> Sums:
+        return add(jax.lax.dynamic_slice_in_dim(head, index * block_size, block_size), sums)
+
+    sums = jax.lax.fori_loop(0, n_blocks, add_one, sums)
+    highest, total, expected = add(head[-n_left:], sums) if n_left else sums
+    return highest + jnp.log(total), expected if expected is None else expected / total[..., None]
+
+
+def _alone_on_a_cpu() -> bool:
+    """Tell whether the head should be taken in blocks: a GPU is faster with all, several devices split it anyway."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tuple[Array, Array]:
@@ -89,10 +130,6 @@ def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tupl
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)
     cut = (n_rows, n_chunks, chunk)
     return jnp.moveaxis(hidden.reshape(*cut, width), 1, 0), jnp.moveaxis(labels.reshape(cut), 1, 0)
-
-
-def _nothing(_: tuple[Array, Array]) -> Float[Array, ""]:
-    return jnp.float32(0)
 
 
 class LossScale(NamedTuple):

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprefix.loss
+from jaxprefix.data import IGNORED
+from jaxprefix.loss import next_token_loss
+from tests.tolerances import FUNCTION
+
+
+@pytest.fixture
+def batch():
+    """Hidden states [3, 10, 8], a head of 50 rows, labels of which some are ignored."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    labels = jax.random.randint(keys[2], (3, 10), 0, 50).at[0, 3:].set(IGNORED).at[:, 8:].set(IGNORED)
+    return 3 * jax.random.normal(keys[0], (3, 10, 8)), jax.random.normal(keys[1], (50, 8)), labels
+
+
+def plain_loss(hidden, head, labels):
+    log_probabilities = jax.nn.log_softmax(hidden @ head.T)
+    chosen = jnp.take_along_axis(log_probabilities, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return -jnp.sum(chosen, where=labels != IGNORED)
+
+
+@pytest.mark.parametrize("chunk", [4, 2048])
+@pytest.mark.parametrize("block", [7, 25, 50, 2048])
+def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block, monkeypatch):
+    monkeypatch.setattr(jaxprefix.loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(jaxprefix.loss, "CPU_BLOCK", block)
+    expected, expected_gradient = jax.value_and_grad(plain_loss)(*batch)
+    loss, gradient = jax.value_and_grad(lambda hidden: next_token_loss(hidden, *batch[1:])[0])(batch[0])
+    np.testing.assert_allclose(loss, expected, rtol=FUNCTION)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=FUNCTION * float(abs(expected_gradient).max()))
+    alone, n_labels = next_token_loss(*batch)
+    np.testing.assert_allclose(alone, expected, rtol=FUNCTION)
+    assert int(n_labels) == int((batch[2] != IGNORED).sum())
+
+
+def test_logits_far_apart_do_not_overflow(batch, monkeypatch):
+    monkeypatch.setattr(jaxprefix.loss, "CPU_BLOCK", 7)
+    hidden, head, labels = batch
+    np.testing.assert_allclose(
+        next_token_loss(99 * hidden, head, labels)[0], plain_loss(99 * hidden, head, labels), rtol=FUNCTION
+    )
