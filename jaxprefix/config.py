@@ -56,6 +56,21 @@ RECIPES = {
 RecipeName = Literal["default", "rinna"]
 
 
+AttentionMethod = Literal["auto", "dense", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a base model is computed; what comes out is the same, up to rounding."""
+
+    attention: AttentionMethod = "auto"
+    """`cudnn`: flash attention on an NVIDIA GPU in half precision, rows are not packed. `auto`: where it pays."""
+    remat: Literal["elementwise", "block"] = "elementwise"
+    """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
+    scan_layers: bool = False
+    """Compile one layer for all: compiles faster and runs slower, for models of very many layers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Train a prefix for a frozen base model."""
@@ -142,6 +157,7 @@ class TrainConfig:
     """Updates between log points; each reports means over the updates since the last."""
     filename_note: str = ""
     """A note appended to save_name in the folder's name."""
+    compute: tyro.conf.OmitArgPrefixes[Compute] = Compute()
 
     def __post_init__(self) -> None:
         positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
@@ -169,6 +185,8 @@ class TrainConfig:
         if self.dtype not in ("float32", half):
             problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
         object.__setattr__(self, "dtype", half)
+        if self.compute.attention == "cudnn" and half == "float32":
+            problems.append("--attention cudnn needs --dtype bfloat16 or float16")
         if self.resume and self.overwrite:
             problems.append("--resume and --overwrite exclude each other")
         if self.resume and not self.save_model:

@@ -38,6 +38,7 @@ def _forward(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "B T D"]]]:
     total, gradients = _over_chunks(hidden, head, labels, with_gradient=True)
+    assert gradients is not None
     gradient = jnp.moveaxis(gradients, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
     return total, (gradient[:, : hidden.shape[1]],)
 

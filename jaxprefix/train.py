@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> TrainResult:
     recipe = RECIPES[config.recipe]
     inputs = read_inputs(config, recipe)
     mesh = make_mesh(config.mesh_sizes)
-    base = load_model(inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config)
+    base = load_model(inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config, config.compute)
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
 
@@ -187,6 +187,8 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together."""
+    if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise InputError("--attention cudnn needs an NVIDIA GPU, and JAX sees none")
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     examples = read_examples(
         config.data_filepath, base.tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
@@ -251,7 +253,7 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
     """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
     plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
     make, n_rows, shapes = make_batch, rows_on(mesh, 2 * config.batch_size), None
-    if config.packing and n_columns <= LONGEST_PACKED:
+    if config.packing and n_columns <= LONGEST_PACKED and config.compute.attention != "cudnn":
         every_batch = (batch for number in range(plan.n_updates) for batch in plan.micro_batches(number))
         shapes = PackedShapes.of(inputs.train_set, every_batch, n_parts=rows_on(mesh, 1))
         make, n_rows = make_packed_batch, shapes.n_rows

@@ -12,10 +12,12 @@ from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
 from convert.table import Table, stream_weights, write_weights
 from convert.weights import SHARD_INDEX, TORCH_INDEX, StoredWeight
+from jaxprefix.config import Compute
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
 from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models.stack import stacked
 
 BaseModel = GPTNeoX | GPT2
 _CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
@@ -27,17 +29,18 @@ def load_model(
     dtype: str = "float32",
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     config: ModelConfig | None = None,
+    compute: Compute = Compute(),
 ) -> BaseModel:
     """Load a base model from a folder in the hub's layout, or from a hub id.
 
     `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of`
     places a weight by its path and shape (see `sharding.py`); each device reads its own part, the first device
-    everything if it is not given; `config` saves reading config.json a second time. Raises InputError when the
-    folder, its config.json or its weights cannot be used.
+    everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
+    computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
     """
     folder = resolve_folder(dir_or_hub_id)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
-    graph, abstract = nnx.split(abstract_model(config))
+    graph, abstract = nnx.split(abstract_model(config, compute))
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
@@ -46,7 +49,11 @@ def load_model(
         stored = jax.make_array_from_callback(weight.shape, sharding, weight.read)
         leaves[path] = leaves[path].replace(stored.astype(dtype))
     paths = [path for path, _ in nnx.to_flat_state(abstract)]
-    return nnx.merge(graph, nnx.from_flat_state(dict(zip(paths, leaves.values(), strict=True))))
+    model = nnx.merge(graph, nnx.from_flat_state(dict(zip(paths, leaves.values(), strict=True))))
+    if compute.scan_layers:
+        del leaves
+        model.layers = stacked(model.layers)
+    return model
 
 
 def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
@@ -66,9 +73,9 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
             shutil.copy(path, target / path.name)
 
 
-def abstract_model(config: ModelConfig) -> BaseModel:
+def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
     """Return the model with shapes for weights."""
-    return nnx.eval_shape(lambda: _CLASSES[config.model_type](config, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: _CLASSES[config.model_type](config, nnx.Rngs(0), compute))
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,14 +9,23 @@ stand in front of the tokens. It has no batch axis; it is broadcast in the einsu
 Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxprefix.config import AttentionMethod
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
 Cache = tuple[LayerCache, ...]
+
+CUDNN_TOKENS = 512
+"""Tokens of a row from which cuDNN's attention is chosen: shorter rows fit the dense one's memory."""
+CUDNN_MULTIPLE = 128
+"""cuDNN's kernels take rows of a multiple of this many slots."""
 
 
 def positions_of(
@@ -27,16 +36,21 @@ def positions_of(
     return in_text if prefix is None else in_text + prefix.shape[2]
 
 
+def own_slots(rows: Shaped[Array, "B T *rest"]) -> Int[Array, "B T"]:
+    """Number each row's tokens from 0."""
+    return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
+
+
 def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Cache:
     """Make zeroed keys and values of shape [B, S, N, H] for every layer."""
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layer))
 
 
 def write_cache(
-    cache: LayerCache, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], slots: Int[Array, "B T"]
+    cache: LayerCache, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
-    rows = jnp.arange(slots.shape[0])[:, None]
+    rows, slots = jnp.arange(len(k))[:, None], own_slots(k) if slots is None else slots
     return cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
 
 
@@ -45,17 +59,76 @@ def attend(
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
     prefix: LayerPrefix | None,
-    slots: Int[Array, "B T"],
+    slots: Int[Array, "B T"] | None = None,
     starts: Int[Array, "B T"] | None = None,
     scale: float | None = None,
+    method: AttentionMethod = "auto",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
-    Slots after the query's own (later tokens, padding on the right, unused cache) are invisible, and those before
-    `starts`, where the query's text begins in a row of several. Scores, multiplied by `scale` (1/√H unless given),
-    and softmax are float32, whatever the inputs are.
+    Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
+    invisible, and those before `starts`, where the query's text begins in a row of several. Scores, multiplied by
+    `scale` (1/√H unless given), and softmax are float32, whatever the inputs are. `method` is how it is computed,
+    where cuDNN can: for whole rows of one text each.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    whole_rows = slots is None and starts is None and q.shape == k.shape
+    if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
+        return square_causal(q, k, v, prefix, scale, "cudnn")
+    return _dense(q, k, v, prefix, own_slots(q) if slots is None else slots, starts, scale)
+
+
+def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
+    """Tell whether cuDNN's flash attention runs here, and is worth its dummy queries."""
+    in_half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.default_backend() == "gpu" and in_half and q.shape[1] >= CUDNN_TOKENS and q.shape[3] % 8 == 0
+
+
+def square_causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    prefix: LayerPrefix | None,
+    scale: float,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "B T N H"]:
+    """The attention of whole rows as a square causal problem, the only one that flash kernels are fast at.
+
+    P dummy queries stand in front of the tokens', so that the causal diagonal falls where it should (with
+    fewer queries than keys it would be aligned at the top left), and zeros behind, up to a multiple of 128
+    slots; both are cut off again. Exact, gradients included.
+    """
+    n_rows, n_tokens, *heads = q.shape
+    n_prefix = 0 if prefix is None else prefix.shape[1]
+    n_behind = -(n_prefix + n_tokens) % CUDNN_MULTIPLE
+
+    def laid_out(x: Float[Array, "B T N H"], front: Float[Array, "P N H"]) -> Float[Array, "B S N H"]:
+        front = jnp.broadcast_to(front.astype(x.dtype), (n_rows, n_prefix, *heads))
+        return jnp.pad(jnp.concatenate([front, x], axis=1), ((0, 0), (0, n_behind), (0, 0), (0, 0)))
+
+    dummies = jnp.zeros((n_prefix, *heads))
+    keys, values = (dummies, dummies) if prefix is None else prefix
+    attended = jax.nn.dot_product_attention(
+        laid_out(q, dummies),
+        laid_out(k, keys),
+        laid_out(v, values),
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
+    return attended[:, n_prefix : n_prefix + n_tokens]
+
+
+def _dense(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    prefix: LayerPrefix | None,
+    slots: Int[Array, "B T"],
+    starts: Int[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """The attention with all scores in memory; the prefix is not copied for every row."""
     token_scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * scale
     key_slots = jnp.arange(k.shape[1])
     visible = key_slots <= slots[:, None, :, None]

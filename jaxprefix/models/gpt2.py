@@ -1,22 +1,23 @@
 """GPT-2 (Radford et al., 2019) with a prefix of keys and values as an explicit input. Legend: `attention.py`."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
+from jaxprefix.config import Compute
+from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, own_slots, positions_of, write_cache
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul
+from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
     """Multi-head attention; it knows no positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, layer: int, rngs: nnx.Rngs):
         self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, rngs)  # [3·N·H, D], all q, all k, all v
         self.out = FrozenLinear(config.n_embd, config.n_embd, rngs)
         self.n_head = config.n_head
+        self.method = compute.attention
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
         if config.scale_by_layer:
             self.scale /= layer + 1
@@ -24,7 +25,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        slots: Int[Array, "B T"],
+        slots: Int[Array, "B T"] | None,
         starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
@@ -32,22 +33,22 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, starts, self.scale).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, starts, self.scale, self.method).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, layer: int, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.attention = Attention(config, layer, rngs)
+        self.attention = Attention(config, compute, layer, rngs)
         self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        slots: Int[Array, "B T"],
+        slots: Int[Array, "B T"] | None,
         starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
@@ -60,11 +61,12 @@ class Layer(nnx.Module):
 class GPT2(nnx.Module):
     """A GPT-2 language model. Its parameters are data: nothing in here trains or changes them."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, compute: Compute = Compute()):
         self.config = config
+        self.compute = compute
         self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
         self.embed_positions = Embedding(config.n_positions, config.n_embd, rngs)
-        self.layers = nnx.List([Layer(config, layer, rngs) for layer in range(config.n_layer)])
+        self.layers = nnx.List([Layer(config, compute, layer, rngs) for layer in range(config.n_layer)])
         self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         if not config.tied_head:
             self.head = Embedding(config.vocab_size, config.n_embd, rngs)
@@ -95,18 +97,23 @@ class GPT2(nnx.Module):
         starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
-        if slots is None:
-            slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if positions is None:
-            positions = positions_of(slots, prefix, starts)
-        x = self.embed(tokens) + self.embed_positions(positions)
-        written: list[LayerCache] = []
-        for index, layer in enumerate(self.layers):
-            layer_prefix = None if prefix is None else prefix[index]
-            with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = layer(x, slots, starts, layer_prefix, None if cache is None else cache[index])
-            written.append(layer_cache)
-        return self.final_norm(x), tuple(written)
+            positions = positions_of(own_slots(tokens) if slots is None else slots, prefix, starts)
+
+        def step(
+            layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
+        ) -> tuple[Array, LayerCache]:
+            return layer(x, slots, starts, prefix, cache)
+
+        x, written = run_layers(
+            self.layers,
+            step,
+            self.embed(tokens) + self.embed_positions(positions),
+            prefix,
+            cache,
+            self.compute.remat == "block",
+        )
+        return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""

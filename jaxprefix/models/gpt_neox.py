@@ -1,30 +1,32 @@
 """GPT-NeoX (arXiv:2204.06745) with a prefix of keys and values as an explicit input. Legend: `attention.py`."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, positions_of, write_cache
+from jaxprefix.config import Compute
+from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, own_slots, positions_of, write_cache
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul, rotary_angles, rotate
+from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
     """Multi-head attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         self.qkv = FrozenLinear(
             config.n_embd, 3 * config.n_embd, rngs, config.attention_bias
         )  # [N·3·H, D], per head q, k, v
         self.out = FrozenLinear(config.n_embd, config.n_embd, rngs, config.attention_bias)
         self.n_head = config.n_head
+        self.method = compute.attention
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
-        slots: Int[Array, "B T"],
+        slots: Int[Array, "B T"] | None,
         starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
@@ -33,15 +35,15 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k = rotate(q, angles), rotate(k, angles)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, starts).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, starts, method=self.method).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
     """Attention and MLP, in parallel on the same input or one after the other."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
         self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, compute, rngs)
         self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
         self.parallel_residual = config.parallel_residual
@@ -50,7 +52,7 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
-        slots: Int[Array, "B T"],
+        slots: Int[Array, "B T"] | None,
         starts: Int[Array, "B T"] | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
@@ -65,10 +67,11 @@ class Layer(nnx.Module):
 class GPTNeoX(nnx.Module):
     """A GPT-NeoX language model. Its parameters are data: nothing in here trains or changes them."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, compute: Compute = Compute()):
         self.config = config
+        self.compute = compute
         self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
-        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.n_layer)])
+        self.layers = nnx.List([Layer(config, compute, rngs) for _ in range(config.n_layer)])
         self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         if not config.tied_head:
             self.head = Embedding(config.vocab_size, config.n_embd, rngs)
@@ -103,20 +106,18 @@ class GPTNeoX(nnx.Module):
         starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
-        if slots is None:
-            slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         if positions is None:
-            positions = positions_of(slots, prefix, starts)
+            positions = positions_of(own_slots(tokens) if slots is None else slots, prefix, starts)
         n_slots = (0 if prefix is None else prefix.shape[2]) + (tokens if cache is None else cache[0][0]).shape[1]
         angles = rotary_angles(positions, self.config, n_slots)
-        x = self.embed(tokens)
-        written: list[LayerCache] = []
-        for index, layer in enumerate(self.layers):
-            layer_prefix = None if prefix is None else prefix[index]
-            with jax.named_scope(f"layer_{index}"):
-                x, layer_cache = layer(x, angles, slots, starts, layer_prefix, None if cache is None else cache[index])
-            written.append(layer_cache)
-        return self.final_norm(x), tuple(written)
+
+        def step(
+            layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
+        ) -> tuple[Array, LayerCache]:
+            return layer(x, angles, slots, starts, prefix, cache)
+
+        x, written = run_layers(self.layers, step, self.embed(tokens), prefix, cache, self.compute.remat == "block")
+        return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
         """Float32 logits of hidden states."""

@@ -1,0 +1,109 @@
+"""Whatever way a model is computed, what comes out is the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix import load_model
+from jaxprefix.config import Compute
+from jaxprefix.loss import next_token_loss
+from jaxprefix.models import attention
+from jaxprefix.models.attention import attend, square_causal
+from tests.base_folders import make_base_folder, random_prefix
+from tests.tolerances import FUNCTION, MODEL
+
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
+
+
+@pytest.fixture
+def heads():
+    """q, k, v [2, 30, 4, 16], a layer's prefix [2, 7, 4, 16], and what the output is weighed with."""
+    shapes = [(2, 30, 4, 16)] * 3 + [(2, 7, 4, 16), (2, 30, 4, 16)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def outputs_and_gradients(function, q, k, v, prefix, weights):
+    def weighed(*inputs):
+        out = function(*inputs)
+        return jnp.sum(out * weights), out
+
+    return jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True)(q, k, v, prefix)
+
+
+def test_square_causal_attention_is_the_dense_one(heads):
+    square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.25, "xla"), *heads)
+    dense = outputs_and_gradients(attend, *heads)
+    for ours, expected in zip(jax.tree.leaves(square), jax.tree.leaves(dense), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION * float(jnp.abs(expected).max()))
+
+
+def test_square_causal_attention_without_a_prefix(heads):
+    q, k, v, _, _ = heads
+    np.testing.assert_allclose(square_causal(q, k, v, None, 0.25, "xla"), attend(q, k, v, None), rtol=0, atol=FUNCTION)
+
+
+def test_causal_attention_that_is_not_square_is_another_one(heads):
+    q, k, v, prefix, _ = heads
+    fronts = jnp.broadcast_to(prefix[:, None], (2, 2, *prefix.shape[1:]))
+    keys, values = (jnp.concatenate([front, x], axis=1) for front, x in zip(fronts, (k, v), strict=True))
+    top_left = jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation="xla")
+    assert jnp.abs(top_left - attend(q, k, v, prefix)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [({}, True), ({"dtype": jnp.float32}, False), ({"slots": True}, False), ({"tokens": 30}, False)],
+)
+def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypatch, changes, chosen):
+    calls = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "square_causal", lambda *inputs: calls.append(inputs) or inputs[0])
+    q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
+    attend(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
+    assert bool(calls) == chosen
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(remat="block"), Compute(scan_layers=True), Compute("dense", "block", True)]
+)
+def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
+    other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
+
+    def loss(prefix, model):
+        return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)[0]
+
+    for ours, expected in zip(
+        jax.tree.leaves(other(TOKENS, prefix)), jax.tree.leaves(model(TOKENS, prefix)), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL)
+    gradient, expected = (jax.jit(jax.grad(loss))(prefix, each) for each in (other, model))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
+
+
+def test_scanned_layers_take_a_cache(base_folder, model):
+    other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
+    shape = (2, 32, model.config.n_head, model.config.head_dim)
+    _, cache = other(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    logits, _ = other(TOKENS[:, 10:11], prefix, cache, jnp.full((2, 1), 10))
+    np.testing.assert_allclose(logits[:, 0], model(TOKENS, prefix)[0][:, 10], rtol=0, atol=MODEL)
+
+
+def test_block_recomputation_and_scanning_change_the_program(base_folder):
+    def text(compute):
+        model, prefix = load_model(base_folder, compute=compute), random_prefix(load_model(base_folder).config)
+        gradient = jax.grad(lambda prefix, model: model.hidden(TOKENS, prefix)[0].sum())
+        return str(jax.make_jaxpr(gradient)(prefix, model))
+
+    plain, block, scanned = map(text, (Compute(), Compute(remat="block"), Compute(scan_layers=True)))
+    assert block.count("remat") > plain.count("remat")
+    assert "scan" in scanned
+    assert "scan" not in plain
+
+
+def test_layers_that_differ_cannot_be_scanned(tmp_path):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match="--scan_layers: the layers of this base model differ"):
+        load_model(folder, compute=Compute(scan_layers=True))
