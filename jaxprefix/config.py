@@ -61,7 +61,7 @@ class HostsConfig:
     """Which processes make a run together; this one alone unless something is given. See docs/launch.md."""
 
     distributed: bool = False
-    """One of many processes, which SLURM, Open MPI, Kubernetes or a TPU pod started: their number and place are found."""
+    """One of many processes, which SLURM, Open MPI, Kubernetes or a TPU pod started: which one is found."""
     coordinator_address: str | None = None
     """host:port at which process 0 awaits the others."""
     num_processes: int | None = None

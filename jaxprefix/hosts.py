@@ -6,6 +6,7 @@ together, so that the folder of runs must be one that all of them share.
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -39,12 +40,14 @@ Result = TypeVar("Result")
 def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes of a run for the time of the `with`; before JAX is first used.
 
-    Raises InputError when the cluster is not recognised, or JAX is in use already. When the others are not all there
-    after JOIN_SECONDS the program ends with an error: JAX would abort it.
+    Raises InputError when the cluster is not recognised, the port is taken, or JAX is in use already. When the others
+    are not all there after JOIN_SECONDS the program ends with an error: JAX would abort it.
     """
     if not config.several:
         yield
         return
+    if config.process_id == 0 and config.coordinator_address is not None:
+        _check_port(int(config.coordinator_address.rpartition(":")[2]))
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
     timer.daemon = True
@@ -60,14 +63,23 @@ def joined(config: HostsConfig) -> Iterator[None]:
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
         jax.devices()  # the processes tell each other their devices, which must not wait for slow downloads
-    except (ValueError, RuntimeError) as error:
-        how = "--distributed finds no cluster" if config.distributed else config.coordinator_address
-        raise InputError(f"{how}: the processes cannot be joined ({error})") from error
+    except ValueError as error:
+        raise InputError(f"--distributed: finds no cluster that it knows ({error})") from error
+    except RuntimeError as error:
+        raise InputError(f"the other processes cannot be joined: {error}") from error
     finally:
         timer.cancel()
     yield
     wait_for_all("end")
     jax.distributed.shutdown()
+
+
+def _check_port(port: int) -> None:
+    """Raise InputError when a port is taken, which JAX does not survive."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
 
 
 def _give_up(config: HostsConfig) -> None:
