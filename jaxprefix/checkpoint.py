@@ -50,7 +50,7 @@ class Checkpoints:
         """Return the newest checkpoint as arrays by name, and its JSON object."""
         stored = self._stored(self.newest_step())
         like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-        arrays, progress = self.restore(like, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        arrays, progress = self.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
         return {name: np.asarray(array) for name, array in arrays.items()}, progress
 
     def _stored(self, step: int) -> dict[str, Any]:

@@ -28,9 +28,8 @@ class RunLog:
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-        self._progress = Progress(
-            *columns, console=self.console, transient=True, disable=quiet or not self.console.is_terminal
-        )
+        hidden = quiet or not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":

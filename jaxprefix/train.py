@@ -263,7 +263,7 @@ def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) ->
         return from_names(like, read_training_state(config.checkpoint_path), config.checkpoint_path)["encoder"]
     check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
     with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
-        return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))[0]["encoder"]
+        return checkpoints.restore(like, replicated(make_mesh()))[0]["encoder"]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

@@ -18,12 +18,12 @@ from convert.prefix import read_prefix
 from jaxprefix.config import HostsConfig, TrainConfig
 from jaxprefix.hosts import joined
 from jaxprefix.train import train
-from tests.runs import flags_of, losses_of, metrics_of, run_config
+from tests.runs import QUICK_COMPILING, flags_of, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
 
 PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
-IMPATIENT = "import sys, jaxprefix.cli, jaxprefix.hosts as h; h.JOIN_SECONDS = h.HEARTBEAT_SECONDS = 3; jaxprefix.cli."
+IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
 
 
 def free_port() -> int:
@@ -33,16 +33,15 @@ def free_port() -> int:
 
 def start(config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix.cli"), **variables: str):
     kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, **CACHE_ALL}
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", **kept, **variables}
+    environment = os.environ | QUICK_COMPILING | kept | {"JAX_NUM_CPU_DEVICES": "2", **variables}
     command = [sys.executable, *program, "train", *flags_of(config), *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def documented_flags() -> list[list[str]]:
     """What docs/launch.md tells two nodes to add to the command, with this machine as the first of them."""
-    lines = re.findall(
-        r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$", PAGE.read_text(), re.MULTILINE
-    )
+    of_two_nodes = r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$"
+    lines = re.findall(of_two_nodes, PAGE.read_text(), re.MULTILINE)
     port = free_port()
     return [re.sub(r"node0:\d+", f"127.0.0.1:{port}", line).split() for line in lines]
 
@@ -53,7 +52,11 @@ def start_pair(config: TrainConfig, **options):
 
 def ended(pair, timeout: float = 60):
     """Wait for both processes; return their exit codes, outputs and errors."""
-    texts = [process.communicate(timeout=timeout) for process in pair]
+    try:
+        texts = [process.communicate(timeout=timeout) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
     return [process.returncode for process in pair], *zip(*texts, strict=True)
 
 
@@ -133,7 +136,7 @@ def test_what_fails_on_one_ends_both(tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     config = run_config(tmp_path)
-    pair = start_pair(config, program=("-c", IMPATIENT + "entry_point()"))
+    pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))
     while not (config.run_dir / "log.txt").is_file():
         assert all(process.poll() is None for process in pair)
         time.sleep(0.05)
@@ -146,27 +149,28 @@ def test_a_killed_process_ends_the_other(tmp_path):
 @pytest.mark.slow
 def test_a_coordinator_that_does_not_answer(tmp_path):
     _, second = documented_flags()
-    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT + "entry_point()"))
+    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("JOIN_SECONDS")))
     [code], _, [error] = ended([process])
     assert code == 2
-    assert re.fullmatch(r"error: process 0, or some other, did not join at 127.0.0.1:\d+ within 3 seconds\n", error)
+    assert re.fullmatch(r"error: process 0, or some other, did not join at 127.0.0.1:\d+ within 2 seconds\n", error)
+
+
+def join(port: int, process_id: int) -> None:
+    with joined(HostsConfig(False, f"127.0.0.1:{port}", 2, process_id)):
+        raise AssertionError("joined nobody")
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        with (
-            pytest.raises(InputError, match=f"port {port} cannot be used"),
-            joined(HostsConfig(False, f"x:{port}", 2, 0)),
-        ):
-            pass
+        with pytest.raises(InputError, match=f"port {port} cannot be used"):
+            join(port, process_id=0)
 
 
 def test_joining_comes_before_jax_is_used():
     jax.devices()
-    with pytest.raises(InputError, match="the other processes cannot be joined: .* must be called before any JAX"):
-        with joined(HostsConfig(False, "127.0.0.1:1", 2, 1)):
-            pass
+    with pytest.raises(InputError, match=r"the other processes cannot be joined: .* must be called before any JAX"):
+        join(free_port(), process_id=1)
 
 
 @pytest.mark.parametrize(
