@@ -58,6 +58,7 @@ def keep_compiled_programs() -> None:
 
 
 def _train(config: TrainConfig) -> int:
+    from jaxprefix.hosts import is_first
     from jaxprefix.train import train
 
     result = train(config)
@@ -66,7 +67,7 @@ def _train(config: TrainConfig) -> int:
     if result.best_dev_loss is None:
         print("error: no dev loss was finite, so no prefix was kept; lower --max_lr", file=sys.stderr)
         return 1
-    if config.save_model:
+    if config.save_model and is_first():
         base = config.pretrained_model_dir
         print(f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:")
         print(f"  jaxprefix generate --pretrained_model_dir {base} --prefix_checkpoint_path {result.run_dir} --compare")

@@ -136,5 +136,5 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
 
 def save_prefix(folder: Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write a prefix as a PEFT adapter folder whose header names the base model."""
-    folded = np.asarray(to_folded(prefix), np.float32)
+    folded = to_folded(np.asarray(prefix, np.float32))  # on the host: only one of many processes writes
     write_adapter(folder, folded, config.n_layer, config.n_head, base_identity(config, tokenizer))

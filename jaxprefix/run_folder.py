@@ -19,6 +19,7 @@ MAY_CHANGE_ON_RESUME = {
     "save_log",
     "log_every_n_steps",
     "checkpoint_every_n_steps",
+    "hosts",
 }
 
 

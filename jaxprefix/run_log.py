@@ -14,11 +14,12 @@ class RunLog:
     """Writes log lines and metrics of a run; used as a context manager.
 
     With `folder` None only the screen is written. With `from_step` the run is resumed: what earlier
-    sittings logged after that update is taken out of metrics.jsonl, since it is done again.
+    sittings logged after that update is taken out of metrics.jsonl, since it is done again. `quiet` leaves the screen
+    to another process.
     """
 
-    def __init__(self, folder: Path | None, n_updates: int, from_step: int = 0):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, folder: Path | None, n_updates: int, from_step: int = 0, quiet: bool = False):
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
@@ -27,7 +28,8 @@ class RunLog:
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        hidden = quiet or not self.console.is_terminal
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":

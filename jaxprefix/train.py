@@ -35,12 +35,13 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
+from jaxprefix.hosts import StopVote, agree, first_says, is_first, joined, see, spread
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
-from jaxprefix.run_folder import CHECKPOINTS, check_base, open_run_folder
+from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE, check_base, open_run_folder
 from jaxprefix.run_log import RunLog
-from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on
+from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
 
@@ -93,18 +94,26 @@ def train(config: TrainConfig) -> TrainResult:
     """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
 
     Raises InputError for anything wrong with the user's input, before anything is written. SIGINT and
-    SIGTERM end the run after the update at hand, with a checkpoint; a second signal ends it at once.
+    SIGTERM end the run after the update at hand, with a checkpoint; a second signal ends it at once. One of many
+    processes (`config.hosts`) returns when all have made the run; a signal to any of them ends it for all.
     """
+    with joined(config.hosts):
+        return train_jointly(config)
+
+
+def train_jointly(config: TrainConfig) -> TrainResult:
+    """Do the same, the other processes having joined."""
     recipe = RECIPES[config.recipe]
-    inputs = read_inputs(config, recipe)
+    inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
-    base = load_model(inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config, config.compute)
+    wanted = (inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config, config.compute)
+    base = agree("load the base", lambda: load_model(*wanted))
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
 
-    resuming = config.resume and has_checkpoint(config.run_dir / CHECKPOINTS)
+    resuming = first_says(config.resume and has_checkpoint(config.run_dir / CHECKPOINTS))
     state = start_state(config, base, inputs.base.tokenizer, optimizer, resuming)
-    open_run_folder(config, base_identity(inputs.base.config, inputs.base.tokenizer))
+    open_shared_folder(config, inputs.base)
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
@@ -115,8 +124,9 @@ def train(config: TrainConfig) -> TrainResult:
             progress = Progress(**saved)
         else:
             state = jax.device_put(state, replicated(mesh))
-        log_folder = config.run_dir if config.save_log else None
-        log = stack.enter_context(RunLog(log_folder, inputs.plan.n_updates, progress.n_done))
+        log_folder = config.run_dir if config.save_log and is_first() else None
+        log = RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first())
+        stack.enter_context(log)
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
         update = make_update(optimizer, recipe, mesh)
@@ -135,6 +145,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
+    vote = StopVote(run.mesh)
     in_flight: deque[tuple[jax.Array, int]] = deque()  # (loss, labels) of updates the device may be working on
     clock = time.monotonic()
 
@@ -149,14 +160,14 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
 
     while batch is not None:
         n_tokens = int((batch.labels != IGNORED).sum())
-        state, device_loss = run.update(state, run.base, batch)
+        state, device_loss = run.update(state, run.base, spread(batch, split_rows(run.mesh)))
         in_flight.append((device_loss, n_tokens))
         batch = next(batches, None)  # laid out while the device is at work
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
         ended = inputs.plan.epochs_ending(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0
-        stopping = stop.is_set()
+        stopping = vote.cast(stop.is_set())
         saving = ended or stopping or progress.n_done % config.checkpoint_every_n_steps == 0
         settle(n_left=0 if logging or saving else 1)
 
@@ -181,8 +192,16 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
     """Save the prefix if its dev loss is the lowest so far."""
     if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
         progress.best_dev_loss = loss
-        if run.config.save_model:
+        if run.config.save_model and is_first():
             save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.base.config, run.inputs.base.tokenizer)
+
+
+def open_shared_folder(config: TrainConfig, base: BaseFolder) -> None:
+    """Let the first process open the run's folder, and the others see it."""
+    identity = base_identity(base.config, base.tokenizer)
+    agree("open the run's folder", lambda: open_run_folder(config, identity) if is_first() else None)
+    if config.save_log or config.save_model:
+        agree("see the run's folder", lambda: see(config.run_dir / CONFIG_FILE))
 
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
@@ -246,7 +265,7 @@ def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) ->
         return from_names(like, read_training_state(config.checkpoint_path), config.checkpoint_path)["encoder"]
     check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
     with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
-        return checkpoints.restore(like, jax.sharding.SingleDeviceSharding(jax.devices()[0]))[0]["encoder"]
+        return checkpoints.restore(like, replicated(make_mesh()))[0]["encoder"]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

@@ -6,6 +6,9 @@ from pathlib import Path
 from jaxprefix.config import TrainConfig
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
+QUICK_COMPILING = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+"""For subprocesses on several devices: what is compared is how XLA splits the work, so the code need not be fast."""
+
 
 def run_config(folder: Path, name: str = "run", **changes: object) -> TrainConfig:
     """14 train and 4 dev chunks, 4 updates an epoch; every update is logged."""

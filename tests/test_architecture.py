@@ -20,7 +20,7 @@ FLOORS = [
     {"cli"},
     {"train", "conversion", "check"},
     {"update", "generate", "evaluate", "run_folder", "checkpoint"},
-    {"prefix", "loss", "run_log", "sharding"},
+    {"prefix", "loss", "run_log", "sharding", "hosts"},
     {"base_folder"},
     {"models"},
     {"data"},

@@ -1,13 +1,23 @@
+import json
 import math
+import os
+import subprocess
+import sys
 
+import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from convert.errors import InputError
 from convert.table import expand, path_of
-from jaxprefix.models import weight_shapes, weight_table
+from jaxprefix.models import load_model, weight_shapes, weight_table
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.sharding import base_sharding, make_mesh
+from jaxprefix.train import train
+from tests.base_folders import make_base_folder
+from tests.runs import QUICK_COMPILING, losses_of, run_config
+from tests.tolerances import LOSS
 
 NEOX_20B = ModelConfig(
     name="EleutherAI/gpt-neox-20b",
@@ -54,3 +64,60 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
 def test_a_mesh_must_take_all_devices():
     with pytest.raises(InputError, match="--mesh data=2,tensor=3 is for 6 devices, there are 1"):
         make_mesh({"data": 2, "tensor": 3})
+
+
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+ON_EVERY_MESH = """
+import json, sys
+from pathlib import Path
+import jax
+from jaxprefix.models import load_model
+from jaxprefix.sharding import base_sharding, make_mesh
+from jaxprefix.train import train
+from tests.runs import run_config
+
+settings = json.loads(sys.argv[2])
+for data, fsdp, tensor in json.loads(sys.argv[3]):
+    mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
+    train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, **settings))
+base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh({"fsdp": 8})))
+print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base)))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_every_mesh(tmp_path_factory):
+    """Runs of four updates on eight devices, one for every mesh, and what a device of fsdp=8 holds of the base."""
+    folder = tmp_path_factory.mktemp("meshes")
+    base = make_base_folder(folder / "base", num_attention_heads=8, hidden_size=128, num_hidden_layers=2)
+    settings = {"pretrained_model_dir": str(base), "n_training_steps": 4, "save_model": False}
+    arguments = [str(folder), json.dumps(settings), json.dumps(MESHES)]
+    environment = os.environ | QUICK_COMPILING | {"JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-c", ON_EVERY_MESH, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return folder, settings, int(result.stdout)
+
+
+@pytest.mark.slow
+def test_every_mesh_of_eight_devices_gives_the_losses_of_one(on_every_mesh, tmp_path):
+    folder, settings, _ = on_every_mesh
+    alone = run_config(tmp_path, **settings)
+    train(alone)
+    assert len(MESHES) == 10
+    for data, fsdp, tensor in MESHES:
+        run_dir = folder / f"data={data},fsdp={fsdp},tensor={tensor}"
+        for split, n_points in (("train", 4), ("dev", 1)):
+            losses = losses_of(run_dir, split)
+            assert len(losses) == n_points
+            np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS, err_msg=run_dir.name)
+
+
+@pytest.mark.slow
+def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
+    _, settings, n_bytes = on_every_mesh
+    weights = jax.tree.leaves(load_model(settings["pretrained_model_dir"]))
+    whole = sum(leaf.nbytes for leaf in weights)
+    vectors = sum(leaf.nbytes for leaf in weights if leaf.ndim == 1)  # norms and biases are on every device
+    assert vectors < 0.03 * whole
+    assert n_bytes == (whole - vectors) / 8 + vectors

@@ -1,0 +1,166 @@
+"""One run of many processes, one or more on each host: they join, agree, and stop together. Alone, nothing of it acts.
+
+Every process makes the same updates on its own devices. Files are written by the first one, and checkpoints by all
+together, so that the folder of runs must be one that all of them share.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from convert.errors import InputError
+from jaxprefix.config import HostsConfig
+
+JOIN_SECONDS = 120
+"""How long a process waits for the others to join."""
+HEARTBEAT_SECONDS = 30
+"""After so long a silence a process counts as dead, and the others end."""
+PATIENCE_SECONDS = 3600
+"""How long the others wait while one is at something slow of its own, like downloading the base model."""
+VISIBLE_SECONDS = 60
+"""How long a network file system may hide a file that another host wrote."""
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """Join the other processes of a run for the time of the `with`; before JAX is first used.
+
+    Raises InputError when the cluster is not recognised, the port is taken, or JAX is in use already. When the others
+    are not all there after JOIN_SECONDS the program ends with an error: JAX would abort it.
+    """
+    if not config.several:
+        yield
+        return
+    if config.process_id == 0 and config.coordinator_address is not None:
+        _check_port(int(config.coordinator_address.rpartition(":")[2]))
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method=None if config.distributed else "deactivate",
+            initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        jax.devices()  # the processes tell each other their devices, which must not wait for slow downloads
+    except ValueError as error:
+        raise InputError(f"--distributed: finds no cluster that it knows ({error})") from error
+    except RuntimeError as error:
+        raise InputError(f"the other processes cannot be joined: {error}") from error
+    finally:
+        timer.cancel()
+    yield
+    wait_for_all("end")
+    jax.distributed.shutdown()
+
+
+def _check_port(port: int) -> None:
+    """Raise InputError when a port is taken, which JAX does not survive."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
+
+
+def _give_up(config: HostsConfig) -> None:
+    where = config.coordinator_address or "the address that --distributed found"
+    who = "some of the other processes" if config.process_id == 0 else "process 0, or some other,"
+    print(f"error: {who} did not join at {where} within {JOIN_SECONDS} seconds", file=sys.stderr, flush=True)
+    os._exit(2)  # the thread that waits cannot be interrupted
+
+
+def is_first() -> bool:
+    """Tell whether this is the process that writes."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until all processes come to the same place, however long each was at something of its own."""
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+
+
+def agree(name: str, attempt: Callable[[], Result]) -> Result:
+    """Do on every process what may fail on one of them; if it does, all raise InputError, the others naming which.
+
+    `name` stands for this attempt alone.
+    """
+    if jax.process_count() == 1:
+        return attempt()
+    failure = None
+    try:
+        result = attempt()
+    except InputError as error:
+        failure = error
+    wait_for_all(name)
+    failed = multihost_utils.process_allgather(np.array(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise InputError(f"process {int(np.argmax(failed))} cannot {name}; its own error tells why")
+    return result
+
+
+def first_says(answer: bool) -> bool:
+    """Return the first process's answer everywhere: files appear on the other hosts a little later."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+
+
+def see(path: Path) -> None:
+    """Wait until this process sees a file of the first one. Raises InputError when it does not."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"{path}: process {jax.process_index()} does not see what process 0 wrote; --output_dir must be a "
+                "folder that all hosts share"
+            )
+        time.sleep(0.2)
+
+
+def spread(arrays: Any, sharding: Sharding) -> Any:
+    """Make arrays that every process holds whole into arrays over all devices; alone, jit does that by itself."""
+    if jax.process_count() == 1:
+        return arrays
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), arrays)
+
+
+class StopVote:
+    """Lets all processes stop after the same update when one of them is asked to.
+
+    The devices count the votes behind each update, and each count is read one update later, when the loop has waited
+    for that update anyway: nothing stands still for it.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._latest: jax.Array | None = None
+
+    def cast(self, asked: bool) -> bool:
+        """Vote after an update; return whether to stop now, the same on every process."""
+        if jax.process_count() == 1:
+            return asked
+        votes = np.full(self._split.mesh.size, asked, np.int32)
+        earlier, self._latest = self._latest, self._count(spread(votes, self._split))
+        return earlier is not None and int(earlier) > 0

@@ -1,0 +1,188 @@
+"""Two processes with two devices each make one run: by the lines of docs/launch.md, and by SLURM's variables."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from convert.prefix import read_prefix
+from jaxprefix.config import HostsConfig, TrainConfig
+from jaxprefix.hosts import joined
+from jaxprefix.train import train
+from tests.runs import QUICK_COMPILING, flags_of, losses_of, metrics_of, run_config
+from tests.tolerances import LOSS
+
+PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
+CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix.cli"), **variables: str):
+    kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, **CACHE_ALL}
+    environment = os.environ | QUICK_COMPILING | kept | {"JAX_NUM_CPU_DEVICES": "2", **variables}
+    command = [sys.executable, *program, "train", *flags_of(config), *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def documented_flags() -> list[list[str]]:
+    """What docs/launch.md tells two nodes to add to the command, with this machine as the first of them."""
+    of_two_nodes = r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$"
+    lines = re.findall(of_two_nodes, PAGE.read_text(), re.MULTILINE)
+    port = free_port()
+    return [re.sub(r"node0:\d+", f"127.0.0.1:{port}", line).split() for line in lines]
+
+
+def start_pair(config: TrainConfig, **options):
+    return [start(config, *flags, **options) for flags in documented_flags()]
+
+
+def ended(pair, timeout: float = 60):
+    """Wait for both processes; return their exit codes, outputs and errors."""
+    try:
+        texts = [process.communicate(timeout=timeout) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    return [process.returncode for process in pair], *zip(*texts, strict=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of 8 updates and what its processes printed."""
+    config = run_config(tmp_path_factory.mktemp("pair"))
+    codes, outputs, errors = ended(start_pair(config))
+    assert codes == [0, 0], errors
+    return config, outputs, errors
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_device(undisturbed, tmp_path):
+    alone = run_config(tmp_path)
+    train(alone)
+    for split, n_points in (("train", 8), ("dev", 2)):
+        losses = losses_of(undisturbed[0].run_dir, split)
+        assert len(losses) == n_points
+        np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS)
+
+
+@pytest.mark.slow
+def test_the_first_process_writes_and_speaks_for_both(undisturbed):
+    config, outputs, errors = undisturbed
+    assert {path.name for path in config.run_dir.iterdir()} == {
+        *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "prefix")
+    }
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    assert len(list((config.run_dir / "tensorboard").iterdir())) == 1
+    assert "4 device(s)" in errors[0]
+    assert "best prefix" in outputs[0]
+    assert "best prefix" not in outputs[1]
+    assert "loss" not in errors[1]
+
+
+def slurm(process: int, job: str) -> dict[str, str]:
+    """What srun tells a task of one node's two."""
+    place = {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    return {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", **place}
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed, tmp_path):
+    config = run_config(tmp_path)
+    pair = start_pair(config)
+    log = config.run_dir / "log.txt"
+    while not (log.is_file() and "training: " in log.read_text()):  # from here on the first update is compiled
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)
+    codes, _, errors = ended(pair)
+    assert codes == [130, 130], errors
+    n_done = len(losses_of(config.run_dir))
+    assert 1 <= n_done < 8
+    assert (config.run_dir / "checkpoints" / str(n_done)).is_dir()
+    assert f"stopped after update {n_done}; repeat the command with --resume to go on" in errors[0]
+
+    job = str(free_port())  # SLURM's port is made from the job's number
+    codes, _, errors = ended([start(config, "--distributed", "--resume", **slurm(i, job)) for i in range(2)])
+    assert codes == [0, 0], errors
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(undisturbed[0].run_dir)[0])
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_ends_both(tmp_path):
+    config = run_config(tmp_path)
+    first, second = documented_flags()
+    codes, _, errors = ended([start(config, *first), start(config, *second, "--data_filepath", "nowhere.jsonl")])
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot read its inputs; its own error tells why" in errors[0]
+    assert "error: nowhere.jsonl: no such data file" in errors[1]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other(tmp_path):
+    config = run_config(tmp_path)
+    pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))
+    while not (config.run_dir / "log.txt").is_file():
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.05)
+    pair[1].kill()
+    codes, _, errors = ended(pair, timeout=30)
+    assert codes[0] not in (0, 2, 130)
+    assert "another task died" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    _, second = documented_flags()
+    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("JOIN_SECONDS")))
+    [code], _, [error] = ended([process])
+    assert code == 2
+    assert re.fullmatch(r"error: process 0, or some other, did not join at 127.0.0.1:\d+ within 2 seconds\n", error)
+
+
+def join(port: int, process_id: int) -> None:
+    with joined(HostsConfig(False, f"127.0.0.1:{port}", 2, process_id)):
+        raise AssertionError("joined nobody")
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} cannot be used"):
+            join(port, process_id=0)
+
+
+def test_joining_comes_before_jax_is_used():
+    jax.devices()
+    with pytest.raises(InputError, match=r"the other processes cannot be joined: .* must be called before any JAX"):
+        join(free_port(), process_id=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_processes": 2}, "many processes need --coordinator_address and --process_id, too"),
+        ({"distributed": True, "process_id": 1}, "--distributed finds what"),
+        ({"coordinator_address": "node0"}, "--coordinator_address is host:port, found 'node0'"),
+        ({"coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes must be positive, is 0"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "below --num_processes, is 2"),
+    ],
+)
+def test_flags_that_do_not_go_together(settings, message):
+    with pytest.raises(InputError, match=message):
+        HostsConfig(**settings)
