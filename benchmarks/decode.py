@@ -180,7 +180,8 @@ def main() -> None:
     setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
     limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
     title = f"{flags.shape}, {setting}, {flags.rounds} rounds of {flags.times}. The limit: {limit}"
-    publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{table(header, rows_of_table(results, n_bytes))}", results)
+    text = table(header, rows_of_table(results, n_bytes))
+    publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
 
 
 if __name__ == "__main__":

@@ -92,11 +92,12 @@ def tell(sweep: str, points: list[int], results: list[dict[str, float]]) -> str:
     x = np.array(points, float)
     seconds = np.array([np.median([result[str(point)] for result in results]) for point in points])
     start, slope = line_through(x, seconds)
-    off = seconds / (start + slope * x) - 1
-    added = [np.nan, *(np.diff(seconds) / np.diff(x) / slope)]
+    line = start + slope * x
+    off = seconds / line - 1
+    added = ["", *(f"{ratio:.2f}" for ratio in np.diff(seconds) / np.diff(x) / slope)]
     rows = [
-        [point, f"{1e3 * s:.1f}", f"{1e3 * (start + slope * point):.1f}", f"{o:+.1%}", "" if np.isnan(a) else f"{a:.2f}"]
-        for point, s, o, a in zip(points, seconds, off, added, strict=True)
+        [point, f"{1e3 * s:.1f}", f"{1e3 * expected:.1f}", f"{o:+.1%}", a]
+        for point, s, expected, o, a in zip(points, seconds, line, off, added, strict=True)
     ]
     header = [sweep, "ms an update", "the line's", "off the line", "added cost ÷ slope"]
     farthest = f"at most {np.abs(off).max():.1%} off"
