@@ -111,7 +111,7 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
         raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
     n_bytes = 4 * math.prod(BANDWIDTH_SHAPE)
     speed = {"tokens_per_s": n_rows * n_new / float(np.median(seconds)), "seconds": seconds}
-    return {**speed, **peak, "bytes_per_s": n_bytes / min(timed(bandwidth(), 10)), "ids": made[0]}
+    return {**speed, **peak, "bytes_per_s": n_bytes / min(timed(bandwidth(), 10)), "ids": " ".join(map(str, made[0]))}
 
 
 def bytes_per_token(shape: str, dtype: str) -> int:
