@@ -94,6 +94,17 @@ def peak_memory() -> int:
     return int(status["VmHWM"].split()[0]) * 1024
 
 
+def peak_device_memory(way: str) -> int:
+    """Return the most bytes that arrays of this process have taken on its first GPU, 0 without one."""
+    if way == "jaxprefix":
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def _has(program: str) -> bool:
     return any((Path(folder) / program).is_file() for folder in os.environ["PATH"].split(os.pathsep))
 

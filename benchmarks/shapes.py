@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 
 import convert.table
 from jaxprefix.models import weight_shapes, weight_table
-from jaxprefix.models.config import read_model_config
+from jaxprefix.models.config import ModelConfig, read_model_config
 
-TOKENIZER = Path(__file__).parents[1] / "data" / "small_base" / "spiece.model"
+SMALL_BASE = Path(__file__).parents[1] / "data" / "small_base"
+TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def neox(n_layer: int, width: int, n_head: int, vocab: int, **changes: Any) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def neox(n_layer: int, width: int, n_head: int, vocab: int, **changes: Any) -> d
 SHAPES = {
     "1m": neox(2, 64, 4, 4000),
     "3m": neox(4, 192, 6, 4000),
+    "13m": neox(4, 384, 6, 8000),
     "110m": neox(12, 768, 12, 44416),  # rinna/japanese-gpt-neox-small
     "1.4b": neox(24, 2048, 16, 50304, rotary_pct=0.25, use_parallel_residual=True),  # pythia-1.4b
     "6.9b": neox(32, 4096, 32, 50432, rotary_pct=0.25, use_parallel_residual=True),  # pythia-6.9b
@@ -48,11 +51,19 @@ SHAPES = {
 }
 
 
+def model_config(config: dict[str, Any]) -> ModelConfig:
+    """Return what the model makes of a config.json."""
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "config.json").write_text(json.dumps(config))
+        return read_model_config(Path(temporary))
+
+
 def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_shards: int = 1) -> Path:
     """Write a base model with random weights of std 0.02 and the small base's tokenizer."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(TOKENIZER, folder / "spiece.model")
+    for name in TOKENIZER_FILES:
+        shutil.copy(SMALL_BASE / name, folder)
     model = read_model_config(folder)
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     random = np.random.default_rng(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import alternate, median, peak_memory, publish, table
+from benchmarks.report import alternate, median, peak_device_memory, peak_memory, publish, table
 from benchmarks.shapes import SHAPES, make_folder
 
 PREFIX = 10
@@ -177,7 +177,7 @@ def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int)
         started = time.perf_counter()
         step(number)
         seconds.append(time.perf_counter() - started)
-    peak = peak_memory() - before
+    peak, device_peak = peak_memory() - before, peak_device_memory(name)
     tokens_per_s = sum(n_useful[:n_updates]) / sum(seconds)
     width, inner = config["hidden_size"], config["intermediate_size"]
     n_matrix = config["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + config["vocab_size"] * width
@@ -189,6 +189,7 @@ def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int)
         "rate": rate,
         "of_limit": tokens_per_s / limit,
         "peak_bytes": peak,
+        "device_peak_bytes": device_peak,
     }
 
 

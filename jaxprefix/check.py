@@ -108,6 +108,13 @@ def training_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
 
 def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> tuple[int, int]:
     """Return the same of the model as it is, from an update compiled for shapes."""
+    analysis = compiled_update(config, model, n_columns).memory_analysis()
+    assert analysis is not None
+    return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+
+
+def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> jax.stages.Compiled:
+    """Compile an update of rows of n_columns tokens for shapes on the config's mesh: no weight is made."""
     mesh = make_mesh(config.mesh_sizes)
     place = base_sharding(mesh)
 
@@ -127,5 +134,4 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
     shape = (config.n_accum_steps, rows_on(mesh, 2 * config.batch_size), n_columns)
     rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_rows(mesh))
     update: Any = make_update(optimizer, RECIPES[config.recipe], mesh)
-    analysis = update.lower(state, base, Batch(rows, rows)).compile().memory_analysis()
-    return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    return update.lower(state, base, Batch(rows, rows)).compile()

@@ -1,0 +1,188 @@
+"""Decoding speed: greedy tokens per second behind a prefix, against PEFT on transformers' generate.
+
+python -m benchmarks.decode --shape 110m --rows 1 16 --new_tokens 128 --dtype float32
+
+Both continue the same random prompts of 16 tokens with the same prefix, and never stop early. The limit is one reading
+of all weights but the embedding's per token, at the bandwidth that sums over rows of a large array reach.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import alternate, median, peak_device_memory, peak_memory, publish, table
+from benchmarks.shapes import SHAPES, make_folder, model_config
+from convert.prefix import write_adapter
+from jaxprefix.models import weight_shapes
+
+PROMPT, PREFIX = 16, 10
+BANDWIDTH_SHAPE = (256, 2**18)  # 256 MiB of float32: more than any cache
+Ids = list[list[int]]
+
+
+def prompts(folder: Path, n_rows: int) -> np.ndarray:
+    """Return random token ids [rows, PROMPT]."""
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(1).integers(4, min(vocab, 400), (n_rows, PROMPT))
+
+
+def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
+    """Return a function that decodes once, and returns the new ids of every row."""
+    from jaxprefix import load_model, load_prefix, load_tokenizer
+    from jaxprefix.config import DecodeConfig
+    from jaxprefix.generate import generate_ids
+
+    model = load_model(folder, dtype)
+    prefix = load_prefix(folder / "prefix", model.config)
+    endless = dataclasses.replace(load_tokenizer(folder), eos_id=-1)  # no token has this id
+    decode = DecodeConfig(decode_method="greedy", max_output_len=n_new)
+    rows = prompts(folder, n_rows).tolist()
+    return lambda: list(generate_ids(model, endless, rows, prefix, batch_size=n_rows, decode=decode))
+
+
+def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
+    """The same of transformers' generate with its cache, the prefix loaded by PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model = PeftModel.from_pretrained(base, str(folder / "prefix")).to(device).eval()
+    tokens = torch.from_numpy(prompts(folder, n_rows)).to(device)
+    lengths = {"max_new_tokens": n_new, "min_new_tokens": n_new}
+
+    def decode() -> Ids:
+        mask = torch.ones_like(tokens)
+        made = model.generate(input_ids=tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
+        return made[:, PROMPT:].tolist()
+
+    return decode
+
+
+def jaxprefix_bandwidth() -> Callable[[], Any]:
+    """Return a function that reads an array of BANDWIDTH_SHAPE once."""
+    import jax
+    import jax.numpy as jnp
+
+    array, total = jnp.ones(BANDWIDTH_SHAPE, jnp.float32), jax.jit(lambda a: a.sum(axis=1))
+    return lambda: total(array).block_until_ready()
+
+
+def peft_bandwidth() -> Callable[[], Any]:
+    """The same in PyTorch."""
+    import torch
+
+    array = torch.ones(BANDWIDTH_SHAPE, device="cuda" if torch.cuda.is_available() else "cpu")
+    return lambda: array.sum(dim=1)[0].item()
+
+
+WAYS = {"jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth), "peft": (peft_decoder, peft_bandwidth)}
+
+
+def timed(work: Callable[[], Any], n_times: int) -> list[float]:
+    """Return the seconds of each of several calls, after one that does not count."""
+    work()
+    seconds = []
+    for _ in range(n_times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times: int) -> dict[str, Any]:
+    """Decode with one way in this process. Raises RuntimeError when a row stops early."""
+    decoder, bandwidth = WAYS[way]
+    before = peak_memory()
+    decode = decoder(folder, n_rows, n_new, dtype)
+    seconds = timed(decode, n_times)
+    peak = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
+    made = decode()
+    if [len(row) for row in made] != [n_new] * n_rows:
+        raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
+    n_bytes = 4 * math.prod(BANDWIDTH_SHAPE)
+    speed = {"tokens_per_s": n_rows * n_new / float(np.median(seconds)), "seconds": seconds}
+    return {**speed, **peak, "bytes_per_s": n_bytes / min(timed(bandwidth(), 10)), "ids": " ".join(map(str, made[0]))}
+
+
+def bytes_per_token(shape: str, dtype: str) -> int:
+    """Return the bytes of weights that one decoding step reads: all but the embedding's rows."""
+    shapes = weight_shapes(model_config(SHAPES[shape]))
+    n_weights = sum(math.prod(size) for path, size in shapes.items() if not path.startswith("embed"))
+    return n_weights * (4 if dtype == "float32" else 2)
+
+
+def write_prefix(folder: Path, shape: str) -> None:
+    """Write a random prefix as an adapter folder."""
+    config = model_config(SHAPES[shape])
+    folded = np.random.default_rng(0).standard_normal((PREFIX, config.folded_width), dtype=np.float32)
+    write_adapter(folder, folded, config.n_layer, config.n_head, {})
+
+
+def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> list[list[str]]:
+    """Return a line of the table for each way and number of rows."""
+    bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
+    lines = []
+    for name, runs in results.items():
+        way, n_rows = name.split(":")
+        ours = results[f"jaxprefix:{n_rows}"]
+        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours, runs, strict=True)]
+        same = np.mean([a["ids"] == b["ids"] for a, b in zip(ours, runs, strict=True)])
+        speed = median(runs, "tokens_per_s")
+        lines.append(
+            [
+                way,
+                n_rows,
+                f"{speed:.1f}",
+                f"{np.median(ratios):.2f}",
+                f"{speed / int(n_rows) * n_bytes / bandwidth:.2f}",
+                f"{max(median(runs, 'peak_bytes'), median(runs, 'device_peak_bytes')) / 2**30:.2f}",
+                "yes" if same == 1 else "no",
+            ]
+        )
+    return lines
+
+
+def main() -> None:
+    """Print the table, or one measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="prompts that are continued together")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--times", type=int, default=3, help="repetitions in a process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
+    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
+    flags = parser.parse_args()
+    if flags.measure:
+        sizes = (flags.rows[0], flags.new_tokens, flags.dtype, flags.times)
+        print(json.dumps(measure(flags.measure, flags.folder, *sizes)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
+        write_prefix(folder / "prefix", flags.shape)
+        common = ("--folder", folder, "--new_tokens", flags.new_tokens, "--dtype", flags.dtype, "--times", flags.times)
+        arguments = {f"{w}:{n}": ("--measure", w, "--rows", n, *common) for n in flags.rows for w in WAYS}
+        results = alternate(arguments, "benchmarks.decode", flags.rounds)
+    n_bytes = bytes_per_token(flags.shape, flags.dtype)
+    bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
+    header = ["decoding", "rows", "new tokens/s", "jaxprefix is × as fast", "of its limit", "peak GiB", "same ids"]
+    setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
+    limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
+    title = f"{flags.shape}, {setting}, {flags.rounds} rounds of {flags.times}. The limit: {limit}"
+    text = table(header, rows_of_table(results, n_bytes))
+    publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Peak memory of training, measured; or of one device of a mesh, by the compiler's account without any weights.
+
+python -m benchmarks.memory --shape 110m --ways jaxprefix:float32 torch_ref:float32 peft:float32
+python -m benchmarks.memory --abstract --shape 20b --dtype bfloat16 --mesh fsdp=8 tensor=8
+
+The account is of an update compiled for as many devices of the CPU as the mesh has: 8 rows of 2048 tokens. Its order
+of operations is the one that needs little memory, as on accelerators; left alone, the CPU's compiler starts early what
+it can, and holds more.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import alternate, median, publish, table
+from benchmarks.shapes import SHAPES, make_folder, model_config
+from jaxprefix.check import GIB
+from jaxprefix.config import TrainConfig
+
+DEVICE_BYTES = 80e9
+SAVING_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+ARRAY_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
+
+
+def account(shape: str, mesh: str, dtype: str, n_rows: int, n_tokens: int) -> dict[str, Any]:
+    """Compile an update for a mesh of CPU devices, and return its bytes on each of them."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"  # read when jax finds its devices
+    import jax
+
+    from jaxprefix.check import compiled_update
+
+    config = TrainConfig(shape, Path(), shape, batch_size=n_rows // 2, dtype=dtype, mesh=mesh)  # two rows an example
+    jax.config.update("jax_num_cpu_devices", math.prod((config.mesh_sizes or {}).values()))
+    started = time.perf_counter()
+    compiled = compiled_update(config, model_config(SHAPES[shape]), n_tokens)
+    analysis = compiled.memory_analysis()
+    parts = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+    largest = largest_array(compiled.as_text())
+    return {**parts, "total": sum(parts.values()), "largest": largest, "seconds": time.perf_counter() - started}
+
+
+def largest_array(program: str) -> str:
+    """Return the type and shape of the largest array that a compiled program names."""
+    found = {match.groups() for match in re.finditer(r"= (\w+)\[([\d,]+)\]", program)}
+    sizes = {
+        f"{dtype}[{axes}]": ARRAY_BYTES[dtype] * math.prod(map(int, axes.split(",")))
+        for dtype, axes in found
+        if dtype in ARRAY_BYTES
+    }
+    return max(sizes, key=sizes.__getitem__)
+
+
+def tell_account(flags: argparse.Namespace) -> None:
+    """Print and write the table of accounts, a line for each mesh."""
+    sizes = ("--shape", flags.shape, "--dtype", flags.dtype, "--rows", flags.rows, "--tokens", flags.tokens)
+    arguments = {mesh: ("--measure", mesh, *sizes) for mesh in flags.mesh}
+    results = alternate(arguments, "benchmarks.memory", n_rounds=1)
+    names = ("arguments", "outputs", "temporaries", "total")
+    rows = [
+        [mesh, *(f"{r[name] / GIB:.2f}" for name in names), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
+        for mesh, (r,) in results.items()
+    ]
+    header = ["mesh", *(f"{name}, GiB" for name in names), "÷ 80 GB", "largest array"]
+    title = f"{flags.shape}, {flags.dtype}, {flags.rows} rows × {flags.tokens} tokens, each device"
+    publish(f"memory_abstract_{flags.shape}_{flags.dtype}", f"{title}\n\n{table(header, rows)}", results)
+
+
+def tell_measured(flags: argparse.Namespace) -> None:
+    """Print and write the table of measured peaks, a line for each way; `benchmarks.train` measures."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        common = ("--folder", folder, "--data", flags.data, "--updates", flags.updates)
+        arguments = {way: ("--measure", way, *common) for way in flags.ways}
+        results = alternate(arguments, "benchmarks.train", flags.rounds)
+    rows = []
+    for way, runs in results.items():
+        held = weights if way.endswith("float32") else weights // 2
+        peaks = [median(runs, field) for field in ("peak_bytes", "device_peak_bytes")]
+        on_device = f"{peaks[1] / GIB:.2f}" if peaks[1] else "—"
+        rows.append([way, f"{held / GIB:.2f}", f"{peaks[0] / GIB:.2f}", on_device, f"{max(peaks) / held:.2f}"])
+    header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
+    title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
+    publish(f"memory_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)
+
+
+def main() -> None:
+    """Print the table, or one account as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, help="110m, and 20b with --abstract, unless given")
+    parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument("--ways", nargs="+", default=["jaxprefix:float32", "torch_ref:float32", "peft:float32"])
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--abstract", action="store_true", help="compile for shapes instead of training")
+    parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8"], help="with --abstract")
+    parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
+    parser.add_argument("--rows", type=int, default=8, help="with --abstract")
+    parser.add_argument("--tokens", type=int, default=2048, help="with --abstract: of each row")
+    parser.add_argument("--measure", help="account for this mesh in this process")
+    flags = parser.parse_args()
+    if flags.measure:
+        print(json.dumps(account(flags.shape, flags.measure, flags.dtype, flags.rows, flags.tokens)))
+        return
+    flags.shape = flags.shape or ("20b" if flags.abstract else "110m")
+    (tell_account if flags.abstract else tell_measured)(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""How the time of an update grows with the tokens of a batch, the layers, and the length of the prefix.
+
+python -m benchmarks.scaling --shape 13m
+
+Every point of a sweep is compiled first; then the points take turns, so that all see the same machine, and the fastest
+of a point's turns counts. Through a sweep's points goes the line a + b·x with the least relative squares; how far a
+point lies off it, and the cost of what each point adds to the one before it ÷ b, tell whether the cost is proportional.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import alternate, publish, table
+from benchmarks.shapes import SHAPES, model_config
+
+ROW = 64
+"""Tokens of a row: attention costs the same per token in all batches."""
+USUAL = {"tokens": 2048, "layers": 4, "prefix": 10}
+SWEEPS = {
+    "tokens": [512, 1024, 2048, 4096, 8192, 16384],
+    "layers": [2, 4, 8, 16],
+    "prefix": [10, 50, 100, 250, 500],
+}
+SMALL = {"tokens": [128, 256, 512], "layers": [1, 2], "prefix": [10, 50]}
+"""For a look at whether the program works."""
+
+
+def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Callable[[], None]:
+    """Return a function that makes one compiled update of a base model with random weights."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxprefix.config import RECIPES, TrainConfig
+    from jaxprefix.data import Batch
+    from jaxprefix.models import abstract_model
+    from jaxprefix.prefix import new_encoder
+    from jaxprefix.sharding import make_mesh, replicated
+    from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+
+    model = model_config(SHAPES[shape] | {"num_hidden_layers": layers})
+    config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
+    mesh, recipe, random = make_mesh(), RECIPES["default"], np.random.default_rng(0)
+
+    def weight(leaf: Any) -> Any:
+        return jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32), dtype)
+
+    base = jax.device_put(jax.tree.map(weight, abstract_model(model)), replicated(mesh))
+    optimizer = make_optimizer(config, learning_rate(config, recipe, config.n_training_steps))
+    encoder = new_encoder(base, *config.encoder_sizes, config.seed)
+    state = jax.device_put(TrainState(encoder, optimizer.init(encoder), None), replicated(mesh))
+    rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
+    batch = Batch(rows[..., :-1], rows[..., 1:])
+    update = make_update(optimizer, recipe, mesh)
+
+    def step() -> None:
+        nonlocal state
+        state, loss = update(state, base, batch)
+        loss.block_until_ready()
+
+    return step
+
+
+def measure(sweep: str, points: list[int], shape: str, dtype: str, n_turns: int) -> dict[str, float]:
+    """Return the seconds of an update at every point of a sweep."""
+    steps = {point: updates(shape, dtype, **USUAL | {sweep: point}) for point in points}
+    for step in steps.values():
+        step()
+    best = dict.fromkeys(points, float("inf"))
+    for _ in range(n_turns):
+        for point, step in steps.items():
+            step()  # behind another point's, an update finds its memory cold
+            started = time.perf_counter()
+            step()
+            best[point] = min(best[point], time.perf_counter() - started)
+    return {str(point): seconds for point, seconds in best.items()}
+
+
+def line_through(points: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
+    """Return (a, b) of the line a + b·x that is closest to the seconds in relative squares."""
+    columns = np.stack([np.ones_like(points), points], axis=1) / seconds[:, None]
+    start, slope = np.linalg.lstsq(columns, np.ones_like(seconds), rcond=None)[0]
+    return float(start), float(slope)
+
+
+def tell(sweep: str, points: list[int], results: list[dict[str, float]]) -> str:
+    """Return a sweep's line and its table."""
+    x = np.array(points, float)
+    seconds = np.array([np.median([result[str(point)] for result in results]) for point in points])
+    start, slope = line_through(x, seconds)
+    line = start + slope * x
+    off = seconds / line - 1
+    added = ["", *(f"{ratio:.2f}" for ratio in np.diff(seconds) / np.diff(x) / slope)]
+    rows = [
+        [point, f"{1e3 * s:.1f}", f"{1e3 * expected:.1f}", f"{o:+.1%}", a]
+        for point, s, expected, o, a in zip(points, seconds, line, off, added, strict=True)
+    ]
+    header = [sweep, "ms an update", "the line's", "off the line", "added cost ÷ slope"]
+    farthest = f"at most {np.abs(off).max():.1%} off"
+    return f"{sweep}: {1e3 * start:.1f} ms + {1e3 * slope:.4f} ms each, {farthest}\n\n{table(header, rows)}"
+
+
+def main() -> None:
+    """Print the tables, or one sweep as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="13m", help="its layers are replaced")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=[*SWEEPS])
+    parser.add_argument("--small", action="store_true", help="few and small points")
+    parser.add_argument("--turns", type=int, default=3, help="of every point in a process")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--measure", choices=SWEEPS, help="measure one sweep in this process")
+    flags = parser.parse_args()
+    sweeps = SMALL if flags.small else SWEEPS
+    if flags.measure:
+        print(json.dumps(measure(flags.measure, sweeps[flags.measure], flags.shape, flags.dtype, flags.turns)))
+        return
+    common = ["--shape", flags.shape, "--dtype", flags.dtype, "--turns", flags.turns]
+    common += ["--small"] if flags.small else []
+    arguments = {sweep: ("--measure", sweep, *common) for sweep in flags.sweeps}
+    results = alternate(arguments, "benchmarks.scaling", flags.rounds)
+    usual = f"{USUAL['tokens']} tokens in rows of {ROW}, {USUAL['layers']} layers, prefix {USUAL['prefix']}"
+    title = f"{flags.shape}, {flags.dtype}; where it is not said otherwise {usual}; {flags.rounds} rounds"
+    text = "\n\n".join(tell(sweep, sweeps[sweep], runs) for sweep, runs in results.items())
+    publish(f"scaling_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
+
+
+if __name__ == "__main__":
+    main()

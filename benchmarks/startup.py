@@ -1,0 +1,84 @@
+"""Seconds from the command to the end of the first update, of the real commands.
+
+python -m benchmarks.startup --shape 110m
+
+`jaxprefix train` with an empty cache of compiled programs, the same with what that run has left there, and
+`python -m torch_ref.train` without DeepSpeed. The end of the first update is when its log line appears; what comes
+behind it (evaluation, saving) is cut off.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.report import alternate, median, publish, table
+from benchmarks.shapes import SHAPES, make_folder
+
+WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cache
+
+
+def command(way: str, folder: Path, data: Path, round_folder: Path) -> list[str]:
+    """Return the command line of one update that logs itself."""
+    module = ["torch_ref.train"] if way == "torch_ref" else ["jaxprefix.cli", "train", "--output_dir", round_folder]
+    flags = ["--pretrained_model_dir", folder, "--data_filepath", data, "--save_name", way]
+    flags += ["--train_data_size", 200, "--n_training_steps", 1, "--log_every_n_steps", 1]
+    return [sys.executable, "-m", *map(str, [*module, *flags])]
+
+
+def measure(way: str, folder: Path, data: Path, round_folder: Path) -> dict[str, float]:
+    """Run the command up to the log line of its first update. Raises RuntimeError when it ends without one."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(round_folder)}
+    arguments = command(way, folder, data, round_folder)
+    started = time.perf_counter()
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if "step 1," in line:
+                seconds = time.perf_counter() - started
+                process.kill()
+                return {"seconds": seconds}
+    raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{''.join(lines)}")
+
+
+def main() -> None:
+    """Print the table, or one measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", choices=WAYS, help="measure one way")
+    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
+    parser.add_argument("--round_folder", type=Path, help="with --measure: for the cache and the run")
+    flags = parser.parse_args()
+    if flags.measure:
+        print(json.dumps(measure(flags.measure, flags.folder, flags.data, flags.round_folder)))
+        return
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(flags.rounds):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
+            common = ("--folder", folder, "--data", flags.data, "--round_folder", temporary)
+            once = alternate({way: ("--measure", way, *common) for way in WAYS}, "benchmarks.startup", 1)
+        for way in WAYS:
+            results[way] += once[way]
+    rows = []
+    for way, runs in results.items():
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, results["torch_ref"], strict=True)]
+        name = way if way == "torch_ref" else f"jaxprefix, {way} cache"
+        rows.append([name, f"{median(runs, 'seconds'):.1f}", f"{np.median(ratios):.2f}"])
+    text = table(["command to the first update", "seconds", "÷ torch_ref"], rows)
+    publish(f"startup_{flags.shape}", f"{flags.shape}, float32, {flags.rounds} rounds\n\n{text}", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The benchmark programs run; and what they do not show: what the compiled update computes, and what not."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import report
+from benchmarks.memory import largest_array
+from benchmarks.scaling import line_through
+from benchmarks.shapes import model_config, neox
+from jaxprefix.check import compiled_update
+from jaxprefix.config import TrainConfig
+from jaxprefix.loss import next_token_loss
+from jaxprefix.models import abstract_model, layers, weight_shapes
+
+# No two axes of an activation are the two of a weight: its rows, heads and tokens have other sizes.
+MODEL = model_config(neox(3, 256, 4, 3072, intermediate_size=896))
+PREFIX = jax.ShapeDtypeStruct((3, 2, 10, 4, 64), jnp.float32)
+ROWS = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+
+@pytest.fixture
+def run_benchmark(tmp_path, monkeypatch, capsys):
+    """A function that runs a program, and returns what it prints and what it writes."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        importlib.import_module(f"benchmarks.{name}").main()
+        (written,) = (tmp_path / "results").iterdir()
+        return capsys.readouterr().out, json.loads(written.read_text())["results"]
+
+    return run
+
+
+@pytest.mark.slow
+def test_decode(run_benchmark):
+    flags = ("--shape", "1m", "--rows", 2, "--new_tokens", 5, "--rounds", 1, "--times", 1)
+    printed, results = run_benchmark("decode", *flags)
+    assert len(results["peft:2"][0]["ids"].split()) == 5
+    assert results["jaxprefix:2"][0]["ids"] == results["peft:2"][0]["ids"]
+    assert "| peft | 2 |" in printed
+
+
+@pytest.mark.slow
+def test_startup(run_benchmark):
+    printed, results = run_benchmark("startup", "--shape", "1m", "--rounds", 1)
+    assert all(run["seconds"] > 0.5 for runs in results.values() for run in runs)  # the imports alone take longer
+    assert "| torch_ref |" in printed
+
+
+@pytest.mark.slow
+def test_memory(run_benchmark):
+    flags = ("--shape", "1m", "--rounds", 1, "--updates", 1, "--ways", "jaxprefix:float32")
+    printed, results = run_benchmark("memory", *flags)
+    assert results["jaxprefix:float32"][0]["peak_bytes"] > 0
+    assert "| jaxprefix:float32 |" in printed
+
+
+def test_memory_by_the_compilers_account(run_benchmark):
+    sizes = ("--shape", "1m", "--rows", 2, "--tokens", 16, "--dtype", "float32")
+    printed, results = run_benchmark("memory", "--abstract", "--mesh", "tensor=2", *sizes)
+    (account,) = results["tensor=2"]
+    split_weights = 2 * (12 * 64**2 + 7 * 64) + 2 * 4000 * 64  # nearly all, in 4 bytes on two devices
+    assert 2 * split_weights < account["arguments"] < 2.3 * split_weights
+    assert account["total"] == sum(account[part] for part in ("arguments", "outputs", "temporaries"))
+    assert "| tensor=2 |" in printed
+
+
+@pytest.mark.slow
+def test_scaling(run_benchmark):
+    flags = ("--shape", "1m", "--small", "--rounds", 1, "--turns", 1, "--sweeps", "layers")
+    printed, results = run_benchmark("scaling", *flags)
+    assert set(results["layers"][0]) == {"1", "2"}
+    assert "| layers | ms an update |" in printed
+
+
+def test_the_line_of_a_sweep():
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    assert line_through(x, 3 + 2 * x) == pytest.approx((3, 2))
+    start, slope = line_through(x, x**2)
+    assert np.abs(x**2 / (start + slope * x) - 1).max() > 0.15
+
+
+def test_the_largest_array_of_a_program():
+    assert largest_array("%a = f32[2,3]{1,0} dot(%b)\n%b = bf16[10]{0} add()\n %c = f32[] add()") == "f32[2,3]"
+
+
+def compiled_train_step(n_tokens):
+    return compiled_update(TrainConfig("base", Path(), "run", batch_size=4), MODEL, n_tokens)  # makes 8 rows
+
+
+def summed_loss(base, prefix, tokens, labels):
+    return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)[0]
+
+
+def flops(compiled) -> float:
+    return compiled.cost_analysis()["flops"]
+
+
+def test_an_update_computes_about_twice_what_the_loss_does():
+    loss = jax.jit(summed_loss).lower(abstract_model(MODEL), PREFIX, ROWS, ROWS).compile()
+    n_weights = sum(np.prod(shape) for path, shape in weight_shapes(MODEL).items() if path != "embed.weight")
+    n_tokens = np.prod(ROWS.shape)
+    assert flops(loss) < 1.1 * 2 * n_weights * n_tokens  # matrix products are nearly all of it
+    assert flops(loss) > 2 * n_weights * n_tokens
+    assert flops(compiled_train_step(64)) < 2.1 * flops(loss)
+
+
+def products_of_weight_shapes(program) -> set[tuple[int, int]]:
+    """Shapes of a base weight, transposed or not, that come out of a program's matrix products."""
+    weights = {shape for shape in weight_shapes(MODEL).values() if len(shape) == 2}
+    made = set()
+    for line in program.splitlines():
+        found = re.search(r"= \w+\[(\d+),(\d+)\]", line)
+        if found and re.search(r"\bdot\(|dot_general", line):
+            made.add(tuple(map(int, found.groups())))
+    assert (512, 896) in made  # the activations, so lines are understood
+    return {shape for shape in weights if shape in made or shape[::-1] in made}
+
+
+def test_no_matrix_product_of_an_update_makes_a_gradient_of_a_base_weight():
+    assert not products_of_weight_shapes(compiled_train_step(64).as_text())
+
+
+def test_such_products_would_be_found(monkeypatch):
+    monkeypatch.setattr(layers, "frozen_matmul", lambda x, weight: layers.matmul(x, weight).astype(x.dtype))
+    gradient = jax.jit(jax.grad(summed_loss, argnums=(0, 1)))
+    program = gradient.lower(abstract_model(MODEL), PREFIX, ROWS, ROWS).compile().as_text()
+    assert products_of_weight_shapes(program) == {(768, 256), (256, 256), (896, 256), (256, 896)}
