@@ -21,21 +21,23 @@ from typing import Any
 from benchmarks.report import alternate, median, publish, table
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from jaxprefix.check import GIB
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import Compute, TrainConfig
 
 DEVICE_BYTES = 80e9
 SAVING_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 ARRAY_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def account(shape: str, mesh: str, dtype: str, n_rows: int, n_tokens: int) -> dict[str, Any]:
+def account(shape: str, mesh: str, dtype: str, remat: str, n_rows: int, n_tokens: int) -> dict[str, Any]:
     """Compile an update for a mesh of CPU devices, and return its bytes on each of them."""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"  # read when jax finds its devices
     import jax
 
     from jaxprefix.check import compiled_update
 
-    config = TrainConfig(shape, Path(), shape, batch_size=n_rows // 2, dtype=dtype, mesh=mesh)  # two rows an example
+    n_examples = n_rows // 2  # an example makes two rows
+    compute = Compute(remat=remat)
+    config = TrainConfig(shape, Path(), shape, batch_size=n_examples, dtype=dtype, mesh=mesh, compute=compute)
     jax.config.update("jax_num_cpu_devices", math.prod((config.mesh_sizes or {}).values()))
     started = time.perf_counter()
     compiled = compiled_update(config, model_config(SHAPES[shape]), n_tokens)
@@ -62,7 +64,18 @@ def largest_array(program: str) -> str:
 
 def tell_account(flags: argparse.Namespace) -> None:
     """Print and write the table of accounts, a line for each mesh."""
-    sizes = ("--shape", flags.shape, "--dtype", flags.dtype, "--rows", flags.rows, "--tokens", flags.tokens)
+    sizes = (
+        "--shape",
+        flags.shape,
+        "--dtype",
+        flags.dtype,
+        "--remat",
+        flags.remat,
+        "--rows",
+        flags.rows,
+        "--tokens",
+        flags.tokens,
+    )
     arguments = {mesh: ("--measure", mesh, *sizes) for mesh in flags.mesh}
     results = alternate(arguments, "benchmarks.memory", n_rounds=1)
     names = ("arguments", "outputs", "temporaries", "total")
@@ -71,7 +84,9 @@ def tell_account(flags: argparse.Namespace) -> None:
         for mesh, (r,) in results.items()
     ]
     header = ["mesh", *(f"{name}, GiB" for name in names), "÷ 80 GB", "largest array"]
-    title = f"{flags.shape}, {flags.dtype}, {flags.rows} rows × {flags.tokens} tokens, each device"
+    title = (
+        f"{flags.shape}, {flags.dtype}, --remat {flags.remat}, {flags.rows} rows × {flags.tokens} tokens, each device"
+    )
     publish(f"memory_abstract_{flags.shape}_{flags.dtype}", f"{title}\n\n{table(header, rows)}", results)
 
 
@@ -105,12 +120,13 @@ def main() -> None:
     parser.add_argument("--abstract", action="store_true", help="compile for shapes instead of training")
     parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8"], help="with --abstract")
     parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
+    parser.add_argument("--remat", default="block", help="with --abstract: elementwise or block")
     parser.add_argument("--rows", type=int, default=8, help="with --abstract")
     parser.add_argument("--tokens", type=int, default=2048, help="with --abstract: of each row")
     parser.add_argument("--measure", help="account for this mesh in this process")
     flags = parser.parse_args()
     if flags.measure:
-        print(json.dumps(account(flags.shape, flags.measure, flags.dtype, flags.rows, flags.tokens)))
+        print(json.dumps(account(flags.shape, flags.measure, flags.dtype, flags.remat, flags.rows, flags.tokens)))
         return
     flags.shape = flags.shape or ("20b" if flags.abstract else "110m")
     (tell_account if flags.abstract else tell_measured)(flags)

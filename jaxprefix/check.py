@@ -122,7 +122,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(name, leaf.shape))
 
-    base = jax.tree.map_with_path(placed, abstract_model(model))
+    base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     optimizer = make_optimizer(config, learning_rate(config, RECIPES[config.recipe], config.n_training_steps))
 
     def start(base: BaseModel) -> TrainState:

@@ -11,15 +11,18 @@ The prefix encoder is whole on every device; the prefix it makes is split on hea
 import math
 import re
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES as AXES
 
 ROWS = ("data", "fsdp")
+Base = TypeVar("Base")
 
 # Path of a base model's weight → how its axes are split; the first match counts. [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
@@ -66,6 +69,21 @@ def base_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]],
         return NamedSharding(mesh, P(*fitting))
 
     return place
+
+
+def with_embedded_rows(base: Base, mesh: Mesh) -> Base:
+    """Gather the embeddings' width, inside jit, so that hidden states are split by rows and not by their width.
+
+    Left to itself, the partitioner keeps the split of the looked-up vectors, and every device computes all rows.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return base
+
+    def gather(path: Any, weight: Array) -> Array:
+        is_embedding = "embed" in jax.tree_util.keystr(path)
+        return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P())) if is_embedding else weight
+
+    return jax.tree.map_with_path(gather, base)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,7 +14,7 @@ from jaxprefix.data import IGNORED, Batch
 from jaxprefix.loss import LossScale, next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
-from jaxprefix.sharding import replicated, split_heads, split_rows
+from jaxprefix.sharding import replicated, split_heads, split_rows, with_embedded_rows
 
 
 class TrainState(NamedTuple):
@@ -104,6 +104,7 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
 
     def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
+        base = with_embedded_rows(base, mesh)
         loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
