@@ -10,12 +10,14 @@ import numpy as np
 
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import RECIPES, CheckConfig, TrainConfig
-from jaxprefix.data import Batch, Example, longest_row, n_labels, read_examples
+from jaxprefix.data import Batch, longest_row, n_labels
+from jaxprefix.examples import Chunking, Examples
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import new_encoder
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
+from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
 from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 
@@ -28,10 +30,8 @@ def check(config: CheckConfig) -> Iterator[str]:
     yield from describe_model(model, tokenizer)
     n_columns = config.max_seq_len + 1
     if config.data_filepath is not None:
-        recipe = RECIPES[config.recipe]
-        examples = read_examples(
-            config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
-        )
+        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, RECIPES[config.recipe])
+        examples = load_examples(config.data_filepath, chunking)
         yield from describe_data(examples, tokenizer)
         n_columns = longest_row(examples)
     yield describe_suffix(config.suffix, tokenizer)
@@ -62,18 +62,18 @@ def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
     )
 
 
-def describe_data(examples: list[Example], tokenizer: Tokenizer) -> Iterator[str]:
+def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield how many examples a file makes, how long they are, and what the tokenizer does not know."""
-    lengths = np.array([len(example.prompt) + len(example.target) for example in examples])
+    lengths = examples.prompt_lengths + examples.target_lengths
     shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
-        f"data: {len(examples):,} examples, {sum(map(n_labels, examples)):,} tokens with a loss; lengths from "
+        f"data: {len(examples):,} examples, {n_labels(examples).sum():,} tokens with a loss; lengths from "
         f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
     )
     if tokenizer.unk_id is not None:
-        unknown = [(example.prompt + example.target).count(tokenizer.unk_id) for example in examples]
-        n_examples = sum(map(bool, unknown))
-        yield f"unknown tokens: {sum(unknown):,} ({sum(unknown) / lengths.sum():.2%}), in {n_examples:,} examples"
+        unknown = examples.count_of(tokenizer.unk_id)
+        n_examples = int((unknown > 0).sum())
+        yield f"unknown tokens: {unknown.sum():,} ({unknown.sum() / lengths.sum():.2%}), in {n_examples:,} examples"
 
 
 def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from convert.errors import InputError
-from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -53,8 +53,7 @@ def keep_compiled_programs() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "jaxprefix" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
 
 
 def _train(config: TrainConfig) -> int:
@@ -149,9 +148,11 @@ def read_prompts(path: Path) -> list[str]:
 
 def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.config import RECIPES
-    from jaxprefix.data import longest_row, read_examples
+    from jaxprefix.data import longest_row
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
+    from jaxprefix.examples import Chunking
     from jaxprefix.generate import stream
+    from jaxprefix.token_cache import load_examples
 
     recipe = RECIPES[config.decode.recipe]
     prompts = read_prompts(config.prompt_file) if config.prompt_file else [""]
@@ -160,9 +161,8 @@ def _evaluate(config: EvaluateConfig) -> int:
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
     if config.data_filepath is not None:
-        examples = read_examples(
-            config.data_filepath, tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
-        )
+        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe)
+        examples = load_examples(config.data_filepath, chunking)
         prefix_len = 0 if prefix is None else prefix.shape[2]
         model.config.check_fit(tokenizer.vocab_size, prefix_len, longest_row(examples), "the longest row")
         batches = dev_batches(examples, tokenizer, config.batch_size)

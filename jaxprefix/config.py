@@ -4,6 +4,7 @@ Flag names and defaults are the original's wherever it has the flag.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,6 +55,11 @@ RECIPES = {
     ),
 }
 RecipeName = Literal["default", "rinna"]
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: compiled programs, tokens of large files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxprefix"
 
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]

@@ -1,19 +1,18 @@
-"""JSON Lines → examples → batches, and which examples each update sees. No jax in here."""
+"""Examples → batches, padded or packed, and which examples each update sees. No jax in here."""
 
 import dataclasses
 import functools
 import heapq
 import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from convert.errors import InputError
-from jaxprefix.config import Recipe
+from jaxprefix.examples import Example, Examples
 from jaxprefix.tokenizer import Tokenizer
 
 IGNORED = -100
@@ -21,13 +20,6 @@ IGNORED = -100
 SAMPLED_BATCHES = 2000
 """Batches that are looked at to choose the shapes of packed ones."""
 COLUMN_MULTIPLE = 8
-
-
-class Example(NamedTuple):
-    """Token ids; the loss is on the target."""
-
-    prompt: list[int]
-    target: list[int]
 
 
 class Batch(NamedTuple):
@@ -39,60 +31,9 @@ class Batch(NamedTuple):
     """In packed rows, the column at which each token's text begins."""
 
 
-def read_examples(
-    path: Path, tokenizer: Tokenizer, *, suffix: str = " 😃", max_seq_len: int = 64, recipe: Recipe = Recipe()
-) -> list[Example]:
-    """Read a JSON Lines file of `text` documents and `prompt` + `completion` pairs, in file order.
-
-    A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
-    """
-    examples: list[Example] = []
-    for where, record in _read_records(path):
-        if "completion" in record and "prompt" in record:
-            prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
-            if not (target := tokenizer.encode(completion)):
-                raise InputError(f"{where}: `completion` is empty")
-            examples.append(Example(tokenizer.encode(prompt), target))
-        elif "text" in record:
-            sentences = _string(record, "text", where).split("\n")
-            chunks = chunk_document(sentences, tokenizer, suffix, max_seq_len, recipe)
-            examples.extend(Example([], chunk) for chunk in chunks)
-        else:
-            raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
-    if not examples:
-        raise InputError(f"{path}: holds no example")
-    return examples
-
-
-def chunk_document(
-    sentences: Sequence[str], tokenizer: Tokenizer, suffix: str, max_seq_len: int, recipe: Recipe
-) -> Iterator[list[int]]:
-    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len."""
-    chunk: list[int] = []
-    text = ""
-    for sentence in sentences:
-        if not sentence.strip() and not recipe.keep_blank_sentences:
-            continue
-        longer_text = f"{text}\n{sentence}{suffix}"
-        longer = tokenizer.encode(longer_text)
-        if len(longer) <= max_seq_len:
-            text, chunk = longer_text, longer
-            continue
-        if chunk:
-            yield chunk
-        text = f"{sentence}{suffix}"
-        chunk = tokenizer.encode(text)
-        if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
-            n_pieces = -(-len(chunk) // max_seq_len)
-            yield from (piece.tolist() for piece in np.array_split(chunk, n_pieces))
-            text, chunk = "", []
-    if chunk and not recipe.drop_document_tails:
-        yield chunk
-
-
 def split_examples(
-    examples: list[Example], n_train: int, n_dev: int, path: Path
-) -> tuple[list[Example], list[Example]]:
+    examples: Sequence[Example], n_train: int, n_dev: int, path: Path
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
     if len(examples) < n_train + n_dev:
         raise InputError(
@@ -113,9 +54,16 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
 
 
-def n_labels(example: Example) -> int:
-    """Return the number of labels that count in all rows of an example: the target and eos."""
-    return len(example.target) + 1 if example.prompt else 2 * len(example.target) + 1
+def n_labels(examples: Sequence[Example]) -> np.ndarray:
+    """Return the number of labels in all rows of each example: the target and eos, twice without a prompt."""
+    prompts, targets = _lengths(examples)
+    return np.where(prompts > 0, targets + 1, 2 * targets + 1)
+
+
+def n_tokens(examples: Sequence[Example]) -> np.ndarray:
+    """Return the tokens of all rows of each example."""
+    prompts, targets = _lengths(examples)
+    return np.where(prompts > 0, prompts + targets, 2 * targets + 1)
 
 
 def row_lengths(example: Example) -> list[int]:
@@ -126,7 +74,16 @@ def row_lengths(example: Example) -> list[int]:
 
 def longest_row(examples: Sequence[Example]) -> int:
     """Return the tokens of the longest row that any example makes."""
-    return max(max(row_lengths(example)) for example in examples)
+    prompts, targets = _lengths(examples)
+    return int(np.where(prompts > 0, prompts + targets, targets + 1).max())
+
+
+def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of each example's prompt and target."""
+    if isinstance(examples, Examples):
+        return examples.prompt_lengths, examples.target_lengths
+    prompts, targets = zip(*((len(prompt), len(target)) for prompt, target in examples), strict=True)
+    return np.array(prompts), np.array(targets)
 
 
 def make_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int) -> Batch:
@@ -188,7 +145,7 @@ class PackedShapes:
         Rows are about twice as long as the longest text: longer ones cost more in attention than they save in padding.
         Of two numbers of rows, that with the fewer computed positions.
         """
-        lengths = np.array([sum(row_lengths(example)) for example in examples])
+        lengths = n_tokens(examples)
         longest = longest_row(examples)
         sample = list(itertools.islice(batches, SAMPLED_BATCHES))
         rows = float(np.mean([lengths[batch].sum() for batch in sample])) / (2 * longest)
@@ -274,31 +231,3 @@ class UpdatePlan:
 def epoch_order(n_examples: int, seed: int, epoch: int) -> np.ndarray:
     """Return the order of the examples in an epoch: a fresh permutation for every (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n_examples)
-
-
-def _read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file, line n", object) of every line that is not blank."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                record = json.loads(text) if text else None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-            if not text:
-                continue
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
-            yield where, record
-
-
-def _string(record: dict[str, Any], field: str, where: str) -> str:
-    value = record[field]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{where}: `{field}` holds half a surrogate pair")
-    return value

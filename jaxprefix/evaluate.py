@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Recipe
-from jaxprefix.data import Batch, Example, longest_row, make_batch
+from jaxprefix.data import Batch, longest_row, make_batch
+from jaxprefix.examples import Example
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.config import RECIPES, DecodeConfig
 from jaxprefix.models import BaseModel
-from jaxprefix.models.attention import Cache, empty_cache
+from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
 from jaxprefix.prefix import Prefix
 from jaxprefix.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ class DecodeState(NamedTuple):
 
     n_made: Int[Array, ""]
     tokens: Int[Array, "B"]  # the last token of every row
-    slots: Int[Array, "B"]  # where it goes in the cache
+    slots: Int[Array, "B"]  # where it goes in the cache, of which the prefix takes the first slots
     made: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
     cache: Cache
@@ -114,12 +114,14 @@ def _decode(
 ) -> Int[Array, "B max_output_len"]:
     """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos."""
     config, n_rows = model.config, tokens.shape[0]
-    cache_shape = (n_rows, tokens.shape[1] + decode.max_output_len, config.n_head, config.head_dim)
+    prefix_len = 0 if prefix is None else prefix.shape[2]
+    cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
     cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
-    recipe = RECIPES[decode.recipe]
-    restarts = recipe.restart_gpt2_positions and config.model_type == "gpt2"
-    slots = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, written = model.hidden(tokens, prefix, cache, slots, slots if restarts else None)
+    if prefix is not None:
+        cache = fill_cache(cache, prefix)
+    restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
+    slots = prefix_len + own_slots(tokens)
+    hidden, written = model.hidden(tokens, None, cache, slots, slots - prefix_len if restarts else None)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
@@ -131,8 +133,8 @@ def _decode(
 
     def step(state: DecodeState) -> DecodeState:
         slots = state.slots[:, None]
-        positions = slots + 1 if restarts else None
-        hidden, cache = model.hidden(state.tokens[:, None], prefix, state.cache, slots, positions)
+        positions = slots - prefix_len + 1 if restarts else None
+        hidden, cache = model.hidden(state.tokens[:, None], None, state.cache, slots, positions)
         tokens = pick(model.logits(hidden[:, 0]), state.n_made)
         stopped = state.stopped | (tokens == eos_id)
         made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
@@ -141,7 +143,7 @@ def _decode(
     first = pick(model.logits(last), jnp.int32(0))
     made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
     stopped = (first == eos_id) | (lengths == 0)
-    state = DecodeState(jnp.int32(1), first, lengths, made, stopped, written)
+    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, written)
     return jax.lax.while_loop(going_on, step, state).made
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
 from jaxprefix.models import BaseModel
+from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import Embedding, Linear
 from jaxprefix.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim
 def base_keys_values(base: BaseModel, prefix_seq_len: int) -> Prefix:
     """Return the keys (after rotary) and values of the base model on token ids 0 … P−1, in float32."""
     _, keys_values = base.hidden(jnp.arange(prefix_seq_len)[None])
-    return jnp.stack([jnp.concatenate(layer) for layer in keys_values]).astype(jnp.float32)
+    return heads_first(jnp.stack([jnp.concatenate(layer) for layer in keys_values])).astype(jnp.float32)
 
 
 @jax.jit(static_argnames="n_steps")

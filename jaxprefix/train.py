@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +24,16 @@ from jaxprefix.config import RECIPES, Recipe, TrainConfig
 from jaxprefix.data import (
     IGNORED,
     Batch,
-    Example,
     PackedShapes,
     UpdatePlan,
     longest_row,
     make_batch,
     make_packed_batch,
     n_labels,
-    read_examples,
     split_examples,
 )
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
+from jaxprefix.examples import Chunking, Example
 from jaxprefix.hosts import StopVote, agree, first_says, is_first, joined, see, spread
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, load_model
@@ -42,6 +41,7 @@ from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_
 from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE, check_base, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
+from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
 
@@ -53,8 +53,8 @@ class Inputs(NamedTuple):
     """What a run reads before it starts, checked."""
 
     base: BaseFolder
-    train_set: list[Example]
-    dev_set: list[Example]
+    train_set: Sequence[Example]
+    dev_set: Sequence[Example]
     plan: UpdatePlan
 
 
@@ -209,11 +209,10 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
         raise InputError("--attention cudnn needs an NVIDIA GPU, and JAX sees none")
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    examples = read_examples(
-        config.data_filepath, base.tokenizer, suffix=config.suffix, max_seq_len=config.max_seq_len, recipe=recipe
-    )
+    chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe)
+    examples = load_examples(config.data_filepath, chunking)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    longest = longest_row(train_set + dev_set)
+    longest = max(longest_row(train_set), longest_row(dev_set))
     base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
     plan = UpdatePlan(
         n_examples=len(train_set),
@@ -290,7 +289,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
-    n_tokens = sum(n_labels(example) for example in inputs.train_set)
+    n_tokens = int(n_labels(inputs.train_set).sum())
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"

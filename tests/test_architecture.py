@@ -24,6 +24,8 @@ FLOORS = [
     {"base_folder"},
     {"models"},
     {"data"},
+    {"token_cache"},
+    {"examples"},
     {"tokenizer"},
     {"config", "hub"},
 ]

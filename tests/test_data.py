@@ -9,19 +9,17 @@ from convert.errors import InputError
 from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import (
     IGNORED,
-    Example,
     PackedShapes,
     UpdatePlan,
-    chunk_document,
     longest_row,
     make_batch,
     make_packed_batch,
     n_labels,
     packed_columns,
-    read_examples,
     rows_of,
     split_examples,
 )
+from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
 
 SUFFIX = " 😃"
 LONG = "大きな川の向こうに見える町の灯りは、夜が深くなるにつれて一つまた一つと消えていった。" * 4
@@ -33,7 +31,7 @@ def write_lines(path, *records):
 
 
 def chunks_of(text, tokenizer, recipe=Recipe(), max_seq_len=64):
-    return list(chunk_document(text.split("\n"), tokenizer, SUFFIX, max_seq_len, recipe))
+    return list(chunk_document(text.split("\n"), Chunking(tokenizer, SUFFIX, max_seq_len, recipe)))
 
 
 def test_default_recipe_keeps_every_sentence_in_order(tokenizer):
@@ -65,7 +63,7 @@ def test_blank_sentences_are_skipped_by_default(tokenizer):
 
 def test_suffix_and_length_are_settings(tokenizer, tmp_path):
     path = write_lines(tmp_path / "d.jsonl", {"text": "\n".join(["魚を買った。"] * 9)})
-    examples = read_examples(path, tokenizer, suffix="!!", max_seq_len=20)
+    examples = read_examples(path, Chunking(tokenizer, "!!", 20))
     assert all(len(example.target) <= 20 for example in examples)
     assert all("魚を買った。!!" in tokenizer.decode(example.target) for example in examples)
 
@@ -77,7 +75,7 @@ def test_mixed_file(tokenizer, tmp_path):
         {"text": "魚を買った。"},
         {"prompt": "", "completion": "川。"},
     )
-    examples = read_examples(path, tokenizer)
+    examples = read_examples(path, Chunking(tokenizer))
     assert examples[0] == Example(tokenizer.encode("朝の"), tokenizer.encode("市場。"))
     assert [len(rows_of(example, 1, 2)) for example in examples] == [1, 2, 2]
 
@@ -98,7 +96,7 @@ def test_loss_of_a_prompt_is_on_the_completion_only():
 @pytest.mark.parametrize("example", [Example([], [10, 11]), Example([7, 8], [10, 11, 12])])
 def test_counts_agree_with_the_rows(example):
     rows = rows_of(example, 1, 2)
-    assert n_labels(example) == sum(label != IGNORED for _, labels in rows for label in labels)
+    assert n_labels([example])[0] == sum(label != IGNORED for _, labels in rows for label in labels)
     assert longest_row([example]) == max(len(inputs) for inputs, _ in rows)
 
 
@@ -127,13 +125,13 @@ def test_bad_line_is_named(tokenizer, tmp_path, line, message):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
     with pytest.raises(InputError, match=f"^{path}, {message}"):
-        read_examples(path, tokenizer)
+        read_examples(path, Chunking(tokenizer))
 
 
 def test_file_without_examples_is_an_error(tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match="holds no example"):
-        read_examples(tmp_path / "d.jsonl", tokenizer)
+        read_examples(tmp_path / "d.jsonl", Chunking(tokenizer))
 
 
 def test_split_takes_both_ends(tmp_path):

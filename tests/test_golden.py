@@ -11,7 +11,8 @@ from flax import nnx
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
 from jaxprefix.config import RECIPES, DecodeConfig
-from jaxprefix.data import Example, longest_row, make_batch, read_examples
+from jaxprefix.data import longest_row, make_batch
+from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.generate import filter_nucleus, generate_ids
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
@@ -48,7 +49,7 @@ def mean_loss(encoder, model, batch):
 
 
 def test_chunks_and_tokens(tokenizer):
-    examples = read_examples(GOLDEN / "documents.jsonl", tokenizer, recipe=RECIPES["rinna"])
+    examples = read_examples(GOLDEN / "documents.jsonl", Chunking(tokenizer, recipe=RECIPES["rinna"]))
     assert [example.target for example in examples] == json.loads((GOLDEN / "forward.chunks.json").read_text())
 
 

@@ -18,8 +18,8 @@ from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.config import RECIPES
-from jaxprefix.data import read_examples
 from jaxprefix.evaluate import dev_batches, dev_loss
+from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import read_inputs, train, update_batches
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -85,7 +85,7 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
     losses = losses_of(config.run_dir, "dev")
     assert losses.index(min(losses)) == 1
     model, tokenizer = load_model(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
-    dev_set = read_examples(config.data_filepath, tokenizer)[-4:]
+    dev_set = read_examples(config.data_filepath, Chunking(tokenizer))[-4:]
     prefix = load_prefix(config.run_dir, model.config, tokenizer)
     assert dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4))["loss"] == pytest.approx(min(losses), rel=LOSS)
 

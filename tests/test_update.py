@@ -8,7 +8,8 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix.config import RECIPES, Recipe
-from jaxprefix.data import IGNORED, Batch, Example, make_batch
+from jaxprefix.data import IGNORED, Batch, make_batch
+from jaxprefix.examples import Example
 from jaxprefix.loss import LossScale
 from jaxprefix.prefix import decays, new_encoder
 from jaxprefix.sharding import make_mesh, replicated

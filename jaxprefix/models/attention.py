@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxprefix.config import AttentionMethod
 
 LayerPrefix = Float[Array, "2 P N H"]
-LayerCache = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
+LayerCache = tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]]
 Cache = tuple[LayerCache, ...]
 
 CUDNN_TOKENS = 512
@@ -42,22 +42,38 @@ def own_slots(rows: Shaped[Array, "B T *rest"]) -> Int[Array, "B T"]:
 
 
 def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Cache:
-    """Make zeroed keys and values of shape [B, S, N, H] for every layer."""
+    """Make zeroed keys and values of shape [B, N, S, H] for every layer."""
     return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layer))
 
 
+def fill_cache(cache: Cache, prefix: Float[Array, "L 2 P N H"]) -> Cache:
+    """Put a prefix into the first P slots of every row: what is written behind it needs no prefix any more."""
+
+    def put(part: Float[Array, "B N S H"], front: Float[Array, "P N H"]) -> Float[Array, "B N S H"]:
+        return part.at[:, :, : len(front)].set(jnp.swapaxes(front, 0, 1).astype(part.dtype))
+
+    return tuple((put(k, front[0]), put(v, front[1])) for (k, v), front in zip(cache, prefix, strict=True))
+
+
+def heads_first(x: Float[Array, "*rest T N H"]) -> Float[Array, "*rest N T H"]:
+    """Lay keys or values out as attention multiplies them; the same turns them back."""
+    return jnp.swapaxes(x, -3, -2)
+
+
 def write_cache(
-    cache: LayerCache, k: Float[Array, "B T N H"], v: Float[Array, "B T N H"], slots: Int[Array, "B T"] | None
+    cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
-    rows, slots = jnp.arange(len(k))[:, None], own_slots(k) if slots is None else slots
-    return cache[0].at[rows, slots].set(k), cache[1].at[rows, slots].set(v)
+    n_rows, n_heads, n_tokens, _ = k.shape
+    slots = jnp.broadcast_to(jnp.arange(n_tokens), (n_rows, n_tokens)) if slots is None else slots
+    places = jnp.arange(n_rows)[:, None, None], jnp.arange(n_heads)[:, None], slots[:, None]
+    return cache[0].at[places].set(k), cache[1].at[places].set(v)
 
 
 def attend(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"] | None = None,
     starts: Int[Array, "B T"] | None = None,
@@ -72,9 +88,9 @@ def attend(
     where cuDNN can: for whole rows of one text each.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    whole_rows = slots is None and starts is None and q.shape == k.shape
+    whole_rows = slots is None and starts is None and q.shape[1] == k.shape[2]
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
-        return square_causal(q, k, v, prefix, scale, "cudnn")
+        return square_causal(q, heads_first(k), heads_first(v), prefix, scale, "cudnn")
     return _dense(q, k, v, prefix, own_slots(q) if slots is None else slots, starts, scale)
 
 
@@ -121,27 +137,27 @@ def square_causal(
 
 def _dense(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"],
     starts: Int[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """The attention with all scores in memory; the prefix is not copied for every row."""
-    token_scores = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32) * scale
-    key_slots = jnp.arange(k.shape[1])
+    token_scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
+    key_slots = jnp.arange(k.shape[2])
     visible = key_slots <= slots[:, None, :, None]
     if starts is not None:
         visible &= key_slots >= starts[:, None, :, None]
     token_scores = jnp.where(visible, token_scores, -jnp.inf)
     if prefix is None:
         weights = jax.nn.softmax(token_scores).astype(v.dtype)
-        return jnp.einsum("bnts,bsnh->btnh", weights, v)
+        return jnp.einsum("bnts,bnsh->btnh", weights, v)
 
     prefix_k, prefix_v = prefix.astype(k.dtype)
     prefix_scores = jnp.einsum("btnh,pnh->bntp", q, prefix_k, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.concatenate([prefix_scores, token_scores], axis=-1)).astype(v.dtype)
     prefix_weights, token_weights = jnp.split(weights, [prefix_k.shape[0]], axis=-1)
     from_prefix = jnp.einsum("bntp,pnh->btnh", prefix_weights, prefix_v)
-    return from_prefix + jnp.einsum("bnts,bsnh->btnh", token_weights, v)
+    return from_prefix + jnp.einsum("bnts,bnsh->btnh", token_weights, v)

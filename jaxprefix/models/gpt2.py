@@ -4,7 +4,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Compute
-from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, own_slots, positions_of, write_cache
+from jaxprefix.models.attention import (
+    Cache,
+    LayerCache,
+    LayerPrefix,
+    attend,
+    heads_first,
+    own_slots,
+    positions_of,
+    write_cache,
+)
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul
 from jaxprefix.models.stack import run_layers
@@ -32,6 +41,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         return self.out(attend(q, *cache, prefix, slots, starts, self.scale, self.method).reshape(x.shape)), cache
 
@@ -80,7 +90,8 @@ class GPT2(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Return float32 logits of the next token, and the keys and values of every layer.
+        """Return float32 logits of the next token, and the keys and values [B, N, S, H] of every
+        layer.
 
         All arguments are those of `GPTNeoX`.
         """

@@ -5,7 +5,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Compute
-from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, attend, own_slots, positions_of, write_cache
+from jaxprefix.models.attention import (
+    Cache,
+    LayerCache,
+    LayerPrefix,
+    attend,
+    heads_first,
+    own_slots,
+    positions_of,
+    write_cache,
+)
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul, rotary_angles, rotate
 from jaxprefix.models.stack import run_layers
@@ -34,8 +43,9 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(*x.shape[:2], self.n_head, -1)  # [B, T, N, 3·H]
         q, k, v = jnp.split(qkv, 3, axis=-1)
         q, k = rotate(q, angles), rotate(k, angles)
+        k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, starts, method=self.method).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, starts, None, self.method).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -85,7 +95,8 @@ class GPTNeoX(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Return float32 logits of the next token, and the keys (after rotary) and values of every layer.
+        """Return float32 logits of the next token, and the keys (after rotary) and values [B, N, S, H] of
+        every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
         `positions` are P + slots unless given. `starts` is the slot at which each token's own text begins, when a
@@ -108,7 +119,9 @@ class GPTNeoX(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
             positions = positions_of(own_slots(tokens) if slots is None else slots, prefix, starts)
-        n_slots = (0 if prefix is None else prefix.shape[2]) + (tokens if cache is None else cache[0][0]).shape[1]
+        n_slots = (0 if prefix is None else prefix.shape[2]) + (
+            tokens.shape[1] if cache is None else cache[0][0].shape[2]
+        )
         angles = rotary_angles(positions, self.config, n_slots)
 
         def step(

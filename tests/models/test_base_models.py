@@ -18,7 +18,7 @@ TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 def keys_values(model, tokens):
     """The prefix that real tokens leave behind."""
     _, cache = model(tokens)
-    return jnp.stack([jnp.concatenate(layer) for layer in cache])
+    return attention.heads_first(jnp.stack([jnp.concatenate(layer) for layer in cache]))
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_prefix_changes_every_position(model):
 def test_cached_decode_equals_full_forward(model, with_prefix):
     prefix = random_prefix(model.config) if with_prefix else None
     whole, _ = model(TOKENS, prefix)
-    shape = (2, 32, model.config.n_head, model.config.head_dim)
+    shape = (2, model.config.n_head, 32, model.config.head_dim)
     logits, cache = model(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
     parts = [logits]
     step = jax.jit(lambda token, cache, slot: model(token, prefix, cache, slot))

@@ -10,7 +10,7 @@ from jaxprefix import load_model
 from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
-from jaxprefix.models.attention import attend, square_causal
+from jaxprefix.models.attention import attend, heads_first, square_causal
 from tests.base_folders import make_base_folder, random_prefix
 from tests.tolerances import FUNCTION, MODEL
 
@@ -25,6 +25,10 @@ def heads():
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+def dense(q, k, v, prefix, *options):
+    return attend(q, heads_first(k), heads_first(v), prefix, *options)
+
+
 def outputs_and_gradients(function, q, k, v, prefix, weights):
     def weighed(*inputs):
         out = function(*inputs)
@@ -35,14 +39,14 @@ def outputs_and_gradients(function, q, k, v, prefix, weights):
 
 def test_square_causal_attention_is_the_dense_one(heads):
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.25, "xla"), *heads)
-    dense = outputs_and_gradients(attend, *heads)
-    for ours, expected in zip(jax.tree.leaves(square), jax.tree.leaves(dense), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION * float(jnp.abs(expected).max()))
+    expected = outputs_and_gradients(dense, *heads)
+    for ours, theirs in zip(jax.tree.leaves(square), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=FUNCTION * float(jnp.abs(theirs).max()))
 
 
 def test_square_causal_attention_without_a_prefix(heads):
     q, k, v, _, _ = heads
-    np.testing.assert_allclose(square_causal(q, k, v, None, 0.25, "xla"), attend(q, k, v, None), rtol=0, atol=FUNCTION)
+    np.testing.assert_allclose(square_causal(q, k, v, None, 0.25, "xla"), dense(q, k, v, None), rtol=0, atol=FUNCTION)
 
 
 def test_causal_attention_that_is_not_square_is_another_one(heads):
@@ -50,7 +54,7 @@ def test_causal_attention_that_is_not_square_is_another_one(heads):
     fronts = jnp.broadcast_to(prefix[:, None], (2, 2, *prefix.shape[1:]))
     keys, values = (jnp.concatenate([front, x], axis=1) for front, x in zip(fronts, (k, v), strict=True))
     top_left = jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation="xla")
-    assert jnp.abs(top_left - attend(q, k, v, prefix)).max() > 0.1
+    assert jnp.abs(top_left - dense(q, k, v, prefix)).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -62,7 +66,7 @@ def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypat
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(attention, "square_causal", lambda *inputs: calls.append(inputs) or inputs[0])
     q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
-    attend(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
+    dense(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
     assert bool(calls) == chosen
 
 
@@ -85,7 +89,7 @@ def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
 
 def test_scanned_layers_take_a_cache(base_folder, model):
     other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
-    shape = (2, 32, model.config.n_head, model.config.head_dim)
+    shape = (2, model.config.n_head, 32, model.config.head_dim)
     _, cache = other(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
     logits, _ = other(TOKENS[:, 10:11], prefix, cache, jnp.full((2, 1), 10))
     np.testing.assert_allclose(logits[:, 0], model(TOKENS, prefix)[0][:, 10], rtol=0, atol=MODEL)

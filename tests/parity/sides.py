@@ -33,7 +33,8 @@ from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import RECIPES, ConvertConfig, DecodeConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, Batch, Example, epoch_order, longest_row, make_batch, read_examples, split_examples
+from jaxprefix.data import IGNORED, Batch, epoch_order, longest_row, make_batch, split_examples
+from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.run_folder import CHECKPOINTS
 from tests.parity.cases import (
     LOW_CLIP,
@@ -82,7 +83,7 @@ class Ours:
 
     @functools.cached_property
     def chunks(self) -> list[Example]:
-        return read_examples(self.data, self.tokenizer, recipe=self.recipe)
+        return list(read_examples(self.data, Chunking(self.tokenizer, recipe=self.recipe)))
 
     @property
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:

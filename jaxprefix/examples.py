@@ -1,0 +1,161 @@
+"""JSON Lines → examples: token ids in flat arrays. No jax in here."""
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+
+from convert.errors import InputError
+from jaxprefix.config import Recipe
+from jaxprefix.tokenizer import Tokenizer
+
+
+class Example(NamedTuple):
+    """Token ids; the loss is on the target."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class Chunking(NamedTuple):
+    """How lines become examples."""
+
+    tokenizer: Tokenizer
+    suffix: str = " 😃"
+    """Appended to every sentence of a document."""
+    max_seq_len: int = 64
+    """Longest chunk of a document, in tokens."""
+    recipe: Recipe = Recipe()
+
+
+class Examples(Sequence[Example]):
+    """Examples in flat arrays, which may be files mapped into memory; a slice is a view."""
+
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray):
+        """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length."""
+        self._tokens, self._ends, self.prompt_lengths = tokens, ends, prompt_lengths
+        self._starts = np.concatenate([[0], ends[:-1]])
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """Lay examples out one behind the other."""
+        tokens, ends, prompt_lengths = array("I"), array("Q"), array("I")
+        for prompt, target in examples:
+            tokens.extend(prompt)
+            tokens.extend(target)
+            ends.append(len(tokens))
+            prompt_lengths.append(len(prompt))
+        return cls(np.array(tokens, np.uint32), np.array(ends, np.int64), np.array(prompt_lengths, np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index])
+            part._starts = self._starts[index]
+            return part
+        ids = self._tokens[self._starts[index] : self._ends[index]].tolist()
+        return Example(ids[: self.prompt_lengths[index]], ids[self.prompt_lengths[index] :])
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the constructor takes, of examples that are no slice."""
+        return self._tokens, self._ends, self.prompt_lengths
+
+    def count_of(self, token: int) -> np.ndarray:
+        """Return how often a token stands in each example."""
+        before = np.concatenate([[0], np.cumsum(self._tokens == token)])
+        return before[self._ends] - before[self._starts]
+
+    @property
+    def target_lengths(self) -> np.ndarray:
+        """Tokens of each target."""
+        return self._ends - self._starts - self.prompt_lengths
+
+
+def read_examples(path: Path, chunking: Chunking) -> "Examples":
+    """Read a JSON Lines file of `text` documents and `prompt` + `completion` pairs, in file order.
+
+    A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file")
+    with path.open("rb") as file:
+        examples = Examples.of(make_examples(file, path, 1, chunking))
+    if not examples:
+        raise InputError(f"{path}: holds no example")
+    return examples
+
+
+def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Iterator[Example]:
+    """Yield the examples of some lines of a file, of which the first has the number first_line."""
+    tokenizer = chunking.tokenizer
+    for where, record in _read_records(lines, path, first_line):
+        if "completion" in record and "prompt" in record:
+            prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
+            if not (target := tokenizer.encode(completion)):
+                raise InputError(f"{where}: `completion` is empty")
+            yield Example(tokenizer.encode(prompt), target)
+        elif "text" in record:
+            sentences = _string(record, "text", where).split("\n")
+            yield from (Example([], chunk) for chunk in chunk_document(sentences, chunking))
+        else:
+            raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
+
+
+def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
+    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len."""
+    tokenizer, suffix, max_seq_len, recipe = chunking
+    chunk: list[int] = []
+    text = ""
+    for sentence in sentences:
+        if not sentence.strip() and not recipe.keep_blank_sentences:
+            continue
+        longer_text = f"{text}\n{sentence}{suffix}"
+        longer = tokenizer.encode(longer_text)
+        if len(longer) <= max_seq_len:
+            text, chunk = longer_text, longer
+            continue
+        if chunk:
+            yield chunk
+        text = f"{sentence}{suffix}"
+        chunk = tokenizer.encode(text)
+        if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
+            n_pieces = -(-len(chunk) // max_seq_len)
+            yield from (piece.tolist() for piece in np.array_split(chunk, n_pieces))
+            text, chunk = "", []
+    if chunk and not recipe.drop_document_tails:
+        yield chunk
+
+
+def _read_records(lines: Iterable[bytes], path: Path, first_line: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, line n", object) of every line that is not blank."""
+    for number, line in enumerate(lines, start=first_line):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            record = json.loads(text) if text else None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+        if not text:
+            continue
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
+        yield where, record
+
+
+def _string(record: dict[str, Any], field: str, where: str) -> str:
+    value = record[field]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{where}: `{field}` holds half a surrogate pair")
+    return value
