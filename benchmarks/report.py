@@ -105,6 +105,22 @@ def peak_device_memory(way: str) -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
+def descendants_memory() -> int:
+    """Return the bytes that this process and all that it started hold now, pages that they share counted for each."""
+    parents, held = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        except OSError:  # ended meanwhile
+            continue
+        process = int(fields["Pid"])
+        parents[process], held[process] = int(fields["PPid"]), int(fields.get("VmRSS", "0 kB").split()[0]) * 1024
+    family = {os.getpid()}
+    while grown := {process for process, parent in parents.items() if parent in family} - family:
+        family |= grown
+    return sum(held.get(process, 0) for process in family)
+
+
 def _has(program: str) -> bool:
     return any((Path(folder) / program).is_file() for folder in os.environ["PATH"].split(os.pathsep))
 

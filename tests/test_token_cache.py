@@ -1,0 +1,118 @@
+import json
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix import token_cache
+from jaxprefix.config import Recipe, cache_folder
+from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
+from jaxprefix.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.token_cache import load_examples
+
+SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人が大きな声を出している。", "今日は、暑い。"]
+
+
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(token_cache, "CACHED_BYTES", 1000)
+    monkeypatch.setattr(token_cache, "RANGE_BYTES", 2000)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of 120 lines in many ranges: a mark at its start, documents, pairs, blank lines, no newline at its end."""
+    lines = []
+    for number in range(40):
+        lines.append(json.dumps({"text": "\n".join(SENTENCES * (1 + number % 3)) + str(number)}, ensure_ascii=False))
+        lines += [json.dumps({"prompt": f"{number}", "completion": SENTENCES[number % 3]}), ""]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode().rstrip())
+    return path
+
+
+def same(left, right):
+    return list(left) == list(right)
+
+
+def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
+    examples = load_examples(data, Chunking(tokenizer))
+    assert len(list(token_cache._ranges(data))) > 3
+    assert same(examples, read_examples(data, Chunking(tokenizer)))
+    assert len(examples) > 80
+    assert "MB/s" in capfd.readouterr().err
+
+
+def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capfd):
+    first = load_examples(data, Chunking(tokenizer))
+    monkeypatch.setattr(token_cache, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    assert same(load_examples(data, Chunking(tokenizer)), first)
+    assert list((cache_folder() / "tokens").iterdir()) == [
+        cache_folder() / "tokens" / token_cache._key(data, Chunking(tokenizer))
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [{"suffix": "!"}, {"max_seq_len": 32}, {"recipe": Recipe(drop_document_tails=True)}, "file", "tokenizer"]
+)
+def test_everything_that_matters_names_another_entry(data, tokenizer, change):
+    chunking = Chunking(tokenizer)
+    before = token_cache._key(data, chunking)
+    if change == "file":
+        data.write_bytes(data.read_bytes() + b"\n" + json.dumps({"text": "a"}).encode())
+    elif change == "tokenizer":
+        chunking = chunking._replace(tokenizer=type("Other", (), {"fingerprint": "other"})())
+    else:
+        chunking = chunking._replace(**change)
+    assert token_cache._key(data, chunking) != before
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "prompt_lengths.npy", "about.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_entry_is_made_anew(data, tokenizer, name, damage):
+    expected = list(load_examples(data, Chunking(tokenizer)))
+    path = cache_folder() / "tokens" / token_cache._key(data, Chunking(tokenizer)) / name
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:-9])
+    assert same(load_examples(data, Chunking(tokenizer)), expected)
+    assert path.read_bytes() == whole
+
+
+def test_an_error_names_the_line_of_the_file(data, tokenizer):
+    lines = data.read_bytes().split(b"\n")
+    lines[100] = b'{"text": 3}'
+    data.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=r"data.jsonl, line 101: `text` must be a string, found int"):
+        load_examples(data, Chunking(tokenizer))
+    assert list((cache_folder() / "tokens").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(data, tokenizer, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(InputError, match=r"the token cache cannot be written .*XDG_CACHE_HOME names another place"):
+        load_examples(data, Chunking(tokenizer))
+
+
+def test_a_large_file_without_examples(tmp_path, tokenizer):
+    path = tmp_path / "blank.jsonl"
+    path.write_text("\n" * 5000)
+    with pytest.raises(InputError, match="holds no example"):
+        load_examples(path, Chunking(tokenizer))
+
+
+def test_examples_are_a_sequence_with_views_for_slices():
+    listed = [Example([1, 2], [3]), Example([], [4, 5, 6]), Example([7], [8, 9])]
+    examples = Examples.of(listed)
+    assert same(examples, listed)
+    assert same(examples[1:], listed[1:])
+    assert same(examples[-2:][1:], listed[2:])
+    assert examples[-1] == listed[-1]
+    for part, expected in ((examples, listed), (examples[1:], listed[1:])):
+        np.testing.assert_array_equal(n_tokens(part), [sum(row_lengths(example)) for example in expected])
+        np.testing.assert_array_equal(n_labels(part), n_labels(expected))
+        assert longest_row(part) == longest_row(expected)
+    np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
