@@ -74,7 +74,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _generate(config: GenerateConfig) -> int:
-    from jaxprefix.generate import stream
+    from jaxprefix.generate import BatchTiming, stream
 
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else None)
     model, tokenizer, prefix = _load(config)
@@ -86,11 +86,15 @@ def _generate(config: GenerateConfig) -> int:
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
 
     def answer(prompts: list[str]) -> None:
-        options = (config.seed, config.batch_size, config.decode)
+        timings: list[BatchTiming] = []
+        options = (config.seed, config.batch_size, config.decode, timings)
         streams = [stream(model, tokenizer, prompts, way, *options) for way in ways.values()]
         for prompt, *made in zip(prompts, *streams, strict=True):
             result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
             print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
+        for n_rows, n_tokens, seconds in timings if config.timing else ():
+            speed = n_tokens / seconds
+            print(f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s", file=sys.stderr)
 
     if prompts:
         answer(prompts)

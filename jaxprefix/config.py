@@ -320,6 +320,8 @@ class GenerateConfig:
     """Show the plain base model's continuation beside the prefix's."""
     json: bool = False
     """Print one JSON object per prompt."""
+    timing: bool = False
+    """Tell on stderr how many tokens were made a second, by batch: the first one of a shape is compiled."""
     seed: int = 42
     """Seed of the sampling."""
     model_type: Literal["gpt-neox", "gpt"] | None = None

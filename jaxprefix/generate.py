@@ -5,6 +5,7 @@ last one, so the padding's keys are overwritten before a query could see them.
 """
 
 import functools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,14 @@ from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+
+
+class BatchTiming(NamedTuple):
+    """How long a batch of prompts took, compilation included."""
+
+    n_rows: int
+    n_tokens: int
+    seconds: float
 
 
 class DecodeState(NamedTuple):
@@ -61,10 +70,12 @@ def stream(
     seed: int,
     batch_size: int,
     decode: DecodeConfig,
+    timings: list[BatchTiming] | None = None,
 ) -> Iterator[str]:
-    """Yield what `generate` returns, a batch of prompts at a time."""
+    """Yield what `generate` returns, a batch of prompts at a time; append to `timings` what each took."""
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    for prompt, made in zip(ids, generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode), strict=True):
+    made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings)
+    for prompt, made in zip(ids, made_ids, strict=True):
         # Decoded behind the prompt, so that a space at the seam is kept.
         yield tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
 
@@ -77,6 +88,7 @@ def generate_ids(
     seed: int = 42,
     batch_size: int = 16,
     decode: DecodeConfig = DecodeConfig(),
+    timings: list[BatchTiming] | None = None,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
@@ -93,13 +105,17 @@ def generate_ids(
         for index, ids in enumerate(group):
             tokens[index, : len(ids)] = ids
             lengths[index] = len(ids)
+        started = time.perf_counter()
         places = jnp.arange(first, first + batch_size)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
         made = np.asarray(
             _decode(model, prefix, jnp.asarray(tokens), jnp.asarray(lengths), keys, tokenizer.eos_id, decode)
         )
-        for row in made[: len(group)]:
-            yield row[: np.argmax(row == tokenizer.eos_id) if tokenizer.eos_id in row else len(row)].tolist()
+        lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
+        if timings is not None:
+            timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
+        for row, length in zip(made, lengths_made, strict=False):
+            yield row[:length].tolist()
 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))

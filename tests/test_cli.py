@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,15 @@ def test_the_original_flags_work_unchanged(tmp_path):
     assert (tmp_path / "r.note" / "prefix" / "adapter_model.safetensors").is_file()
     resumed = ["train", *BASE, *data, *flags.split(), "--resume_training"]
     assert main(resumed) == 0
+
+
+def test_generate_tells_the_timing_of_every_batch(capsys):
+    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", "b", "c", *GREEDY, "--batch_size", "2", "--timing"]) == 0
+    found = re.findall(
+        r"^(\d) rows, (\d+) tokens in [\d.]+ s: ([\d.]+) tokens/s$", capsys.readouterr().err, re.MULTILINE
+    )
+    assert [int(n_rows) for n_rows, _, _ in found] == [2, 1]
+    assert all(float(speed) > 0 for _, _, speed in found)
 
 
 def test_generate_compares_as_text_and_json(capsys):
