@@ -53,13 +53,14 @@ class RunLog:
         """Move the progress bar."""
         self._progress.update(self._task, completed=n_done, status=f"loss {loss:.4g} · {tokens_per_s:,.0f} tokens/s")
 
-    def point(self, split: str, step: int, epoch: int, **values: float) -> None:
+    def point(self, split: str, step: int, epoch: int, **values: float | int) -> None:
         """Log loss, ppl, … of a split after `step` updates, everywhere."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = {"split": split, "step": step, "epoch": epoch, **finite}
         if split == "train":
             where = f"Epoch {epoch}, step {step}, lr {values['lr']:.5g}"
-            self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
+            skipped = f", skipped updates: {values['skipped']}" if values.get("skipped") else ""
+            self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}{skipped}")
         else:
             self.line(f"Epoch {epoch}, {split} - monitor: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
         if self._metrics is not None and self._tensorboard is not None:

@@ -172,8 +172,11 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: threading.Event)
         settle(n_left=0 if logging or saving else 1)
 
         if logging:
-            lr, speed = float(run.rate(max(n_applied(state) - 1, 0))), window.tokens_per_s
-            run.log.point("train", progress.n_done, epoch, **window.means(), lr=lr, tokens_per_s=speed)
+            applied, values = n_applied(state), window.means()
+            values |= {"lr": float(run.rate(max(applied - 1, 0))), "tokens_per_s": window.tokens_per_s}
+            if state.loss_scale is not None:
+                values["skipped"] = progress.n_done - applied
+            run.log.point("train", progress.n_done, epoch, **values)
             window = LossMeter(recipe)
         for epoch in ended:
             prefix = state.encoder()

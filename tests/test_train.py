@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,6 +21,7 @@ from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.config import RECIPES
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.loss import LossScale
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import read_inputs, train, update_batches
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -133,6 +135,14 @@ def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkey
     np.testing.assert_array_equal(prefix_of(config), prefix_of(whole))
     assert losses_of(config.run_dir) == losses_of(whole.run_dir)
     assert len(losses_of(whole.run_dir)) == 2
+
+
+def test_skipped_updates_are_counted_in_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(LossScale, "start", classmethod(lambda cls: cls(jnp.float32(2**30), jnp.int32(0))))
+    config = run_config(tmp_path, fp16=True, n_training_steps=3)
+    train(config)
+    assert [point["skipped"] for point in metrics_of(config.run_dir)] == [1, 2, 3]
+    assert "skipped updates: 3" in (config.run_dir / "log.txt").read_text()
 
 
 def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
