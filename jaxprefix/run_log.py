@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class RunLog:
@@ -26,7 +28,9 @@ class RunLog:
             _keep_until(folder / "metrics.jsonl", from_step)
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+            self._tensorboard = EventFileWriter(str(folder / "tensorboard"))  # tensorboardX would import torch
+            again = SessionLog(status=SessionLog.START)  # what earlier sittings wrote from this step on is not shown
+            self._tensorboard.add_event(Event(wall_time=time.time(), step=from_step + 1, session_log=again))
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
         hidden = quiet or not self.console.is_terminal
         self._progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
@@ -65,8 +69,8 @@ class RunLog:
             self.line(f"Epoch {epoch}, {split} - monitor: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
         if self._metrics is not None and self._tensorboard is not None:
             print(json.dumps(record), file=self._metrics, flush=True)
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{name}/{split}", value, step)
+            scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
+            self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
             self._tensorboard.flush()
 
 
