@@ -10,7 +10,7 @@ demo: .venv/core            ## train a prefix on the small base model and show w
 	.venv/bin/python examples/demo.py
 
 test: .venv/dev             ## the whole suite
-	.venv/bin/python -m pytest -q --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal
 
 parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes docs/parity.md
 	.venv/bin/python -m tests.parity.report

@@ -165,9 +165,8 @@ def reference(tmp_path_factory):
 
 
 # The other cases are run by `make parity`.
-@pytest.mark.parametrize("case", [PLAIN, next(c for c in CASES if c.packing and not c.deepspeed)], ids=lambda c: c.name)
-def test_every_stage_agrees(case, tmp_path):
-    results = list(compare_case(case, tmp_path))
+def test_every_stage_agrees(tmp_path):  # in the first case; make parity compares all
+    results = list(compare_case(PLAIN, tmp_path))
     assert [result.stage for result in results] == list(STAGES)
     assert not [(result.stage.title, result.difference) for result in results if not result.holds]
 
