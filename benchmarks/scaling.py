@@ -60,8 +60,8 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
 
     def step() -> None:
         nonlocal state
-        state, loss = update(state, base, batch)
-        loss.block_until_ready()
+        state, outcome = update(state, base, batch)
+        outcome.loss.block_until_ready()
 
     return step
 

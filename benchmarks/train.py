@@ -30,9 +30,10 @@ def jaxprefix_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tu
     from jaxprefix.cli import keep_compiled_programs
     from jaxprefix.config import RECIPES, TrainConfig
     from jaxprefix.data import IGNORED
+    from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
-    from jaxprefix.train import read_inputs, start_state, update_batches
+    from jaxprefix.train import start_state
     from jaxprefix.update import learning_rate, make_optimizer, make_update
 
     keep_compiled_programs()
@@ -47,8 +48,8 @@ def jaxprefix_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tu
 
     def step(number: int) -> None:
         nonlocal state
-        state, loss = update(state, base, batches[number])
-        loss.block_until_ready()
+        state, outcome = update(state, base, batches[number])
+        outcome.loss.block_until_ready()
 
     for shape in {batch.tokens.shape for batch in batches}:  # compile each
         step(next(n for n, batch in enumerate(batches) if batch.tokens.shape == shape))
@@ -61,7 +62,7 @@ def torch_batches(folder: Path, data: Path, batch_size: int) -> tuple[list[Any],
 
     from jaxprefix.config import RECIPES, TrainConfig
     from jaxprefix.data import IGNORED, longest_row, make_batch
-    from jaxprefix.train import read_inputs
+    from jaxprefix.inputs import read_inputs
 
     sizes = {"train_data_size": 200, "n_epochs": 1, "batch_size": batch_size}
     inputs = read_inputs(TrainConfig(str(folder), data, "benchmark", **sizes), RECIPES["default"])

@@ -1,6 +1,7 @@
 """The command line: jaxprefix train | generate | evaluate | convert | check.
 
-What a user can get wrong ends in plain lines on stderr and exit code 2; a stopped run exits with 130.
+What a user can get wrong ends in plain lines on stderr and exit code 2, a run that fails in exit code 1. A run that a
+signal stopped, with a checkpoint, exits with 128 and the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
 
 Command = (
@@ -41,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -62,8 +66,8 @@ def _train(config: TrainConfig) -> int:
     from jaxprefix.train import train
 
     result = train(config)
-    if not result.finished:
-        return 130
+    if result.stopped_by is not None:
+        return 128 + result.stopped_by
     if result.best_dev_loss is None:
         print("error: no dev loss was finite, so no prefix was kept; lower --max_lr", file=sys.stderr)
         return 1

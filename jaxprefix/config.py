@@ -89,6 +89,8 @@ class HostsConfig:
     """How many processes make the run."""
     process_id: int | None = None
     """Which of them this is, counted from 0."""
+    stall_minutes: float = 30.0
+    """Without an update, an evaluation or a checkpoint for so long, a process ends: another one hangs."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -105,6 +107,8 @@ class HostsConfig:
             problems.append(f"--num_processes must be positive, is {self.num_processes}")
         elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
             problems.append(f"--process_id must be at least 0 and below --num_processes, is {self.process_id}")
+        if not self.stall_minutes > 0:
+            problems.append(f"--stall_minutes must be positive, is {self.stall_minutes}")
         if problems:
             raise InputError.all("train:", problems)
 
@@ -189,6 +193,8 @@ class TrainConfig:
     """Delete an earlier run of the same name first."""
     checkpoint_every_n_steps: int = 1000
     """Updates between checkpoints; one is also saved after every epoch, at the end, and on Ctrl-C."""
+    checkpoint_every_minutes: float = 10.0
+    """Minutes between checkpoints, whichever comes first."""
     mesh: str | None = None
     """Devices by axis, as in data=2,fsdp=2,tensor=2: rows split over data and fsdp, weights over fsdp and tensor.
     All devices are data unless given."""
@@ -206,7 +212,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
-        positive += ["max_lr", "adam_eps", "dev_data_size"]
+        positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
         not_negative = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
         problems = [
             f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0

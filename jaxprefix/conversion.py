@@ -7,11 +7,11 @@ from convert.prefix import read_prefix, write_adapter, write_npy, write_safetens
 from convert.torch_files import is_torch_file, load_torch
 from convert.training_state import STEPS, is_training_state, read_training_state, write_training_state
 from jaxprefix.base_folder import open_base
-from jaxprefix.checkpoint import Checkpoints, has_checkpoint
+from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import base_identity, load_prefix
-from jaxprefix.run_folder import CHECKPOINTS, is_run_folder
+from jaxprefix.run_folder import CHECKPOINTS, is_run_folder, only_writer
 
 BASE_CONFIG = "config.json"
 TRAINING_STATE = ".pt"
@@ -57,7 +57,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
 
 def _training_state_out(config: ConvertConfig) -> str:
     """From a run's newest checkpoint to a torch file."""
-    if not has_checkpoint(config.source / CHECKPOINTS):
+    if newest_checkpoint(config.source / CHECKPOINTS) is None:
         raise InputError(f"{config.source}: no run folder with a checkpoint, whose training state could be written")
     with Checkpoints(config.source / CHECKPOINTS, create=False) as checkpoints:
         arrays, progress = checkpoints.read()
@@ -74,8 +74,9 @@ def _training_state_in(config: ConvertConfig) -> str:
         raise InputError(f"{config.source}: holds an encoder without its optimizer; give it to train --checkpoint_path")
     n_done = int(arrays[STEPS[0]])
     folder = config.target / CHECKPOINTS
-    with Checkpoints(folder) as checkpoints:
-        progress = checkpoints.read()[1] if has_checkpoint(folder) else {"n_done": 0, "best_dev_loss": None}
+    with only_writer(config.target), Checkpoints(folder) as checkpoints:
+        resumed = newest_checkpoint(folder) is not None
+        progress = checkpoints.read()[1] if resumed else {"n_done": 0, "best_dev_loss": None}
         if int(progress["n_done"] or 0) >= n_done:
             raise InputError(f"{folder}: has a checkpoint of update {progress['n_done']}, the source is of {n_done}")
         checkpoints.save(n_done, arrays, {**progress, "n_done": n_done, "window": []})

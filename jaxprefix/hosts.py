@@ -126,6 +126,11 @@ def first_says(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
 
 
+def anywhere(flag: bool) -> bool:
+    """Tell every process whether a flag is set on any of them."""
+    return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+
+
 def see(path: Path) -> None:
     """Wait until this process sees a file of the first one. Raises InputError when it does not."""
     deadline = time.monotonic() + VISIBLE_SECONDS
@@ -145,22 +150,59 @@ def spread(arrays: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), arrays)
 
 
-class StopVote:
-    """Lets all processes stop after the same update when one of them is asked to.
+class Vote:
+    """Lets all processes do the same after the same update when one of them wishes it: the highest wish counts.
 
-    The devices count the votes behind each update, and each count is read one update later, when the loop has waited
+    The devices gather the votes behind each update, and each outcome is read one update later, when the loop has waited
     for that update anyway: nothing stands still for it.
     """
 
+    GO_ON = 0
+    SAVE = 1
+    """Save a checkpoint. A wish above it is the number of the signal that asked to stop."""
+
     def __init__(self, mesh: Mesh):
         self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._count = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._latest: jax.Array | None = None
 
-    def cast(self, asked: bool) -> bool:
-        """Vote after an update; return whether to stop now, the same on every process."""
+    def cast(self, wish: int) -> int:
+        """Vote after an update; return what to do now, the same on every process."""
         if jax.process_count() == 1:
-            return asked
-        votes = np.full(self._split.mesh.size, asked, np.int32)
-        earlier, self._latest = self._latest, self._count(spread(votes, self._split))
-        return earlier is not None and int(earlier) > 0
+            return wish
+        votes = np.full(self._split.mesh.size, wish, np.int32)
+        earlier, self._latest = self._latest, self._highest(spread(votes, self._split))
+        return Vote.GO_ON if earlier is None else int(earlier)
+
+
+class Watchdog:
+    """Ends this process when it makes no progress for long, as when another one hangs: a collective waits for ever.
+
+    Used as a context manager around the loop; alone, it does nothing. A process that is dead or frozen is noticed
+    earlier, by its missing heartbeat; this is for one that lives and is stuck.
+    """
+
+    def __init__(self, minutes: float):
+        self._minutes = minutes
+        self._seen = time.monotonic()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if jax.process_count() > 1:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+
+    def progress(self) -> None:
+        """Note that the run goes on."""
+        self._seen = time.monotonic()
+
+    def _watch(self) -> None:
+        limit = 60 * self._minutes
+        while not self._ended.wait(limit / 10):
+            if time.monotonic() - self._seen > limit:
+                text = f"error: no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
+                print(f"{text}: a process hangs, or --stall_minutes is too short", file=sys.stderr, flush=True)
+                os._exit(1)  # the thread that waits cannot be interrupted

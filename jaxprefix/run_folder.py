@@ -1,13 +1,20 @@
 """The folder of a run: who may write it, and config.json, which holds enough to rebuild the run."""
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from convert.errors import InputError
+from convert.files import replacing
 from jaxprefix.config import TrainConfig
 
 CONFIG_FILE = "config.json"
@@ -19,8 +26,51 @@ MAY_CHANGE_ON_RESUME = {
     "save_log",
     "log_every_n_steps",
     "checkpoint_every_n_steps",
+    "checkpoint_every_minutes",
     "hosts",
 }
+MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a lock beside a run's folder, `.NAME.lock`, which the system releases however this process ends.
+
+    Raises InputError when another process holds it, naming it, or when it cannot be made. On a file system without
+    locks nothing is held.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path)
+    except BlockingIOError as error:
+        owner = path.read_text(encoding="utf-8").strip() or "another process"
+        raise InputError(f"{folder}: is in use by {owner}; wait for it or choose another --save_name") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    with file:
+        yield
+        with contextlib.suppress(OSError):  # a folder that has become read-only keeps it, unlocked
+            path.unlink()
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+        if path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # the owner before removed it between opening and locking
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
@@ -29,13 +79,12 @@ def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
     `base` describes the base model. Raises InputError when the folder cannot be written, holds another
     run (without --resume or --overwrite), or when a resumed run's settings, data or base have changed.
     """
-    if not (config.save_log or config.save_model):
-        return
     description = {**_plain(config), "data_sha256": _sha256(config.data_filepath), "base": base}
     folder = config.run_dir
     try:
         if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
+            _write_description(folder, description)
             return
         if config.overwrite and folder.is_dir() and _read_description(folder):
             shutil.rmtree(folder)
@@ -43,8 +92,7 @@ def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
         if not config.resume and any(folder.iterdir()):
             advice = "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
             raise InputError(f"{folder}: is not empty; {advice}")
-        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        _write_description(folder, description)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 
@@ -78,12 +126,24 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     changed = [
-        f"{field}: was {earlier.get(field)!r}, now {value!r}"
+        f"{field}: was {earlier.get(field)!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
         for field, value in description.items()
-        if field not in MAY_CHANGE_ON_RESUME and earlier.get(field) != value
+        if not _may_follow(field, earlier.get(field), value)
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)
+
+
+def _may_follow(field: str, earlier: Any, now: Any) -> bool:
+    """Tell whether a resumed run may have another value of a setting."""
+    if field in MAY_GROW_ON_RESUME and isinstance(earlier, int):
+        return now >= earlier
+    return field in MAY_CHANGE_ON_RESUME or earlier == now
+
+
+def _write_description(folder: Path, description: dict[str, Any]) -> None:
+    with replacing(folder / CONFIG_FILE) as path:
+        path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

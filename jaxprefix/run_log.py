@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from convert.errors import InputError
+from convert.files import replacing
 
 
 class RunLog:
@@ -73,10 +77,23 @@ class RunLog:
             self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
             self._tensorboard.flush()
 
+    def to_disk(self) -> None:
+        """Have the system write metrics.jsonl down: a checkpoint must not outlive the records of its updates."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
 
 def _keep_until(path: Path, step: int) -> None:
     """Drop the records of later updates, and a last line that was cut off, from a metrics file."""
-    if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    if not path.is_file():
+        return
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    kept = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            if int(json.loads(line)["step"]) <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: line {number} is damaged; remove it and resume again") from error
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))

@@ -25,7 +25,15 @@ class TrainState(NamedTuple):
     loss_scale: LossScale | None
 
 
-Update = Callable[[TrainState, BaseModel, Batch], tuple[TrainState, Float[Array, ""]]]
+class Outcome(NamedTuple):
+    """What an update tells of itself."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    """Towards the encoder, before clipping."""
+
+
+Update = Callable[[TrainState, BaseModel, Batch], tuple[TrainState, Outcome]]
 
 
 def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
@@ -97,22 +105,23 @@ def loss_and_gradient(
 
 
 def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
-    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss).
+    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss and gradient norm).
 
-    The base stays as it lies on the mesh.
+    An update whose loss or gradient is not finite leaves the state as it was, but for the loss scale. The base stays
+    as it lies on the mesh.
     """
 
-    def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Float[Array, ""]]:
+    def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Outcome]:
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         base = with_embedded_rows(base, mesh)
         loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
-        moved = TrainState(optax.apply_updates(state.encoder, updates), moments, None)
-        if state.loss_scale is not None:
-            finite = jnp.isfinite(optax.tree.norm(gradient))
-            encoder, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved[:2], state[:2])
-            moved = TrainState(encoder, moments, state.loss_scale.adjusted(finite))
-        return moved, loss
+        outcome = Outcome(loss, optax.tree.norm(gradient))
+        finite = jnp.isfinite(loss) & jnp.isfinite(outcome.gradient_norm)
+        moved = optax.apply_updates(state.encoder, updates), moments
+        encoder, moments = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state[:2])
+        scale_then = None if state.loss_scale is None else state.loss_scale.adjusted(finite)
+        return TrainState(encoder, moments, scale_then), outcome
 
     everywhere = replicated(mesh)
     return jax.jit(

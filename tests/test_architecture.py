@@ -19,6 +19,7 @@ MAY_NOT_IMPORT = {
 FLOORS = [
     {"cli"},
     {"train", "conversion", "check"},
+    {"inputs", "faults"},
     {"update", "generate", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding", "hosts"},
     {"base_folder"},

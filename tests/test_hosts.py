@@ -109,7 +109,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)
     codes, _, errors = ended(pair)
-    assert codes == [130, 130], errors
+    assert codes == [143, 143], errors
     n_done = len(losses_of(config.run_dir))
     assert 1 <= n_done < 8
     assert (config.run_dir / "checkpoints" / str(n_done)).is_dir()

@@ -39,7 +39,8 @@ def start(golden_model):
 
 def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
-    return make_update(optimizer, recipe, make_mesh())(start(optimizer, loss_scale), base, batch)
+    moved, outcome = make_update(optimizer, recipe, make_mesh())(start(optimizer, loss_scale), base, batch)
+    return moved, outcome.loss
 
 
 def gap(first, second) -> float:

@@ -1,0 +1,136 @@
+"""What can end a run before its time, told plainly: signals, numbers that are not finite, disk and memory."""
+
+import contextlib
+import math
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from safetensors import SafetensorError
+
+from convert.errors import RunError
+from jaxprefix.checkpoint import newest_checkpoint
+from jaxprefix.config import TrainConfig
+from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
+
+MOST_SKIPPED = 20
+"""Updates that float16 may skip in a row: after so many halvings the scale of the loss is not what overflows."""
+MOST_SHOWN = 16
+"""Examples that a message shows."""
+GIB = 2**30
+UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+class StopRequest:
+    """The signal that asked the run to end, once one has."""
+
+    received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then."""
+    stop = StopRequest()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.received is not None:
+            raise KeyboardInterrupt
+        stop.received = signal.Signals(number)
+
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except KeyboardInterrupt as error:
+        raise RunError("a second signal ended the run at once; --resume goes on from its newest checkpoint") from error
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def told_plainly(config: TrainConfig) -> Iterator[None]:
+    """Turn what the disk and the device's memory can do to a run into RunError; the cause stays attached."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or config.run_dir
+        raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(out_of_memory(str(error), config)) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what an error says, or the system's own words."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+
+
+def what_is_left(config: TrainConfig) -> str:
+    """Tell what a run that ended early can be resumed from."""
+    newest = newest_checkpoint(config.run_dir / CHECKPOINTS)
+    if newest is None:
+        return "the run has no checkpoint"
+    return f"the last good checkpoint is {config.run_dir / CHECKPOINTS / str(newest)}, --resume goes on from it"
+
+
+def check_still_there(config: TrainConfig) -> None:
+    """Raise RunError when the run's folder is gone, instead of making half of it anew."""
+    if not (config.run_dir / CONFIG_FILE).is_file():
+        raise RunError(f"{config.run_dir}: vanished while the run was going on; nothing of it is left to resume")
+
+
+def out_of_memory(text: str, config: TrainConfig) -> str:
+    """Say by how much a device's memory was too small, from the error's text, and which flags need less of it."""
+    wanted = re.search(r"alloca\w+ (?:of )?([\d.]+) ?(\w*iB|bytes)?", text)
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    free = size - stats.get("bytes_in_use", 0)
+    over = "out of memory"
+    if wanted:
+        n_bytes = float(wanted[1]) * UNITS.get(wanted[2] or "", 1)
+        over += f": {n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
+    else:
+        over += ": more was asked for than"
+    advice = [f"--batch_size {config.batch_size} (with more --n_accum_steps, for the same updates)"]
+    advice.append(f"--max_seq_len {config.max_seq_len}")
+    other = ["--dtype bfloat16"] if config.dtype == "float32" else []
+    other += ["--remat block"] if config.compute.remat != "block" else []
+    other.append("more devices with --mesh fsdp=N")
+    return (
+        f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free; lower "
+        f"{' or '.join(advice)}, or take {', '.join(other)}. `jaxprefix check` with the same flags tells what an "
+        f"update needs. For this run, {what_is_left(config)}"
+    )
+
+
+class FiniteGuard:
+    """Ends a run whose loss or gradient is not finite; float16 may skip such updates, MOST_SKIPPED in a row."""
+
+    def __init__(self, config: TrainConfig, n_skipped: int = 0):
+        self._config = config
+        self.n_skipped = n_skipped
+        """Updates skipped in a row up to now."""
+
+    def fault(self, update: int, loss: float, gradient_norm: float) -> str | None:
+        """Take in what came out of an update; say what ends the run, if it does."""
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            self.n_skipped = 0
+            return None
+        self.n_skipped += 1
+        what = f"update {update}: the loss is {loss:.4g}, the norm of its gradient {gradient_norm:.4g}"
+        if self._config.dtype == "float16":
+            if self.n_skipped <= MOST_SKIPPED:
+                return None
+            what += f", and float16 has skipped the {MOST_SKIPPED} updates before; try --dtype bfloat16"
+        return f"{what}; {what_is_left(self._config)}"
+
+
+def not_finite(fault: str, examples: list[str]) -> RunError:
+    """Return the error that ends a run for what its guard found, with the examples that it comes from, a line each."""
+    more = [f"and {len(examples) - MOST_SHOWN} more"] if len(examples) > MOST_SHOWN else []
+    return RunError.all(f"{fault}. It comes from:", examples[:MOST_SHOWN] + more)

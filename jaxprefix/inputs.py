@@ -1,0 +1,80 @@
+"""What a run reads before it starts, checked: base model, tokenizer, examples; and the batch of every update."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from convert.errors import InputError
+from jaxprefix.base_folder import BaseFolder, open_base
+from jaxprefix.config import Recipe, TrainConfig
+from jaxprefix.data import (
+    Batch,
+    PackedShapes,
+    UpdatePlan,
+    longest_row,
+    make_batch,
+    make_packed_batch,
+    split_examples,
+)
+from jaxprefix.examples import Chunking, Example
+from jaxprefix.sharding import rows_on
+from jaxprefix.token_cache import load_examples
+
+LONGEST_PACKED = 512
+"""Tokens of the longest row up to which packing pays: attention over longer ones costs more than their padding."""
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it starts, checked."""
+
+    base: BaseFolder
+    train_set: Sequence[Example]
+    dev_set: Sequence[Example]
+    plan: UpdatePlan
+
+
+def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
+    """Read configuration, tokenizer and data, and check that they fit together."""
+    if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise InputError("--attention cudnn needs an NVIDIA GPU, and JAX sees none")
+    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe)
+    examples = load_examples(config.data_filepath, chunking)
+    train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
+    longest = max(longest_row(train_set), longest_row(dev_set))
+    base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
+    plan = UpdatePlan(
+        n_examples=len(train_set),
+        batch_size=config.batch_size,
+        n_accum_steps=config.n_accum_steps,
+        n_epochs=config.n_epochs,
+        n_training_steps=config.n_training_steps,
+        seed=config.seed,
+        carry_accumulation=recipe.carry_accumulation,
+    )
+    if recipe.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
+        raise InputError(
+            f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
+            f"which --recipe {config.recipe} cannot fill"
+        )
+    return Inputs(base, train_set, dev_set, plan)
+
+
+def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
+    """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
+    plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
+    make, n_rows, shapes = make_batch, rows_on(mesh, 2 * config.batch_size), None
+    if config.packing and n_columns <= LONGEST_PACKED and config.compute.attention != "cudnn":
+        every_batch = (batch for number in range(plan.n_updates) for batch in plan.micro_batches(number))
+        shapes = PackedShapes.of(inputs.train_set, every_batch, n_parts=rows_on(mesh, 1))
+        make, n_rows = make_packed_batch, shapes.n_rows
+    for number in range(first, plan.n_updates):
+        groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
+        groups += [[]] * (config.n_accum_steps - len(groups))
+        if shapes:
+            n_columns = shapes.fitting(groups)
+        parts = [make(group, tokenizer, n_rows, n_columns) for group in groups]
+        yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
