@@ -1,10 +1,13 @@
 """What can end a run before its time, told plainly: signals, numbers that are not finite, disk and memory."""
 
 import contextlib
+import logging
 import math
 import os
 import re
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +15,7 @@ import jax
 from safetensors import SafetensorError
 
 from convert.errors import RunError
-from jaxprefix.checkpoint import newest_checkpoint
+from jaxprefix.checkpoint import SaveError, first_words, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
 
@@ -51,22 +54,47 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def told_plainly(config: TrainConfig) -> Iterator[None]:
-    """Turn what the disk and the device's memory can do to a run into RunError; the cause stays attached."""
+def within_memory(config: TrainConfig) -> Iterator[None]:
+    """Turn JAX's error of a device that is full into RunError, which tells what to lower."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        where = getattr(error, "filename", None) or config.run_dir
-        raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunError(out_of_memory(str(error), config)) from error
 
 
-def reason(error: Exception) -> str:
-    """Return the first line of what an error says, or the system's own words."""
-    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+@contextlib.contextmanager
+def within_disk(config: TrainConfig) -> Iterator[None]:
+    """Turn what can happen to an open run's folder into RunError: full, read-only, removed. The cause stays attached.
+
+    What threads of other libraries would print of it meanwhile, page after page, is cut to a line.
+    """
+    hook, threading.excepthook = threading.excepthook, warn_of_thread
+    pages = logging.getLogger("absl")
+    level = pages.level
+    pages.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (OSError, SafetensorError, SaveError) as error:
+        check_still_there(config)
+        if isinstance(error, SaveError):
+            raise
+        where = os.fsdecode(getattr(error, "filename", None) or config.run_dir)
+        raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
+    finally:
+        threading.excepthook = hook
+        pages.setLevel(level)
+
+
+def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Say in one line that a thread failed: those that write in the background fail in the loop, too, where it ends."""
+    print(f"WARNING: in the background: {reason(failure.exc_value)}", file=sys.stderr, flush=True)
+
+
+def reason(error: BaseException | None) -> str:
+    """Return the system's own words, or the beginning of what an error says."""
+    return getattr(error, "strerror", None) or first_words(error)
 
 
 def what_is_left(config: TrainConfig) -> str:
@@ -85,7 +113,7 @@ def check_still_there(config: TrainConfig) -> None:
 
 def out_of_memory(text: str, config: TrainConfig) -> str:
     """Say by how much a device's memory was too small, from the error's text, and which flags need less of it."""
-    wanted = re.search(r"alloca\w+ (?:of )?([\d.]+) ?(\w*iB|bytes)?", text)
+    wanted = re.search(r"allocat\D+([\d.]+) ?(\w*iB|bytes)?", text)
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -127,10 +155,10 @@ class FiniteGuard:
             if self.n_skipped <= MOST_SKIPPED:
                 return None
             what += f", and float16 has skipped the {MOST_SKIPPED} updates before; try --dtype bfloat16"
-        return f"{what}; {what_is_left(self._config)}"
+        return what
 
 
-def not_finite(fault: str, examples: list[str]) -> RunError:
+def not_finite(fault: str, config: TrainConfig, examples: list[str]) -> RunError:
     """Return the error that ends a run for what its guard found, with the examples that it comes from, a line each."""
     more = [f"and {len(examples) - MOST_SHOWN} more"] if len(examples) > MOST_SHOWN else []
-    return RunError.all(f"{fault}. It comes from:", examples[:MOST_SHOWN] + more)
+    return RunError.all(f"{fault}; {what_is_left(config)}. It comes from:", examples[:MOST_SHOWN] + more)

@@ -21,7 +21,15 @@ from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import RECIPES, TrainConfig
 from jaxprefix.data import IGNORED, n_labels
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
-from jaxprefix.faults import FiniteGuard, StopRequest, check_still_there, not_finite, stop_on_signal, told_plainly
+from jaxprefix.faults import (
+    FiniteGuard,
+    StopRequest,
+    check_still_there,
+    not_finite,
+    stop_on_signal,
+    within_disk,
+    within_memory,
+)
 from jaxprefix.hosts import Vote, Watchdog, agree, first_says, is_first, joined, see, spread
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
@@ -83,7 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
     with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all have
     made the run; a signal to any of them ends it for all.
     """
-    with told_plainly(config), joined(config.hosts):
+    with within_memory(config), joined(config.hosts):
         return train_jointly(config)
 
 
@@ -103,13 +111,14 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     progress = Progress()
     with contextlib.ExitStack() as stack:
         open_shared_folder(config, inputs.base, stack)
+        if config.save_log or config.save_model:
+            stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal())
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
-            state, saved = checkpoints.restore(state, replicated(mesh))
-            progress = Progress(**saved)
-        else:
-            state = jax.device_put(state, replicated(mesh))
+            arrays, saved = checkpoints.read()
+            state, progress = from_names(state, arrays, checkpoints.folder), Progress(**saved)
+        state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
         log = RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first())
         stack.enter_context(log)
@@ -149,7 +158,9 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             loss, before, clock = float(outcome.loss), clock, time.monotonic()
             number = progress.n_done - len(in_flight)
             if fault := guard.fault(number, loss, float(outcome.gradient_norm)):
-                raise not_finite(fault, offending_examples(run, state, number))
+                if run.checkpoints:
+                    run.checkpoints.finish()
+                raise not_finite(fault, config, offending_examples(run, state, number))
             window.add(loss, n_tokens, clock - before)
             run.log.progress(number, loss, window.tokens_per_s)
             run.watchdog.progress()
@@ -272,7 +283,7 @@ def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) ->
         return from_names(like, read_training_state(config.checkpoint_path), config.checkpoint_path)["encoder"]
     check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
     with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
-        return checkpoints.restore(like, replicated(make_mesh()))[0]["encoder"]
+        return from_names(like, checkpoints.read()[0], checkpoints.folder)["encoder"]
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:

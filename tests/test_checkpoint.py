@@ -1,0 +1,148 @@
+"""Checkpoints damaged in every file and every way: the one before is taken, or a plain refusal; never a wrong one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError, RunError
+from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
+
+CONTENT = {
+    step: {"encoder.weight": np.arange(600, dtype=np.float32).reshape(20, 30) * step, "count": np.int32([step])}
+    for step in (4, 8)
+}
+PROGRESS = {step: {"n_done": step, "best_dev_loss": 7 / step} for step in CONTENT}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of two checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        for step, arrays in CONTENT.items():
+            checkpoints.save(step, arrays, PROGRESS[step])
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def read(folder, create=True):
+    with Checkpoints(folder, create) as checkpoints:
+        arrays, progress = checkpoints.read()
+    return {name: array.tolist() for name, array in arrays.items()}, progress
+
+
+def content_of(step):
+    return {name: array.tolist() for name, array in CONTENT[step].items()}, PROGRESS[step]
+
+
+def flip(content: bytes, place: float) -> bytes:
+    index = int(place * (len(content) - 1))
+    return content[:index] + bytes([content[index] ^ 0x11]) + content[index + 1 :]
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "emptied": lambda content: b"",
+    "zeroed": lambda content: bytes(len(content)),
+    "first byte flipped": lambda content: flip(content, 0),
+    "a byte flipped": lambda content: flip(content, 0.4),
+    "last byte flipped": lambda content: flip(content, 1),
+    "missing": None,
+}
+
+
+def damage(path, change) -> None:
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_files_never_give_a_wrong_result(saved, tmp_path, capfd, kind):
+    names = sorted(path.relative_to(saved / "8") for path in (saved / "8").rglob("*") if path.is_file())
+    fallen_back = 0
+    for number, name in enumerate(names):
+        folder = shutil.copytree(saved, tmp_path / str(number))
+        damage(folder / "8" / name, DAMAGES[kind])
+        found = read(folder)
+        assert found in (content_of(8), content_of(4)), name
+        if found == content_of(4):
+            fallen_back += 1
+            assert f"{folder / '8'}: damaged, " in capfd.readouterr().err
+            assert sorted(path.name for path in folder.iterdir()) == ["4", "8.damaged"]
+            assert read(folder) == found, "the second time without a word"
+            assert capfd.readouterr().err == ""
+    assert fallen_back >= 3, "the damage must reach what is read"
+
+
+@pytest.mark.parametrize("folder_name", ["state", "progress", "state/d", "state/ocdbt.process_0", "."])
+def test_missing_folders(folder, folder_name):
+    shutil.rmtree(folder / "8" / folder_name)
+    assert read(folder) == content_of(4)
+
+
+@pytest.mark.parametrize(("old", "new"), [('"n_done": 8', '"n_done": 9'), ("0.875", "0.876"), ("sha256", "sha265")])
+def test_progress_that_was_changed(folder, old, new):
+    path = folder / "8" / "progress" / "progress.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert read(folder) == content_of(4)
+
+
+def test_an_array_that_was_changed(folder, tmp_path):
+    """A whole checkpoint of Orbax's, of other numbers than its sums tell."""
+    with Checkpoints(tmp_path / "other") as checkpoints:
+        checkpoints.save(8, {**CONTENT[8], "count": np.int32([9])}, PROGRESS[8])
+    shutil.rmtree(folder / "8" / "state")
+    shutil.copytree(tmp_path / "other" / "8" / "state", folder / "8" / "state")
+    assert read(folder) == content_of(4)
+
+
+def test_a_checkpoint_under_way_does_not_count(folder):
+    (folder / "8").rename(folder / "8.orbax-checkpoint-tmp")
+    assert newest_checkpoint(folder) == 4
+    assert read(folder) == content_of(4)
+
+
+def test_all_damaged_is_refused_and_nothing_is_moved(folder):
+    for step in CONTENT:
+        (folder / str(step) / "progress" / "progress.json").write_text(json.dumps({"progress": {}}))
+    message = r"every checkpoint is damaged; --overwrite starts the run anew:\n  - 8: .*\n  - 4: "
+    with pytest.raises(InputError, match=message):
+        read(folder)
+    assert {path.name for path in folder.iterdir()} == {"4", "8"}
+
+
+def test_reading_anothers_run_moves_nothing(folder):
+    (folder / "8" / "progress" / "progress.json").unlink()
+    assert read(folder, create=False) == content_of(4)
+    assert {path.name for path in folder.iterdir()} == {"4", "8"}
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoint to go on from"):
+        read(tmp_path)
+    with pytest.raises(InputError, match="no such folder of checkpoints"):
+        read(tmp_path / "nowhere", create=False)
+
+
+def test_two_are_kept_and_what_a_killed_run_left_goes(folder):
+    (folder / "9.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(folder) as checkpoints:
+        for step in (12, 16):
+            checkpoints.save(step, CONTENT[4], PROGRESS[4])
+    assert {path.name for path in folder.iterdir()} == {"12", "16"}
+
+
+def test_what_cannot_be_saved_is_told(folder):
+    message = r"the checkpoint 8 cannot be saved \(.*\); the last good one is 8"
+    with Checkpoints(folder) as checkpoints, pytest.raises(RunError, match=message):
+        checkpoints.save(8, CONTENT[8], PROGRESS[8])

@@ -1,0 +1,266 @@
+"""What can end a run early: each way ends it plainly, and what was good before is still there to go on from."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxprefix.train as train_module
+from convert.errors import InputError, RunError
+from convert.prefix import read_prefix
+from jaxprefix.cli import main
+from jaxprefix.faults import FiniteGuard, out_of_memory
+from jaxprefix.loss import LossScale
+from jaxprefix.run_folder import only_writer
+from jaxprefix.train import train
+from tests.base_folders import GOLDEN_BASE
+from tests.runs import flags_of, losses_of, metrics_of, run_config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run of 8 updates in 2 epochs."""
+    config = run_config(tmp_path_factory.mktemp("runs"))
+    train(config)
+    return config
+
+
+def same_end(config, finished) -> None:
+    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
+    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
+
+
+def at_update(monkeypatch, number, action) -> None:
+    """Do something just before an update is made."""
+    make, numbers = train_module.make_update, itertools.count(1)
+
+    def make_update(*arguments):
+        update = make(*arguments)
+
+        def disturbed(*state):
+            if next(numbers) == number:
+                action()
+            return update(*state)
+
+        return disturbed
+
+    monkeypatch.setattr(train_module, "make_update", make_update)
+
+
+class TestNumbers:
+    def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(self, tmp_path):
+        changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
+        config = run_config(tmp_path, **changes)
+        with pytest.raises(RunError, match=r"update 2: the loss is nan.*checkpoints/1, --resume") as error:
+            train(config)
+        assert str(error.value).count("\n  - example ") == 4, "all of the update's examples"
+        assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["1"]
+        assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
+
+    def test_the_example_it_comes_from_is_named(self, tmp_path, tokenizer):
+        """One piece of the vocabulary has an embedding so large that its sum is infinite."""
+        base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
+        piece = tokenizer.encode("鯛")[-1]
+        weights = load_file(base / "model.safetensors")
+        weights["gpt_neox.embed_in.weight"][piece] = 3e38
+        save_file(weights, base / "model.safetensors")
+        data = tmp_path / "data.jsonl"
+        pairs = [{"prompt": "朝", "completion": text} for text in ("市場", "市場。", "鯛", "魚屋", "声")]
+        data.write_text("\n".join(json.dumps(pair) for pair in pairs))
+        changes = {"data_filepath": data, "train_data_size": 4, "dev_data_size": 1}
+        with pytest.raises(RunError, match="update 1: the loss is nan") as error:
+            train(run_config(tmp_path, pretrained_model_dir=str(base), **changes))
+        first, *examples = str(error.value).split("\n  - ")
+        assert "the run has no checkpoint" in first
+        assert [line.partition(":")[0] for line in examples] == ["example 3 of the data"]
+
+    def test_float16_skips_so_many_updates_and_no_more(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(LossScale, "start", classmethod(lambda cls: cls(jnp.float32(math.inf), jnp.int32(0))))
+        config = run_config(tmp_path, fp16=True, n_epochs=6)
+        with pytest.raises(RunError, match=r"update 21: .* float16 has skipped the 20 updates before"):
+            train(config)
+        assert [point["skipped"] for point in metrics_of(config.run_dir)] == list(range(1, 21))
+
+    def test_skipped_updates_must_follow_one_another(self, tmp_path):
+        guard = FiniteGuard(run_config(tmp_path, fp16=True), n_skipped=20)
+        assert guard.fault(1, 1.0, 1.0) is None
+        assert guard.fault(2, 1.0, math.inf) is None
+        assert guard.n_skipped == 1
+
+    def test_a_dev_loss_that_is_never_finite_keeps_no_prefix(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("jaxprefix.train.dev_loss", lambda *arguments: {"loss": math.nan, "ppl": math.nan})
+        config = run_config(tmp_path, n_training_steps=1)
+        assert main(["train", *flags_of(config)]) == 1
+        assert "error: no dev loss was finite" in capsys.readouterr().err
+        assert not (config.run_dir / "prefix").exists()
+        assert losses_of(config.run_dir, "dev") == [None], "NaN is not JSON"
+
+
+class TestOneWriter:
+    def test_a_run_in_use_is_refused(self, finished):
+        with only_writer(finished.run_dir), pytest.raises(InputError, match=r"is in use by process \d+ on "):
+            train(run_config(finished.output_dir, resume=True))
+
+    def test_the_lock_goes_with_its_owner(self, tmp_path):
+        program = "import sys, os, pathlib; from jaxprefix.run_folder import only_writer as o\n"
+        program += "with o(pathlib.Path(sys.argv[1])): print('held', flush=True); os.read(0, 1); os._exit(9)"
+        command = [sys.executable, "-c", program, str(tmp_path / "run")]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+            assert owner.stdout.readline() == b"held\n"
+            with (
+                pytest.raises(InputError, match=f"is in use by process {owner.pid} on "),
+                only_writer(tmp_path / "run"),
+            ):
+                pass
+            owner.communicate(b"x")
+        with only_writer(tmp_path / "run"):
+            pass
+        assert not any(tmp_path.iterdir())
+
+
+class TestResuming:
+    def test_a_finished_run_goes_on_for_more_epochs(self, finished, tmp_path):
+        shutil.copytree(finished.run_dir, tmp_path / "run")
+        config = run_config(tmp_path, resume=True, n_epochs=4)
+        assert train(config).n_done == 16
+        assert losses_of(config.run_dir)[:8] == losses_of(finished.run_dir)
+        assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 17))
+        assert json.loads((config.run_dir / "config.json").read_text())["n_epochs"] == 4
+        with pytest.raises(InputError, match=r"n_epochs: was 4, now 2 \(may grow\)"):
+            train(run_config(tmp_path, resume=True))
+
+    def test_more_epochs_are_those_of_a_longer_run(self, tmp_path):
+        """With a rate that does not depend on the run's length."""
+        changes = {"recipe": "rinna", "n_training_steps": 40, "train_data_size": 9}
+        whole = run_config(tmp_path, name="whole", n_epochs=3, **changes)
+        train(whole)
+        config = run_config(tmp_path, n_epochs=1, **changes)
+        train(config)
+        train(run_config(tmp_path, n_epochs=3, resume=True, **changes))
+        same_end(config, whole)
+
+    def test_a_damaged_checkpoint_costs_its_updates_and_nothing_else(self, finished, tmp_path, capfd):
+        shutil.copytree(finished.run_dir, tmp_path / "run")
+        config = run_config(tmp_path, resume=True)
+        newest = config.run_dir / "checkpoints" / "8" / "state" / "manifest.ocdbt"
+        newest.write_bytes(newest.read_bytes()[:-1])
+        assert train(config).finished
+        assert "checkpoints/8: damaged, DATA_LOSS" in capfd.readouterr().err
+        assert "resumed after update 4" in (config.run_dir / "log.txt").read_text()
+        same_end(config, finished)
+
+    def test_metrics_that_were_damaged_are_not_guessed(self, finished, tmp_path):
+        shutil.copytree(finished.run_dir, tmp_path / "run")
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        lines = metrics.read_text().splitlines()
+        metrics.write_text("\n".join([*lines[:2], "gone", *lines[2:], '{"split": "tr']))
+        with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and resume again"):
+            train(run_config(tmp_path, resume=True))
+
+    def test_checkpoints_go_by_the_clock_too(self, tmp_path, monkeypatch):
+        saved = []
+        save = train_module.Checkpoints.save
+        monkeypatch.setattr(train_module.Checkpoints, "save", lambda self, n, *a: (saved.append(n), save(self, n, *a)))
+        train(run_config(tmp_path, checkpoint_every_minutes=1e-9))
+        assert saved == list(range(1, 9))
+
+    @pytest.mark.slow
+    def test_other_devices_go_on_within_rounding(self, finished, tmp_path):
+        for name in ("run", "four"):
+            shutil.copytree(finished.run_dir, tmp_path / name)
+            config_file = tmp_path / name / "config.json"
+            config_file.write_text(config_file.read_text().replace('"save_name": "run"', f'"save_name": "{name}"'))
+        one, four = (run_config(tmp_path, name, n_epochs=4) for name in ("run", "four"))
+        train(run_config(tmp_path, n_epochs=4, resume=True))
+        command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four), "--resume"]
+        subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, check=True, capture_output=True)
+        np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=1e-5)
+        np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=1e-5)
+
+
+class TestSignals:
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    def test_the_exit_code_tells_the_signal(self, tmp_path, monkeypatch, number, code):
+        at_update(monkeypatch, 2, lambda: signal.raise_signal(number))
+        config = run_config(tmp_path)
+        assert main(["train", *flags_of(config)]) == code
+        assert (config.run_dir / "checkpoints" / "2").is_dir()
+
+    def test_a_signal_during_the_last_update_changes_nothing(self, finished, tmp_path, monkeypatch):
+        at_update(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
+        config = run_config(tmp_path)
+        assert train(config).finished
+        same_end(config, finished)
+
+    def test_a_second_signal_ends_at_once(self, finished, tmp_path, monkeypatch, capsys):
+        def twice():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+
+        config = run_config(tmp_path)
+        with monkeypatch.context() as patch:
+            at_update(patch, 6, twice)
+            assert main(["train", *flags_of(config)]) == 1
+        assert "error: a second signal ended the run at once" in capsys.readouterr().err
+        train(run_config(tmp_path, resume=True))
+        same_end(config, finished)
+
+
+class TestMemory:
+    def test_too_little_memory_tells_by_how_much(self, tmp_path, monkeypatch, capsys):
+        at_update(monkeypatch, 6, lambda: jnp.zeros(2**47, jnp.uint8).block_until_ready())
+        assert main(["train", *flags_of(run_config(tmp_path))]) == 1
+        error = capsys.readouterr().err
+        assert "error: out of memory: 131072.00 GiB were asked for at once, " in error
+        assert "lower --batch_size 4 (with more --n_accum_steps" in error
+        assert "checkpoints/4, --resume goes on from it" in error
+
+    @pytest.mark.parametrize(
+        ("text", "asked"),
+        [
+            ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", "2.00 GiB were"),
+            ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "12.50 GiB were"),
+            ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5GiB (1610612736B) on device", "1.50 GiB were"),
+            ("RESOURCE_EXHAUSTED: something else", "more was asked for"),
+        ],
+    )
+    def test_what_was_asked_for_is_read_from_the_error(self, tmp_path, text, asked):
+        assert asked in out_of_memory(text, run_config(tmp_path))
+
+    def test_other_errors_of_the_device_stay_what_they_are(self, tmp_path, monkeypatch):
+        def fail():
+            raise jax.errors.JaxRuntimeError("INTERNAL: something is wrong with us")
+
+        at_update(monkeypatch, 2, fail)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+            train(run_config(tmp_path))
+
+
+class TestDisk:
+    @pytest.mark.parametrize("update", [2, 5])
+    def test_a_folder_that_vanishes(self, tmp_path, monkeypatch, update):
+        config = run_config(tmp_path)
+        at_update(monkeypatch, update, lambda: config.run_dir.rename(tmp_path / "elsewhere"))
+        with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
+            train(config)
+        assert not (config.run_dir / "config.json").exists()
+
+    @pytest.mark.slow
+    def test_a_disk_that_is_full_or_read_only(self, finished, tmp_path):
+        """On a file system of its own: see tests/torture/disk.sh."""
+        script = Path(__file__).parent / "torture" / "disk.sh"
+        result = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True)
+        if "cannot mount" in result.stderr:
+            pytest.skip("needs user namespaces, to mount a small file system")
+        assert result.returncode == 0, result.stdout + result.stderr
