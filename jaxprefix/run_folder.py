@@ -47,6 +47,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
         owner = path.read_text(encoding="utf-8").strip() or "another process"
         raise InputError(f"{folder}: is in use by {owner}; wait for it or choose another --save_name") from error
+    except FileExistsError as error:
+        raise InputError(f"{path.parent}: cannot be written (Not a directory)") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     with file:
