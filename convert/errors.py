@@ -6,6 +6,8 @@ from typing import Self
 class PlainError(Exception):
     """An error whose message is complete without a traceback."""
 
+    exit_code: int
+
     @classmethod
     def all(cls, heading: str, problems: list[str]) -> Self:
         """Report several problems at once, one a line under a heading."""
@@ -18,6 +20,8 @@ class InputError(PlainError):
     The command line prints it and exits with code 2.
     """
 
+    exit_code = 2
+
 
 class RunError(PlainError):
     """A run that began well cannot go on: its numbers, its disk or its memory failed.
@@ -25,3 +29,5 @@ class RunError(PlainError):
     The message says what happened, after which update, and what is left to go on from. The command line prints it and
     exits with code 1.
     """
+
+    exit_code = 1

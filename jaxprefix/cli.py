@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from convert.errors import InputError, RunError
+from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
 
 Command = (
@@ -39,12 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(settings, EvaluateConfig):
             return _evaluate(settings)
         return _convert(settings)
-    except InputError as error:
+    except PlainError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -69,8 +66,7 @@ def _train(config: TrainConfig) -> int:
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     if result.best_dev_loss is None:
-        print("error: no dev loss was finite, so no prefix was kept; lower --max_lr", file=sys.stderr)
-        return 1
+        raise RunError("no dev loss was finite, so no prefix was kept; lower --max_lr")
     if config.save_model and is_first():
         base = config.pretrained_model_dir
         print(f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:")

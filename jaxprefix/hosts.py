@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from convert.errors import InputError
+from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import HostsConfig
 
 JOIN_SECONDS = 120
@@ -85,8 +85,13 @@ def _check_port(port: int) -> None:
 def _give_up(config: HostsConfig) -> None:
     where = config.coordinator_address or "the address that --distributed found"
     who = "some of the other processes" if config.process_id == 0 else "process 0, or some other,"
-    print(f"error: {who} did not join at {where} within {JOIN_SECONDS} seconds", file=sys.stderr, flush=True)
-    os._exit(2)  # the thread that waits cannot be interrupted
+    _end_at_once(InputError(f"{who} did not join at {where} within {JOIN_SECONDS} seconds"))
+
+
+def _end_at_once(error: PlainError) -> None:
+    """End the program from a thread of its own: the one that waits cannot be interrupted."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def is_first() -> bool:
@@ -203,6 +208,5 @@ class Watchdog:
         limit = 60 * self._minutes
         while not self._ended.wait(limit / 10):
             if time.monotonic() - self._seen > limit:
-                text = f"error: no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
-                print(f"{text}: a process hangs, or --stall_minutes is too short", file=sys.stderr, flush=True)
-                os._exit(1)  # the thread that waits cannot be interrupted
+                what = f"no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
+                _end_at_once(RunError(f"{what}: a process hangs, or --stall_minutes is too short"))

@@ -47,13 +47,15 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except HFValidationError as error:
         raise InputError(f"{where} not a hub id") from error
     except GatedRepoError as error:
-        message = f"{where} on the model hub its owner must grant you access: ask for it there, then `hf auth login`"
-        raise InputError(message) from error
+        raise InputError(
+            f"{where} on the model hub its owner must grant you access: ask for it there, then `hf auth login`"
+        ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{where} on the model hub it has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
-        message = f"{where} the model hub has no such repository, or it is private: then `hf auth login`"
-        raise InputError(message) from error
+        raise InputError(
+            f"{where} the model hub has no such repository, or it is private: then `hf auth login`"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise InputError(f"{where} the model hub cannot be reached nor is it in the cache") from error
     except HfHubHTTPError as error:

@@ -1,10 +1,24 @@
 import importlib.util
+from pathlib import Path
 
 import jax
 import pytest
 
 from jaxprefix import load_model, load_tokenizer
 from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.errors import Recorder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-errors", type=Path, help="file for the messages that each test triggers")
+
+
+def pytest_configure(config):
+    """Record error messages for docs/errors.md: all processes of a session write one file."""
+    if path := config.option.record_errors:
+        if not hasattr(config, "workerinput"):
+            path.unlink(missing_ok=True)
+        config.pluginmanager.register(Recorder(path.absolute()))
 
 
 def pytest_collection_modifyitems(items):
