@@ -17,6 +17,7 @@ class Hub:
     def __init__(self, repos: dict[tuple[str, str], Path]):
         self.repos = repos  # (hub id, revision) → folder
         self.gated: set[str] = set()
+        self.forbidden: set[str] = set()  # names of files that nobody gets
         self.cut_after: int | None = None  # bytes of a file after which the connection is closed
         self.requests: list[tuple[str, str, str | None]] = []  # (method, path, Range header)
 
@@ -93,6 +94,9 @@ def serve(hub: Hub) -> Iterator[str]:
         def send(self, hub_id: str, revision: str, name: str, with_body: bool) -> None:
             if (folder := self.may_have(hub_id, revision)) is None:
                 return
+            if with_body and name in hub.forbidden:
+                self.refuse(403, "Forbidden")
+                return
             content = (folder / name).read_bytes()
             requested = self.headers.get("Range")
             start = int(requested.removeprefix("bytes=").split("-")[0]) if requested else 0
@@ -116,7 +120,7 @@ def serve(hub: Hub) -> Iterator[str]:
             """Keep quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:

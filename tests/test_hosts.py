@@ -1,11 +1,13 @@
 """Two processes with two devices each make one run: by the lines of docs/launch.md, and by SLURM's variables."""
 
 import os
+import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from convert.errors import InputError
 from convert.prefix import read_prefix
+from jaxprefix import hosts
 from jaxprefix.config import HostsConfig, TrainConfig
 from jaxprefix.hosts import joined
 from jaxprefix.train import train
@@ -181,8 +184,63 @@ def test_joining_comes_before_jax_is_used():
         ({"coordinator_address": "node0"}, "--coordinator_address is host:port, found 'node0'"),
         ({"coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes must be positive, is 0"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "below --num_processes, is 2"),
+        ({"stall_minutes": 0.0}, "--stall_minutes must be positive, is 0.0"),
     ],
 )
 def test_flags_that_do_not_go_together(settings, message):
     with pytest.raises(InputError, match=message):
         HostsConfig(**settings)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process, taken for the second of two that need not wait for each other."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(hosts, "wait_for_all", lambda name: None)
+
+
+@pytest.fixture
+def exit_codes(monkeypatch):
+    """The codes with which the program would have been ended at once."""
+    codes = queue.Queue()
+
+    def never_return(code):
+        codes.put(code)
+        threading.Event().wait()
+
+    monkeypatch.setattr(os, "_exit", never_return)
+    return codes
+
+
+def test_the_others_failure_is_told_here(second_of_two, monkeypatch):
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda failed: np.array([True, failed]))
+    with pytest.raises(InputError, match="process 0 cannot read its inputs; its own error tells why"):
+        hosts.agree("read its inputs", lambda: "read")
+
+
+def test_a_folder_that_is_not_shared(second_of_two, monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0)
+    with pytest.raises(InputError, match="process 1 does not see what process 0 wrote; --output_dir must be a folder"):
+        hosts.see(tmp_path / "config.json")
+
+
+def test_no_cluster_is_found(monkeypatch):
+    def initialize(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(InputError, match="--distributed: finds no cluster that it knows"), joined(HostsConfig(True)):
+        pass
+
+
+def test_nobody_joins(exit_codes, capsys):
+    threading.Thread(target=hosts._give_up, args=[HostsConfig(False, "node0:1", 2, 0)], daemon=True).start()
+    assert exit_codes.get(timeout=10) == 2
+    assert capsys.readouterr().err == "error: some of the other processes did not join at node0:1 within 120 seconds\n"
+
+
+def test_a_process_that_hangs_is_ended(second_of_two, exit_codes, capsys):
+    with hosts.Watchdog(minutes=1e-4):
+        assert exit_codes.get(timeout=10) == 1
+    assert "error: no update, evaluation or checkpoint ended within 0.0001 minutes" in capsys.readouterr().err

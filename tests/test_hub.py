@@ -1,5 +1,6 @@
-"""Hub ids, against a local stand-in for the model hub; each command in a process of its own, as users run it."""
+"""Hub ids, against a local stand-in for the model hub."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
+from convert.errors import InputError
+from jaxprefix.hub import resolve_folder
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
-
-RESOLVE = "import sys; from jaxprefix.hub import resolve_folder; print(resolve_folder(*sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,17 @@ def folders(tmp_path_factory):
     return {("user/model", "main"): main, ("user/model", "v1"): older, ("user/torch", "main"): torch_only}
 
 
+def download_from(monkeypatch, address: str, cache: Path) -> None:
+    here = {"endpoint": address, "cache_dir": cache / "hub"}
+    monkeypatch.setattr("jaxprefix.hub.snapshot_download", functools.partial(snapshot_download, **here))
+
+
 @pytest.fixture
 def hub(folders, tmp_path, monkeypatch):
-    """The stand-in, which every process started in the test takes for the hub."""
+    """The stand-in, which the test, and every process started in it, takes for the hub."""
     offered = Hub(folders)
     with serve(offered) as address:
+        download_from(monkeypatch, address, tmp_path / "cache")
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
@@ -43,19 +51,6 @@ def run(*command, **environment):
     return subprocess.run(
         [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
-
-
-def resolved(*arguments):
-    done = run("-c", RESOLVE, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def error_of(*arguments, **environment):
-    done = run("-m", "jaxprefix.cli", "check", "--pretrained_model_dir", *arguments, **environment)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.splitlines()[-1]
 
 
 def test_a_hub_id_generates_and_only_the_needed_files_are_fetched(hub):
@@ -72,37 +67,53 @@ def test_a_hub_id_generates_and_only_the_needed_files_are_fetched(hub):
 
 
 def test_torch_weights_are_fetched_where_there_are_no_others(hub):
-    folder = resolved("user/torch")
+    folder = resolve_folder("user/torch")
     assert "pytorch_model.bin" in hub.fetched()
-    assert resolved("user/torch") == folder
+    assert resolve_folder("user/torch") == folder
 
 
 def test_a_revision_pins_the_files(hub, folders):
     for revision in ("v1", "b" * 40):
-        weights = Path(resolved("user/model", revision), "model.safetensors").read_bytes()
+        weights = (resolve_folder("user/model", revision) / "model.safetensors").read_bytes()
         assert weights == (folders["user/model", "v1"] / "model.safetensors").read_bytes()
 
 
 def test_an_interrupted_download_goes_on(hub, folders):
     size = (folders["user/model", "main"] / "model.safetensors").stat().st_size
     hub.cut_after = size // 2
-    interrupted = run("-c", RESOLVE, "user/model")
-    assert interrupted.returncode != 0
-    assert "its download broke off; repeat the command to go on" in interrupted.stderr
+    with pytest.raises(InputError, match="its download broke off; repeat the command to go on"):
+        resolve_folder("user/model")
     assert "spiece.model" in hub.fetched()
     hub.cut_after, hub.requests = None, []
-    folder = resolved("user/model")
+    folder = resolve_folder("user/model")
     assert hub.fetched() == {"model.safetensors"}, "what had arrived is not fetched again, the broken file is"
-    weights = Path(folder, "model.safetensors").read_bytes()
+    weights = (folder / "model.safetensors").read_bytes()
     assert weights == (folders["user/model", "main"] / "model.safetensors").read_bytes()
 
 
-def test_plain_errors(hub, tmp_path):
-    assert "the model hub has no such repository, or it is private" in error_of("user/nothing")
-    assert "on the model hub it has no revision 'v9'" in error_of("user/model", "--revision", "v9")
-    assert "not a hub id" in error_of("no//id")
-    assert "is a folder, which has no --revision" in error_of(str(tmp_path), "--revision", "main")
-    hub.gated.add("user/model")
-    assert "its owner must grant you access" in error_of("user/model")
-    unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "empty")}
-    assert "the model hub cannot be reached nor is it in the cache" in error_of("user/model", **unreachable)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["user/nothing"], "the model hub has no such repository, or it is private"),
+        (["user/model", "v9"], "on the model hub it has no revision 'v9'"),
+        (["no//id"], "not a hub id"),
+        (["tests", "main"], "tests: is a folder, which has no --revision"),
+        (["user/gated"], "its owner must grant you access"),
+        (["user/torch"], "the model hub says: .*403"),
+    ],
+)
+def test_plain_errors(hub, arguments, message):
+    hub.gated.add("user/gated")
+    hub.forbidden.add("pytorch_model.bin")
+    with pytest.raises(InputError, match=message):
+        resolve_folder(*arguments)
+
+
+def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    download_from(monkeypatch, os.environ["HF_ENDPOINT"], tmp_path / "file")
+    with pytest.raises(InputError, match="it cannot be fetched into the cache"):
+        resolve_folder("user/model")
+    download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
+    with pytest.raises(InputError, match="the model hub cannot be reached nor is it in the cache"):
+        resolve_folder("user/model")

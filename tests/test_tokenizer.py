@@ -3,6 +3,8 @@ import shutil
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
@@ -57,3 +59,17 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "spiece.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_bos_and_eos(tmp_path):
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer.json: has no bos_token and no eos_token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object")])
+def test_settings_that_are_no_object(tmp_path, content, message):
+    folder = copy_with(tmp_path / "a", None)
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(InputError, match=f"tokenizer_config.json: {message}"):
+        load_tokenizer(folder)

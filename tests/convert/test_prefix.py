@@ -1,0 +1,47 @@
+"""What a prefix file must not lack."""
+
+import types
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from convert.errors import InputError
+from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
+
+
+def test_two_tensors_of_which_none_is_the_prefix(tmp_path):
+    save_file({name: np.ones((2, 8), np.float32) for name in ("a", "b")}, tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match=r"p.safetensors: expected the tensor prompt_embeddings, found \['a', 'b'\]"):
+        read_prefix(tmp_path / "p.safetensors")
+
+
+def test_an_adapter_without_weights(tmp_path):
+    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has adapter_config.json but no adapter_model.safetensors"):
+        read_prefix(tmp_path)
+
+
+def test_an_adapter_whose_config_is_no_json(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter_config.json: not valid JSON"):
+        read_prefix(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.safetensors", b"\x09\0\0\0\0\0\0\0{", "not a readable safetensors file"),
+        ("p.npy", b"\x93NUMPY\x01\0", "not a readable .npy file"),
+    ],
+)
+def test_a_file_that_is_cut_off(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        read_prefix(tmp_path / name)
+
+
+def test_an_empty_cache():
+    with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
+        from_dynamic_cache(types.SimpleNamespace(layers=[]))

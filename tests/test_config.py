@@ -1,0 +1,80 @@
+"""Settings that cannot be meant, each with what is said of it."""
+
+from pathlib import Path
+
+import pytest
+
+from convert.errors import InputError
+from jaxprefix.config import Compute, DecodeConfig, EvaluateConfig, GenerateConfig
+from tests.runs import run_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_epochs": 0}, "--n_epochs must be positive, is 0"),
+        ({"max_lr": float("nan")}, "--max_lr must be positive, is nan"),
+        ({"grad_clip": -1.0}, "--grad_clip must not be negative, is -1.0"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0 and below 1, is 1.0"),
+        ({"max_lr": 1e-7}, "--min_lr 1e-06 is above --max_lr 1e-07"),
+        ({"seed": 2**32}, "--seed must be below 4294967296, is 4294967296"),
+        ({"bf16": True, "fp16": True}, "--bf16 and --fp16 exclude each other"),
+        ({"dtype": "float16", "bf16": True}, "--dtype float16 contradicts --bf16"),
+        ({"compute": Compute(attention="cudnn")}, "--attention cudnn needs --dtype bfloat16 or float16"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        ({"resume": True, "save_model": False}, "--resume needs checkpoints, --no_save_model saves none"),
+        ({"save_name": ".."}, "--save_name and --filename_note make a folder's name, found '..'"),
+        ({"filename_note": "a/b"}, "--save_name and --filename_note make a folder's name, found 'run'"),
+        ({"mesh": "data=2,rows=2"}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found 'data=2,rows=2'"),
+        ({"mesh": ""}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found ''"),
+    ],
+)
+def test_train(changes, message):
+    with pytest.raises(InputError) as error:
+        run_config(Path(), **changes)
+    assert str(error.value) == f"train:\n  - {message}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_output_len": 0}, "--max_output_len must be positive, is 0"),
+        ({"top_p": 1.5}, "--top_p must be between 0 and 1, is 1.5"),
+        ({"top_k": -1}, "--top_k must not be negative, is -1"),
+        ({"temperature": 0.0}, "--temperature must be positive, is 0.0"),
+    ],
+)
+def test_decoding(changes, message):
+    with pytest.raises(InputError) as error:
+        DecodeConfig(**changes)
+    assert str(error.value) == f"decoding:\n  - {message}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compare": True}, "--compare needs --prefix_checkpoint_path"),
+        ({"prompt": ["a"], "prompt_file": Path("prompts.txt")}, "--prompt and --prompt_file exclude each other"),
+        ({"batch_size": 0}, "--batch_size must be positive, --seed between 0 and 4294967296"),
+    ],
+)
+def test_generate(changes, message):
+    with pytest.raises(InputError) as error:
+        GenerateConfig("base", **changes)
+    assert str(error.value) == f"generate: {message}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "--batch_size must be positive, is 0"),
+        ({"n_samples": -1}, "--n_samples must not be negative, is -1"),
+        ({"seed": -1}, "--seed must be between 0 and 4294967296, is -1"),
+        ({"n_samples": 0}, "nothing to measure: neither --data_filepath nor --n_samples"),
+        ({"suffix": " "}, "--suffix is blank, so there is no suffix rate; --n_samples 0 skips it"),
+    ],
+)
+def test_evaluate(changes, message):
+    with pytest.raises(InputError) as error:
+        EvaluateConfig("base", **changes)
+    assert str(error.value) == f"evaluate:\n  - {message}"
