@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test parity lint
+.PHONY: setup demo test parity errors lint
 
 setup: .venv/dev            ## everything that development needs, torch included
 
@@ -15,6 +15,10 @@ test: .venv/dev             ## the whole suite
 parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes docs/parity.md
 	.venv/bin/python -m tests.parity.report
 	.venv/bin/python -m pytest -q -m deepspeed
+
+errors: .venv/dev           ## which test triggers which error message; writes docs/errors.md
+	.venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal --record-errors .pytest_cache/errors.jsonl
+	.venv/bin/python -m tests.errors .pytest_cache/errors.jsonl
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .

@@ -52,15 +52,19 @@ class Message(NamedTuple):
 def all_messages() -> list[Message]:
     """Every message of the packages, in the order of the files."""
     paths = [path for package in ("convert", "jaxprefix") for path in sorted((ROOT / package).rglob("*.py"))]
-    return [message for path in paths for message in Module(path).messages()]
+    return [
+        message
+        for path in paths
+        for message in Module(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")).messages()
+    ]
 
 
 class Module:
     """A file's functions, and the messages of the errors that they make."""
 
-    def __init__(self, path: Path):
-        self.name = path.relative_to(ROOT).as_posix()
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    def __init__(self, name: str, source: str):
+        self.name = name
+        nodes = list(ast.walk(ast.parse(source)))
         self.functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
         self.by_name = {function.name: function for function in self.functions}
         self.exit_codes = dict(EXIT_CODES)
@@ -196,11 +200,16 @@ class Recorder:
             return
         module = Path(frame.f_code.co_filename).relative_to(ROOT).as_posix()
         here = [message for message in self._messages if message.module == module]
-        self._seen |= {message.key for message in here if not message.is_problem and frame.f_lineno in message.lines}
-        for problem in text.split("\n  - ")[1:]:
-            fitting = [message for message in here if message.is_problem and message.pattern.fullmatch(problem)]
-            if fitting:
-                self._seen.add(max(fitting, key=lambda message: len(message.pattern.pattern)).key)
+        self._seen |= {message.key for message in triggered(here, text, frame.f_lineno)}
+
+
+def triggered(messages: Iterable[Message], text: str, line: int) -> Iterator[Message]:
+    """Of a file's messages, yield those that make up an error's text: the one made in a line, and its problems."""
+    problems = [message for message in messages if message.is_problem]
+    yield from (message for message in messages if line in message.lines and message not in problems)
+    for told in text.split("\n  - ")[1:]:
+        if fitting := [problem for problem in problems if problem.pattern.fullmatch(told)]:
+            yield max(fitting, key=lambda problem: len(problem.pattern.pattern))
 
 
 def recorded_tests(paths: Iterable[Path]) -> tuple[dict[Key, str], set[str]]:
@@ -228,7 +237,7 @@ def named_tests() -> dict[Key, str]:
         elif line.startswith("| `"):
             text, _, test = line.removeprefix("| ").removesuffix(" |").rsplit(" | ", 2)
             tests[module, text] = test.strip("`")
-    return tests
+    return {message: test for message, test in tests.items() if test != NO_TEST}
 
 
 def cell(text: str) -> str:
@@ -237,26 +246,27 @@ def cell(text: str) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
-def tables(messages: list[Message], tests: dict[Key, str]) -> str:
-    """All messages, a table for each file; `tests` goes by file and cell."""
+def page(messages: list[Message], tests: dict[Key, str]) -> str:
+    """The page with its tables made anew, one for each file; `tests` goes by file and cell."""
     lines: list[str] = []
     for module in dict.fromkeys(message.module for message in messages):
-        lines += [f"\n## {module}\n", "| message | exit code | test |", "| --- | ---: | --- |"]
+        lines += [f"## {module}\n", "| message | exit code | test |", "| --- | ---: | --- |"]
         here = [message for message in messages if message.module == module]
         for text, exit_code in dict.fromkeys((cell(message.text), message.exit_code) for message in here):
             test = tests.get((module, text))
             lines.append(f"| {text} | {exit_code} | {f'`{test}`' if test else NO_TEST} |")
-    return "\n".join(lines) + "\n"
+        lines.append("")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    return "\n".join([before + BEGIN, *lines, END + rest.split(END)[1]])
 
 
 def main(paths: list[str]) -> int:
     """Write the page; return 1 when a message has no test."""
     messages = all_messages()
     seen, ran = recorded_tests(map(Path, paths))
-    tests = {key: test for key, test in named_tests().items() if test not in ran and test != NO_TEST}
+    tests = {key: test for key, test in named_tests().items() if test not in ran}
     tests |= {(module, cell(text)): test for (module, text), test in seen.items()}
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{tables(messages, tests)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    PAGE.write_text(page(messages, tests), encoding="utf-8")
     keys = dict.fromkeys((message.module, cell(message.text)) for message in messages)
     untested = [key for key in keys if key not in tests]
     for module, text in untested:

@@ -1,5 +1,6 @@
 """What can end a run early: each way ends it plainly, and what was good before is still there to go on from."""
 
+import errno
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import jaxprefix.train as train_module
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix.cli import main
-from jaxprefix.faults import FiniteGuard, out_of_memory
+from jaxprefix.faults import FiniteGuard, out_of_memory, within_disk
 from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import only_writer
 from jaxprefix.train import train
@@ -255,6 +256,11 @@ class TestDisk:
         with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
             train(config)
         assert not (config.run_dir / "config.json").exists()
+
+    def test_what_the_system_says_and_what_is_left(self, finished):
+        message = r"log.txt: cannot be written \(No space left on device\); the last good checkpoint is .*/8, --resume"
+        with pytest.raises(RunError, match=message), within_disk(finished):
+            raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
 
     @pytest.mark.slow
     def test_a_disk_that_is_full_or_read_only(self, finished, tmp_path):

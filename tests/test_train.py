@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.config import RECIPES
+from jaxprefix.config import RECIPES, Compute
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inputs import read_inputs, update_batches
@@ -255,6 +256,12 @@ def test_overwrite_deletes_runs_and_nothing_else(finished, tmp_path):
 def test_rinna_refuses_accumulation_longer_than_an_epoch(tmp_path):
     with pytest.raises(InputError, match="--n_accum_steps 9 is more than the 4 batches of an epoch"):
         train(run_config(tmp_path, recipe="rinna", train_data_size=13, dev_data_size=1, n_accum_steps=9))
+
+
+def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(InputError, match="--attention cudnn needs an NVIDIA GPU, and JAX sees none"):
+        train(run_config(tmp_path, dtype="bfloat16", compute=Compute(attention="cudnn")))
 
 
 def test_an_unknown_suffix_is_warned_of(tmp_path):
