@@ -20,6 +20,7 @@ from jaxprefix.config import RECIPES, ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.train import start_encoder, train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
 from tests.runs import losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
@@ -200,16 +201,28 @@ def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_mode
 
 
 def test_damaged_training_states_are_refused(tmp_path):
-    good = started_encoder(run_config(tmp_path))
-    moments = {"step": 3, "exp_avg": good, "exp_avg_sq": good}
+    good, moments = ENCODER, {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}
     for content, message in (
         ({"encoder": good, "optimizer": moments | {"step": -1}}, "step must be a whole number, found -1"),
         ({"encoder": good, "optimizer": moments | {"exp_avg": {}}}, "missing moments.1.0.mu.prefix_mlp.0.bias"),
-        ({"encoder": good | {"prefix_mlp.0.bias": torch.full((10,), torch.nan)}}, "0.bias holds numbers that are not"),
-        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(10,\), found \(9,\)"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.full((4,), torch.nan)}}, "0.bias holds numbers that are not"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(4,\), found \(9,\)"),
         ({"encoder": good}, "holds an encoder without its optimizer"),
     ):
         torch.save(content, tmp_path / "state.pt")
         with pytest.raises(InputError, match=message):
             converted(tmp_path / "state.pt", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_sources_that_cannot_be_converted(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such file or folder"):
+        converted(tmp_path / "nowhere", tmp_path / "p.weight")
+    with pytest.raises(InputError, match="no run folder with a checkpoint, whose training state could be written"):
+        converted(tmp_path, tmp_path / "state.pt")
+
+
+def test_an_encoder_for_a_base_of_another_width(tmp_path):
+    torch.save(ENCODER, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"its encoder makes 8 numbers per position, .*base takes 384"):
+        converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)

@@ -215,6 +215,11 @@ def test_another_runs_encoder_must_fit(finished, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_encoder_cannot_start_from_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"no run, config.json is missing or damaged"):
+        train(run_config(tmp_path, checkpoint_path=tmp_path))
+
+
 def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
     direct = run_config(tmp_path, name="direct", prefix_hidden_dim=0, n_training_steps=1)
     train(direct)
