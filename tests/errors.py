@@ -204,12 +204,16 @@ class Recorder:
 
 
 def triggered(messages: Iterable[Message], text: str, line: int) -> Iterator[Message]:
-    """Of a file's messages, yield those that make up an error's text: the one made in a line, and its problems."""
+    """Of a file's messages, yield those that make up an error's text: the one made in a line, and its problems.
+
+    A problem is told by its words: of the messages that it fits, those with the most words of their own.
+    """
     problems = [message for message in messages if message.is_problem]
     yield from (message for message in messages if line in message.lines and message not in problems)
     for told in text.split("\n  - ")[1:]:
-        if fitting := [problem for problem in problems if problem.pattern.fullmatch(told)]:
-            yield max(fitting, key=lambda problem: len(problem.pattern.pattern))
+        fitting = [problem for problem in problems if problem.pattern.fullmatch(told)]
+        most = max((len(problem.pattern.pattern) for problem in fitting), default=0)
+        yield from (problem for problem in fitting if len(problem.pattern.pattern) == most)
 
 
 def recorded_tests(paths: Iterable[Path]) -> tuple[dict[Key, str], set[str]]:
