@@ -19,7 +19,18 @@ IGNORED = -100
 """The label of a position that has no part in the loss."""
 SAMPLED_BATCHES = 2000
 """Batches that are looked at to choose the shapes of packed ones."""
+SHARES = (0.5, 0.9, 1)
+"""Of the batches that were looked at, how many each of these shapes has room for."""
 COLUMN_MULTIPLE = 8
+
+
+class Packing(NamedTuple):
+    """Where the texts of packed rows lie: two int32 indices that undo each other; beyond the end is nowhere."""
+
+    columns: np.ndarray
+    """[rows, texts, slots]: the column of each text's tokens; the row's length where a text has ended."""
+    places: np.ndarray
+    """[rows, columns]: each token's place in texts × slots; their product where no text is."""
 
 
 class Batch(NamedTuple):
@@ -27,8 +38,8 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray
     labels: np.ndarray
-    starts: np.ndarray | None = None
-    """In packed rows, the column at which each token's text begins."""
+    packing: Packing | None = None
+    """For packed rows, the texts in them."""
 
 
 def split_examples(
@@ -97,79 +108,88 @@ def make_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n
     return Batch(tokens, labels)
 
 
-def pack_rows(lengths: Sequence[int], n_rows: int) -> list[list[int]]:
-    """Spread texts over packed rows, longest first into the emptiest row; return each row's text numbers."""
+def pack_rows(lengths: Sequence[int], n_rows: int, n_texts: int) -> list[list[int]]:
+    """Spread texts over packed rows of n_texts at most, longest first into the emptiest; return each row's numbers."""
     loads = [(0, row) for row in range(n_rows)]
     rows: list[list[int]] = [[] for _ in range(n_rows)]
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         load, row = heapq.heappop(loads)
         rows[row].append(text)
-        heapq.heappush(loads, (load + lengths[text], row))
+        if len(rows[row]) < n_texts:
+            heapq.heappush(loads, (load + lengths[text], row))
     return rows
 
 
-def packed_columns(examples: Sequence[Example], n_rows: int) -> int:
-    """Return the columns that the examples' rows need when they are packed into n_rows."""
-    lengths = [length for example in examples for length in row_lengths(example)]
-    return max(sum(lengths[text] for text in row) for row in pack_rows(lengths, n_rows))
-
-
-def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int) -> Batch:
-    """Lay the examples' rows one behind the other into arrays of [n_rows, n_columns]."""
-    tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
-    labels = np.full((n_rows, n_columns), IGNORED, np.int32)
-    starts = np.zeros((n_rows, n_columns), np.int32)
-    texts = [row for example in examples for row in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
-    for row, members in enumerate(pack_rows([len(inputs) for inputs, _ in texts], n_rows)):
-        start = 0
-        for inputs, targets in (texts[text] for text in members):
-            end = start + len(inputs)
-            tokens[row, start:end], labels[row, start:end], starts[row, start:end] = inputs, targets, start
-            start = end
-        starts[row, start:] = start  # the padding is a text of its own, so its positions exist
-    return Batch(tokens, labels, starts)
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedShapes:
-    """The few shapes of a run's packed batches: each is compiled once."""
+class PackedShape(NamedTuple):
+    """The shape of a packed batch."""
 
     n_rows: int
-    columns: tuple[int, ...]
-    """Ascending; a batch takes the first that it fits."""
+    n_columns: int
+    n_texts: int
+    """Texts of a row."""
+    n_slots: int
+    """Tokens of a text."""
 
-    @classmethod
-    def of(cls, examples: Sequence[Example], batches: Iterable[list[int]], n_parts: int) -> "PackedShapes":
-        """Choose shapes from a run's batches, of which the first thousands will do; rows split into n_parts.
-
-        Rows are about twice as long as the longest text: longer ones cost more in attention than they save in padding.
-        Of two numbers of rows, that with the fewer computed positions.
-        """
-        lengths = n_tokens(examples)
-        longest = longest_row(examples)
-        sample = list(itertools.islice(batches, SAMPLED_BATCHES))
-        rows = float(np.mean([lengths[batch].sum() for batch in sample])) / (2 * longest)
-        largest = int(np.sort(lengths)[-max(map(len, sample)) :].sum())
-
-        def shapes(n_rows: int) -> tuple[float, "PackedShapes"]:
-            needed = [packed_columns([examples[i] for i in batch], n_rows) for batch in sample]
-            needed_at_most = largest // n_rows + longest
-            wanted = [*np.quantile(needed, (0.5, 0.9, 1)), needed_at_most]
-            columns = sorted({_rounded(float(n)) for n in wanted})
-            computed = np.array(columns)[np.searchsorted(columns, needed)] * n_rows
-            return float(computed.mean()), cls(n_rows, tuple(columns))
-
-        fewest = max(1, math.ceil(rows / n_parts))
-        return min((shapes(n_rows * n_parts) for n_rows in (fewest, fewest + 1)), key=lambda shape: shape[0])[1]
-
-    def fitting(self, groups: Sequence[Sequence[Example]]) -> int:
-        """Return the columns that all micro-batches of an update fit."""
-        needed = max(packed_columns(group, self.n_rows) for group in groups if group)
-        return next(columns for columns in self.columns if columns >= needed)
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Tell whether texts of these lengths have room."""
+        rows = pack_rows(lengths, self.n_rows, self.n_texts)
+        return max(lengths) <= self.n_slots and max(_loads(lengths, rows)) <= self.n_columns
 
 
-def _rounded(columns: float) -> int:
-    return -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+def _loads(lengths: Sequence[int], rows: list[list[int]]) -> list[int]:
+    return [sum(lengths[text] for text in row) for row in rows]
+
+
+def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: PackedShape) -> Batch:
+    """Lay the examples' rows one behind the other, padded on the right."""
+    n_rows, n_columns, n_texts, n_slots = shape
+    tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
+    labels = np.full((n_rows, n_columns), IGNORED, np.int32)
+    columns = np.full((n_rows, n_texts, n_slots), n_columns, np.int32)
+    places = np.full((n_rows, n_columns), n_texts * n_slots, np.int32)
+    texts = [row for example in examples for row in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    for row, members in enumerate(pack_rows([len(inputs) for inputs, _ in texts], n_rows, n_texts)):
+        start = 0
+        for place, (inputs, targets) in enumerate(texts[text] for text in members):
+            end = start + len(inputs)
+            tokens[row, start:end], labels[row, start:end] = inputs, targets
+            columns[row, place, : len(inputs)] = np.arange(start, end)
+            places[row, start:end] = place * n_slots + np.arange(len(inputs))
+            start = end
+    return Batch(tokens, labels, Packing(columns, places))
+
+
+def packed_shapes(examples: Sequence[Example], batches: Iterable[list[int]], n_rows: int) -> list[PackedShape]:
+    """Choose the few shapes of a run's packed batches, each compiled once, from its first thousands of batches.
+
+    They ascend: half of the batches fit the first, nine tenths the second, all of those seen the third, and any
+    that these examples can make the last.
+    """
+    sample = list(itertools.islice(batches, SAMPLED_BATCHES))
+    n_examples = max(map(len, sample))
+    n_texts = -(-n_examples * max(len(row_lengths(example)) for example in examples) // n_rows)
+    lengths = [_lengths_of([examples[i] for i in batch]) for batch in sample]
+    needed = [max(_loads(texts, pack_rows(texts, n_rows, n_texts))) for texts in lengths]
+    longest = longest_row(examples)
+    columns_at_most = min(n_texts * longest, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
+    wanted_columns = [*np.quantile(needed, SHARES), columns_at_most]
+    wanted_slots = [*np.quantile([max(texts) for texts in lengths], SHARES), longest]
+    return sorted(
+        {
+            PackedShape(n_rows, -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE, n_texts, math.ceil(slots))
+            for columns, slots in zip(wanted_columns, wanted_slots, strict=True)
+        }
+    )
+
+
+def fitting_shape(shapes: Sequence[PackedShape], groups: Sequence[Sequence[Example]]) -> PackedShape:
+    """Return the first shape that holds all micro-batches of an update."""
+    lengths = [_lengths_of(group) for group in groups if group]
+    return next(shape for shape in shapes if all(map(shape.holds, lengths)))
+
+
+def _lengths_of(examples: Sequence[Example]) -> list[int]:
+    return [length for example in examples for length in row_lengths(example)]
 
 
 @dataclasses.dataclass(frozen=True)

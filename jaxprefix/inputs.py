@@ -12,19 +12,17 @@ from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import Recipe, TrainConfig
 from jaxprefix.data import (
     Batch,
-    PackedShapes,
     UpdatePlan,
+    fitting_shape,
     longest_row,
     make_batch,
     make_packed_batch,
+    packed_shapes,
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
-
-LONGEST_PACKED = 512
-"""Tokens of the longest row up to which packing pays: attention over longer ones costs more than their padding."""
 
 
 class Inputs(NamedTuple):
@@ -66,15 +64,16 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
     """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
     plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
-    make, n_rows, shapes = make_batch, rows_on(mesh, 2 * config.batch_size), None
-    if config.packing and n_columns <= LONGEST_PACKED and config.compute.attention != "cudnn":
+    n_rows, shapes = rows_on(mesh, 2 * config.batch_size), []
+    if config.packing:
         every_batch = (batch for number in range(plan.n_updates) for batch in plan.micro_batches(number))
-        shapes = PackedShapes.of(inputs.train_set, every_batch, n_parts=rows_on(mesh, 1))
-        make, n_rows = make_packed_batch, shapes.n_rows
+        shapes = packed_shapes(inputs.train_set, every_batch, n_rows=rows_on(mesh, 1))
     for number in range(first, plan.n_updates):
         groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
         if shapes:
-            n_columns = shapes.fitting(groups)
-        parts = [make(group, tokenizer, n_rows, n_columns) for group in groups]
+            shape = fitting_shape(shapes, groups)
+            parts = [make_packed_batch(group, tokenizer, shape) for group in groups]
+        else:
+            parts = [make_batch(group, tokenizer, n_rows, n_columns) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)

@@ -91,10 +91,10 @@ def loss_and_gradient(
     per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        (tokens, labels, starts), weight = micro_batch
+        (tokens, labels, packing), weight = micro_batch
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-            hidden, _ = base.hidden(tokens, prefix, starts=starts)
+            hidden, _ = base.hidden(tokens, prefix, packing=packing)
             return next_token_loss(hidden, base.head_weight, labels)[0] * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None

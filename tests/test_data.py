@@ -9,13 +9,15 @@ from convert.errors import InputError
 from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import (
     IGNORED,
-    PackedShapes,
+    PackedShape,
     UpdatePlan,
+    fitting_shape,
     longest_row,
     make_batch,
     make_packed_batch,
     n_labels,
-    packed_columns,
+    pack_rows,
+    packed_shapes,
     rows_of,
     split_examples,
 )
@@ -183,34 +185,39 @@ def test_order_depends_on_the_seed():
     assert np.sort(orders[2][0]).tolist() == list(range(50))
 
 
-def test_packed_rows_hold_every_label_once_and_positions_restart(tokenizer):
+def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
     examples = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
-    n_columns = packed_columns(examples, 3)
-    batch = make_packed_batch(examples, tokenizer, 3, n_columns + 2)
-    padded = make_batch(examples, tokenizer, 10, 16)
-    assert batch.tokens.shape == (3, n_columns + 2)
-    for packed, whole in ((batch.tokens, padded.tokens), (batch.labels, padded.labels)):
-        assert sorted(packed[batch.labels != IGNORED]) == sorted(whole[padded.labels != IGNORED])
-    columns = np.arange(n_columns + 2)
-    assert ((batch.starts <= columns) & (batch.starts >= 0)).all()
+    texts = [text for example in examples for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    shape = PackedShape(n_rows=3, n_columns=32, n_texts=3, n_slots=15)
+    tokens, labels, packing = make_packed_batch(examples, tokenizer, shape)
+    assert tokens.shape == labels.shape == packing.places.shape == (3, 32)
+    assert packing.columns.shape == (3, 3, 15)
+    found, n_found = [], 0
     for row in range(3):
-        for start in set(batch.starts[row]):
-            own = batch.starts[row] == start
-            assert own[start], "a text begins at its start"
-            assert (np.diff(np.flatnonzero(own)) == 1).all(), "and has no gap"
-    assert n_columns < 40, "rows are even: 77 tokens in three"
+        for place, columns in enumerate(packing.columns[row]):
+            own = columns[columns < 32]
+            assert packing.places[row, own].tolist() == list(range(place * 15, place * 15 + len(own)))
+            found.append((tokens[row, own].tolist(), labels[row, own].tolist()))
+            n_found += len(own)
+    assert sorted(found) == sorted(texts)
+    assert (packing.places < 45).sum() == n_found == (tokens != tokenizer.pad_id).sum()
 
 
-def test_packed_shapes_are_few_and_fit_every_batch(tokenizer):
+def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():
+    assert [len(row) for row in pack_rows([9, 1, 1, 1, 1, 1], 2, 3)] == [3, 3]
+    lengths = [6, 5, 10, 9, 15, 14, 8, 7, 5]
+    assert max(sum(lengths[text] for text in row) for row in pack_rows(lengths, 3, 4)) < 30, "79 tokens in three"
+
+
+def test_packed_shapes_are_few_and_hold_every_batch():
     generator = np.random.default_rng(0)
     examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
     batches = [generator.choice(300, 4, replace=False).tolist() for _ in range(400)]
-    for n_parts in (1, 8):
-        shapes = PackedShapes.of(examples, iter(batches), n_parts)
-        assert shapes.n_rows % n_parts == 0
-        assert len(shapes.columns) <= 4
+    for n_rows in (1, 8):
+        shapes = packed_shapes(examples, iter(batches), n_rows)
+        assert len(shapes) <= 4
         for batch in batches:
-            group = [examples[i] for i in batch]
-            assert packed_columns(group, shapes.n_rows) <= shapes.fitting([group])
-    worst = sorted(range(300), key=lambda i: -len(examples[i].target))[:4]
-    assert PackedShapes.of(examples, iter(batches[:1]), 1).fitting([[examples[i] for i in worst]])
+            assert fitting_shape(shapes, [[examples[i] for i in batch], []]).n_rows == n_rows
+    worst = [examples[i] for i in sorted(range(300), key=lambda i: -len(examples[i].target))[:4]]
+    few = packed_shapes(examples, iter(batches[:1]), 1)
+    assert fitting_shape(few, [worst]) == few[-1]

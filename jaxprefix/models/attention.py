@@ -17,6 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxprefix.config import AttentionMethod
+from jaxprefix.data import Packing
+from jaxprefix.models.packing import pack, unpack
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]]
@@ -28,16 +30,15 @@ CUDNN_MULTIPLE = 128
 """cuDNN's kernels take rows of a multiple of this many slots."""
 
 
-def positions_of(
-    slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None, starts: Int[Array, "B T"] | None = None
-) -> Int[Array, "B T"]:
-    """Turn each token's index in its row, from the start of its text, into its position behind the prefix."""
-    in_text = slots if starts is None else slots - starts
-    return in_text if prefix is None else in_text + prefix.shape[2]
+def positions_of(slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None) -> Int[Array, "B T"]:
+    """Turn each token's index in its text into its position behind the prefix."""
+    return slots if prefix is None else slots + prefix.shape[2]
 
 
-def own_slots(rows: Shaped[Array, "B T *rest"]) -> Int[Array, "B T"]:
-    """Number each row's tokens from 0."""
+def own_slots(rows: Shaped[Array, "B T *rest"], packing: Packing | None = None) -> Int[Array, "B T"]:
+    """Number each row's tokens from 0; in packed rows, each text's."""
+    if packing is not None:
+        return packing.places % packing.columns.shape[-1]
     return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
 
 
@@ -76,22 +77,24 @@ def attend(
     v: Float[Array, "B N S H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"] | None = None,
-    starts: Int[Array, "B T"] | None = None,
+    packing: Packing | None = None,
     scale: float | None = None,
     method: AttentionMethod = "auto",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible, and those before `starts`, where the query's text begins in a row of several. Scores, multiplied by
-    `scale` (1/√H unless given), and softmax are float32, whatever the inputs are. `method` is how it is computed,
-    where cuDNN can: for whole rows of one text each.
+    invisible; of packed rows, every text gets a row of its own. Scores, multiplied by `scale` (1/√H unless given), and
+    softmax are float32, whatever the inputs are. `method` is how it is computed, where cuDNN can: for whole rows.
     """
+    if packing is not None:
+        q, k, v = (unpack(x, packing) for x in (q, heads_first(k), heads_first(v)))
+        return pack(attend(q, heads_first(k), heads_first(v), prefix, None, None, scale, method), packing)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    whole_rows = slots is None and starts is None and q.shape[1] == k.shape[2]
+    whole_rows = slots is None and q.shape[1] == k.shape[2]
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
         return square_causal(q, heads_first(k), heads_first(v), prefix, scale, "cudnn")
-    return _dense(q, k, v, prefix, own_slots(q) if slots is None else slots, starts, scale)
+    return _dense(q, k, v, prefix, own_slots(q) if slots is None else slots, scale)
 
 
 def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
@@ -141,15 +144,11 @@ def _dense(
     v: Float[Array, "B N S H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"],
-    starts: Int[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """The attention with all scores in memory; the prefix is not copied for every row."""
     token_scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
-    key_slots = jnp.arange(k.shape[2])
-    visible = key_slots <= slots[:, None, :, None]
-    if starts is not None:
-        visible &= key_slots >= starts[:, None, :, None]
+    visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None]
     token_scores = jnp.where(visible, token_scores, -jnp.inf)
     if prefix is None:
         weights = jax.nn.softmax(token_scores).astype(v.dtype)

@@ -4,6 +4,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Compute
+from jaxprefix.data import Packing
 from jaxprefix.models.attention import (
     Cache,
     LayerCache,
@@ -35,7 +36,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         slots: Int[Array, "B T"] | None,
-        starts: Int[Array, "B T"] | None,
+        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
@@ -43,7 +44,7 @@ class Attention(nnx.Module):
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, starts, self.scale, self.method).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, packing, self.scale, self.method).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -59,11 +60,11 @@ class Layer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         slots: Int[Array, "B T"] | None,
-        starts: Int[Array, "B T"] | None,
+        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), slots, starts, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), slots, packing, prefix, cache)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), written
 
@@ -88,14 +89,14 @@ class GPT2(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        starts: Int[Array, "B T"] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys and values [B, N, S, H] of every
         layer.
 
         All arguments are those of `GPTNeoX`.
         """
-        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, starts)
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
 
     def hidden(
@@ -105,16 +106,16 @@ class GPT2(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        starts: Int[Array, "B T"] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
-            positions = positions_of(own_slots(tokens) if slots is None else slots, prefix, starts)
+            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
 
         def step(
             layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
         ) -> tuple[Array, LayerCache]:
-            return layer(x, slots, starts, prefix, cache)
+            return layer(x, slots, packing, prefix, cache)
 
         x, written = run_layers(
             self.layers,

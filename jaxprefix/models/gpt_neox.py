@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import Compute
+from jaxprefix.data import Packing
 from jaxprefix.models.attention import (
     Cache,
     LayerCache,
@@ -36,7 +37,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"] | None,
-        starts: Int[Array, "B T"] | None,
+        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
@@ -45,7 +46,7 @@ class Attention(nnx.Module):
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, starts, None, self.method).reshape(x.shape)), cache
+        return self.out(attend(q, *cache, prefix, slots, packing, None, self.method).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -63,11 +64,11 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"] | None,
-        starts: Int[Array, "B T"] | None,
+        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), angles, slots, starts, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), angles, slots, packing, prefix, cache)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
@@ -93,18 +94,18 @@ class GPTNeoX(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        starts: Int[Array, "B T"] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys (after rotary) and values [B, N, S, H] of
         every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        `positions` are P + slots unless given. `starts` is the slot at which each token's own text begins, when a
-        row holds several: they do not see each other, and positions restart at P. With a cache, the keys and
+        `positions` are P + slots unless given. `packing` tells where the texts lie, when a row
+        holds several: they do not see each other, and positions restart at P. With a cache, the keys and
         values are written into it at their slots, and tokens attend to what was written before as well. Rows are
         padded on the right.
         """
-        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, starts)
+        hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
 
     def hidden(
@@ -114,11 +115,11 @@ class GPTNeoX(nnx.Module):
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-        starts: Int[Array, "B T"] | None = None,
+        packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
-            positions = positions_of(own_slots(tokens) if slots is None else slots, prefix, starts)
+            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
         n_slots = (0 if prefix is None else prefix.shape[2]) + (
             tokens.shape[1] if cache is None else cache[0][0].shape[2]
         )
@@ -127,7 +128,7 @@ class GPTNeoX(nnx.Module):
         def step(
             layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
         ) -> tuple[Array, LayerCache]:
-            return layer(x, angles, slots, starts, prefix, cache)
+            return layer(x, angles, slots, packing, prefix, cache)
 
         x, written = run_layers(self.layers, step, self.embed(tokens), prefix, cache, self.compute.remat == "block")
         return self.final_norm(x), written

@@ -1,0 +1,46 @@
+"""Packed rows: everything but attention takes a batch's texts one behind the other, attention each on its own row.
+
+So no position is computed for padding but in attention, which is the smallest part of short rows, and needs no mask for
+where a text begins. R texts of C slots lie in each of B rows of T tokens; the rest of the legend: `attention.py`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxprefix.data import Packing
+
+
+def unpack(x: Float[Array, "B T *rest"], packing: Packing) -> Float[Array, "BR C *rest"]:
+    """Give every text a row of its own, with zeros behind it."""
+    n_rows, n_texts, n_slots = packing.columns.shape
+    taken = _take(x.reshape(*x.shape[:2], -1), packing.columns.reshape(n_rows, -1), packing.places)
+    return taken.reshape(n_rows * n_texts, n_slots, *x.shape[2:])
+
+
+def pack(x: Float[Array, "BR C *rest"], packing: Packing) -> Float[Array, "B T *rest"]:
+    """Lay the texts' rows one behind the other again."""
+    n_rows, n_columns = packing.places.shape
+    rest = x.shape[2:]
+    taken = _take(x.reshape(n_rows, -1, math.prod(rest)), packing.places, packing.columns.reshape(n_rows, -1))
+    return taken.reshape(n_rows, n_columns, *rest)
+
+
+@jax.custom_vjp
+def _take(x: Float[Array, "B A W"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]) -> Float[Array, "B K W"]:
+    """Take each row's vectors by index, zeros beyond the end. The gradient is taken by the way back: no scatter."""
+    return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
+
+
+def _forward(x: Array, index: Array, way_back: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _take(x, index, way_back), (index, way_back)
+
+
+def _backward(indices: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    index, way_back = indices
+    return _take(gradient, way_back, index), None, None
+
+
+_take.defvjp(_forward, _backward)

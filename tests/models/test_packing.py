@@ -1,0 +1,56 @@
+"""Texts that lie one behind the other are computed as if each were alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprefix.data import PackedShape, make_batch, make_packed_batch
+from jaxprefix.examples import Example
+from jaxprefix.loss import next_token_loss
+from jaxprefix.models.packing import pack, unpack
+from tests.base_folders import random_prefix
+from tests.tolerances import FUNCTION, MODEL
+
+EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
+
+
+@pytest.fixture(params=[(1, 88, 9, 15), (3, 32, 4, 16)], ids=["one row", "three rows"])
+def packed(request, tokenizer):
+    return jax.tree.map(jnp.asarray, make_packed_batch(EXAMPLES, tokenizer, PackedShape(*request.param)))
+
+
+def test_unpacking_and_packing_undo_each_other(packed):
+    x = jax.random.normal(jax.random.key(0), (*packed.tokens.shape, 2, 3))
+    has_text = packed.packing.places < np.prod(packed.packing.columns.shape[1:])
+    rows = unpack(x, packed.packing)
+    np.testing.assert_array_equal(pack(rows, packed.packing), jnp.where(has_text[..., None, None], x, 0))
+    assert (rows[packed.packing.columns.reshape(rows.shape[:2]) == packed.tokens.shape[1]] == 0).all()
+
+
+@pytest.mark.parametrize("way", [unpack, pack])
+def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
+    packing = packed.packing
+    n_rows, n_texts, n_slots = packing.columns.shape
+    index = packing.columns.reshape(n_rows, -1) if way is unpack else packing.places
+    shape = (*packed.tokens.shape, 4) if way is unpack else (n_rows * n_texts, n_slots, 4)
+
+    def plainly(x):
+        return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x.reshape(n_rows, -1, 4), index)
+
+    x = jax.random.normal(jax.random.key(0), shape)
+    weights = jax.random.normal(jax.random.key(1), plainly(x).shape)
+    ours, expected = (jax.grad(lambda x, f=f: jnp.vdot(f(x), weights))(x) for f in (lambda x: way(x, packing), plainly))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION)
+
+
+def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(model, tokenizer, packed):
+    def loss(prefix, batch):
+        hidden, _ = model.hidden(batch.tokens, prefix, packing=batch.packing)
+        return next_token_loss(hidden, model.head_weight, batch.labels)[0]
+
+    prefix = random_prefix(model.config)
+    padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 16))
+    results = [jax.jit(jax.value_and_grad(loss))(prefix, batch) for batch in (packed, padded)]
+    for ours, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
