@@ -86,10 +86,12 @@ def test_a_prefix_needs_to_know_its_base(tmp_path):
         converted(WEIGHT, tmp_path / "p.weight", base)
 
 
-def test_without_torch_the_error_says_how_to_get_it(monkeypatch, tmp_path):
+def test_torch_is_needed_to_write_its_files_only(monkeypatch, tmp_path):
+    expected = torch.load(WEIGHT, weights_only=True).numpy()
     monkeypatch.setitem(sys.modules, "torch", None)
+    np.testing.assert_array_equal(np.load(converted(WEIGHT, tmp_path / "p.npy")), expected)
     with pytest.raises(InputError, match=r"pip install 'jaxprefix\[torch\]'"):
-        converted(WEIGHT, tmp_path / "p")
+        converted(WEIGHT, tmp_path / "p.weight")
 
 
 def test_dynamic_cache_there_and_back():

@@ -177,13 +177,13 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
     for name, message in {
         "text": "not a prefix; expected",
         "empty": "not a prefix; expected",
-        "cut": "not a file that torch can load safely",
+        "cut": "not a torch file that can be read safely",
         "integers": "expected floating-point numbers, found int64",
-        "zip": "not a file that torch can load safely",
+        "zip": "not a torch file that can be read safely",
         "folder": "neither an adapter folder",
         "lora": "peft_type is not PREFIX_TUNING",
         "dict": "expected one dense tensor, found dict",
-        "code": "not a file that torch can load safely",
+        "code": "not a torch file that can be read safely",
         "missing": "no such prefix file or folder",
     }.items():
         with pytest.raises(InputError, match=message):

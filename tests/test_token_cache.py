@@ -17,7 +17,7 @@ SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人�
 def small_limits(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "CACHED_BYTES", 1000)
-    monkeypatch.setattr(token_cache, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(token_cache, "BLOCK_BYTES", 2000)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def same(left, right):
 
 def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
     examples = load_examples(data, Chunking(tokenizer))
-    assert len(list(token_cache._ranges(data))) > 3
+    assert len(list(token_cache._blocks(data))) > 3
     assert same(examples, read_examples(data, Chunking(tokenizer)))
     assert len(examples) > 80
     assert "MB/s" in capfd.readouterr().err
@@ -54,7 +54,15 @@ def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capf
 
 
 @pytest.mark.parametrize(
-    "change", [{"suffix": "!"}, {"max_seq_len": 32}, {"recipe": Recipe(drop_document_tails=True)}, "file", "tokenizer"]
+    "change",
+    [
+        {"suffix": "!"},
+        {"max_seq_len": 32},
+        {"recipe": Recipe(drop_document_tails=True)},
+        {"skip_bad_lines": True},
+        "file",
+        "tokenizer",
+    ],
 )
 def test_everything_that_matters_names_another_entry(data, tokenizer, change):
     chunking = Chunking(tokenizer)
