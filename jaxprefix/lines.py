@@ -10,7 +10,7 @@ from convert.errors import InputError
 
 LINE_BYTES = 2**24
 """Longest line; in memory, a line takes some 20 times its length while it is parsed."""
-UNPACKED_BYTES = 2**26
+UNPACKED_BYTES = 2**24
 """What any gzip file may unpack to."""
 GZIP_RATIO = 100
 """How much longer than itself a larger one may become: text shrinks to a tenth or so."""

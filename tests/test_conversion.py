@@ -56,6 +56,9 @@ def test_an_adapter_tells_its_shape_without_a_base(tmp_path):
         ("num_virtual_tokens", 9, "num_virtual_tokens is 9, the weights have 10 positions"),
         ("num_layers", 2, "ask for 256 numbers per position, the weights have 384"),
         ("token_dim", "64", r"token_dim and num_attention_heads are \[3, '64', 4\]"),
+        ("num_layers", True, r"num_attention_heads are \[True, 64, 4\]"),
+        ("num_layers", 0, r"num_attention_heads are \[0, 64, 4\]"),
+        ("num_attention_heads", 5, "token_dim 64 is not divisible by 5 num_attention_heads"),
     ],
 )
 def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, field, value, message):

@@ -145,6 +145,7 @@ def test_another_tokenizer_is_refused(golden_model, tokenizer, tmp_path):
     [
         (np.ones((10, 100), np.float32), "it has 100 numbers per position"),
         (np.full((10, 384), np.nan, np.float32), "3840 numbers that are not finite"),
+        (np.full((10, 384), 1e300), "3840 numbers that are not finite"),
         (np.ones(384, np.float32), r"found shape \(384,\)"),
         (np.ones((10, 384), np.int32), "expected floating-point numbers, found int32"),
         (np.ones((600, 384), np.float32), "prefix length 600 leaves no room in 512 positions"),

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -95,6 +96,38 @@ def test_an_error_names_the_line_of_the_file(data, tokenizer):
     lines[100] = b'{"text": 3}'
     data.write_bytes(b"\n".join(lines))
     with pytest.raises(InputError, match=r"data.jsonl, line 101: `text` must be a string, found int"):
+        load_examples(data, Chunking(tokenizer))
+    assert list((cache_folder() / "tokens").iterdir()) == []
+
+
+def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
+    lines = data.read_bytes().split(b"\n")
+    lines[70], lines[100] = b'{"text": 3}', b"{"
+    data.write_bytes(b"\n".join(lines))
+    chunking = Chunking(tokenizer, skip_bad_lines=True)
+    expected = read_examples(data, chunking)
+    report = [f"skipped 2 of 119 lines of {data}, first: line 71: `text` must be a string, found int"]
+    for found in (expected, load_examples(data, chunking), load_examples(data, chunking)):
+        assert same(found, expected)
+        assert list(found.skipped.report(data)) == report
+
+
+def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path):
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    assert packed.stat().st_size >= token_cache.CACHED_BYTES
+    assert same(load_examples(packed, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+
+
+def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):
+    tokenize = token_cache._tokenize
+
+    def change_first(path, *rest):
+        path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+        tokenize(path, *rest)
+
+    monkeypatch.setattr(token_cache, "_tokenize", change_first)
+    with pytest.raises(InputError, match="changed while it was tokenized"):
         load_examples(data, Chunking(tokenizer))
     assert list((cache_folder() / "tokens").iterdir()) == []
 

@@ -68,12 +68,15 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is not an empty folder")
     _check_depth(folder, config)
+    beside = [
+        member(folder, path.name)
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".model", ".vocab", ".txt") and path.name not in (SHARD_INDEX, TORCH_INDEX)
+    ]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
     write_weights(target, weight_table(config), config.n_layer, whole)
-    for path in folder.iterdir():
-        is_index = path.name in (SHARD_INDEX, TORCH_INDEX)
-        if path.is_file() and path.suffix in (".json", ".model", ".vocab", ".txt") and not is_index:
-            shutil.copy(member(folder, path.name), target / path.name)
+    for path in filter(Path.is_file, beside):
+        shutil.copy(path, target / path.name)
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:

@@ -181,6 +181,8 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
     if config.n_embd % config.n_head:
         problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
+    elif config.rotary_factor < 1:
+        problems.append(f"a rotary scaling factor of {config.rotary_factor} shortens what the model was trained on")
     elif config.rotary_dim % 2:
         problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
     if problems:
