@@ -112,21 +112,16 @@ def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
         assert list(found.skipped.report(data)) == report
 
 
-def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path):
+def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "CACHED_BYTES", 500)
     packed = tmp_path / "data.jsonl.gz"
     packed.write_bytes(gzip.compress(data.read_bytes()))
-    assert packed.stat().st_size >= token_cache.CACHED_BYTES
     assert same(load_examples(packed, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
 
 
 def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):
-    tokenize = token_cache._tokenize
-
-    def change_first(path, *rest):
-        path.write_bytes(path.read_bytes().replace(b"0", b"1"))
-        tokenize(path, *rest)
-
-    monkeypatch.setattr(token_cache, "_tokenize", change_first)
+    monkeypatch.setattr(token_cache, "_tokenize", lambda path, *_: path.write_text('{"text": "b"}'))
     with pytest.raises(InputError, match="changed while it was tokenized"):
         load_examples(data, Chunking(tokenizer))
     assert list((cache_folder() / "tokens").iterdir()) == []

@@ -210,7 +210,7 @@ def reread_torch(content: bytes) -> np.ndarray | None:
     """
     try:
         tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except RuntimeError:
+    except Exception:
         return None
     tensor = tensor["prompt_embeddings"] if isinstance(tensor, dict) else tensor
     return tensor.detach().float().numpy()
