@@ -8,8 +8,8 @@ from pathlib import Path
 
 from convert.errors import InputError
 
-LINE_BYTES = 2**24
-"""Longest line; in memory, a line takes some 20 times its length while it is parsed."""
+LINE_BYTES = 2**23
+"""Longest line; tokenizing one takes up to some 70 times its length in memory."""
 UNPACKED_BYTES = 2**24
 """What any gzip file may unpack to."""
 GZIP_RATIO = 100
