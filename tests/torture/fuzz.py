@@ -8,7 +8,6 @@ input that an independent reading contradicts. Prints a table, then the finds, a
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import gzip
 import io
@@ -18,7 +17,6 @@ import random
 import re
 import resource
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -38,12 +36,12 @@ from jaxprefix import cli, load_tokenizer
 from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN, GOLDEN_BASE, TINY, TINY_GPT2
+from tests.torture.mutations import VALUES, broken_bytes, broken_json
+from tests.torture.other_readers import reread_npy, reread_safetensors, reread_torch
 
 SECONDS, BYTES = 10, 2**30
 SHARES = {"data": 6, "weight": 3, "safetensors": 3, "npy": 3, "adapter": 2, "config": 3, "command line": 1}
 """Of 21 inputs."""
-NUMBERS = [0, -1, 1, 2**31, 2**32 - 1, 2**63, -(2**63), 2**64 - 1, 10**400, 1e308, 0.5, math.nan, math.inf, 1e-320]
-VALUES = [*NUMBERS, True, None, "", "x", "\ud83d", "\0", [], {}, [[]], {"a": {}}, "１", "1e9", "../../etc/passwd"]
 
 
 class Hang(BaseException):
@@ -75,60 +73,6 @@ class Tally:
     peak: int = 0
     """Bytes of memory above those before the first input."""
     finds: list[str] = dataclasses.field(default_factory=list)
-
-
-def broken_bytes(good: bytes, generator: random.Random) -> bytes:
-    """Flip bits, cut, repeat, splice in what is random or means something to parsers."""
-    content = bytearray(good)
-    for _ in range(generator.choice((1, 1, 1, 2, 5))):
-        place = generator.randrange(len(content) + 1)
-        end = min(len(content), place + generator.choice((1, 2, 8, 64)))
-        match generator.randrange(6):
-            case 0 if content:
-                content[place % len(content)] ^= 1 << generator.randrange(8)
-            case 1:
-                del content[place:]
-            case 2:
-                del content[place:end]
-            case 3:
-                content[place:end] = generator.randbytes(end - place)
-            case 4:
-                content[place:place] = content[place:end] * generator.choice((1, 3, 50))
-            case _:
-                number = generator.choice((0, 1, -1, 2**31 - 1, 2**40, 2**62))
-                marks = (b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\xed\xa0\xbd", b"[" * 30_000, b'{"a":' * 9)
-                content[place:end] = generator.choice((struct.pack("<q", number), *marks, "👨‍👩‍👧".encode()))
-    return bytes(content)
-
-
-def broken_json(good: Any, generator: random.Random) -> bytes:
-    """Change an object's values, names and structure, and sometimes its text."""
-    value = json.loads(json.dumps(good))
-    for _ in range(generator.choice((1, 1, 2, 4))):
-        holder = value
-        while nested := [inner for inner in holder.values() if isinstance(inner, dict) and inner]:
-            if generator.random() < 0.5:
-                break
-            holder = generator.choice(nested)
-        key = generator.choice(list(holder) or ["a"])
-        match generator.randrange(5):
-            case 0:
-                holder.pop(key, None)
-            case 1:
-                holder[generator.choice(("", key.upper(), "auto_map", "rope_scaling"))] = copy.deepcopy(
-                    generator.choice(VALUES)
-                )
-            case _:
-                holder[key] = copy.deepcopy(generator.choice(VALUES))
-    text = json.dumps(value, ensure_ascii=generator.random() < 0.9)
-    match generator.randrange(12):
-        case 0:
-            text = text.replace("{", '{"hidden_size": 8, "text": "b", ', 1)  # a key twice
-        case 1:
-            text = text.replace("1", "[" * 20_000 + "]" * 20_000, 1)
-        case 2:
-            return broken_bytes(text.encode("utf-8", "surrogatepass"), generator)
-    return text.encode("utf-8", "surrogatepass")
 
 
 def data_target(folder: Path) -> Target:
@@ -201,38 +145,6 @@ def agree(same: bool, difference: str) -> None:
     """Raise Contradiction unless two readings are the same."""
     if not same:
         raise Contradiction(difference)
-
-
-def reread_torch(content: bytes) -> np.ndarray | None:
-    """Let torch read a file that was accepted, so whose sizes are true.
-
-    Torch refuses an archive for what stands beside its tensors, too; None, then.
-    """
-    try:
-        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception:
-        return None
-    tensor = tensor["prompt_embeddings"] if isinstance(tensor, dict) else tensor
-    return tensor.detach().float().numpy()
-
-
-def reread_safetensors(content: bytes) -> np.ndarray:
-    """Read a safetensors file by hand."""
-    n_header = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + n_header])
-    header.pop("__metadata__", None)
-    about = header.get("prompt_embeddings") or next(iter(header.values()))
-    begin, end = about["data_offsets"]
-    data = content[8 + n_header :][begin:end]
-    if about["dtype"] == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
-    return np.frombuffer(data, {"F32": "f4", "F16": "f2", "F64": "f8"}[about["dtype"]]).reshape(about["shape"])
-
-
-def reread_npy(content: bytes) -> np.ndarray:
-    """Read a .npy file without mapping it."""
-    with np.errstate(over="ignore"):
-        return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def prefix_targets(folder: Path) -> Iterator[tuple[str, Target]]:
