@@ -1,17 +1,31 @@
 """The exceptions that end in plain lines: what the user gave cannot be used, or a run cannot go on."""
 
+import re
 from typing import Self
+
+MESSAGE_CHARACTERS = 4000
+PROBLEMS = 40
+"""Problems that are listed; a file may have thousands."""
 
 
 class PlainError(Exception):
-    """An error whose message is complete without a traceback."""
+    """An error whose message is complete without a traceback.
+
+    What it quotes may come from a stranger's file: control characters are shown, not sent to the terminal, and a
+    message beyond MESSAGE_CHARACTERS is cut.
+    """
+
+    def __init__(self, message: str):
+        shown = re.sub(r"[^\n -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda found: ascii(found[0])[1:-1], message)
+        super().__init__(shown if len(shown) <= MESSAGE_CHARACTERS else shown[:MESSAGE_CHARACTERS] + " …")
 
     exit_code: int
 
     @classmethod
     def all(cls, heading: str, problems: list[str]) -> Self:
         """Report several problems at once, one a line under a heading."""
-        return cls("\n  - ".join([heading, *problems]))
+        more = [f"and {len(problems) - PROBLEMS:,} more"] if len(problems) > PROBLEMS else []
+        return cls("\n  - ".join([heading, *problems[:PROBLEMS], *more]))
 
 
 class InputError(PlainError):

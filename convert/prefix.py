@@ -7,17 +7,20 @@ Two layouts of the same numbers:
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from convert import torch_files
 from convert.errors import InputError
 from convert.files import replacing
+from convert.untrusted import member, read_object
+from convert.weights import read_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +29,7 @@ TENSOR_NAME = "prompt_embeddings"
 RUN_SUBFOLDER = "prefix"
 
 _NPY = b"\x93NUMPY"
+_SHAPE = ("n_layer", "n_head", "head_dim")
 
 
 def to_layers(folded: Any, n_layer: int, n_head: int, head_dim: int) -> Any:
@@ -50,8 +54,11 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         return _read_adapter(path)
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
-    with path.open("rb") as file:
-        start = file.read(16)
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     base: dict[str, str] = {}
     if start.startswith(_NPY):
         array = _read_npy(path)
@@ -71,11 +78,12 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if array.ndim not in (2, 4) or 0 in array.shape:
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")
     if array.ndim == 4 and array.shape[1] % 2 == 0:
-        n_layer, n_head, head_dim = array.shape[1] // 2, *array.shape[2:]
-        base = {"n_layer": str(n_layer), "n_head": str(n_head), "head_dim": str(head_dim), **base}
-    folded = np.ascontiguousarray(array.reshape(array.shape[0], -1), dtype=np.float32)
+        base = {**_shape(array.shape[1] // 2, *array.shape[2:]), **base}
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
+        folded = np.array(array.reshape(array.shape[0], -1), dtype=np.float32, order="C")
     if not np.isfinite(folded).all():
         raise InputError(f"{path}: holds {int((~np.isfinite(folded)).sum())} numbers that are not finite")
+    _check_shape(path, base, folded.shape[1])
     return folded, base
 
 
@@ -151,69 +159,77 @@ def from_dynamic_cache(cache: Any) -> np.ndarray:
 
 def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read an adapter folder, or the one in a run folder; adapter_config.json adds to what the header says."""
-    config_path = folder / ADAPTER_CONFIG
+    config_path = member(folder, ADAPTER_CONFIG)
     if not config_path.is_file():
         if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
-            return _read_adapter(folder / RUN_SUBFOLDER)
+            return _read_adapter(member(folder, RUN_SUBFOLDER))
         raise InputError(f"{folder}: neither an adapter folder ({ADAPTER_CONFIG}) nor a run folder ({RUN_SUBFOLDER}/)")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config_path}: not valid JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "PREFIX_TUNING":
+    config = read_object(config_path)
+    if config.get("peft_type") != "PREFIX_TUNING":
         raise InputError(f"{config_path}: peft_type is not PREFIX_TUNING")
-    folded, header = read_prefix(_adapter_weights(folder))
+    weights_path = _adapter_weights(folder)
+    folded, header = read_prefix(weights_path)
     length = config.get("num_virtual_tokens")
     if length not in (None, len(folded)):
         raise InputError(f"{config_path}: num_virtual_tokens is {length}, the weights have {len(folded)} positions")
     sizes = [config.get(field) for field in ("num_layers", "token_dim", "num_attention_heads")]
     if None not in sizes:
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
             raise InputError(f"{config_path}: num_layers, token_dim and num_attention_heads are {sizes}")
-        n_layer, token_dim, n_head = (int(str(size)) for size in sizes)
+        n_layer, token_dim, n_head = (int(size) for size in sizes if size is not None)
         if 2 * n_layer * token_dim != folded.shape[1]:
             raise InputError(
                 f"{config_path}: num_layers {n_layer} and token_dim {token_dim} ask for {2 * n_layer * token_dim} "
                 f"numbers per position, the weights have {folded.shape[1]}"
             )
-        shape = {"n_layer": n_layer, "n_head": n_head, "head_dim": token_dim // n_head}
-        header = {**{field: str(value) for field, value in shape.items()}, **header}
+        if token_dim % n_head:
+            raise InputError(f"{config_path}: token_dim {token_dim} is not divisible by {n_head} num_attention_heads")
+        header = {**_shape(n_layer, n_head, token_dim // n_head), **header}
     return folded, header
+
+
+def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
+    """Say a prefix's shape as a header does."""
+    return dict(zip(_SHAPE, map(str, (n_layer, n_head, head_dim)), strict=True))
+
+
+def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
+    """Compare what a header says of the shape with the numbers per position."""
+    said = {field: header[field] for field in _SHAPE if field in header}
+    sizes = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in said.values()]
+    claimed = 2 * math.prod(sizes)
+    if claimed == 0 or width % claimed or (len(said) == len(_SHAPE) and width != claimed):
+        raise InputError(f"{path}: has {width} numbers per position, which do not fit its header's {said}")
 
 
 def _adapter_weights(folder: Path) -> Path:
     """Return PEFT's weights file: safetensors, or torch's of older versions."""
     for name in (ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_TORCH):
-        if (folder / name).is_file():
-            return folder / name
+        if (path := member(folder, name)).is_file():
+            return path
     raise InputError(f"{folder}: has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}")
 
 
 def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            if TENSOR_NAME not in names and len(names) != 1:
-                raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {names}")
-            name = TENSOR_NAME if TENSOR_NAME in names else names[0]
-            return file.get_tensor(name), dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    weights, header = read_safetensors(path)
+    if TENSOR_NAME not in weights and len(weights) != 1:
+        raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {len(weights)}: {list(weights)[:3]}")
+    weight = weights[TENSOR_NAME] if TENSOR_NAME in weights else next(iter(weights.values()))
+    return weight.read(None), header
 
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no longer than its file
     except Exception as error:  # numpy's parser of the header raises many kinds
         raise InputError(f"{path}: not a readable .npy file ({torch_files.first_line(error)})") from error
 
 
 def _read_torch(path: Path) -> np.ndarray:
-    torch = torch_files.import_torch(f"reading {path}")
     tensor = torch_files.load_torch(path)
     if isinstance(tensor, dict) and TENSOR_NAME in tensor:  # PEFT's adapter_model.bin
         tensor = tensor[TENSOR_NAME]
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-        raise InputError(f"{path}: expected one dense tensor, found {type(tensor).__name__}")
-    tensor = tensor.detach()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+    if not isinstance(tensor, np.ndarray):
+        kind = "dict" if isinstance(tensor, dict) else type(tensor).__name__
+        raise InputError(f"{path}: expected one dense tensor, found {kind}")
+    return tensor

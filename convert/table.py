@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
-from convert.weights import SHARD_INDEX, SINGLE_FILE, StoredWeight, TransposedWeight, stored_weights
+from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, TransposedWeight, stored_weights
 
 SHARD_BYTES = 5 * 10**9
 
@@ -59,7 +59,18 @@ def stream_weights(
 
     for name, weight in found.items():
         if path := path_of(rules[name]):
-            yield path, weight
+            yield path, FiniteWeight(weight, f"{folder}: weight {name}")
+
+
+def check_depth(folder: Path, table: Table, n_layer: int, optional_prefix: str = "") -> None:
+    """Check that the last layer that config.json asks for is in the files, before a model of that depth is described.
+
+    Raises InputError.
+    """
+    last = {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}
+    stored = {name for name, _ in stored_weights(folder)}
+    if not last & (stored | {optional_prefix + name for name in stored}):
+        raise InputError(f"{folder}: config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}")
 
 
 def write_weights(folder: Path, table: Table, n_layer: int, weights: Iterable[tuple[str, np.ndarray]]) -> None:

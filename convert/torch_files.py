@@ -1,13 +1,71 @@
-"""Files that torch writes, read without running anything that is in them. Torch is imported when it is needed."""
+"""Files that torch writes: read without torch, so that nothing in them runs; torch itself only writes.
 
+Both formats, zip archives and the one before torch 1.6, hold a pickle that refers to storages: flat arrays of numbers.
+Of pickle's language only what torch writes for tensors in dicts, lists and tuples is understood, and every size is
+compared with the file's before it is believed.
+"""
+
+import io
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from convert.errors import InputError
 from convert.files import replacing
 
-# How torch's two formats begin: zip archives, and the one before torch 1.6.
-MAGIC = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
+# How torch's two formats begin.
+ZIP_MAGIC = b"PK\x03\x04"
+MAGIC = (ZIP_MAGIC, b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
+
+PICKLE_BYTES = 2**20
+"""Longest pickle: names and shapes of some 7,000 tensors."""
+_OPCODES = re.compile(
+    "PROTO|STOP|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?"
+    "|APPENDS?|SETITEMS?|(LONG_)?BIN(GET|PUT)|GLOBAL|REDUCE|BUILD|BINPERSID"
+)
+_TYPES = {
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+}
+
+OpenStorage = Callable[[np.dtype, str, int], np.ndarray]
+"""What returns a storage's numbers, given their type, its key and how many its pickle says there are."""
+
+
+def is_torch_file(path: Path) -> bool:
+    """Tell whether a file begins as torch's do."""
+    with path.open("rb") as file:
+        return file.read(16).startswith(MAGIC)
+
+
+def load_torch(path: Path, checked: bool = True) -> Any:
+    """Return a file's dicts, lists and numbers, with tensors as read-only arrays that are mapped, not read.
+
+    Types are as stored, bfloat16 as ml_dtypes has it. `checked` reads all numbers of a zip archive once, to compare its
+    checksums. Raises InputError.
+    """
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == ZIP_MAGIC
+        return _load_zip(path, checked) if is_zip else _load_old(path)
+    except Exception as error:  # a damaged file makes zipfile and pickle raise many kinds
+        raise InputError(f"{path}: not a torch file that can be read safely ({first_line(error)})") from error
 
 
 def import_torch(purpose: str) -> Any:
@@ -17,26 +75,6 @@ def import_torch(purpose: str) -> Any:
     except ModuleNotFoundError as error:
         raise InputError(f"{purpose} needs PyTorch: pip install 'jaxprefix[torch]'") from error
     return torch
-
-
-def is_torch_file(path: Path) -> bool:
-    """Tell whether a file begins as torch's do."""
-    with path.open("rb") as file:
-        return file.read(16).startswith(MAGIC)
-
-
-def load_torch(path: Path, mapped: bool = False) -> Any:
-    """Load tensors onto the CPU; pickled code is refused. Raises InputError.
-
-    `mapped` leaves their numbers in the file until they are used, if it is in the zip format.
-    """
-    torch = import_torch(f"reading {path}")
-    try:
-        with path.open("rb") as file:
-            mapped = mapped and file.read(4) == MAGIC[0]
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # on a damaged file torch raises many kinds
-        raise InputError(f"{path}: not a file that torch can load safely ({first_line(error)})") from error
 
 
 def save_torch(path: Path, content: Any) -> None:
@@ -49,3 +87,140 @@ def save_torch(path: Path, content: Any) -> None:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds what a pickle of torch's describes; any name but those of dense tensors is refused."""
+
+    def __init__(self, content: bytes, open_storage: OpenStorage, n_bytes: int):
+        super().__init__(io.BytesIO(content))
+        self._open_storage = open_storage
+        self._n_left = 2 * n_bytes  # tied weights are one storage under two names
+        self._names: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): _StateDict.empty,
+            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
+            **{("torch", name): name for name in _TYPES},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._names:
+            raise ValueError(f"it asks for {module}.{name}, which is no dense tensor")
+        return self._names[module, name]
+
+    def persistent_load(self, reference: Any) -> np.ndarray:
+        kind, type_name, key, _device, size, *_ = reference
+        if kind != "storage" or not isinstance(key, str) or not _is_size(size):
+            raise ValueError(f"it refers to {reference!r}, which is no storage")
+        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
+
+        return self._open_storage(np.dtype(_TYPES[type_name]), key, size)
+
+    def _rebuild_tensor(self, storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+        if not all(map(_is_size, (offset, *shape, *strides))) or len(shape) != len(strides):
+            raise ValueError(f"a tensor has shape {shape}, strides {strides} and offset {offset}")
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if 0 not in shape and last >= storage.size:
+            raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.size} numbers")
+        itemsize = storage.dtype.itemsize
+        self._n_left -= int(np.prod(shape, dtype=object)) * itemsize
+        if self._n_left < 0:
+            raise ValueError("its tensors claim more numbers than it holds")
+        return np.lib.stride_tricks.as_strided(
+            storage[offset:], shape, [stride * itemsize for stride in strides], writeable=False
+        )
+
+    def _rebuild_parameter(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
+        return tensor
+
+
+class _StateDict(dict):
+    """In the place of OrderedDict, whose attributes (`_metadata`, names of versions) are dropped."""
+
+    @classmethod
+    def empty(cls) -> "_StateDict":
+        return cls()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load_zip(path: Path, checked: bool) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        (content,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        folder = content.filename.removesuffix("data.pkl")
+
+        def record(info: zipfile.ZipInfo, limit: int) -> bytes:
+            if info.file_size > limit or info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed, or longer than {limit:,} bytes")
+            return archive.read(info)
+
+        def open_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
+            info = archive.getinfo(f"{folder}data/{key}")
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != size * dtype.itemsize:
+                raise ValueError(f"{info.filename} is compressed, or has not {size} numbers of type {dtype}")
+            with path.open("rb") as file:
+                file.seek(info.header_offset + 26)
+                n_name, n_extra = struct.unpack("<HH", file.read(4))
+            storage = _map(path, dtype, info.header_offset + 30 + n_name + n_extra, size)
+            if checked and zlib.crc32(storage.view(np.uint8).data) != info.CRC:
+                raise ValueError(f"{info.filename} has another checksum")
+            return storage
+
+        if f"{folder}byteorder" in archive.NameToInfo:
+            byte_order = record(archive.getinfo(f"{folder}byteorder"), limit=16)
+            if byte_order != b"little":
+                raise ValueError(f"its byte order is {byte_order!r}, not little")
+        stream = io.BytesIO(record(content, PICKLE_BYTES))
+        return _Unpickler(_next_pickle(stream), open_storage, path.stat().st_size).load()
+
+
+def _load_old(path: Path) -> Any:
+    """Read the format before torch 1.6: five pickles one behind the other, then every storage behind its size."""
+    with path.open("rb") as file:
+        head = io.BytesIO(file.read(PICKLE_BYTES))
+        _magic, _version, system, content, keys = (_next_pickle(head) for _ in range(5))
+        sizes: dict[str, tuple[np.dtype, int]] = {}
+        places: dict[str, int] = {}
+
+        def note_size(dtype: np.dtype, key: str, size: int) -> np.ndarray:
+            if sizes.setdefault(key, (dtype, size)) != (dtype, size):
+                raise ValueError(f"storage {key} is described twice, differently")
+            return np.broadcast_to(np.zeros((), dtype), size)
+
+        def load(pickled: bytes, open_storage: OpenStorage = note_size) -> Any:
+            return _Unpickler(pickled, open_storage, path.stat().st_size).load()
+
+        if not load(system)["little_endian"]:
+            raise ValueError("its byte order is not little")
+        load(content)
+        place = head.tell()
+        for key in load(keys):
+            dtype, size = sizes[key]
+            file.seek(place)
+            if file.read(8) != struct.pack("<q", size):
+                raise ValueError(f"storage {key} has not {size} numbers")
+            places[key] = place + 8
+            place += 8 + size * dtype.itemsize
+        return load(content, lambda dtype, key, size: _map(path, dtype, places[key], size))
+
+
+def _next_pickle(stream: io.BytesIO) -> bytes:
+    """Return a stream's next pickle, which holds no opcode that torch does not write, and no size beyond its own."""
+    begin = stream.tell()
+    limit = len(stream.getbuffer())
+    for opcode, argument, _ in pickletools.genops(stream):
+        if not _OPCODES.fullmatch(opcode.name) or (opcode.name == "LONG_BINPUT" and int(argument or 0) > limit):
+            raise ValueError(f"its pickle holds {opcode.name} {argument!r}, which torch does not write")
+    return stream.getvalue()[begin : stream.tell()]
+
+
+def _map(path: Path, dtype: np.dtype, place: int, size: int) -> np.ndarray:
+    """Map a storage; numpy refuses one that reaches beyond the file."""
+    if size == 0:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", place, (size,)))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

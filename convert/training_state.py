@@ -51,10 +51,10 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
         for name in PARAMETERS:
             key = rule.format(name=name)
             value = group.get(name) if isinstance(group, dict) else None
-            if value is None or not hasattr(value, "detach"):
+            if not isinstance(value, np.ndarray):
                 problems.append(f"missing {key}")
                 continue
-            arrays[key] = np.array(value.detach().float().numpy())
+            arrays[key] = np.array(value, np.float32)
             if not np.isfinite(arrays[key]).all():
                 problems.append(f"{key} holds numbers that are not finite")
     problems += _shape_problems(arrays)

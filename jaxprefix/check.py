@@ -30,9 +30,11 @@ def check(config: CheckConfig) -> Iterator[str]:
     yield from describe_model(model, tokenizer)
     n_columns = config.max_seq_len + 1
     if config.data_filepath is not None:
-        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, RECIPES[config.recipe])
+        recipe = RECIPES[config.recipe]
+        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         yield from describe_data(examples, tokenizer)
+        yield from examples.skipped.report(config.data_filepath)
         n_columns = longest_row(examples)
     yield describe_suffix(config.suffix, tokenizer)
     model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")

@@ -166,8 +166,10 @@ def _evaluate(config: EvaluateConfig) -> int:
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
     if config.data_filepath is not None:
-        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe)
+        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
+        for line in examples.skipped.report(config.data_filepath):
+            print(line, file=sys.stderr)
         prefix_len = 0 if prefix is None else prefix.shape[2]
         model.config.check_fit(tokenizer.vocab_size, prefix_len, longest_row(examples), "the longest row")
         batches = dev_batches(examples, tokenizer, config.batch_size)

@@ -125,7 +125,7 @@ class TrainConfig:
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
     data_filepath: Path
-    """JSON Lines; each object has `text` (sentences separated by newlines) or `prompt` and `completion`."""
+    """JSON Lines, plain or .gz; objects have `text` (sentences at newlines) or `prompt` and `completion`."""
     save_name: str
     """Name of the run; its files go to output_dir/save_name."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
@@ -144,6 +144,8 @@ class TrainConfig:
     """Appended to every sentence of a `text` document."""
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
+    skip_bad_lines: bool = False
+    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     train_data_size: int = 1000
     """Examples to train on: the first ones of the file."""
     dev_data_size: int = 10
@@ -369,6 +371,8 @@ class EvaluateConfig:
     """The task's suffix."""
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
+    skip_bad_lines: bool = False
+    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     batch_size: int = 16
     """Examples, or prompts, per batch."""
     prompt_file: Path | None = None

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from convert.errors import InputError
+from convert.untrusted import unique_keys
 from jaxprefix.config import Recipe
+from jaxprefix.lines import LINE_BYTES, read_lines
 from jaxprefix.tokenizer import Tokenizer
 
 
@@ -29,14 +31,37 @@ class Chunking(NamedTuple):
     max_seq_len: int = 64
     """Longest chunk of a document, in tokens."""
     recipe: Recipe = Recipe()
+    skip_bad_lines: bool = False
+    """Leave bad lines out and count them, instead of refusing the file."""
+
+
+class Skipped(NamedTuple):
+    """What a file's bad lines were."""
+
+    n_bad: int = 0
+    n_lines: int = 0
+    """All lines, blank ones too."""
+    first: str = ""
+    """Number and fault of the first bad line."""
+
+    def __add__(self, later: "Skipped") -> "Skipped":  # type: ignore[override]
+        return Skipped(self.n_bad + later.n_bad, self.n_lines + later.n_lines, self.first or later.first)
+
+    def report(self, path: Path) -> Iterator[str]:
+        """Yield the line that tells of them, if there are any."""
+        if self.n_bad:
+            yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first}"
 
 
 class Examples(Sequence[Example]):
     """Examples in flat arrays, which may be files mapped into memory; a slice is a view."""
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray):
-        """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length."""
-        self._tokens, self._ends, self.prompt_lengths = tokens, ends, prompt_lengths
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, skipped: Skipped = Skipped()):
+        """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length.
+
+        `skipped` tells which lines of the file made none.
+        """
+        self._tokens, self._ends, self.prompt_lengths, self.skipped = tokens, ends, prompt_lengths, skipped
         self._starts = np.concatenate([[0], ends[:-1]])
 
     @classmethod
@@ -86,34 +111,57 @@ def read_examples(path: Path, chunking: Chunking) -> "Examples":
 
     A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file")
-    with path.open("rb") as file:
-        examples = Examples.of(make_examples(file, path, 1, chunking))
-    if not examples:
-        raise InputError(f"{path}: holds no example")
+    return not_empty(make_examples(read_lines(path), path, 1, chunking), path)
+
+
+def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> "Examples":
+    """Return the examples of some lines of a file, of which the first has the number first_line."""
+    skipped = Skipped()
+
+    def of_each_line() -> Iterator[Example]:
+        nonlocal skipped
+        for number, line in enumerate(lines, start=first_line):
+            bad = ""
+            try:
+                yield from list(_examples_of(line, f"{path}, line {number}", chunking))
+            except InputError as error:
+                if not chunking.skip_bad_lines:
+                    raise
+                bad = str(error).removeprefix(f"{path}, ")
+            skipped += Skipped(bool(bad), 1, bad)
+
+    examples = Examples.of(of_each_line())
+    examples.skipped = skipped
     return examples
 
 
-def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Iterator[Example]:
-    """Yield the examples of some lines of a file, of which the first has the number first_line."""
-    tokenizer = chunking.tokenizer
-    for where, record in _read_records(lines, path, first_line):
-        if "completion" in record and "prompt" in record:
-            prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
-            if not (target := tokenizer.encode(completion)):
-                raise InputError(f"{where}: `completion` is empty")
-            yield Example(tokenizer.encode(prompt), target)
-        elif "text" in record:
-            sentences = _string(record, "text", where).split("\n")
-            yield from (Example([], chunk) for chunk in chunk_document(sentences, chunking))
-        else:
-            raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
+def not_empty(examples: "Examples", path: Path) -> "Examples":
+    """Return a file's examples. Raises InputError if there are none."""
+    if not examples:
+        raise InputError("; ".join([f"{path}: holds no example", *examples.skipped.report(path)]))
+    return examples
+
+
+def _examples_of(line: bytes, where: str, chunking: Chunking) -> Iterator[Example]:
+    """Yield a line's examples; a blank one has none."""
+    tokenizer, record = chunking.tokenizer, _parse(line, where)
+    if record is None:
+        return
+    if "completion" in record and "prompt" in record:
+        prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
+        if not (target := tokenizer.encode(completion)):
+            raise InputError(f"{where}: `completion` is empty")
+        yield Example(tokenizer.encode(prompt), target)
+    elif "text" in record:
+        sentences = _string(record, "text", where).split("\n")
+        yield from (Example([], chunk) for chunk in chunk_document(sentences, chunking))
+    else:
+        raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
 
 
 def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
     """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len."""
-    tokenizer, suffix, max_seq_len, recipe = chunking
+    tokenizer, suffix, max_seq_len, recipe, _ = chunking
     chunk: list[int] = []
     text = ""
     for sentence in sentences:
@@ -136,20 +184,20 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[lis
         yield chunk
 
 
-def _read_records(lines: Iterable[bytes], path: Path, first_line: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file, line n", object) of every line that is not blank."""
-    for number, line in enumerate(lines, start=first_line):
-        where = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            record = json.loads(text) if text else None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-        if not text:
-            continue
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        yield where, record
+def _parse(line: bytes, where: str) -> dict[str, Any] | None:
+    """Return a line's object, None if it is blank."""
+    if len(line) > LINE_BYTES:
+        raise InputError(f"{where}: is longer than {LINE_BYTES:,} bytes; split the document")
+    if b"\0" in line:
+        raise InputError(f"{where}: holds NUL bytes; the file must be UTF-8 text")
+    try:
+        text = line.decode("utf-8").strip()
+        record = json.loads(text, object_pairs_hook=unique_keys) if text else None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+    if text and not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
 
 
 def _string(record: dict[str, Any], field: str, where: str) -> str:

@@ -20,7 +20,7 @@ from jaxprefix.data import (
     packed_shapes,
     split_examples,
 )
-from jaxprefix.examples import Chunking, Example
+from jaxprefix.examples import Chunking, Example, Skipped
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
 
@@ -32,6 +32,7 @@ class Inputs(NamedTuple):
     train_set: Sequence[Example]
     dev_set: Sequence[Example]
     plan: UpdatePlan
+    skipped: Skipped
 
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
@@ -39,7 +40,7 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
         raise InputError("--attention cudnn needs an NVIDIA GPU, and JAX sees none")
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe)
+    chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     longest = max(longest_row(train_set), longest_row(dev_set))
@@ -58,7 +59,7 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
             f"which --recipe {config.recipe} cannot fill"
         )
-    return Inputs(base, train_set, dev_set, plan)
+    return Inputs(base, train_set, dev_set, plan, examples.skipped)
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

@@ -113,7 +113,7 @@ def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> di
 def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
     """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a base model's config.
 
-    Files: .weight and .checkpoint (need torch), .safetensors, .npy. Raises InputError that names each
+    Files: .weight, .checkpoint, .safetensors, .npy. Raises InputError that names each
     field in which the file's base model differs from this one (with a tokenizer given, that too).
     """
     folded, header = read_prefix(Path(path))

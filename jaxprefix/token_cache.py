@@ -6,7 +6,6 @@ A cache entry is a folder named by what went into it: tokens.bin (all ids), ends
 
 import concurrent.futures
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -18,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -25,13 +25,14 @@ from rich.progress import Progress
 
 from convert.errors import InputError
 from jaxprefix.config import cache_folder
-from jaxprefix.examples import Chunking, Examples, make_examples, read_examples
+from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
+from jaxprefix.lines import read_lines
 
-FORMAT = 1
+FORMAT = 2
 """Raised when examples change that the same file and settings make."""
 CACHED_BYTES = 2**22
 """Smaller files are tokenized anew each time: that takes a second or two."""
-RANGE_BYTES = 2**22
+BLOCK_BYTES = 2**22
 """What a process tokenizes at a time."""
 
 
@@ -48,15 +49,16 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
                 _tokenize(path, chunking, Path(unfinished))
+                if _key(path, chunking) != folder.name:
+                    raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
                 shutil.rmtree(folder, ignore_errors=True)  # a damaged one
                 _move(Path(unfinished), folder)
             examples = _open(folder)
     except OSError as error:
         advice = "XDG_CACHE_HOME names another place"
         raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {advice}") from error
-    if not examples:
-        raise InputError(f"{path}: holds no example")
-    return examples
+    assert examples is not None
+    return not_empty(examples, path)
 
 
 def _key(path: Path, chunking: Chunking) -> str:
@@ -72,13 +74,16 @@ def _open(folder: Path) -> Examples | None:
     try:
         about = json.loads((folder / "about.json").read_text())
         ends, prompt_lengths = (np.load(folder / f"{name}.npy") for name in ("ends", "prompt_lengths"))
-        tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
+        tokens = np.empty(0, np.uint16)
+        if about["n_tokens"]:  # what is empty cannot be mapped
+            tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
+        skipped = Skipped(*about["skipped"])
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
     sizes = [len(tokens), len(ends), len(prompt_lengths)]
     if sizes != [about["n_tokens"], about["n_examples"], about["n_examples"]] or ends[-1:].sum() != len(tokens):
         return None
-    return Examples(tokens, ends, prompt_lengths)
+    return Examples(tokens, ends, prompt_lengths, skipped)
 
 
 def _move(unfinished: Path, folder: Path) -> None:
@@ -92,86 +97,76 @@ def _move(unfinished: Path, folder: Path) -> None:
 
 
 def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
-    """Tokenize a file with all cores into unfinished/entry, range by range in the file's order."""
+    """Tokenize a file with all cores into unfinished/entry, block by block in the file's order."""
     entry = unfinished / "entry"
     entry.mkdir()
-    started, size, n_cores = time.monotonic(), path.stat().st_size, len(os.sched_getaffinity(0))
+    started, n_cores = time.monotonic(), len(os.sched_getaffinity(0))
     print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
-    ends, prompt_lengths, n_tokens, n_lines = [], [], 0, 0
+    ends, prompt_lengths, n_tokens, n_bytes, skipped = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Skipped()
     progress = Progress(console=Console(stderr=True), transient=True)
-    bar = progress.add_task("tokenizing", total=size)
+    bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
     with (entry / "tokens.bin").open("wb") as file, progress:
-        for (begin, end), part in _in_order(path, chunking, n_cores):
-            if part is None:  # an error, raised again with the line's number in the file
-                _examples_between(path, begin, end, n_lines + 1, chunking)
-                raise RuntimeError(f"{path}: bytes {begin} to {end} failed once, but not again")
-            tokens, part_ends, part_prompts, part_lines = part
+        for part_bytes, part in _in_order(path, chunking, n_cores):
+            tokens, part_ends, part_prompts = part.arrays
             file.write(tokens.astype(dtype).tobytes())
             ends.append(part_ends + n_tokens)
             prompt_lengths.append(part_prompts)
-            n_tokens, n_lines = n_tokens + len(tokens), n_lines + part_lines
-            progress.update(bar, completed=end)
+            n_tokens, skipped, n_bytes = n_tokens + len(tokens), skipped + part.skipped, n_bytes + part_bytes
+            progress.update(bar, completed=n_bytes)
     np.save(entry / "ends.npy", np.concatenate(ends))
     np.save(entry / "prompt_lengths.npy", np.concatenate(prompt_lengths))
-    about = {"n_tokens": n_tokens, "n_examples": sum(map(len, ends)), "dtype": dtype.str}
+    about = {"n_tokens": n_tokens, "n_examples": sum(map(len, ends)), "dtype": dtype.str, "skipped": skipped}
     (entry / "about.json").write_text(json.dumps(about))
     seconds = time.monotonic() - started
-    print(f"tokenized in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s", file=sys.stderr)
+    print(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s", file=sys.stderr)
 
 
-Part = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+class Block(NamedTuple):
+    """Some lines of a file."""
+
+    first_line: int
+    lines: list[bytes]
+    n_bytes: int
 
 
-def _in_order(path: Path, chunking: Chunking, n_processes: int) -> Iterator[tuple[tuple[int, int], Part | None]]:
-    """Yield every range of a file with what a process made of it: tokens, ends, prompt lengths, lines."""
+def _blocks(path: Path) -> Iterator[Block]:
+    """Yield a file's lines, about BLOCK_BYTES at a time."""
+    first_line, lines, n_bytes = 1, list[bytes](), 0
+    for line in read_lines(path):
+        lines.append(line)
+        n_bytes += len(line)
+        if n_bytes >= BLOCK_BYTES:
+            yield Block(first_line, lines, n_bytes)
+            first_line, lines, n_bytes = first_line + len(lines), [], 0
+    yield Block(first_line, lines, n_bytes)
+
+
+def _in_order(path: Path, chunking: Chunking, n_processes: int) -> Iterator[tuple[int, Examples]]:
+    """Yield, for every block of a file, its length and the examples that a process made of it."""
     processes = concurrent.futures.ProcessPoolExecutor(
         n_processes, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(path, chunking)
     )
     with processes:
-        pending: deque[tuple[tuple[int, int], concurrent.futures.Future[Part | None]]] = deque()
-        for begin, end in _ranges(path):
-            pending.append(((begin, end), processes.submit(_tokenize_range, begin, end)))
+        pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
+        for block in _blocks(path):
+            pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
             if len(pending) > 2 * n_processes:
-                where, part = pending.popleft()
-                yield where, part.result()
-        yield from ((where, part.result()) for where, part in pending)
-
-
-def _ranges(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield byte ranges of about RANGE_BYTES that end with a line."""
-    begin, size = 0, path.stat().st_size
-    with path.open("rb") as file:
-        while begin < size:
-            file.seek(min(begin + RANGE_BYTES, size))
-            file.readline()
-            yield begin, file.tell()
-            begin = file.tell()
+                n_bytes, examples = pending.popleft()
+                yield n_bytes, examples.result()
+        yield from ((n_bytes, examples.result()) for n_bytes, examples in pending)
 
 
 _job: tuple[Path, Chunking]
 
 
 def _prepare(path: Path, chunking: Chunking) -> None:
-    """Give a process what all its ranges need."""
+    """Give a process what all its blocks need."""
     global _job
     _job = path, chunking
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its helpers
 
 
-def _tokenize_range(begin: int, end: int) -> Part | None:
-    """Return a range's arrays and number of lines; None if one of its lines is bad."""
+def _tokenize_block(block: Block) -> Examples:
     path, chunking = _job
-    try:
-        examples, n_lines = _examples_between(path, begin, end, 1 if begin == 0 else 2, chunking)
-    except InputError:
-        return None
-    return *examples.arrays, n_lines
-
-
-def _examples_between(path: Path, begin: int, end: int, first_line: int, chunking: Chunking) -> tuple[Examples, int]:
-    """Read a range's examples and count its lines."""
-    with path.open("rb") as file:
-        file.seek(begin)
-        lines = io.BytesIO(file.read(end - begin)).readlines()
-    return Examples.of(make_examples(lines, path, first_line, chunking)), len(lines)
+    return make_examples(block.lines, path, block.first_line, chunking)

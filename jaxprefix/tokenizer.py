@@ -5,7 +5,6 @@ SentencePiece models are never rebuilt on another backend: that changes ids (an 
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
+from convert.untrusted import member, read_object
 from jaxprefix.hub import resolve_folder
 
 SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
@@ -151,14 +151,14 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
     folder = resolve_folder(dir_or_hub_id, revision)
-    settings = {key: value for file in SPECIAL_FILES for key, value in _read_object(folder / file).items()}
-    path = next((p for name in (*SENTENCEPIECE_FILES, TOKENIZERS_FILE) if (p := folder / name).is_file()), None)
+    settings = {key: value for file in SPECIAL_FILES for key, value in _read_settings(folder, file).items()}
+    path = next((p for name in (*SENTENCEPIECE_FILES, TOKENIZERS_FILE) if (p := member(folder, name)).is_file()), None)
     if path is None:
         expected = ", ".join((*SENTENCEPIECE_FILES, TOKENIZERS_FILE))
         raise InputError(f"{folder}: no tokenizer; expected one of {expected}")
     vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), bool(settings.get("do_lower_case", False)))
 
-    config = _read_object(folder / "config.json")
+    config = _read_settings(folder, "config.json")
     ids = {kind: _special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad")}
     missing = [f"{kind}_token" for kind in ("bos", "eos") if ids[kind] is None]
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
@@ -185,7 +185,7 @@ def _open_vocabulary(path: Path, added: dict[str, int], lower: bool) -> Vocabula
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     """Collect token → id from added_tokens.json and from the settings' added_tokens_decoder."""
-    added = dict(_read_object(folder / ADDED_TOKENS_FILE))
+    added = dict(_read_settings(folder, ADDED_TOKENS_FILE))
     decoder = settings.get("added_tokens_decoder")
     for index, token in decoder.items() if isinstance(decoder, dict) else ():
         added[str(_content(token))] = int(index) if str(index).isdecimal() else index
@@ -213,13 +213,7 @@ def _content(token: Any) -> Any:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return content
+def _read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """Read a file that a folder may lack."""
+    path = member(folder, name)
+    return read_object(path) if path.is_file() else {}

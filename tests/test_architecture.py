@@ -27,6 +27,7 @@ FLOORS = [
     {"data"},
     {"token_cache"},
     {"examples"},
+    {"lines"},
     {"tokenizer"},
     {"config", "hub"},
 ]

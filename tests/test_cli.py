@@ -239,3 +239,13 @@ def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):
     assert "Traceback" not in "".join(lines)
     last_step = metrics_of(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / str(last_step)).is_dir()
+
+
+def test_skipped_lines_are_reported(capsys, tmp_path):
+    path = data_file(tmp_path, '{"text": "a"}\n{"text": 5}\n' * 20)
+    report = f"skipped 20 of 40 lines of {path}, first: line 2: `text` must be a string, found int"
+    assert main([*train_flags(tmp_path, data_filepath=path, n_epochs=1), "--skip_bad_lines"]) == 0
+    assert report in (tmp_path / "run" / "log.txt").read_text()
+    capsys.readouterr()
+    assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
+    assert report in capsys.readouterr().err

@@ -57,6 +57,9 @@ def test_an_adapter_tells_its_shape_without_a_base(tmp_path):
         ("num_virtual_tokens", 9, "num_virtual_tokens is 9, the weights have 10 positions"),
         ("num_layers", 2, "ask for 256 numbers per position, the weights have 384"),
         ("token_dim", "64", r"token_dim and num_attention_heads are \[3, '64', 4\]"),
+        ("num_layers", True, r"num_attention_heads are \[True, 64, 4\]"),
+        ("num_layers", 0, r"num_attention_heads are \[0, 64, 4\]"),
+        ("num_attention_heads", 5, "token_dim 64 is not divisible by 5 num_attention_heads"),
     ],
 )
 def test_an_adapter_that_contradicts_itself_is_refused(tmp_path, field, value, message):
@@ -87,10 +90,12 @@ def test_a_prefix_needs_to_know_its_base(tmp_path):
         converted(WEIGHT, tmp_path / "p.weight", base)
 
 
-def test_without_torch_the_error_says_how_to_get_it(monkeypatch, tmp_path):
+def test_torch_is_needed_to_write_its_files_only(monkeypatch, tmp_path):
+    expected = torch.load(WEIGHT, weights_only=True).numpy()
     monkeypatch.setitem(sys.modules, "torch", None)
+    np.testing.assert_array_equal(np.load(converted(WEIGHT, tmp_path / "p.npy")), expected)
     with pytest.raises(InputError, match=r"pip install 'jaxprefix\[torch\]'"):
-        converted(WEIGHT, tmp_path / "p")
+        converted(WEIGHT, tmp_path / "p.weight")
 
 
 def test_dynamic_cache_there_and_back():

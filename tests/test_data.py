@@ -1,11 +1,14 @@
 import dataclasses
+import gzip
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 
 from convert.errors import InputError
+from jaxprefix import lines
 from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import (
     IGNORED,
@@ -121,13 +124,101 @@ def test_batch_is_padded_right_and_below(tokenizer):
         ('{"n": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
         ("[" * 200_000, "line 2: not a line of JSON"),
         (b'{"text": "\xff"}', "line 2: not a line of JSON in UTF-8"),
+        (b'\xef\xbb\xbf{"text": "a"}', "line 2: not a line of JSON in UTF-8"),
+        (b'{"text": "a\0b"}', "line 2: holds NUL bytes"),
+        ('{"text": "a"}'.encode("utf-16-le"), "line 2: holds NUL bytes; the file must be UTF-8 text"),
+        ('{"text": "a", "text": "b"}', r"line 2: not a line of JSON in UTF-8 \(the key 'text' stands twice\)"),
+        ('{"text": "a", "of": {"b": 1, "b": 2}}', "line 2: .*the key 'b' stands twice"),
+        (f'{{"text": "{"a" * 2000}"}}', "line 2: is longer than 1,000 bytes; split the document"),
     ],
 )
-def test_bad_line_is_named(tokenizer, tmp_path, line, message):
+def test_bad_line_is_named_or_skipped(tokenizer, tmp_path, monkeypatch, line, message):
+    if "longer" in message:
+        monkeypatch.setattr(lines, "LINE_BYTES", 1000)
+        monkeypatch.setattr("jaxprefix.examples.LINE_BYTES", 1000)
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b'{"text": "a"}\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n' + line)
     with pytest.raises(InputError, match=f"^{path}, {message}"):
         read_examples(path, Chunking(tokenizer))
+    found = read_examples(path, Chunking(tokenizer, skip_bad_lines=True))
+    good = write_lines(tmp_path / "good.jsonl", {"text": "a"}, {"text": "b"})
+    assert list(found) == list(read_examples(good, Chunking(tokenizer)))
+    (report,) = found.skipped.report(path)
+    assert re.match(f"skipped 2 of 5 lines of {path}, first: {message}", report)
+
+
+def test_a_file_of_bad_lines_only_tells_the_first(tokenizer, tmp_path):
+    (tmp_path / "d.jsonl").write_text("{\n[]\n")
+    with pytest.raises(InputError, match=r"holds no example; skipped 2 of 2 lines of .*, first: line 1: not a line of"):
+        read_examples(tmp_path / "d.jsonl", Chunking(tokenizer, skip_bad_lines=True))
+
+
+FAMILY = "👨‍👩‍👧‍👦"
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_encodings_of_the_same_lines(tokenizer, tmp_path, escaped, end, packed, mark):
+    records = [{"prompt": "朝の", "completion": f"市場{FAMILY}。"}, {"text": f"魚{FAMILY}\n川"}]
+    text = "".join(json.dumps(record, ensure_ascii=escaped) + end for record in records)
+    path = tmp_path / ("d.jsonl.gz" if packed else "d.jsonl")
+    path.write_bytes(gzip.compress(mark + text.encode()) if packed else mark + text.encode())
+    found = read_examples(path, Chunking(tokenizer))
+    assert found[0] == Example(tokenizer.encode("朝の"), tokenizer.encode(f"市場{FAMILY}。"))
+    assert found[1].target == tokenizer.encode(f"\n魚{FAMILY}{SUFFIX}\n川{SUFFIX}")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_as_such(tokenizer, tmp_path, encoding):
+    (tmp_path / "d.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode(encoding))
+    with pytest.raises(InputError, match="is UTF-16; save it as UTF-8"):
+        read_examples(tmp_path / "d.jsonl", Chunking(tokenizer, skip_bad_lines=True))
+
+
+def test_a_line_is_read_no_further_than_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"a" * 999 + b"\n" + b"b" * 1000 + b"\n" + b"c" * 5000 + b"\nd\n" + b"e" * 1000)
+    assert [(line[:1], len(line)) for line in lines.read_lines(path)] == [
+        (b"a", 1000),
+        (b"b", 1001),
+        (b"c", 1001),
+        (b"d", 2),
+        (b"e", 1000),
+    ]
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "delete"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, change):
+    path = write_lines(tmp_path / "d.jsonl", *[{"text": "a"}] * 3)
+    found = lines.read_lines(path)
+    next(found)
+    if change == "append":
+        with path.open("a") as file:
+            file.write("\n")
+    elif change == "replace":
+        write_lines(tmp_path / "other", *[{"text": "b"}] * 3).replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match="changed while it was read; copy it"):
+        list(found)
+
+
+def test_a_damaged_gzip_file(tokenizer, tmp_path):
+    whole = gzip.compress(b'{"text": "a"}\n' * 10)
+    for content in (whole[:-9], b"{}", whole[:20] + b"\xff" * 20):
+        (tmp_path / "d.jsonl.gz").write_bytes(content)
+        with pytest.raises(InputError, match="not a whole gzip file"):
+            read_examples(tmp_path / "d.jsonl.gz", Chunking(tokenizer, skip_bad_lines=True))
+
+
+def test_a_missing_file_and_a_folder(tokenizer, tmp_path):
+    for path in (tmp_path, tmp_path / "d.jsonl"):
+        with pytest.raises(InputError, match="no such data file"):
+            read_examples(path, Chunking(tokenizer))
 
 
 def test_file_without_examples_is_an_error(tokenizer, tmp_path):

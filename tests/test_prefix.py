@@ -145,6 +145,7 @@ def test_another_tokenizer_is_refused(golden_model, tokenizer, tmp_path):
     [
         (np.ones((10, 100), np.float32), "it has 100 numbers per position"),
         (np.full((10, 384), np.nan, np.float32), "3840 numbers that are not finite"),
+        (np.full((10, 384), 1e300), "3840 numbers that are not finite"),
         (np.ones(384, np.float32), r"found shape \(384,\)"),
         (np.ones((10, 384), np.int32), "expected floating-point numbers, found int32"),
         (np.ones((600, 384), np.float32), "prefix length 600 leaves no room in 512 positions"),
@@ -177,13 +178,13 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
     for name, message in {
         "text": "not a prefix; expected",
         "empty": "not a prefix; expected",
-        "cut": "not a file that torch can load safely",
+        "cut": "not a torch file that can be read safely",
         "integers": "expected floating-point numbers, found int64",
-        "zip": "not a file that torch can load safely",
+        "zip": "not a torch file that can be read safely",
         "folder": "neither an adapter folder",
         "lora": "peft_type is not PREFIX_TUNING",
         "dict": "expected one dense tensor, found dict",
-        "code": "not a file that torch can load safely",
+        "code": "not a torch file that can be read safely",
         "missing": "no such prefix file or folder",
     }.items():
         with pytest.raises(InputError, match=message):

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -17,7 +18,7 @@ SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人�
 def small_limits(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "CACHED_BYTES", 1000)
-    monkeypatch.setattr(token_cache, "RANGE_BYTES", 2000)
+    monkeypatch.setattr(token_cache, "BLOCK_BYTES", 2000)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def same(left, right):
 
 def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
     examples = load_examples(data, Chunking(tokenizer))
-    assert len(list(token_cache._ranges(data))) > 3
+    assert len(list(token_cache._blocks(data))) > 3
     assert same(examples, read_examples(data, Chunking(tokenizer)))
     assert len(examples) > 80
     assert "MB/s" in capfd.readouterr().err
@@ -54,7 +55,15 @@ def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capf
 
 
 @pytest.mark.parametrize(
-    "change", [{"suffix": "!"}, {"max_seq_len": 32}, {"recipe": Recipe(drop_document_tails=True)}, "file", "tokenizer"]
+    "change",
+    [
+        {"suffix": "!"},
+        {"max_seq_len": 32},
+        {"recipe": Recipe(drop_document_tails=True)},
+        {"skip_bad_lines": True},
+        "file",
+        "tokenizer",
+    ],
 )
 def test_everything_that_matters_names_another_entry(data, tokenizer, change):
     chunking = Chunking(tokenizer)
@@ -87,6 +96,33 @@ def test_an_error_names_the_line_of_the_file(data, tokenizer):
     lines[100] = b'{"text": 3}'
     data.write_bytes(b"\n".join(lines))
     with pytest.raises(InputError, match=r"data.jsonl, line 101: `text` must be a string, found int"):
+        load_examples(data, Chunking(tokenizer))
+    assert list((cache_folder() / "tokens").iterdir()) == []
+
+
+def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
+    lines = data.read_bytes().split(b"\n")
+    lines[70], lines[100] = b'{"text": 3}', b"{"
+    data.write_bytes(b"\n".join(lines))
+    chunking = Chunking(tokenizer, skip_bad_lines=True)
+    expected = read_examples(data, chunking)
+    report = [f"skipped 2 of 119 lines of {data}, first: line 71: `text` must be a string, found int"]
+    for found in (expected, load_examples(data, chunking), load_examples(data, chunking)):
+        assert same(found, expected)
+        assert list(found.skipped.report(data)) == report
+
+
+def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "CACHED_BYTES", 500)
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.read_bytes()))
+    assert same(load_examples(packed, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
+
+
+def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache, "_tokenize", lambda path, *_: path.write_text('{"text": "b"}'))
+    with pytest.raises(InputError, match="changed while it was tokenized"):
         load_examples(data, Chunking(tokenizer))
     assert list((cache_folder() / "tokens").iterdir()) == []
 

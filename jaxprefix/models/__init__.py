@@ -10,7 +10,8 @@ from flax import nnx
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
-from convert.table import Table, stream_weights, write_weights
+from convert.table import Table, check_depth, stream_weights, write_weights
+from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, StoredWeight
 from jaxprefix.config import Compute
 from jaxprefix.hub import resolve_folder
@@ -40,6 +41,7 @@ def load_model(
     """
     folder = resolve_folder(dir_or_hub_id)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
+    _check_depth(folder, config)
     graph, abstract = nnx.split(abstract_model(config, compute))
     leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -65,12 +67,16 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     config = read_model_config(folder, name=dir_or_hub_id)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is not an empty folder")
+    _check_depth(folder, config)
+    beside = [
+        member(folder, path.name)
+        for path in folder.iterdir()
+        if path.suffix in (".json", ".model", ".vocab", ".txt") and path.name not in (SHARD_INDEX, TORCH_INDEX)
+    ]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
     write_weights(target, weight_table(config), config.n_layer, whole)
-    for path in folder.iterdir():
-        is_index = path.name in (SHARD_INDEX, TORCH_INDEX)
-        if path.is_file() and path.suffix in (".json", ".model", ".vocab", ".txt") and not is_index:
-            shutil.copy(path, target / path.name)
+    for path in filter(Path.is_file, beside):
+        shutil.copy(path, target / path.name)
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
@@ -88,6 +94,10 @@ def weight_table(config: ModelConfig) -> Table:
     """Return the table of a model's weight files; a tied head may stand in them, and is dropped."""
     rules = _TABLES[config.model_type]
     return rules.TABLE | ({rules.HEAD: None} if config.tied_head else {})
+
+
+def _check_depth(folder: Path, config: ModelConfig) -> None:
+    check_depth(folder, weight_table(config), config.n_layer, _TABLES[config.model_type].OPTIONAL_PREFIX)
 
 
 def _stream(

@@ -1,12 +1,12 @@
 """The shape of a base model, read from its config.json only, never from flags."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from convert.errors import InputError
+from convert.untrusted import member, read_object
 
 Spellings = dict[str, tuple[tuple[str, ...], Any]]
 
@@ -130,6 +130,17 @@ _FIELDS: dict[str, Spellings] = {
 }
 # Settings that change the arithmetic, with the one value that the forward pass computes.
 _FIXED: dict[str, Spellings] = {"gpt_neox": {}, "gpt2": {"add_cross_attention": (("add_cross_attention",), False)}}
+# Far above any model's: what a damaged or hostile config.json claims must not take minutes or gigabytes to refuse.
+_LARGEST = {
+    "n_layer": 2**7,
+    "n_head": 2**12,
+    "n_embd": 2**17,
+    "n_inner": 2**20,
+    "vocab_size": 2**24,
+    "n_positions": 2**24,
+    "rotary_fraction": 1,
+    "rotary_factor": 2**10,
+}
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 ROTARY_SCALINGS = ("default", "linear", "dynamic")
 MODEL_TYPES = {"gpt_neox": "gpt-neox", "gpt2": "gpt"}
@@ -141,22 +152,21 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
 
     Raises InputError naming every field that is missing, contradictory or not supported.
     """
-    path = folder / "config.json"
+    path = member(folder, "config.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file; a base model folder holds config.json, its weights and a tokenizer")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object")
+    raw = read_object(path)
     architecture = raw.get("model_type")
-    if architecture not in MODEL_TYPES:
+    if architecture not in list(MODEL_TYPES):  # it may be of any type
         supported = ", ".join(map(repr, MODEL_TYPES))
         raise InputError(f"{path}: model_type is {architecture!r}; supported: {supported}")
     if model_type not in (None, MODEL_TYPES[architecture]):
         raise InputError(f"{path}: model_type is {architecture!r}, which is not --model_type {model_type}")
 
+    if raw.get("auto_map"):
+        raise InputError(
+            f"{path}: asks for code of its own (auto_map), which is never run; such a model is unsupported"
+        )
     problems: list[str] = []
     fields = _FIELDS[architecture]
     values = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
@@ -171,6 +181,8 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
     if config.n_embd % config.n_head:
         problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
+    elif config.rotary_factor < 1:
+        problems.append(f"a rotary scaling factor of {config.rotary_factor} shortens what the model was trained on")
     elif config.rotary_dim % 2:
         problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
     if problems:
@@ -183,13 +195,15 @@ def _checked(field: str, spellings: tuple[tuple[str, ...], Any], value: Any, pro
     kind = ModelConfig.__annotations__[field]
     if value is None:  # missing, and noted
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and value < 2**53:
         value = float(value)
     known = {"activation": ACTIVATIONS, "rotary_scaling": ROTARY_SCALINGS}.get(field)
     if known and value not in known:
         problems.append(f"{spellings[0][0]} {value!r} is not supported, only {', '.join(known)}")
     elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == spellings[1])):
         problems.append(f"{spellings[0][0]} must be a positive {kind.__name__}, found {value!r}")
+    elif field in _LARGEST and value > _LARGEST[field]:
+        problems.append(f"{spellings[0][0]} {value!r} is more than {_LARGEST[field]:,}, the most that is computed")
     return value
 
 

@@ -78,10 +78,13 @@ def test_shards_equal_the_single_file(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("index", ["{", "{}", "[]"])
-def test_a_broken_index_is_refused(folder, index):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [("{", "not valid JSON"), ("{}", "not an index with a weight_map"), ("[]", "expected a JSON object, found list")],
+)
+def test_a_broken_index_is_refused(folder, index, message):
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(InputError, match=r"index.json: not an index with a weight_map"):
+    with pytest.raises(InputError, match=f"index.json: {message}"):
         load_model(folder)
 
 
@@ -165,6 +168,12 @@ def test_shards_outside_the_folder_are_refused(folder):
     weight_map = {"a": "../model.safetensors", "b": "/etc/passwd"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(InputError, match="names files outside its folder"):
+        load_model(folder)
+
+
+def test_a_torch_file_with_more_than_weights_is_refused(folder):
+    as_torch_file(folder, lambda weights: weights | {"epoch": 3})
+    with pytest.raises(InputError, match=r"pytorch_model.bin: expected a dict of weights, found int at 'epoch'"):
         load_model(folder)
 
 

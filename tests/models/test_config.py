@@ -47,6 +47,12 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         ({"hidden_size": "64"}, "hidden_size must be a positive int, found '64'"),
         ({"num_attention_heads": 5}, "width 64 is not divisible by 5 heads"),
         ({"vocab_size": -1}, "vocab_size must be a positive int, found -1"),
+        ({"vocab_size": 2**40}, "vocab_size 1099511627776 is more than 16,777,216, the most that is computed"),
+        ({"rotary_pct": 1.5}, "rotary_pct 1.5 is more than 1"),
+        ({"rotary_emb_base": 10**400}, "rotary_emb_base must be a positive float, found 1000"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e-320}}, "a rotary scaling factor of 1e-320 shortens"),
+        ({"model_type": ["gpt2"]}, "model_type is \\['gpt2'\\]; supported"),
+        ({"model_type": {}}, "model_type is {}; supported"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, changes, message):

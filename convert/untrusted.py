@@ -1,0 +1,58 @@
+"""Files that may come from strangers: small JSON objects, and files that lie in the folder that names them."""
+
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.errors import InputError
+
+JSON_BYTES = 2**23
+"""Longest JSON file; those of real models have up to some 3 MB."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises InputError when it is no file, too long, not valid JSON, nested too deeply, no object, or has a key twice.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(content) > JSON_BYTES:
+        raise InputError(f"{path}: is longer than the {JSON_BYTES:,} bytes that a JSON file of a model may have")
+    try:
+        found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs. Raises ValueError when a key stands twice: readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice[:40]!r} stands twice")
+    return found
+
+
+def member(folder: Path, name: str) -> Path:
+    """Return the path of a file of a folder, which need not exist.
+
+    A link may lead to another place in the folder or, as the hub's cache lays them out, from snapshots/REVISION to
+    the blobs beside snapshots. Raises InputError for any other.
+    """
+    path, root = folder / name, folder.resolve()
+    places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    try:
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # links in a circle, NUL bytes
+        raise InputError(f"{path}: is no name of a file ({error})") from error
+    if not any(target.is_relative_to(place) for place in places):
+        raise InputError(f"{path}: leads out of its folder, to {target}; put the file itself there")
+    return path

@@ -1,0 +1,61 @@
+"""The lines of a data file from anyone: plain or gzip by name, each of bounded length, none changed while read."""
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.errors import InputError
+
+LINE_BYTES = 2**23
+"""Longest line; tokenizing one takes up to some 70 times its length in memory."""
+UNPACKED_BYTES = 2**24
+"""What any gzip file may unpack to."""
+GZIP_RATIO = 100
+"""How much longer than itself a larger one may become: text shrinks to a tenth or so."""
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield a file's lines with their ends; of one longer than LINE_BYTES only the first LINE_BYTES + 1 bytes.
+
+    A name that ends in .gz is unpacked on the way. A UTF-8 mark at the beginning is left out. Raises InputError when
+    the file is missing, UTF-16, no whole gzip file, unpacks to absurdly much, or changes before its end.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such data file")
+    packed = path.suffix == ".gz"
+    before = _state(path)
+    most = max(UNPACKED_BYTES, GZIP_RATIO * path.stat().st_size)
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            line = _without_mark(file.readline(LINE_BYTES + 1), path)
+            while line:
+                yield line
+                while len(line) >= LINE_BYTES and not line.endswith(b"\n") and file.tell() <= most:
+                    line = file.readline(LINE_BYTES)
+                if packed and file.tell() > most:
+                    raise InputError(f"{path}: unpacks to more than {GZIP_RATIO} times its size")
+                line = file.readline(LINE_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if _state(path) != before:
+        raise InputError(f"{path}: changed while it was read; copy it, or wait until it is finished")
+
+
+def _without_mark(line: bytes, path: Path) -> bytes:
+    """Take UTF-8's byte order mark off the first line."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path}: is UTF-16; save it as UTF-8")
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written to or replaced; None when it is gone."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
