@@ -36,10 +36,11 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     import jax
     import jax.numpy as jnp
 
-    from jaxprefix.config import RECIPES, TrainConfig
+    from jaxprefix.config import TrainConfig
     from jaxprefix.data import Batch
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
+    from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import make_mesh, replicated
     from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 

@@ -28,10 +28,11 @@ def jaxprefix_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tu
     import jax
 
     from jaxprefix.cli import keep_compiled_programs
-    from jaxprefix.config import RECIPES, TrainConfig
+    from jaxprefix.config import TrainConfig
     from jaxprefix.data import IGNORED
     from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
+    from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
     from jaxprefix.train import start_state
     from jaxprefix.update import learning_rate, make_optimizer, make_update
@@ -60,9 +61,10 @@ def torch_batches(folder: Path, data: Path, batch_size: int) -> tuple[list[Any],
     """Return the same batches, padded as the original pads them, and the pad id."""
     import torch
 
-    from jaxprefix.config import RECIPES, TrainConfig
+    from jaxprefix.config import TrainConfig
     from jaxprefix.data import IGNORED, longest_row, make_batch
     from jaxprefix.inputs import read_inputs
+    from jaxprefix.recipe import RECIPES
 
     sizes = {"train_data_size": 200, "n_epochs": 1, "batch_size": batch_size}
     inputs = read_inputs(TrainConfig(str(folder), data, "benchmark", **sizes), RECIPES["default"])

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprefix.base_folder import open_base
-from jaxprefix.config import RECIPES, CheckConfig, TrainConfig
+from jaxprefix.config import CheckConfig, TrainConfig
 from jaxprefix.data import Batch, longest_row, n_labels
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import new_encoder
+from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, Tokenizer

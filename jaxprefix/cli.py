@@ -152,11 +152,11 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _evaluate(config: EvaluateConfig) -> int:
-    from jaxprefix.config import RECIPES
     from jaxprefix.data import longest_row
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.examples import Chunking
     from jaxprefix.generate import stream
+    from jaxprefix.recipe import RECIPES
     from jaxprefix.token_cache import load_examples
 
     recipe = RECIPES[config.decode.recipe]

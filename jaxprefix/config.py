@@ -11,50 +11,11 @@ from typing import Annotated, Literal
 import tyro
 
 from convert.errors import InputError
+from jaxprefix.launch import HostsConfig
+from jaxprefix.recipe import RecipeName
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """Where the original surprises, and whether to do as it does. One field per difference."""
-
-    drop_document_tails: bool = False
-    """Drop the chunk that is left when a document ends."""
-    keep_long_sentences: bool = False
-    """Keep a sentence longer than max_seq_len whole, instead of splitting it into even pieces."""
-    keep_blank_sentences: bool = False
-    """Treat blank lines of a document as sentences."""
-    schedule_steps_per_update: int = 1
-    """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
-    decay_over_requested_steps: bool = False
-    """Decay to 0 over n_training_steps even if n_epochs ends earlier; else over the run's updates, not below min_lr."""
-    average_batch_means: bool = False
-    """Average the means of batches (accumulation, dev loss, dev ppl), instead of weighing by tokens."""
-    carry_accumulation: bool = False
-    """Let an unfinished accumulation group at the end of an epoch join the next epoch's first update."""
-    drop_crossing_token: bool = False
-    """Nucleus sampling drops the token whose cumulative probability crosses top_p."""
-    restart_gpt2_positions: bool = False
-    """GPT-2's generation numbers the prompt from 0 instead of P, and skips one number behind it."""
-
-
-RECIPES = {
-    "default": Recipe(),
-    "rinna": Recipe(
-        drop_document_tails=True,
-        keep_long_sentences=True,
-        keep_blank_sentences=True,
-        schedule_steps_per_update=2,
-        decay_over_requested_steps=True,
-        average_batch_means=True,
-        carry_accumulation=True,
-        drop_crossing_token=True,
-        restart_gpt2_positions=True,
-    ),
-}
-RecipeName = Literal["default", "rinna"]
 
 
 def cache_folder() -> Path:
@@ -75,47 +36,6 @@ class Compute:
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
     """Compile one layer for all: compiles faster and runs slower, for models of very many layers."""
-
-
-@dataclasses.dataclass(frozen=True)
-class HostsConfig:
-    """Which processes make a run together; this one alone unless something is given. See docs/launch.md."""
-
-    distributed: bool = False
-    """One of many processes, which SLURM, Open MPI, Kubernetes or a TPU pod started: which one is found."""
-    coordinator_address: str | None = None
-    """host:port at which process 0 awaits the others."""
-    num_processes: int | None = None
-    """How many processes make the run."""
-    process_id: int | None = None
-    """Which of them this is, counted from 0."""
-    stall_minutes: float = 30.0
-    """Without an update, an evaluation or a checkpoint for so long, a process ends: another one hangs."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        named = ("coordinator_address", "num_processes", "process_id")
-        missing = [f"--{name}" for name in named if getattr(self, name) is None]
-        if self.distributed and len(missing) < len(named):
-            problems.append(f"--distributed finds what {', '.join(f'--{name}' for name in named)} would tell")
-        elif 0 < len(missing) < len(named):
-            problems.append(f"many processes need {' and '.join(missing)}, too")
-        host, _, port = (self.coordinator_address or "host:1").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            problems.append(f"--coordinator_address is host:port, found {self.coordinator_address!r}")
-        if self.num_processes is not None and self.num_processes < 1:
-            problems.append(f"--num_processes must be positive, is {self.num_processes}")
-        elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
-            problems.append(f"--process_id must be at least 0 and below --num_processes, is {self.process_id}")
-        if not self.stall_minutes > 0:
-            problems.append(f"--stall_minutes must be positive, is {self.stall_minutes}")
-        if problems:
-            raise InputError.all("train:", problems)
-
-    @property
-    def several(self) -> bool:
-        """Tell whether there is anyone to join."""
-        return self.distributed or self.coordinator_address is not None
 
 
 @dataclasses.dataclass(frozen=True)

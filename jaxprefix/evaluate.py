@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.config import Recipe
 from jaxprefix.data import Batch, longest_row, make_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
+from jaxprefix.recipe import Recipe
 from jaxprefix.tokenizer import Tokenizer
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.untrusted import unique_keys
-from jaxprefix.config import Recipe
 from jaxprefix.lines import LINE_BYTES, read_lines
+from jaxprefix.recipe import Recipe
 from jaxprefix.tokenizer import Tokenizer
 
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprefix.config import RECIPES, DecodeConfig
+from jaxprefix.config import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
 from jaxprefix.prefix import Prefix
+from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.config import Recipe, TrainConfig
+from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
     Batch,
     UpdatePlan,
@@ -21,6 +21,7 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example, Skipped
+from jaxprefix.recipe import Recipe
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
 

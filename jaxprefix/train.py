@@ -18,7 +18,7 @@ from convert.errors import InputError
 from convert.training_state import read_training_state
 from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
-from jaxprefix.config import RECIPES, TrainConfig
+from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, n_labels
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.faults import (
@@ -35,6 +35,7 @@ from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
+from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE, check_base, only_writer, open_run_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, split_rows

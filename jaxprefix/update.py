@@ -9,11 +9,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.config import Recipe, TrainConfig
+from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, Batch
 from jaxprefix.loss import LossScale, next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
+from jaxprefix.recipe import Recipe
 from jaxprefix.sharding import replicated, split_heads, split_rows, with_embedded_rows
 
 

@@ -30,6 +30,7 @@ FLOORS = [
     {"lines"},
     {"tokenizer"},
     {"config", "hub"},
+    {"recipe", "launch"},
 ]
 
 

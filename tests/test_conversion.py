@@ -16,8 +16,9 @@ from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
 from convert.weights import weight_files
 from jaxprefix import load_model
-from jaxprefix.config import RECIPES, ConvertConfig
+from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
+from jaxprefix.recipe import RECIPES
 from jaxprefix.train import start_encoder, train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.convert.test_training_state import ENCODER

@@ -9,7 +9,6 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import lines
-from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import (
     IGNORED,
     PackedShape,
@@ -25,6 +24,7 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
+from jaxprefix.recipe import RECIPES, Recipe
 
 SUFFIX = " 😃"
 LONG = "大きな川の向こうに見える町の灯りは、夜が深くなるにつれて一つまた一つと消えていった。" * 4

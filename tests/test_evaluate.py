@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.evaluate import LossMeter, count_sentences, suffix_rate
+from jaxprefix.recipe import RECIPES, Recipe
 
 SMILE = " 😃"
 

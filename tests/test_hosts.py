@@ -18,8 +18,9 @@ import pytest
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import hosts
-from jaxprefix.config import HostsConfig, TrainConfig
+from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import joined
+from jaxprefix.launch import HostsConfig
 from jaxprefix.train import train
 from tests.runs import QUICK_COMPILING, flags_of, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS

@@ -6,9 +6,10 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import token_cache
-from jaxprefix.config import Recipe, cache_folder
+from jaxprefix.config import cache_folder
 from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
 
 SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人が大きな声を出している。", "今日は、暑い。"]

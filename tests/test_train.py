@@ -19,11 +19,12 @@ import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.config import RECIPES, Compute
+from jaxprefix.config import Compute
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import LossScale
+from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder

@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.config import RECIPES, Recipe
 from jaxprefix.data import IGNORED, Batch, make_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import LossScale
 from jaxprefix.prefix import decays, new_encoder
+from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 from tests.base_folders import GOLDEN_BASE

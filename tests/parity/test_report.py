@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import config, conversion, data, prefix, tokenizer, train, update
+from jaxprefix import conversion, data, prefix, recipe, tokenizer, train, update
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
@@ -23,7 +23,7 @@ PAD_ID = 3  # of the golden base
 
 
 def with_recipe(**changes):
-    return patch.dict(config.RECIPES, rinna=dataclasses.replace(config.RECIPES["rinna"], **changes))
+    return patch.dict(recipe.RECIPES, rinna=dataclasses.replace(recipe.RECIPES["rinna"], **changes))
 
 
 def replaced(module, name, make):
