@@ -19,8 +19,10 @@ IGNORED = -100
 """The label of a position that has no part in the loss."""
 SAMPLED_BATCHES = 2000
 """Batches that are looked at to choose the shapes of packed ones."""
-SHARES = (0.5, 0.9, 1)
-"""Of the batches that were looked at, how many each of these shapes has room for."""
+SHAPES = 4
+"""Shapes of a run's packed batches."""
+COLUMN_STEPS = 20
+"""Quantiles of the columns that batches need, among which those of the shapes are."""
 COLUMN_MULTIPLE = 8
 
 
@@ -162,24 +164,31 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 def packed_shapes(examples: Sequence[Example], batches: Iterable[list[int]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from its first thousands of batches.
 
-    They ascend: half of the batches fit the first, nine tenths the second, all of those seen the third, and any
-    that these examples can make the last.
+    They ascend: with the numbers of columns that leave the fewest positions to padding, and the longest text of the
+    batches that take them. The last has room for any batch that these examples can make.
     """
     sample = list(itertools.islice(batches, SAMPLED_BATCHES))
     n_examples = max(map(len, sample))
     n_texts = -(-n_examples * max(len(row_lengths(example)) for example in examples) // n_rows)
     lengths = [_lengths_of([examples[i] for i in batch]) for batch in sample]
-    needed = [max(_loads(texts, pack_rows(texts, n_rows, n_texts))) for texts in lengths]
-    longest = longest_row(examples)
-    columns_at_most = min(n_texts * longest, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
-    wanted_columns = [*np.quantile(needed, SHARES), columns_at_most]
-    wanted_slots = [*np.quantile([max(texts) for texts in lengths], SHARES), longest]
-    return sorted(
-        {
-            PackedShape(n_rows, -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE, n_texts, math.ceil(slots))
-            for columns, slots in zip(wanted_columns, wanted_slots, strict=True)
-        }
-    )
+    needed = np.array([max(_loads(texts, pack_rows(texts, n_rows, n_texts))) for texts in lengths])
+    longest = np.array([max(texts) for texts in lengths])
+    longest_of_all = longest_row(examples)
+    at_most = min(n_texts * longest_of_all, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
+
+    def taken(columns: Sequence[int]) -> np.ndarray:
+        return np.searchsorted(columns, needed)
+
+    steps = sorted({_rounded(columns) for columns in np.quantile(needed, np.linspace(0, 1, COLUMN_STEPS + 1)[1:])})
+    choices = itertools.combinations(steps, min(SHAPES - 1, len(steps)))
+    best = min(choices, key=lambda chosen: np.take([*chosen, at_most], taken(chosen)).sum())
+    slots = [int(longest[taken(best) <= index].max()) for index in range(len(best))]
+    shapes = {*zip(best, slots, strict=True), (_rounded(at_most), longest_of_all)}
+    return [PackedShape(n_rows, n_columns, n_texts, n_slots) for n_columns, n_slots in sorted(shapes)]
+
+
+def _rounded(columns: float | int) -> int:
+    return -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 def fitting_shape(shapes: Sequence[PackedShape], groups: Sequence[Sequence[Example]]) -> PackedShape:
