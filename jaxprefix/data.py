@@ -169,7 +169,8 @@ def packed_shapes(examples: Sequence[Example], batches: Iterable[list[int]], n_r
     """
     sample = list(itertools.islice(batches, SAMPLED_BATCHES))
     n_examples = max(map(len, sample))
-    n_texts = -(-n_examples * max(len(row_lengths(example)) for example in examples) // n_rows)
+    texts_of_each = 1 if (_lengths(examples)[0] > 0).all() else 2
+    n_texts = -(-n_examples * texts_of_each // n_rows)
     lengths = [_lengths_of([examples[i] for i in batch]) for batch in sample]
     needed = np.array([max(_loads(texts, pack_rows(texts, n_rows, n_texts))) for texts in lengths])
     longest = np.array([max(texts) for texts in lengths])
