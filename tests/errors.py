@@ -179,10 +179,16 @@ class Recorder:
         self._path = path
         self._messages = all_messages()
         self._seen: set[Key] = set()
-        PlainError.__init__ = lambda error, *texts: self._note(str(texts[0]), sys._getframe(1))  # type: ignore
+        self._init = PlainError.__init__
+
+        def note_and_init(error: PlainError, message: str) -> None:
+            self._note(message, sys._getframe(1))
+            self._init(error, message)
+
+        PlainError.__init__ = note_and_init  # type: ignore[method-assign]
 
     def pytest_unconfigure(self) -> None:
-        del PlainError.__init__
+        PlainError.__init__ = self._init  # type: ignore[method-assign]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
