@@ -87,7 +87,7 @@ def test_damaged_files_never_give_a_wrong_result(saved, tmp_path, capfd, kind):
             assert sorted(path.name for path in folder.iterdir()) == ["4", "8.damaged"]
             assert read(folder) == found, "the second time without a word"
             assert capfd.readouterr().err == ""
-    assert fallen_back >= 3, "the damage must reach what is read"
+    assert fallen_back >= 2, "the damage must reach what is read"
 
 
 def swap(name):
