@@ -1,12 +1,15 @@
 """The whole training state on disk, through Orbax: encoder, optimizer, and where the run is.
 
 Arrays are stored under their path in the state (`encoder.prefix_mlp.2.weight`), so that a checkpoint can be
-read without this package's classes. Beside them stands a JSON object: `progress`, where the run is, and `sha256`, the
-checksum of each array and of `progress`. A checkpoint counts only if all of it can be read and fits these sums.
+read without this package's classes. Beside them stands a JSON object: `step`, the checkpoint's
+number, `progress`, where the run is, and `sha256`, the checksum of each array and of `progress`. A checkpoint counts
+only if all of it can be read and fits its number and these sums.
 """
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -50,7 +53,11 @@ class Checkpoints:
             raise InputError(f"{folder}: no such folder of checkpoints")
         handlers = {STATE: ocp.PyTreeCheckpointHandler(), PROGRESS: ocp.JsonCheckpointHandler(PROGRESS_FILE)}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=create, lightweight_initialize=True
+            max_to_keep=2,
+            cleanup_tmp_directories=create,
+            lightweight_initialize=True,
+            # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
@@ -71,7 +78,7 @@ class Checkpoints:
         self.finish()  # the manager would leave this one out while another is being written
         arrays = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
         sums = {name: _sha256(np.asarray(array)) for name, array in arrays.items()}
-        record = {"progress": progress, "sha256": {**sums, "progress": _sha256(progress)}}
+        record = {"step": step, "progress": progress, "sha256": {**sums, "progress": _sha256(progress)}}
         items = {STATE: ocp.args.PyTreeSave(arrays), PROGRESS: ocp.args.JsonSave(record)}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -121,7 +128,9 @@ class Checkpoints:
             found = {name: _sha256(value) for name, value in [*arrays.items(), ("progress", progress)]}
         except Exception as error:  # whatever damaged bytes make the readers raise
             raise _DamagedError(first_words(error)) from error
-        if differing := [name for name in found if found[name] != sums[name]]:
+        if record.get("step", step) != step:
+            raise _DamagedError(f"it is another one, number {record['step']}")
+        if differing := [name for name in found if found[name] != sums.get(name)]:
             raise _DamagedError(f"what it holds of {differing[0]} is not what was saved")
         return arrays, progress
 
@@ -176,6 +185,8 @@ def _sha256(value: np.ndarray | dict[str, Any]) -> str:
 
 
 def first_words(error: BaseException | None) -> str:
-    """Return the beginning of what an error says, which TensorStore follows up with pages."""
+    """Return the system's words in what an error says, or its beginning: TensorStore follows it up with pages."""
+    if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
     text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0] or type(error).__name__
     return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}…"

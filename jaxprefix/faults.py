@@ -70,7 +70,14 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
 
     What threads of other libraries would print of it meanwhile, page after page, is cut to a line.
     """
-    hook, threading.excepthook = threading.excepthook, warn_of_thread
+    hooks = threading.excepthook, sys.unraisablehook
+
+    def leave_out_closed_loops(failure: Any) -> None:
+        """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed."""
+        if str(failure.exc_value) != "Event loop is closed":
+            hooks[1](failure)
+
+    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
     pages = logging.getLogger("absl")
     level = pages.level
     pages.setLevel(logging.CRITICAL)
@@ -83,7 +90,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         where = os.fsdecode(getattr(error, "filename", None) or config.run_dir)
         raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
     finally:
-        threading.excepthook = hook
+        threading.excepthook, sys.unraisablehook = hooks
         pages.setLevel(level)
 
 

@@ -91,7 +91,8 @@ def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
         if config.overwrite and folder.is_dir() and _read_description(folder):
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not config.resume and any(folder.iterdir()):
+        unfinished = f"{CONFIG_FILE}.tmp"  # of a run that was killed while it began
+        if not config.resume and any(path.name != unfinished for path in folder.iterdir()):
             advice = "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
             raise InputError(f"{folder}: is not empty; {advice}")
         _write_description(folder, description)

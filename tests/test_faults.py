@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,11 @@ from convert.prefix import read_prefix
 from jaxprefix.cli import main
 from jaxprefix.faults import FiniteGuard, out_of_memory, within_disk
 from jaxprefix.loss import LossScale
-from jaxprefix.run_folder import only_writer
+from jaxprefix.run_folder import only_writer, open_run_folder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import flags_of, losses_of, metrics_of, run_config
+from tests.runs import CACHE_ALL, flags_of, losses_of, metrics_of, run_config
+from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ class TestOneWriter:
             train(run_config(finished.output_dir, resume=True))
 
     def test_the_lock_goes_with_its_owner(self, tmp_path):
-        program = "import sys, os, pathlib; from jaxprefix.run_folder import only_writer as o\n"
+        program = "import sys, os, pathlib; from jaxprefix.run_folder import only_writer, open_run_folder as o\n"
         program += "with o(pathlib.Path(sys.argv[1])): print('held', flush=True); os.read(0, 1); os._exit(9)"
         command = [sys.executable, "-c", program, str(tmp_path / "run")]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
@@ -130,7 +130,24 @@ class TestOneWriter:
         assert not any(tmp_path.iterdir())
 
 
+def test_the_seed_decides_every_bit(finished, tmp_path):
+    again, other = (run_config(tmp_path, name, seed=seed) for name, seed in (("again", finished.seed), ("other", 1)))
+    train(again)
+    train(other)
+    same_end(again, finished)
+    assert (read_prefix(other.run_dir)[0] != read_prefix(finished.run_dir)[0]).any()
+
+
 class TestResuming:
+    def test_a_run_killed_before_it_had_a_config_starts_over(self, tmp_path):
+        config = run_config(tmp_path)
+        config.run_dir.mkdir()
+        (config.run_dir / "config.json.tmp").write_text("{")
+        open_run_folder(config, {})
+        assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
+        with pytest.raises(InputError, match="is not empty"):
+            open_run_folder(config, {})
+
     def test_a_finished_run_goes_on_for_more_epochs(self, finished, tmp_path):
         shutil.copytree(finished.run_dir, tmp_path / "run")
         config = run_config(tmp_path, resume=True, n_epochs=4)
@@ -263,10 +280,10 @@ class TestDisk:
             raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
 
     @pytest.mark.slow
-    def test_a_disk_that_is_full_or_read_only(self, finished, tmp_path):
-        """On a file system of its own: see tests/torture/disk.sh."""
-        script = Path(__file__).parent / "torture" / "disk.sh"
-        result = subprocess.run(["bash", script, tmp_path], capture_output=True, text=True)
-        if "cannot mount" in result.stderr:
+    def test_a_disk_that_is_full_or_read_only_or_gone(self, tmp_path):
+        if not can_mount(tmp_path):
             pytest.skip("needs user namespaces, to mount a small file system")
+        command = [*OWN_MOUNTS, sys.executable, "-m", "tests.torture.disk", tmp_path]
+        kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, **CACHE_ALL}
+        result = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr

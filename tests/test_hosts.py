@@ -5,11 +5,8 @@ import queue
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,50 +15,14 @@ import pytest
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import hosts
-from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import joined
 from jaxprefix.launch import HostsConfig
 from jaxprefix.train import train
-from tests.runs import QUICK_COMPILING, flags_of, losses_of, metrics_of, run_config
+from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, start_pair
+from tests.runs import losses_of, metrics_of, run_config, start
 from tests.tolerances import LOSS
 
-PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
-CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
-
-
-def start(config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix.cli"), **variables: str):
-    kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, **CACHE_ALL}
-    environment = os.environ | QUICK_COMPILING | kept | {"JAX_NUM_CPU_DEVICES": "2", **variables}
-    command = [sys.executable, *program, "train", *flags_of(config), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def documented_flags() -> list[list[str]]:
-    """What docs/launch.md tells two nodes to add to the command, with this machine as the first of them."""
-    of_two_nodes = r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$"
-    lines = re.findall(of_two_nodes, PAGE.read_text(), re.MULTILINE)
-    port = free_port()
-    return [re.sub(r"node0:\d+", f"127.0.0.1:{port}", line).split() for line in lines]
-
-
-def start_pair(config: TrainConfig, **options):
-    return [start(config, *flags, **options) for flags in documented_flags()]
-
-
-def ended(pair, timeout: float = 60):
-    """Wait for both processes; return their exit codes, outputs and errors."""
-    try:
-        texts = [process.communicate(timeout=timeout) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    return [process.returncode for process in pair], *zip(*texts, strict=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +81,9 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
     assert f"stopped after update {n_done}; repeat the command with --resume to go on" in errors[0]
 
     job = str(free_port())  # SLURM's port is made from the job's number
-    codes, _, errors = ended([start(config, "--distributed", "--resume", **slurm(i, job)) for i in range(2)])
+    codes, _, errors = ended(
+        [start(config, "--distributed", "--resume", **TWO_DEVICES, **slurm(i, job)) for i in range(2)]
+    )
     assert codes == [0, 0], errors
     assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
     np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(undisturbed[0].run_dir)[0])

@@ -1,0 +1,38 @@
+"""Runs of two processes with two devices each, by the lines of docs/launch.md."""
+
+import re
+import socket
+from pathlib import Path
+
+from jaxprefix.config import TrainConfig
+from tests.runs import QUICK_COMPILING, start
+
+PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2", **QUICK_COMPILING}
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def documented_flags() -> list[list[str]]:
+    """What docs/launch.md tells two nodes to add to the command, with this machine as the first of them."""
+    of_two_nodes = r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$"
+    lines = re.findall(of_two_nodes, PAGE.read_text(), re.MULTILINE)
+    port = free_port()
+    return [re.sub(r"node0:\d+", f"127.0.0.1:{port}", line).split() for line in lines]
+
+
+def start_pair(config: TrainConfig, *more_flags: str, **options):
+    return [start(config, *flags, *more_flags, **TWO_DEVICES, **options) for flags in documented_flags()]
+
+
+def ended(pair, timeout: float = 60):
+    """Wait for both processes; return their exit codes, outputs and errors."""
+    try:
+        texts = [process.communicate(timeout=timeout) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    return [process.returncode for process in pair], *zip(*texts, strict=True)
