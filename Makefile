@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test parity lint
+.PHONY: setup demo test parity torture lint
 
 setup: .venv/dev            ## everything that development needs, torch included
 
@@ -15,6 +15,12 @@ test: .venv/dev             ## the whole suite
 parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes docs/parity.md
 	.venv/bin/python -m tests.parity.report
 	.venv/bin/python -m pytest -q -m deepspeed
+
+torture: .venv/dev          ## kills, lost hosts, long use and damage: docs/reliability.md
+	.venv/bin/python -m tests.torture.kill
+	.venv/bin/python -m tests.torture.pair
+	.venv/bin/python -m tests.torture.soak
+	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_checkpoint.py tests/test_hosts.py
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .
