@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test parity errors lint
+.PHONY: setup demo test parity errors torture lint
 
 setup: .venv/dev            ## everything that development needs, torch included
 
@@ -19,6 +19,13 @@ parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes
 errors: .venv/dev           ## which test triggers which error message; writes docs/errors.md
 	.venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal --record-errors .pytest_cache/errors.jsonl
 	.venv/bin/python -m tests.errors .pytest_cache/errors.jsonl
+
+torture: .venv/dev          ## kills, lost hosts, long use, damage, 21,000 broken inputs: docs/reliability.md
+	.venv/bin/python -m tests.torture.kill
+	.venv/bin/python -m tests.torture.pair
+	.venv/bin/python -m tests.torture.soak
+	.venv/bin/python -W ignore -m tests.torture.fuzz
+	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_checkpoint.py tests/test_hosts.py
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .

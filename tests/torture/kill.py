@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import tempfile
 import threading
@@ -161,6 +162,7 @@ def main(n_kills: int = 30, seed: int = 0) -> None:
     )
     print("prefix, newest checkpoint and metrics are the undisturbed run's, bit for bit")
     print(f"checkpoints never took more disk than {disk.most / one:.2f} of them, {one / 1000:.0f} kB each")
+    shutil.rmtree(folder)
 
 
 def n_logged(config: TrainConfig) -> int:
