@@ -8,7 +8,7 @@ from convert.errors import InputError
 from jaxprefix import token_cache
 from jaxprefix.config import cache_folder
 from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
-from jaxprefix.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.examples import Chunking, Example, Examples, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
 
@@ -34,6 +34,17 @@ def data(tmp_path):
     return path
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Starting processes takes seconds; what is tested here is what becomes of their work."""
+
+    def in_order(path, chunking, _):
+        for block in token_cache._blocks(path):
+            yield block.n_bytes, make_examples(block.lines, path, block.first_line, chunking)
+
+    monkeypatch.setattr(token_cache, "_in_order", in_order)
+
+
 def same(left, right):
     return list(left) == list(right)
 
@@ -46,6 +57,7 @@ def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
     assert "MB/s" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capfd):
     first = load_examples(data, Chunking(tokenizer))
     monkeypatch.setattr(token_cache, "_tokenize", lambda *_: pytest.fail("tokenized again"))
@@ -80,6 +92,7 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, change):
 
 @pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "prompt_lengths.npy", "about.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.usefixtures("in_this_process")
 def test_a_damaged_entry_is_made_anew(data, tokenizer, name, damage):
     expected = list(load_examples(data, Chunking(tokenizer)))
     path = cache_folder() / "tokens" / token_cache._key(data, Chunking(tokenizer)) / name
@@ -101,6 +114,7 @@ def test_an_error_names_the_line_of_the_file(data, tokenizer):
     assert list((cache_folder() / "tokens").iterdir()) == []
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
     lines = data.read_bytes().split(b"\n")
     lines[70], lines[100] = b'{"text": 3}', b"{"
@@ -113,6 +127,7 @@ def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
         assert list(found.skipped.report(data)) == report
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "CACHED_BYTES", 500)
     packed = tmp_path / "data.jsonl.gz"
@@ -134,6 +149,7 @@ def test_a_cache_that_cannot_be_written(data, tokenizer, tmp_path):
         load_examples(data, Chunking(tokenizer))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_large_file_without_examples(tmp_path, tokenizer):
     path = tmp_path / "blank.jsonl"
     path.write_text("\n" * 5000)
