@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 import jaxprefix.train as train_module
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
+from jaxprefix import faults
 from jaxprefix.cli import main
 from jaxprefix.faults import FiniteGuard, out_of_memory, within_disk
 from jaxprefix.loss import LossScale

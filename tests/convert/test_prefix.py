@@ -12,7 +12,7 @@ from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
 
 def test_two_tensors_of_which_none_is_the_prefix(tmp_path):
     save_file({name: np.ones((2, 8), np.float32) for name in ("a", "b")}, tmp_path / "p.safetensors")
-    with pytest.raises(InputError, match=r"p.safetensors: expected the tensor prompt_embeddings, found 2: \['a', 'b'\]"):
+    with pytest.raises(InputError, match=r"expected the tensor prompt_embeddings, found 2: \['a', 'b'\]"):
         read_prefix(tmp_path / "p.safetensors")
 
 
