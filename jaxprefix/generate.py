@@ -4,6 +4,7 @@ Rows of different lengths are padded on the right. A row's next token goes into 
 last one, so the padding's keys are overwritten before a query could see them.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,13 @@ class BatchTiming(NamedTuple):
     n_rows: int
     n_tokens: int
     seconds: float
+
+
+class Sampling(NamedTuple):
+    """The numbers that are inputs of the compiled loop: other ones compile nothing anew."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
 
 
 class DecodeState(NamedTuple):
@@ -98,6 +106,8 @@ def generate_ids(
     what = f"--max_output_len and the longest prompt of {longest}"
     model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
     batch_size = min(batch_size, len(rows))
+    sampling = Sampling(jnp.float32(decode.temperature), jnp.float32(decode.top_p))
+    program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)
     for first in range(0, len(rows), batch_size or 1):
         group = rows[first : first + batch_size]
         width = -(-max(map(len, group)) // PROMPT_BUCKET) * PROMPT_BUCKET
@@ -110,7 +120,7 @@ def generate_ids(
         places = jnp.arange(first, first + batch_size)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
         made = np.asarray(
-            _decode(model, prefix, jnp.asarray(tokens), jnp.asarray(lengths), keys, tokenizer.eos_id, decode)
+            _decode(model, prefix, jnp.asarray(tokens), jnp.asarray(lengths), keys, sampling, tokenizer.eos_id, program)
         )
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
         if timings is not None:
@@ -126,10 +136,14 @@ def _decode(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     keys: Array,
+    sampling: Sampling,
     eos_id: int,
     decode: DecodeConfig,
 ) -> Int[Array, "B max_output_len"]:
-    """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos."""
+    """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos.
+
+    Of `decode`, temperature and top_p have no part: they are in `sampling`.
+    """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = 0 if prefix is None else prefix.shape[2]
     cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
@@ -143,7 +157,7 @@ def _decode(
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)
-        return choose_tokens(logits, step_keys, decode)
+        return choose_tokens(logits, step_keys, decode, sampling)
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
         return (state.n_made < decode.max_output_len) & ~state.stopped.all()
@@ -164,19 +178,21 @@ def _decode(
     return jax.lax.while_loop(going_on, step, state).made
 
 
-def choose_tokens(logits: Float[Array, "B V"], keys: Array, decode: DecodeConfig) -> Int[Array, "B"]:
+def choose_tokens(
+    logits: Float[Array, "B V"], keys: Array, decode: DecodeConfig, sampling: Sampling
+) -> Int[Array, "B"]:
     """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
     if decode.decode_method == "greedy":
         return logits.argmax(axis=-1)
-    logits = logits / decode.temperature
+    logits = logits / sampling.temperature
     if decode.decode_method == "nucleus":
         drop_crossing = RECIPES[decode.recipe].drop_crossing_token
-        logits = filter_nucleus(logits, decode.top_k, decode.top_p, drop_crossing)
+        logits = filter_nucleus(logits, decode.top_k, sampling.top_p, drop_crossing)
     return jax.vmap(jax.random.categorical)(keys, logits)
 
 
 def filter_nucleus(
-    logits: Float[Array, "B V"], top_k: int, top_p: float, drop_crossing: bool = False
+    logits: Float[Array, "B V"], top_k: int, top_p: float | Float[Array, ""], drop_crossing: bool = False
 ) -> Float[Array, "B V"]:
     """Set the logits of all tokens outside the nucleus to −∞ (Holtzman et al., arXiv:1904.09751).
 
@@ -187,12 +203,10 @@ def filter_nucleus(
     if top_k:
         kth_largest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth_largest, -jnp.inf, logits)
-    if top_p:
-        order = jnp.argsort(-logits, axis=-1)
-        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-        reached = jnp.cumsum(probabilities, axis=-1)
-        outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
-        outside = outside.at[:, 0].set(False)
-        rank = jnp.argsort(order, axis=-1)
-        logits = jnp.where(jnp.take_along_axis(outside, rank, axis=-1), -jnp.inf, logits)
-    return logits
+    order = jnp.argsort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+    reached = jnp.cumsum(probabilities, axis=-1)
+    outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
+    outside = outside.at[:, 0].set(False) & (top_p > 0)
+    rank = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(outside, rank, axis=-1), -jnp.inf, logits)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gzip
 import itertools
 import json
@@ -312,3 +313,13 @@ def test_packed_shapes_are_few_and_hold_every_batch():
     worst = [examples[i] for i in sorted(range(300), key=lambda i: -len(examples[i].target))[:4]]
     few = packed_shapes(examples, iter(batches[:1]), 1)
     assert fitting_shape(few, [worst]) == few[-1]
+
+
+def test_a_disk_that_fails_while_a_file_is_read(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "d.jsonl.gz").write_bytes(b"")
+    monkeypatch.setattr(gzip, "open", fail)
+    with pytest.raises(InputError, match=r"d.jsonl.gz: cannot be read \(Input/output error\)"):
+        list(lines.read_lines(tmp_path / "d.jsonl.gz"))

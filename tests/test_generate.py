@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import generate, load_model
 from jaxprefix.config import DecodeConfig
-from jaxprefix.generate import choose_tokens, filter_nucleus, generate_ids
+from jaxprefix.generate import Sampling, _decode, choose_tokens, filter_nucleus, generate_ids
 from tests.base_folders import make_base_folder, random_prefix
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
@@ -111,5 +111,17 @@ def test_samples_follow_the_softmax_and_the_temperature():
     logits = jnp.broadcast_to(LOGITS, (4000, 4))
     for temperature in (1.0, 2.0):
         decode = DecodeConfig(decode_method="sample", temperature=temperature)
-        shares = np.bincount(choose_tokens(logits, keys, decode), minlength=4) / 4000
+        sampling = Sampling(jnp.float32(temperature), jnp.float32(1))
+        shares = np.bincount(choose_tokens(logits, keys, decode, sampling), minlength=4) / 4000
         np.testing.assert_allclose(shares, jax.nn.softmax(LOGITS[0] / temperature), atol=0.03)
+
+
+def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
+    def made(**sampling):
+        return ids_of(golden_model, tokenizer, [[5, 6]] * 4, decode=DecodeConfig(max_output_len=8, **sampling))
+
+    first = made()
+    n_compiled = _decode._cache_size()
+    assert made(temperature=3.0) != first
+    assert made(top_p=1e-6) == made(decode_method="greedy") != first
+    assert _decode._cache_size() == n_compiled + 1, "greedy is another program"

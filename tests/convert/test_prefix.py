@@ -1,6 +1,8 @@
 """What a prefix file must not lack."""
 
+import errno
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,3 +47,13 @@ def test_a_file_that_is_cut_off(tmp_path, name, content, message):
 def test_an_empty_cache():
     with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
         from_dynamic_cache(types.SimpleNamespace(layers=[]))
+
+
+def test_a_disk_that_fails(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "p.weight").write_bytes(b"")
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(InputError, match=r"p.weight: cannot be read \(Input/output error\)"):
+        read_prefix(tmp_path / "p.weight")
