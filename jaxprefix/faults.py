@@ -70,12 +70,12 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
 
     What threads of other libraries would print of it meanwhile, page after page, is cut to a line.
     """
-    hooks = threading.excepthook, sys.unraisablehook
+    thread_hook, hook = threading.excepthook, sys.unraisablehook
 
     def leave_out_closed_loops(failure: Any) -> None:
         """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed."""
         if str(failure.exc_value) != "Event loop is closed":
-            hooks[1](failure)
+            hook(failure)
 
     threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
     pages = logging.getLogger("absl")
@@ -83,6 +83,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
     pages.setLevel(logging.CRITICAL)
     try:
         yield
+        sys.unraisablehook = hook  # after a failure it stays: the loop may be told when the run has ended
     except (OSError, SafetensorError, SaveError) as error:
         check_still_there(config)
         if isinstance(error, SaveError):
@@ -90,7 +91,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         where = os.fsdecode(getattr(error, "filename", None) or config.run_dir)
         raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
     finally:
-        threading.excepthook, sys.unraisablehook = hooks
+        threading.excepthook = thread_hook
         pages.setLevel(level)
 
 
