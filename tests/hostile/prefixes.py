@@ -174,12 +174,16 @@ def an_adapter_with_a_link_to_its_weights(folder):
     return lambda: read_prefix(folder / "adapter")
 
 
-@hostile("leads out of its folder, to /dev/zero")
-def an_adapter_config_without_an_end(folder):
+def adapter_whose_config_leads_to(folder, target):
     config = adapter(folder / "adapter") / "adapter_config.json"
     config.unlink()
-    config.symlink_to("/dev/zero")
+    config.symlink_to(target)
     return lambda: read_prefix(folder / "adapter")
+
+
+@hostile("leads out of its folder, to /dev/zero")
+def an_adapter_config_without_an_end(folder):
+    return adapter_whose_config_leads_to(folder, "/dev/zero")
 
 
 @hostile("leads out of its folder")
@@ -192,10 +196,7 @@ def a_run_folder_with_a_link_to_its_prefix(folder):
 
 @hostile("is no name of a file")
 def links_in_a_circle(folder):
-    config = adapter(folder / "adapter") / "adapter_config.json"
-    config.unlink()
-    config.symlink_to("adapter_config.json")
-    return lambda: read_prefix(folder / "adapter")
+    return adapter_whose_config_leads_to(folder, "adapter_config.json")
 
 
 @hostile(r"not valid JSON \(maximum recursion")
