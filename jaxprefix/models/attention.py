@@ -5,7 +5,7 @@ Legend, used in types, einsum strings and comments of the whole package:
     N heads · H head dim · D embed · F mlp · V vocab
 
 A prefix is `Float[Array, "L 2 P N H"]`: for every layer the P keys (index 0) and values (index 1) that
-stand in front of the tokens. It has no batch axis; it is broadcast in the einsums below.
+stand in front of the tokens. It has no batch axis; it is broadcast below.
 Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
@@ -146,17 +146,41 @@ def _dense(
     slots: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """The attention with all scores in memory; the prefix is not copied for every row."""
-    token_scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
-    visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None]
-    token_scores = jnp.where(visible, token_scores, -jnp.inf)
-    if prefix is None:
-        weights = jax.nn.softmax(token_scores).astype(v.dtype)
-        return jnp.einsum("bnts,bnsh->btnh", weights, v)
+    """The attention with all scores in memory.
 
-    prefix_k, prefix_v = prefix.astype(k.dtype)
-    prefix_scores = jnp.einsum("btnh,pnh->bntp", q, prefix_k, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.concatenate([prefix_scores, token_scores], axis=-1)).astype(v.dtype)
-    prefix_weights, token_weights = jnp.split(weights, [prefix_k.shape[0]], axis=-1)
-    from_prefix = jnp.einsum("bntp,pnh->btnh", prefix_weights, prefix_v)
-    return from_prefix + jnp.einsum("bnts,bnsh->btnh", token_weights, v)
+    Copies of the prefix in front of every row's keys cost a CPU less than scores, weights and sums of its own would.
+    """
+    n_prefix = 0
+    if prefix is not None:
+        n_prefix = prefix.shape[1]
+        k, v = (_behind(front, x) for front, x in zip(prefix.astype(k.dtype), (k, v), strict=True))
+    scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
+    visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
+    weights = _softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("bnts,bnsh->btnh", weights, v)
+
+
+def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
+    """Put a prefix's keys or values in front of every row's."""
+    front = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
+    return jnp.concatenate([front, x], axis=2)
+
+
+@jax.custom_vjp
+def _softmax(scores: Float[Array, "*rest S"]) -> Float[Array, "*rest S"]:
+    """Softmax over the last axis; its backward pass keeps the result alone, `jax.nn.softmax` three such arrays."""
+    return jax.nn.softmax(scores)
+
+
+def _softmax_forward(scores: Array) -> tuple[Array, tuple[Array]]:
+    weights = jax.nn.softmax(scores)
+    return weights, (weights,)
+
+
+def _softmax_backward(residual: tuple[Array], gradient: Array) -> tuple[Array]:
+    (weights,) = residual
+    along = (weights * gradient).sum(axis=-1, keepdims=True)
+    return (weights * (gradient - along),)
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
