@@ -5,10 +5,10 @@ import socket
 from pathlib import Path
 
 from jaxprefix.config import TrainConfig
-from tests.runs import QUICK_COMPILING, start
+from tests.runs import start
 
 PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
-TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2", **QUICK_COMPILING}
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 
 
 def free_port() -> int:

@@ -11,8 +11,6 @@ import jax
 from jaxprefix.config import TrainConfig
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
-QUICK_COMPILING = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-"""For subprocesses on several devices: what is compared is how XLA splits the work, so the code need not be fast."""
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 

@@ -20,6 +20,7 @@ from jaxprefix.recipe import RECIPES
 from tests.base_folders import GOLDEN
 from tests.tolerances import FUNCTION, LOSS, MODEL
 
+pytestmark = pytest.mark.usefixtures("users_compiling")
 FORWARD = np.load(GOLDEN / "forward.npz")
 
 

@@ -16,7 +16,7 @@ from jaxprefix.models.config import ModelConfig
 from jaxprefix.sharding import base_sharding, make_mesh
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
-from tests.runs import QUICK_COMPILING, losses_of, run_config
+from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
 NEOX_20B = ModelConfig(
@@ -92,7 +92,7 @@ def on_every_mesh(tmp_path_factory):
     base = make_base_folder(folder / "base", num_attention_heads=8, hidden_size=128, num_hidden_layers=2)
     settings = {"pretrained_model_dir": str(base), "n_training_steps": 4, "save_model": False}
     arguments = [str(folder), json.dumps(settings), json.dumps(MESHES)]
-    environment = os.environ | QUICK_COMPILING | {"JAX_NUM_CPU_DEVICES": "8"}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", ON_EVERY_MESH, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

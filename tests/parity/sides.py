@@ -120,7 +120,8 @@ class Ours:
 
     @functools.cached_property
     def logits(self) -> np.ndarray:
-        return np.asarray(self.model(jnp.asarray(self._batches[0].tokens), self.encoder())[0])
+        run = jax.jit(lambda model, tokens, prefix: model(tokens, prefix)[0])
+        return np.asarray(run(self.model, self._batches[0].tokens, self.encoder()))
 
     @functools.cached_property
     def _loss_and_gradient(self) -> tuple[float, Any]:
