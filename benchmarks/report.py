@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+END_OF_TURN = "end of turn: "
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
 
 
@@ -33,6 +34,47 @@ def alternate(ways: Mapping[str, Sequence[object]], module: str, n_rounds: int) 
             results[way].append(in_process(module, *arguments))
             print(f"round {number + 1}, {way}: {json.dumps(results[way][-1])}", file=sys.stderr, flush=True)
     return results
+
+
+def take_turns(ways: Mapping[str, Sequence[object]], module: str, n_turns: int) -> dict[str, list[dict[str, Any]]]:
+    """Start every way once, and let one after the other work until its `end_turn`, so often: for noisy machines.
+
+    What a process prints in its first turn, in which it prepares itself, is left out.
+    """
+    processes = {
+        way: subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for way, arguments in ways.items()
+    }
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(n_turns + 1):
+        for way, process in processes.items():
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            line = next((line for line in process.stdout if line.startswith(END_OF_TURN)), None)
+            if line is None:
+                raise RuntimeError(f"{way} ended with {process.wait()} in turn {number}")
+            if number:
+                results[way].append(json.loads(line.removeprefix(END_OF_TURN)))
+    for process in processes.values():
+        process.communicate()
+    return results
+
+
+def wait_for_turn() -> None:
+    """In a process of `take_turns`: wait until it may go on."""
+    sys.stdin.readline()
+
+
+def end_turn(**result: float) -> None:
+    """In a process of `take_turns`: tell what the turn gave."""
+    print(f"{END_OF_TURN}{json.dumps(result)}", flush=True)
 
 
 def median(results: Sequence[Mapping[str, Any]], field: str) -> float:

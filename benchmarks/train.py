@@ -2,8 +2,10 @@
 
 python -m benchmarks.train --shape 110m --data documents.jsonl --ways jaxprefix:float32 peft:float32
 
-All take the same batches of the same examples in the original's setting. Useful tokens are labels in the loss. The
-limit is 4N FLOPs a token at the rate that a matrix product of the model's shape reaches in the same process.
+All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
+machine whose speed changes from minute to minute changes for all; ratios are medians over updates. Useful tokens are
+labels in the loss. The limit is 4N FLOPs a token at the rate that a matrix product of the model's shape reaches in the
+same process in the same turn.
 """
 
 import argparse
@@ -17,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import alternate, median, peak_device_memory, peak_memory, publish, table
+from benchmarks.report import (
+    end_turn,
+    median,
+    peak_device_memory,
+    peak_memory,
+    publish,
+    table,
+    take_turns,
+    wait_for_turn,
+)
 from benchmarks.shapes import SHAPES, make_folder
 
 PREFIX = 10
@@ -169,31 +180,37 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> float:
     return 2 * 512 * width * inner / best
 
 
-def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int) -> dict[str, float]:
-    """Time updates of one way in this process."""
+def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int) -> None:
+    """Time updates of one way in this process, one a turn."""
     name, dtype = way.split(":")
     config = json.loads((folder / "config.json").read_text())
-    before = peak_memory()
-    n_useful, step = WAYS[name](folder, data, dtype, batch_size)
-    seconds = []
-    for number in range(n_updates):
-        started = time.perf_counter()
-        step(number)
-        seconds.append(time.perf_counter() - started)
-    peak, device_peak = peak_memory() - before, peak_device_memory(name)
-    tokens_per_s = sum(n_useful[:n_updates]) / sum(seconds)
     width, inner = config["hidden_size"], config["intermediate_size"]
     n_matrix = config["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + config["vocab_size"] * width
-    rate = matrix_rate(name, dtype, width, inner)
-    limit = rate / (4 * n_matrix)
-    return {
-        "tokens_per_s": tokens_per_s,
-        "step_s": float(np.median(seconds)),
-        "rate": rate,
-        "of_limit": tokens_per_s / limit,
-        "peak_bytes": peak,
-        "device_peak_bytes": device_peak,
-    }
+    wait_for_turn()
+    before = peak_memory()
+    n_useful, step = WAYS[name](folder, data, dtype, batch_size)
+    end_turn()
+    for number in range(n_updates):
+        wait_for_turn()
+        started = time.perf_counter()
+        step(number)
+        seconds = time.perf_counter() - started
+        peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(name)}
+        rate = matrix_rate(name, dtype, width, inner)
+        tokens_per_s = n_useful[number] / seconds
+        of_limit = tokens_per_s * 4 * n_matrix / rate
+        end_turn(tokens_per_s=tokens_per_s, step_s=seconds, rate=rate, of_limit=of_limit, **peaks)
+
+
+def run_ways(arguments: dict[str, tuple[object, ...]], flags: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Let all ways take turns, or, alone, each round through a process of its own for each way."""
+    if not flags.alone:
+        return take_turns(arguments, "benchmarks.train", flags.updates)
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments}
+    for _ in range(flags.rounds):
+        for way, its_arguments in arguments.items():
+            results[way] += take_turns({way: its_arguments}, "benchmarks.train", flags.updates)[way]
+    return results
 
 
 def main() -> None:
@@ -202,14 +219,15 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
     parser.add_argument("--ways", nargs="+", default=["jaxprefix:float32", "torch_ref:float32", "peft:float32"])
-    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="one process at a time: what fills a GPU's memory")
+    parser.add_argument("--rounds", type=int, default=3, help="with --alone: processes of every way")
     parser.add_argument("--measure", help="measure one way in this process")
     parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
     if flags.measure:
-        print(json.dumps(measure(flags.measure, flags.folder, flags.data, flags.updates, flags.batch_size)))
+        measure(flags.measure, flags.folder, flags.data, flags.updates, flags.batch_size)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
@@ -224,7 +242,7 @@ def main() -> None:
             flags.batch_size,
         )
         arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        results = alternate(arguments, "benchmarks.train", flags.rounds)
+        results = run_ways(arguments, flags)
     first = flags.ways[0]
     rows = [
         [
@@ -240,9 +258,8 @@ def main() -> None:
     ]
     header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
     header.append("peak GiB")
-    setting = (
-        f"batches of {flags.batch_size} examples, prefix {PREFIX}, {flags.rounds} rounds of {flags.updates} updates"
-    )
+    turns = f"{flags.rounds} rounds of {flags.updates} updates" if flags.alone else f"{flags.updates} updates in turn"
+    setting = f"batches of {flags.batch_size} examples, prefix {PREFIX}, {turns}"
     title = f"{flags.shape}, {setting}"
     publish(f"train_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)
 
