@@ -5,7 +5,7 @@ Legend, used in types, einsum strings and comments of the whole package:
     N heads · H head dim · D embed · F mlp · V vocab
 
 A prefix is `Float[Array, "L 2 P N H"]`: for every layer the P keys (index 0) and values (index 1) that
-stand in front of the tokens. It has no batch axis; it is broadcast below.
+stand in front of the tokens. It has no batch axis; attention puts it in front of every row.
 Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
