@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import alternate, median, publish, table
+from benchmarks.report import alternate, publish, table, work_alone
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from jaxprefix.check import GIB
 from jaxprefix.config import Compute, TrainConfig
@@ -97,11 +97,11 @@ def tell_measured(flags: argparse.Namespace) -> None:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         common = ("--folder", folder, "--data", flags.data, "--updates", flags.updates)
         arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        results = alternate(arguments, "benchmarks.train", flags.rounds)
+        results = work_alone(arguments, "benchmarks.train", flags.updates, flags.rounds)
     rows = []
-    for way, runs in results.items():
+    for way, turns in results.items():
         held = weights if way.endswith("float32") else weights // 2
-        peaks = [median(runs, field) for field in ("peak_bytes", "device_peak_bytes")]
+        peaks = [max(turn[field] for turn in turns) for field in ("peak_bytes", "device_peak_bytes")]
         on_device = f"{peaks[1] / GIB:.2f}" if peaks[1] else "—"
         rows.append([way, f"{held / GIB:.2f}", f"{peaks[0] / GIB:.2f}", on_device, f"{max(peaks) / held:.2f}"])
     header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]

@@ -67,6 +67,17 @@ def take_turns(ways: Mapping[str, Sequence[object]], module: str, n_turns: int) 
     return results
 
 
+def work_alone(
+    ways: Mapping[str, Sequence[object]], module: str, n_turns: int, n_rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Let processes of `take_turns` have all their turns one process after the other, every way once in each round."""
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for _ in range(n_rounds):
+        for way, arguments in ways.items():
+            results[way] += take_turns({way: arguments}, module, n_turns)[way]
+    return results
+
+
 def wait_for_turn() -> None:
     """In a process of `take_turns`: wait until it may go on."""
     sys.stdin.readline()

@@ -28,6 +28,7 @@ from benchmarks.report import (
     table,
     take_turns,
     wait_for_turn,
+    work_alone,
 )
 from benchmarks.shapes import SHAPES, make_folder
 
@@ -202,17 +203,6 @@ def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int)
         end_turn(tokens_per_s=tokens_per_s, step_s=seconds, rate=rate, of_limit=of_limit, **peaks)
 
 
-def run_ways(arguments: dict[str, tuple[object, ...]], flags: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Let all ways take turns, or, alone, each round through a process of its own for each way."""
-    if not flags.alone:
-        return take_turns(arguments, "benchmarks.train", flags.updates)
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in arguments}
-    for _ in range(flags.rounds):
-        for way, its_arguments in arguments.items():
-            results[way] += take_turns({way: its_arguments}, "benchmarks.train", flags.updates)[way]
-    return results
-
-
 def main() -> None:
     """Print the table, or one measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,7 +232,10 @@ def main() -> None:
             flags.batch_size,
         )
         arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        results = run_ways(arguments, flags)
+        if flags.alone:
+            results = work_alone(arguments, "benchmarks.train", flags.updates, flags.rounds)
+        else:
+            results = take_turns(arguments, "benchmarks.train", flags.updates)
     first = flags.ways[0]
     rows = [
         [
@@ -252,7 +245,7 @@ def main() -> None:
             f"{median(r, 'step_s'):.2f}",
             f"{median(r, 'rate') / 1e9:.0f}",
             f"{median(r, 'of_limit'):.2f}",
-            f"{median(r, 'peak_bytes') / 2**30:.2f}",
+            f"{max(turn['peak_bytes'] for turn in r) / 2**30:.2f}",
         ]
         for way, r in results.items()
     ]
