@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, alternating rounds in fresh processes, medians, files."""
+"""What every benchmark shares: the machine's description, rounds and turns of processes, medians, files."""
 
 import datetime
 import importlib.metadata

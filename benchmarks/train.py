@@ -151,8 +151,8 @@ def peft_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tuple[l
 WAYS = {"jaxprefix": jaxprefix_steps, "torch_ref": torch_ref_steps, "peft": peft_steps}
 
 
-def matrix_rate(way: str, dtype: str, width: int, inner: int) -> float:
-    """Return the FLOP/s of a matrix product of the MLP's shape for 512 tokens."""
+def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], float]:
+    """Return a function that measures the FLOP/s of a matrix product of the MLP's shape for 512 tokens."""
     if way == "jaxprefix":
         import jax
         import jax.numpy as jnp
@@ -173,12 +173,15 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> float:
         def run() -> None:
             torch.nn.functional.linear(x, y)
 
-    best = math.inf
-    for _ in range(20):
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 512 * width * inner / best
+    def measured() -> float:
+        best = math.inf
+        for _ in range(20):
+            started = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - started)
+        return 2 * 512 * width * inner / best
+
+    return measured
 
 
 def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int) -> None:
@@ -190,6 +193,7 @@ def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int)
     wait_for_turn()
     before = peak_memory()
     n_useful, step = WAYS[name](folder, data, dtype, batch_size)
+    measured_rate = matrix_rate(name, dtype, width, inner)
     end_turn()
     for number in range(n_updates):
         wait_for_turn()
@@ -197,7 +201,7 @@ def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int)
         step(number)
         seconds = time.perf_counter() - started
         peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(name)}
-        rate = matrix_rate(name, dtype, width, inner)
+        rate = measured_rate()
         tokens_per_s = n_useful[number] / seconds
         of_limit = tokens_per_s * 4 * n_matrix / rate
         end_turn(tokens_per_s=tokens_per_s, step_s=seconds, rate=rate, of_limit=of_limit, **peaks)

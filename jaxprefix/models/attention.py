@@ -117,13 +117,12 @@ def square_causal(
     fewer queries than keys it would be aligned at the top left), and zeros behind, up to a multiple of 128
     slots; both are cut off again. Exact, gradients included.
     """
-    n_rows, n_tokens, *heads = q.shape
+    _, n_tokens, *heads = q.shape
     n_prefix = 0 if prefix is None else prefix.shape[1]
     n_behind = -(n_prefix + n_tokens) % CUDNN_MULTIPLE
 
     def laid_out(x: Float[Array, "B T N H"], front: Float[Array, "P N H"]) -> Float[Array, "B S N H"]:
-        front = jnp.broadcast_to(front.astype(x.dtype), (n_rows, n_prefix, *heads))
-        return jnp.pad(jnp.concatenate([front, x], axis=1), ((0, 0), (0, n_behind), (0, 0), (0, 0)))
+        return jnp.pad(heads_first(_behind(front, heads_first(x))), ((0, 0), (0, n_behind), (0, 0), (0, 0)))
 
     dummies = jnp.zeros((n_prefix, *heads))
     keys, values = (dummies, dummies) if prefix is None else prefix
@@ -153,7 +152,7 @@ def _dense(
     n_prefix = 0
     if prefix is not None:
         n_prefix = prefix.shape[1]
-        k, v = (_behind(front, x) for front, x in zip(prefix.astype(k.dtype), (k, v), strict=True))
+        k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
     scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
     visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
     weights = _softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
@@ -161,8 +160,8 @@ def _dense(
 
 
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
-    """Put a prefix's keys or values in front of every row's."""
-    front = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
+    """Put a prefix's keys or values, in the rows' type, in front of every row's."""
+    front = jnp.broadcast_to(heads_first(front).astype(x.dtype), (len(x), x.shape[1], len(front), x.shape[3]))
     return jnp.concatenate([front, x], axis=2)
 
 
