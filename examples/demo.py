@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jaxprefix
 from jaxprefix.config import DecodeConfig, TrainConfig
+from jaxprefix.decode import stream
 from jaxprefix.evaluate import suffix_rate
-from jaxprefix.generate import stream
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"

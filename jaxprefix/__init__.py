@@ -1,9 +1,23 @@
-"""Prefix-tuning of GPT-NeoX language models in JAX: a frozen base model, a few trained keys and values."""
+"""Prefix-tuning of GPT-NeoX and GPT-2 language models in JAX: a frozen base model, a few trained keys and values."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
-from jaxprefix.generate import generate
-from jaxprefix.models import load_model
-from jaxprefix.prefix import load_prefix
-from jaxprefix.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from jaxprefix.decode import generate
+    from jaxprefix.models import load_model
+    from jaxprefix.prefix import load_prefix
+    from jaxprefix.tokenizer import load_tokenizer
 
 __all__ = ["InputError", "generate", "load_model", "load_prefix", "load_tokenizer"]
+
+_ROOMS = {"generate": "decode", "load_model": "models", "load_prefix": "prefix", "load_tokenizer": "tokenizer"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that only what computes waits for JAX."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

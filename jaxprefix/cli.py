@@ -15,6 +15,7 @@ import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
+from jaxprefix.huge_pages import start_again_with_huge_pages
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -75,7 +76,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _generate(config: GenerateConfig) -> int:
-    from jaxprefix.generate import BatchTiming, stream
+    from jaxprefix.decode import BatchTiming, stream
 
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else None)
     model, tokenizer, prefix = _load(config)
@@ -153,9 +154,9 @@ def read_prompts(path: Path) -> list[str]:
 
 def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.data import longest_row
+    from jaxprefix.decode import stream
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.examples import Chunking
-    from jaxprefix.generate import stream
     from jaxprefix.recipe import RECIPES
     from jaxprefix.token_cache import load_examples
 
@@ -207,6 +208,7 @@ def _check(config: CheckConfig) -> int:
 
 def entry_point() -> None:
     """Run as a program."""
+    start_again_with_huge_pages()
     sys.exit(main())
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     {"cli"},
     {"train", "conversion", "check"},
     {"inputs", "faults"},
-    {"update", "generate", "evaluate", "run_folder", "checkpoint"},
+    {"update", "decode", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding", "hosts"},
     {"base_folder"},
     {"models"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"lines"},
     {"tokenizer"},
     {"config", "hub"},
-    {"recipe", "launch"},
+    {"recipe", "launch", "huge_pages"},
 ]
 
 

@@ -12,8 +12,8 @@ from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
 from jaxprefix.config import DecodeConfig
 from jaxprefix.data import longest_row, make_batch
+from jaxprefix.decode import filter_nucleus, generate_ids
 from jaxprefix.examples import Chunking, Example, read_examples
-from jaxprefix.generate import filter_nucleus, generate_ids
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES

@@ -6,7 +6,6 @@ Each starts from the same files and the same raw encoder, and takes everything e
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
 import json
 import unittest.mock
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+import jaxprefix.decode
 import jaxprefix.prefix
 import jaxprefix.train
 import jaxprefix.update
@@ -53,8 +53,6 @@ from tests.parity.cases import (
 from tests.parity.runs import jax_order, named, reference_run
 from tests.runs import metrics_of
 from torch_ref.config import generate_parser, train_parser
-
-generation = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 
 
 class Ours:
@@ -187,12 +185,13 @@ class Ours:
         prefix = load_prefix(self.run_dir, self.model.config)
         prompts = [self.tokenizer.encode(prompt) for prompt in PROMPTS]
         decode = DecodeConfig(decode_method="greedy", max_output_len=40, recipe="rinna")
-        return list(generation.generate_ids(self.model, self.tokenizer, prompts, prefix, decode=decode))
+        return list(jaxprefix.decode.generate_ids(self.model, self.tokenizer, prompts, prefix, decode=decode))
 
     @property
     def nucleus_probabilities(self) -> list[np.ndarray]:
         drop = self.recipe.drop_crossing_token
-        kept = [generation.filter_nucleus(jnp.asarray(nucleus_logits()), *cut, drop_crossing=drop) for cut in NUCLEUS]
+        logits = jnp.asarray(nucleus_logits())
+        kept = [jaxprefix.decode.filter_nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
         return [np.asarray(jax.nn.softmax(logits)) for logits in kept]
 
 

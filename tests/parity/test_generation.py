@@ -6,7 +6,7 @@ from convert.prefix import read_prefix
 from jaxprefix import load_prefix
 from jaxprefix.config import ConvertConfig, DecodeConfig
 from jaxprefix.conversion import convert
-from jaxprefix.generate import generate_ids
+from jaxprefix.decode import generate_ids
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
 from tests.parity.runs import reference_run, started_encoder

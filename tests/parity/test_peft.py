@@ -9,7 +9,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 
 from jaxprefix import load_prefix
 from jaxprefix.config import DecodeConfig
-from jaxprefix.generate import generate_ids
+from jaxprefix.decode import generate_ids
 from jaxprefix.prefix import save_prefix
 from tests.base_folders import random_prefix
 from tests.tolerances import MODEL

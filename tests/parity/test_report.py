@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 from unittest.mock import patch
 
 import jax
@@ -17,7 +16,6 @@ from tests.parity.report import CASES, STAGES, compare, compare_case
 from tests.parity.sides import Ours, Theirs
 
 pytestmark = pytest.mark.usefixtures("users_compiling")
-generate = importlib.import_module("jaxprefix.generate")  # jaxprefix.generate is the function
 PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
 N_UPDATES = 12  # of the runs with a fault: enough to tell
 FAULTY = dataclasses.replace(PLAIN, n_training_steps=N_UPDATES)

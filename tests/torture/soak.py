@@ -17,7 +17,7 @@ import tyro
 
 import jaxprefix
 from jaxprefix.cli import keep_compiled_programs
-from jaxprefix.generate import PROMPT_BUCKET
+from jaxprefix.decode import PROMPT_BUCKET
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.runs import run_config, start
 

@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import generate, load_model
 from jaxprefix.config import DecodeConfig
-from jaxprefix.generate import Sampling, _decode, choose_tokens, filter_nucleus, generate_ids
+from jaxprefix.decode import Sampling, _decode, choose_tokens, filter_nucleus, generate_ids
 from tests.base_folders import make_base_folder, random_prefix
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
