@@ -15,7 +15,6 @@ import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
-from jaxprefix.huge_pages import start_again_with_huge_pages
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -208,7 +207,6 @@ def _check(config: CheckConfig) -> int:
 
 def entry_point() -> None:
     """Run as a program."""
-    start_again_with_huge_pages()
     sys.exit(main())
 
 

@@ -30,7 +30,7 @@ FLOORS = [
     {"lines"},
     {"tokenizer"},
     {"config", "hub"},
-    {"recipe", "launch", "huge_pages"},
+    {"recipe", "launch"},
 ]
 
 
