@@ -2,8 +2,9 @@
 
 python -m benchmarks.decode --shape 110m --rows 1 16 --new_tokens 128 --dtype float32
 
-Both continue the same random prompts of 16 tokens with the same prefix, and never stop early. The limit is one reading
-of all weights but the embedding's per token, at the bandwidth that sums over rows of a large array reach.
+Both continue the same random prompts of 16 tokens with the same prefix, never stop early, and decode in turn; ratios
+are medians over turns. The limit is one reading of all weights but the embedding's per token, at the bandwidth that
+sums over rows of a large array reach.
 """
 
 import argparse
@@ -18,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import alternate, median, peak_device_memory, peak_memory, publish, table
+from benchmarks.report import (
+    end_turn,
+    median,
+    peak_device_memory,
+    peak_memory,
+    publish,
+    table,
+    take_turns,
+    wait_for_turn,
+    work_alone,
+)
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 from jaxprefix.models import weight_shapes
@@ -88,30 +99,35 @@ def peft_bandwidth() -> Callable[[], Any]:
 WAYS = {"jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth), "peft": (peft_decoder, peft_bandwidth)}
 
 
-def timed(work: Callable[[], Any], n_times: int) -> list[float]:
-    """Return the seconds of each of several calls, after one that does not count."""
-    work()
-    seconds = []
-    for _ in range(n_times):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return a call's seconds and what it returned."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
 
 
-def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times: int) -> dict[str, Any]:
-    """Decode with one way in this process. Raises RuntimeError when a row stops early."""
+def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times: int) -> None:
+    """Decode with one way in this process, once a turn. Raises RuntimeError when a row stops early."""
     decoder, bandwidth = WAYS[way]
+    wait_for_turn()
     before = peak_memory()
     decode = decoder(folder, n_rows, n_new, dtype)
-    seconds = timed(decode, n_times)
-    peak = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
-    made = decode()
-    if [len(row) for row in made] != [n_new] * n_rows:
-        raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
-    n_bytes = 4 * math.prod(BANDWIDTH_SHAPE)
-    speed = {"tokens_per_s": n_rows * n_new / float(np.median(seconds)), "seconds": seconds}
-    return {**speed, **peak, "bytes_per_s": n_bytes / min(timed(bandwidth(), 10)), "ids": " ".join(map(str, made[0]))}
+    decode()
+    peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
+    read = bandwidth()
+    read()
+    end_turn()
+    for _ in range(n_times):
+        wait_for_turn()
+        seconds, made = timed(decode)
+        if [len(row) for row in made] != [n_new] * n_rows:
+            raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
+        end_turn(
+            tokens_per_s=n_rows * n_new / seconds,
+            bytes_per_s=4 * math.prod(BANDWIDTH_SHAPE) / min(timed(read)[0] for _ in range(10)),
+            ids=" ".join(map(str, made[0])),
+            **peaks,
+        )
 
 
 def bytes_per_token(shape: str, dtype: str) -> int:
@@ -145,7 +161,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> lis
                 f"{speed:.1f}",
                 f"{np.median(ratios):.2f}",
                 f"{speed / int(n_rows) * n_bytes / bandwidth:.2f}",
-                f"{max(median(runs, 'peak_bytes'), median(runs, 'device_peak_bytes')) / 2**30:.2f}",
+                f"{max(max(turn['peak_bytes'], turn['device_peak_bytes']) for turn in runs) / 2**30:.2f}",
                 "yes" if same == 1 else "no",
             ]
         )
@@ -159,27 +175,31 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="prompts that are continued together")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--times", type=int, default=3, help="repetitions in a process")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5, help="decodings of a process")
+    parser.add_argument("--alone", action="store_true", help="one process at a time: what fills a GPU's memory")
+    parser.add_argument("--rounds", type=int, default=3, help="with --alone: processes of every way")
     parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
     parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
     if flags.measure:
-        sizes = (flags.rows[0], flags.new_tokens, flags.dtype, flags.times)
-        print(json.dumps(measure(flags.measure, flags.folder, *sizes)))
+        measure(flags.measure, flags.folder, flags.rows[0], flags.new_tokens, flags.dtype, flags.times)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
         write_prefix(folder / "prefix", flags.shape)
         common = ("--folder", folder, "--new_tokens", flags.new_tokens, "--dtype", flags.dtype, "--times", flags.times)
         arguments = {f"{w}:{n}": ("--measure", w, "--rows", n, *common) for n in flags.rows for w in WAYS}
-        results = alternate(arguments, "benchmarks.decode", flags.rounds)
+        if flags.alone:
+            results = work_alone(arguments, "benchmarks.decode", flags.times, flags.rounds)
+        else:
+            results = take_turns(arguments, "benchmarks.decode", flags.times)
     n_bytes = bytes_per_token(flags.shape, flags.dtype)
     bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
     header = ["decoding", "rows", "new tokens/s", "jaxprefix is × as fast", "of its limit", "peak GiB", "same ids"]
     setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
     limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
-    title = f"{flags.shape}, {setting}, {flags.rounds} rounds of {flags.times}. The limit: {limit}"
+    turns = f"{flags.rounds} rounds of {flags.times}" if flags.alone else f"{flags.times} in turn"
+    title = f"{flags.shape}, {setting}, {turns}. The limit: {limit}"
     text = table(header, rows_of_table(results, n_bytes))
     publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
 

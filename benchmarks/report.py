@@ -83,7 +83,7 @@ def wait_for_turn() -> None:
     sys.stdin.readline()
 
 
-def end_turn(**result: float) -> None:
+def end_turn(**result: float | str) -> None:
     """In a process of `take_turns`: tell what the turn gave."""
     print(f"{END_OF_TURN}{json.dumps(result)}", flush=True)
 

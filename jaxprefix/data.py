@@ -17,8 +17,8 @@ from jaxprefix.tokenizer import Tokenizer
 
 IGNORED = -100
 """The label of a position that has no part in the loss."""
-SAMPLED_BATCHES = 2000
-"""Batches that are looked at to choose the shapes of packed ones."""
+SAMPLED_UPDATES = 2000
+"""Updates whose batches are looked at to choose the shapes of packed ones."""
 SHAPES = 4
 """Shapes of a run's packed batches."""
 COLUMN_STEPS = 20
@@ -161,21 +161,25 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
     return Batch(tokens, labels, Packing(columns, places))
 
 
-def packed_shapes(examples: Sequence[Example], batches: Iterable[list[int]], n_rows: int) -> list[PackedShape]:
-    """Choose the few shapes of a run's packed batches, each compiled once, from its first thousands of batches.
+def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
+    """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
     They ascend: with the numbers of columns that leave the fewest positions to padding, and the longest text of the
-    batches that take them. The last has room for any batch that these examples can make.
+    updates that take them. The last has room for all updates; for any batch that these examples can make, if there are
+    more updates than are looked at.
     """
-    sample = list(itertools.islice(batches, SAMPLED_BATCHES))
-    n_examples = max(map(len, sample))
+    sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
+    n_examples = max(len(batch) for batches in sample for batch in batches)
     texts_of_each = 1 if (_lengths(examples)[0] > 0).all() else 2
     n_texts = -(-n_examples * texts_of_each // n_rows)
-    lengths = [_lengths_of([examples[i] for i in batch]) for batch in sample]
-    needed = np.array([max(_loads(texts, pack_rows(texts, n_rows, n_texts))) for texts in lengths])
-    longest = np.array([max(texts) for texts in lengths])
-    longest_of_all = longest_row(examples)
-    at_most = min(n_texts * longest_of_all, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
+    lengths = [[_lengths_of([examples[i] for i in batch]) for batch in batches] for batches in sample]
+    needed = np.array([max(max(_loads(t, pack_rows(t, n_rows, n_texts))) for t in texts) for texts in lengths])
+    longest = np.array([max(map(max, texts)) for texts in lengths])
+    if len(sample) > SAMPLED_UPDATES:
+        longest_of_all = longest_row(examples)
+        at_most = min(n_texts * longest_of_all, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
+    else:
+        longest_of_all, at_most = int(longest.max()), int(needed.max())
 
     def taken(columns: Sequence[int]) -> np.ndarray:
         return np.searchsorted(columns, needed)

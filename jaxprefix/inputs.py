@@ -68,8 +68,7 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
     plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
     n_rows, shapes = rows_on(mesh, 2 * config.batch_size), []
     if config.packing:
-        every_batch = (batch for number in range(plan.n_updates) for batch in plan.micro_batches(number))
-        shapes = packed_shapes(inputs.train_set, every_batch, n_rows=rows_on(mesh, 1))
+        shapes = packed_shapes(inputs.train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
     for number in range(first, plan.n_updates):
         groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))

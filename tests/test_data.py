@@ -19,6 +19,7 @@ from jaxprefix.data import (
     make_batch,
     make_packed_batch,
     n_labels,
+    n_tokens,
     pack_rows,
     packed_shapes,
     rows_of,
@@ -301,17 +302,21 @@ def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():
     assert max(sum(lengths[text] for text in row) for row in pack_rows(lengths, 3, 4)) < 30, "79 tokens in three"
 
 
-def test_packed_shapes_are_few_and_hold_every_batch():
+def test_packed_shapes_are_few_and_hold_every_batch(monkeypatch):
     generator = np.random.default_rng(0)
     examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
-    batches = [generator.choice(300, 4, replace=False).tolist() for _ in range(400)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(400)]
     for n_rows in (1, 8):
-        shapes = packed_shapes(examples, iter(batches), n_rows)
+        shapes = packed_shapes(examples, iter(updates), n_rows)
         assert len(shapes) <= 4
-        for batch in batches:
-            assert fitting_shape(shapes, [[examples[i] for i in batch], []]).n_rows == n_rows
+        for batches in updates:
+            groups = [[examples[i] for i in batch] for batch in batches]
+            assert fitting_shape(shapes, groups).n_rows == n_rows
+    most = max(n_tokens([examples[i] for i in batch]).sum() for batches in updates for batch in batches)
+    assert packed_shapes(examples, iter(updates), 1)[-1].n_columns < most + 8, "no room for what the run does not make"
     worst = [examples[i] for i in sorted(range(300), key=lambda i: -len(examples[i].target))[:4]]
-    few = packed_shapes(examples, iter(batches[:1]), 1)
+    monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", 1)
+    few = packed_shapes(examples, iter(updates), 1)
     assert fitting_shape(few, [worst]) == few[-1]
 
 
