@@ -72,12 +72,12 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
     """
     thread_hook, hook = threading.excepthook, sys.unraisablehook
 
-    def leave_out_closed_loops(failure: Any) -> None:
-        """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed."""
-        if str(failure.exc_value) != "Event loop is closed":
+    def leave_out_other_arrays(failure: Any) -> None:
+        """When an array cannot be written, TensorStore tells of the others to nobody, or to a closed event loop."""
+        if not re.search(r"^Event loop is closed$|\[tensorstore_spec=", str(failure.exc_value)):
             hook(failure)
 
-    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
+    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_other_arrays
     pages = logging.getLogger("absl")
     level = pages.level
     pages.setLevel(logging.CRITICAL)

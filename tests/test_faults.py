@@ -281,6 +281,19 @@ class TestDisk:
         with pytest.raises(RunError, match=message), within_disk(finished):
             raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
 
+    def test_what_nobody_waits_for_says_nothing(self, finished, monkeypatch):
+        class Forgotten(str):
+            def __del__(self):
+                raise ValueError(str(self))
+
+        told = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda failure: told.append(str(failure.exc_value)))
+        with within_disk(finished):
+            Forgotten("PERMISSION_DENIED: Error opening [os_error_code='30'] [tensorstore_spec='{}']")
+            Forgotten("Event loop is closed")
+            Forgotten("something else")
+        assert told == ["something else"]
+
     @pytest.mark.slow
     def test_a_disk_that_is_full_or_read_only_or_gone(self, tmp_path):
         if not can_mount(tmp_path):
