@@ -72,18 +72,23 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
     """
     thread_hook, hook = threading.excepthook, sys.unraisablehook
 
-    def leave_out_other_arrays(failure: Any) -> None:
-        """When an array cannot be written, TensorStore tells of the others to nobody, or to a closed event loop."""
-        if not re.search(r"^Event loop is closed$|\[tensorstore_spec=", str(failure.exc_value)):
+    def leave_out_closed_loops(failure: Any) -> None:
+        """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed.
+
+        If it is not closed yet, asyncio's logger tells that nobody awaited them.
+        """
+        if str(failure.exc_value) != "Event loop is closed":
             hook(failure)
 
-    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_other_arrays
-    pages = logging.getLogger("absl")
-    level = pages.level
-    pages.setLevel(logging.CRITICAL)
+    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    levels = absl.level, asyncio.level
+    absl.setLevel(logging.CRITICAL)
+    asyncio.setLevel(logging.CRITICAL)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure it stays: the loop may be told when the run has ended
+        sys.unraisablehook = hook  # after a failure both stay: the loop may be told when the run has ended
+        asyncio.setLevel(levels[1])
     except (OSError, SafetensorError, SaveError) as error:
         check_still_there(config)
         if isinstance(error, SaveError):
@@ -92,7 +97,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
     finally:
         threading.excepthook = thread_hook
-        pages.setLevel(level)
+        absl.setLevel(levels[0])
 
 
 def warn_of_thread(failure: threading.ExceptHookArgs) -> None:

@@ -66,7 +66,9 @@ def main(folder: Path) -> None:
 
     def make_read_only() -> None:
         subprocess.run(["mount", "--bind", config.run_dir, config.run_dir], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", config.run_dir], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", config.run_dir]
+        while subprocess.run(remount, stderr=subprocess.DEVNULL).returncode:  # busy while the run writes a file
+            time.sleep(0.01)
 
     error = error_of(config, fill)
     assert "No space left on device" in error
