@@ -60,18 +60,19 @@ def test_input_ids(batch):
 
 
 def test_logits(golden_model, batch):
-    logits, _ = golden_model(jnp.asarray(batch.tokens), encoder_of(golden_model, "enc")())
+    forward = jax.jit(lambda model, tokens, encoder: model(tokens, encoder())[0])
+    logits = forward(golden_model, batch.tokens, encoder_of(golden_model, "enc"))
     np.testing.assert_allclose(logits[:, ::4], FORWARD["logits"], rtol=0, atol=MODEL)
 
 
 def test_loss_and_ppl(golden_model, batch):
-    loss = mean_loss(encoder_of(golden_model, "enc"), golden_model, batch)
+    loss = jax.jit(mean_loss)(encoder_of(golden_model, "enc"), golden_model, batch)
     np.testing.assert_allclose(loss, FORWARD["loss"], rtol=LOSS)
     np.testing.assert_allclose(jnp.exp(loss), FORWARD["ppl"], rtol=LOSS)
 
 
 def test_encoder_gradients(golden_model, batch):
-    gradients = named(jax.grad(mean_loss)(encoder_of(golden_model, "enc"), golden_model, batch))
+    gradients = named(jax.jit(jax.grad(mean_loss))(encoder_of(golden_model, "enc"), golden_model, batch))
     assert len(gradients) == 5
     for name, gradient in gradients.items():
         expected = FORWARD[f"grad.{name}"]

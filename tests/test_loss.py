@@ -28,8 +28,8 @@ def plain_loss(hidden, head, labels):
 def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block, monkeypatch):
     monkeypatch.setattr(jaxprefix.loss, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(jaxprefix.loss, "CPU_BLOCK", block)
-    expected, expected_gradient = jax.value_and_grad(plain_loss)(*batch)
-    loss, gradient = jax.value_and_grad(lambda hidden: next_token_loss(hidden, *batch[1:])[0])(batch[0])
+    expected, expected_gradient = jax.jit(jax.value_and_grad(plain_loss))(*batch)
+    loss, gradient = jax.jit(jax.value_and_grad(lambda hidden: next_token_loss(hidden, *batch[1:])[0]))(batch[0])
     np.testing.assert_allclose(loss, expected, rtol=FUNCTION)
     np.testing.assert_allclose(gradient, expected_gradient, atol=FUNCTION * float(abs(expected_gradient).max()))
     alone, n_labels = next_token_loss(*batch)

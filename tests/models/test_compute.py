@@ -34,7 +34,7 @@ def outputs_and_gradients(function, q, k, v, prefix, weights):
         out = function(*inputs)
         return jnp.sum(out * weights), out
 
-    return jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True)(q, k, v, prefix)
+    return jax.jit(jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
 
 
 def test_square_causal_attention_is_the_dense_one(heads):
@@ -79,9 +79,8 @@ def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
     def loss(prefix, model):
         return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)[0]
 
-    for ours, expected in zip(
-        jax.tree.leaves(other(TOKENS, prefix)), jax.tree.leaves(model(TOKENS, prefix)), strict=True
-    ):
+    forward = jax.jit(lambda model: model(TOKENS, prefix))
+    for ours, expected in zip(*map(jax.tree.leaves, (forward(other), forward(model))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL)
     gradient, expected = (jax.jit(jax.grad(loss))(prefix, each) for each in (other, model))
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
@@ -90,9 +89,10 @@ def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
 def test_scanned_layers_take_a_cache(base_folder, model):
     other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
     shape = (2, model.config.n_head, 32, model.config.head_dim)
-    _, cache = other(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
-    logits, _ = other(TOKENS[:, 10:11], prefix, cache, jnp.full((2, 1), 10))
-    np.testing.assert_allclose(logits[:, 0], model(TOKENS, prefix)[0][:, 10], rtol=0, atol=MODEL)
+    forward = jax.jit(lambda model, tokens, *rest: model(tokens, prefix, *rest))
+    _, cache = forward(other, TOKENS[:, :10], attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    logits, _ = forward(other, TOKENS[:, 10:11], cache, jnp.full((2, 1), 10))
+    np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
 
 
 def test_block_recomputation_and_scanning_change_the_program(base_folder):
