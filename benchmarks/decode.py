@@ -9,6 +9,7 @@ sums over rows of a large array reach.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import tempfile
@@ -20,15 +21,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import (
+    add_turns,
     end_turn,
+    gib,
+    largest,
     median,
     peak_device_memory,
     peak_memory,
     publish,
+    ratio,
     table,
     take_turns,
+    turns,
     wait_for_turn,
-    work_alone,
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
@@ -125,7 +130,7 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
         end_turn(
             tokens_per_s=n_rows * n_new / seconds,
             bytes_per_s=4 * math.prod(BANDWIDTH_SHAPE) / min(timed(read)[0] for _ in range(10)),
-            ids=" ".join(map(str, made[0])),
+            ids=hashlib.sha256(json.dumps(made).encode()).hexdigest(),
             **peaks,
         )
 
@@ -151,18 +156,17 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> lis
     for name, runs in results.items():
         way, n_rows = name.split(":")
         ours = results[f"jaxprefix:{n_rows}"]
-        ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(ours, runs, strict=True)]
-        same = np.mean([a["ids"] == b["ids"] for a, b in zip(ours, runs, strict=True)])
+        same = len({turn["ids"] for turn in [*ours, *runs]}) == 1
         speed = median(runs, "tokens_per_s")
         lines.append(
             [
                 way,
                 n_rows,
                 f"{speed:.1f}",
-                f"{np.median(ratios):.2f}",
+                f"{ratio(ours, runs, 'tokens_per_s'):.2f}",
                 f"{speed / int(n_rows) * n_bytes / bandwidth:.2f}",
-                f"{max(max(turn['peak_bytes'], turn['device_peak_bytes']) for turn in runs) / 2**30:.2f}",
-                "yes" if same == 1 else "no",
+                gib(max(largest(runs, "peak_bytes"), largest(runs, "device_peak_bytes"))),
+                "yes" if same else "no",
             ]
         )
     return lines
@@ -176,8 +180,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--times", type=int, default=5, help="decodings of a process")
-    parser.add_argument("--alone", action="store_true", help="one process at a time: what fills a GPU's memory")
-    parser.add_argument("--rounds", type=int, default=3, help="with --alone: processes of every way")
+    add_turns(parser)
     parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
     parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
@@ -185,21 +188,17 @@ def main() -> None:
         measure(flags.measure, flags.folder, flags.rows[0], flags.new_tokens, flags.dtype, flags.times)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
+        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape], flags.dtype)
         write_prefix(folder / "prefix", flags.shape)
         common = ("--folder", folder, "--new_tokens", flags.new_tokens, "--dtype", flags.dtype, "--times", flags.times)
         arguments = {f"{w}:{n}": ("--measure", w, "--rows", n, *common) for n in flags.rows for w in WAYS}
-        if flags.alone:
-            results = work_alone(arguments, "benchmarks.decode", flags.times, flags.rounds)
-        else:
-            results = take_turns(arguments, "benchmarks.decode", flags.times)
+        results = take_turns(arguments, "benchmarks.decode", flags.times, flags.alone)
     n_bytes = bytes_per_token(flags.shape, flags.dtype)
     bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
     header = ["decoding", "rows", "new tokens/s", "jaxprefix is × as fast", "of its limit", "peak GiB", "same ids"]
     setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
     limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
-    turns = f"{flags.rounds} rounds of {flags.times}" if flags.alone else f"{flags.times} in turn"
-    title = f"{flags.shape}, {setting}, {turns}. The limit: {limit}"
+    title = f"{flags.shape}, {setting}, {turns(flags.times, 'decodings', flags.alone)}. The limit: {limit}"
     text = table(header, rows_of_table(results, n_bytes))
     publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
 

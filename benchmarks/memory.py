@@ -18,9 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import alternate, publish, table, work_alone
+from benchmarks.report import alternate, gib, largest, publish, table, take_turns
 from benchmarks.shapes import SHAPES, make_folder, model_config
-from jaxprefix.check import GIB
 from jaxprefix.config import Compute, TrainConfig
 
 DEVICE_BYTES = 80e9
@@ -80,7 +79,7 @@ def tell_account(flags: argparse.Namespace) -> None:
     results = alternate(arguments, "benchmarks.memory", n_rounds=1)
     names = ("arguments", "outputs", "temporaries", "total")
     rows = [
-        [mesh, *(f"{r[name] / GIB:.2f}" for name in names), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
+        [mesh, *(gib(r[name]) for name in names), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
         for mesh, (r,) in results.items()
     ]
     header = ["mesh", *(f"{name}, GiB" for name in names), "÷ 80 GB", "largest array"]
@@ -97,13 +96,12 @@ def tell_measured(flags: argparse.Namespace) -> None:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         common = ("--folder", folder, "--data", flags.data, "--updates", flags.updates)
         arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        results = work_alone(arguments, "benchmarks.train", flags.updates, flags.rounds)
+        results = take_turns(arguments, "benchmarks.train", flags.updates, flags.rounds)
     rows = []
     for way, turns in results.items():
         held = weights if way.endswith("float32") else weights // 2
-        peaks = [max(turn[field] for turn in turns) for field in ("peak_bytes", "device_peak_bytes")]
-        on_device = f"{peaks[1] / GIB:.2f}" if peaks[1] else "—"
-        rows.append([way, f"{held / GIB:.2f}", f"{peaks[0] / GIB:.2f}", on_device, f"{max(peaks) / held:.2f}"])
+        peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
+        rows.append([way, *map(gib, (held, *peaks)), f"{max(peaks) / held:.2f}"])
     header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
     title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
     publish(f"memory_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)

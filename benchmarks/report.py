@@ -1,18 +1,22 @@
 """What every benchmark shares: the machine's description, rounds and turns of processes, medians, files."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
 END_OF_TURN = "end of turn: "
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
 
@@ -36,12 +40,21 @@ def alternate(ways: Mapping[str, Sequence[object]], module: str, n_rounds: int) 
     return results
 
 
-def take_turns(ways: Mapping[str, Sequence[object]], module: str, n_turns: int) -> dict[str, list[dict[str, Any]]]:
-    """Start every way once, and let one after the other work until its `end_turn`, so often: for noisy machines.
+def take_turns(
+    ways: Mapping[str, Sequence[object]], module: str, n_turns: int, n_rounds: int = 0
+) -> dict[str, list[dict[str, Any]]]:
+    """Let every way, a process of its own, work from one `end_turn` to the next, and collect what the turns gave.
 
-    What a process prints in its first turn, in which it prepares itself, is left out.
+    All ways are started and take turns, for machines whose speed changes from minute to minute; with `n_rounds`, each
+    has its turns alone, every way once a round, for what fills a GPU's memory. A way that breaks off keeps the turns
+    that it has had. What a process tells at the end of its first turn, in which it prepares itself, is left out.
     """
-    processes = {
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    if n_rounds:
+        for way in [*ways] * n_rounds:
+            results[way] += take_turns({way: ways[way]}, module, n_turns)[way]
+        return results
+    at_work = {
         way: subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -50,32 +63,46 @@ def take_turns(ways: Mapping[str, Sequence[object]], module: str, n_turns: int) 
         )
         for way, arguments in ways.items()
     }
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(n_turns + 1):
-        for way, process in processes.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            line = next((line for line in process.stdout if line.startswith(END_OF_TURN)), None)
+        for way, process in [*at_work.items()]:
+            line = _next_turn(process)
             if line is None:
-                raise RuntimeError(f"{way} ended with {process.wait()} in turn {number}")
-            if number:
+                at_work.pop(way).communicate()
+                print(f"{way} ended with {process.returncode} in turn {number}", file=sys.stderr, flush=True)
+            elif number:
                 results[way].append(json.loads(line.removeprefix(END_OF_TURN)))
-    for process in processes.values():
+    for process in at_work.values():
         process.communicate()
     return results
 
 
-def work_alone(
-    ways: Mapping[str, Sequence[object]], module: str, n_turns: int, n_rounds: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Let processes of `take_turns` have all their turns one process after the other, every way once in each round."""
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
-    for _ in range(n_rounds):
-        for way, arguments in ways.items():
-            results[way] += take_turns({way: arguments}, module, n_turns)[way]
-    return results
+def _next_turn(process: subprocess.Popen[str]) -> str | None:
+    """Let a process have its turn, and return the line that ends it; None if the process ended instead."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    return next((line for line in process.stdout if line.startswith(END_OF_TURN)), None)
+
+
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `take_turns` and `turns` go by."""
+    parser.add_argument(
+        "--alone", type=int, default=0, metavar="ROUNDS", help="one process at a time: what fills a GPU's memory"
+    )
+
+
+def turns(n_turns: int, what: str, n_rounds: int) -> str:
+    """Word it for a title."""
+    return f"{n_rounds} rounds of {n_turns} {what}" if n_rounds else f"{n_turns} {what} in turn"
+
+
+def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
+    """Return the median of ours ÷ theirs of a field, turn by turn as far as both have come; NaN if one has not."""
+    return median([{field: a[field] / b[field]} for a, b in zip(ours, theirs, strict=False)], field)
 
 
 def wait_for_turn() -> None:
@@ -89,8 +116,18 @@ def end_turn(**result: float | str) -> None:
 
 
 def median(results: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Return the median of a field."""
-    return statistics.median(result[field] for result in results)
+    """Return the median of a field; NaN of no results."""
+    return float(np.median([result[field] for result in results])) if results else math.nan
+
+
+def largest(results: Sequence[Mapping[str, Any]], field: str) -> float:
+    """Return the largest value of a field; NaN of no results."""
+    return max((result[field] for result in results), default=math.nan)
+
+
+def gib(n_bytes: float) -> str:
+    """Write bytes as GiB; a dash for none."""
+    return f"{n_bytes / GIB:.2f}" if n_bytes else "—"
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,8 @@ from jaxprefix.models import weight_shapes, weight_table
 from jaxprefix.models.config import ModelConfig, read_model_config
 
 SMALL_BASE = Path(__file__).parents[1] / "data" / "small_base"
+N_NUMBERS = 1_000_003
+"""Random numbers of which weights are made, over and over: a prime, so that no two rows of a weight are equal."""
 TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -66,14 +68,14 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
         shutil.copy(SMALL_BASE / name, folder)
     model = read_model_config(folder)
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    random = np.random.default_rng(0)
+    numbers = np.float32(0.02) * np.random.default_rng(0).standard_normal(N_NUMBERS, dtype=np.float32)
     shapes = weight_shapes(model)
     n_bytes = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(stored).itemsize
 
     def weights():
-        for path, shape in shapes.items():
+        for index, (path, shape) in enumerate(shapes.items()):
             centre = np.float32(path.endswith("norm.weight"))
-            yield path, (centre + np.float32(0.02) * random.standard_normal(shape, dtype=np.float32)).astype(stored)
+            yield path, np.resize((centre + np.roll(numbers, index * N_NUMBERS // len(shapes))).astype(stored), shape)
 
     shard_bytes, convert.table.SHARD_BYTES = convert.table.SHARD_BYTES, -(-n_bytes * 103 // 100) // n_shards
     try:

@@ -1,47 +1,65 @@
 """Training speed: useful tokens per second of one update, against torch_ref and against PEFT on transformers.
 
 python -m benchmarks.train --shape 110m --data documents.jsonl --ways jaxprefix:float32 peft:float32
+python -m benchmarks.train --shape 1.4b --tokens 2048 --ways jaxprefix:bfloat16 peft:bfloat16 --alone 2
 
 All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
-machine whose speed changes from minute to minute changes for all; ratios are medians over updates. Useful tokens are
-labels in the loss. The limit is 4N FLOPs a token at the rate that a matrix product of the model's shape reaches in the
-same process in the same turn.
+machine whose speed changes from minute to minute changes for all; ratios are medians over turns. Useful tokens are
+labels in the loss. The limit is 4N FLOPs a token at the rate at which products of the MLP's shape, one behind the
+other, run in the same process in the same turn.
 """
 
 import argparse
+import functools
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from benchmarks.report import (
+    add_turns,
     end_turn,
+    gib,
+    largest,
     median,
     peak_device_memory,
     peak_memory,
     publish,
+    ratio,
     table,
     take_turns,
+    turns,
     wait_for_turn,
-    work_alone,
 )
 from benchmarks.shapes import SHAPES, make_folder
+from jaxprefix.config import Compute, TrainConfig
+from jaxprefix.data import IGNORED, UpdatePlan, longest_row, make_batch
+from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.tokenizer import load_tokenizer
 
 PREFIX = 10
+RATE_PRODUCTS = 20
+"""Matrix products of a measurement of their rate."""
 
 
-def jaxprefix_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tuple[list[int], Callable[[int], None]]:
-    """Return (useful tokens of each batch, a function that makes the update of a batch)."""
+class Training(NamedTuple):
+    """One way to train, ready to go."""
+
+    n_useful: list[int]
+    """Labels of each batch."""
+    first: list[int]
+    """Batches whose updates come before the measured ones: they compile."""
+    update: Callable[[int], Callable[[], object]]
+    """Starts the update of a batch, and returns a function that waits for its loss."""
+
+
+def jaxprefix_training(config: TrainConfig) -> Training:
+    """The update of `jaxprefix train`, with its packed batches."""
     import jax
 
     from jaxprefix.cli import keep_compiled_programs
-    from jaxprefix.config import TrainConfig
-    from jaxprefix.data import IGNORED
     from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
     from jaxprefix.recipe import RECIPES
@@ -50,47 +68,43 @@ def jaxprefix_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tu
     from jaxprefix.update import learning_rate, make_optimizer, make_update
 
     keep_compiled_programs()
-    sizes = {"train_data_size": 200, "n_epochs": 1, "batch_size": batch_size}
-    config = TrainConfig(str(folder), data, "benchmark", dtype=dtype, prefix_seq_len=PREFIX, **sizes)
-    inputs, mesh = read_inputs(config, RECIPES["default"]), make_mesh()
-    base = load_model(folder, dtype, base_sharding(mesh), inputs.base.config)
-    optimizer = make_optimizer(config, learning_rate(config, RECIPES["default"], inputs.plan.n_updates))
+    recipe, mesh = RECIPES[config.recipe], make_mesh()
+    inputs = read_inputs(config, recipe)
+    place = base_sharding(mesh)
+    base = load_model(Path(config.pretrained_model_dir), config.dtype, place, inputs.base.config, config.compute)
+    optimizer = make_optimizer(config, learning_rate(config, recipe, inputs.plan.n_updates))
     state = jax.device_put(start_state(config, base, inputs.base.tokenizer, optimizer, False), replicated(mesh))
-    update = make_update(optimizer, RECIPES["default"], mesh)
+    compiled_update = make_update(optimizer, recipe, mesh)
     batches = list(update_batches(config, inputs, mesh, 0))
 
-    def step(number: int) -> None:
+    def update(number: int) -> Callable[[], object]:
         nonlocal state
-        state, outcome = update(state, base, batches[number])
-        outcome.loss.block_until_ready()
+        state, outcome = compiled_update(state, base, batches[number])
+        return outcome.loss.block_until_ready
 
-    for shape in {batch.tokens.shape for batch in batches}:  # compile each
-        step(next(n for n, batch in enumerate(batches) if batch.tokens.shape == shape))
-    return [int((batch.labels != IGNORED).sum()) for batch in batches], step
+    n_useful = [int((batch.labels != IGNORED).sum()) for batch in batches]
+    return Training(n_useful, _one_of_each([batch.tokens.shape for batch in batches]), update)
 
 
-def torch_batches(folder: Path, data: Path, batch_size: int) -> tuple[list[Any], int]:
-    """Return the same batches, padded as the original pads them, and the pad id."""
+def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int]]:
+    """Return the same batches as (tokens, labels), padded as the original pads them, and the useful tokens of each."""
     import torch
 
-    from jaxprefix.config import TrainConfig
-    from jaxprefix.data import IGNORED, longest_row, make_batch
-    from jaxprefix.inputs import read_inputs
-    from jaxprefix.recipe import RECIPES
-
-    sizes = {"train_data_size": 200, "n_epochs": 1, "batch_size": batch_size}
-    inputs = read_inputs(TrainConfig(str(folder), data, "benchmark", **sizes), RECIPES["default"])
-    batches = []
-    for number in range(inputs.plan.n_updates):
-        group = [inputs.train_set[i] for i in inputs.plan.micro_batches(number)[0]]
-        batch = make_batch(group, inputs.base.tokenizer, 2 * len(group), longest_row(group))
-        tokens, labels = torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()
-        batches.append((tokens, torch.where(labels == IGNORED, -100, labels)))
-    return batches, -100
+    tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
+    examples = read_examples(config.data_filepath, Chunking(tokenizer, max_seq_len=config.max_seq_len))
+    sizes = (config.train_data_size, config.batch_size, 1, 1, config.n_training_steps)
+    plan = UpdatePlan(*sizes, config.seed, carry_accumulation=False)
+    batches, n_useful = [], []
+    for number in range(plan.n_updates):
+        group = [examples[i] for i in plan.micro_batches(number)[0]]
+        batch = make_batch(group, tokenizer, 2 * len(group), longest_row(group))
+        batches.append((torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()))
+        n_useful.append(int((batch.labels != IGNORED).sum()))
+    return batches, n_useful
 
 
-def torch_ref_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tuple[list[int], Callable[[int], None]]:
-    """The same of the reference without DeepSpeed; in bfloat16 under autocast."""
+def torch_ref_training(config: TrainConfig) -> Training:
+    """The reference without DeepSpeed; in bfloat16 under autocast."""
     import torch
 
     from torch_ref.config import train_parser
@@ -99,166 +113,211 @@ def torch_ref_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tu
     from torch_ref.train import batch_loss
     from torch_ref.update import PlainSteps
 
-    flags = ["--pretrained_model_dir", str(folder), "--data_filepath", str(data), "--save_name", "benchmark"]
-    parsed = train_parser().parse_args(flags)
+    flags = ["--pretrained_model_dir", config.pretrained_model_dir, "--data_filepath", str(config.data_filepath)]
+    parsed = train_parser().parse_args([*flags, "--save_name", config.save_name])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(parsed, device=device)
     encoder = PrefixEncoder.of(base, PREFIX, 10, 10).to(device)
     steps = PlainSteps(encoder, parsed, 0)
-    batches, ignored = torch_batches(folder, data, batch_size)
+    batches, n_useful = torch_batches(config)
 
-    def step(number: int) -> None:
-        tokens, labels = batches[number]
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = batch_loss(base, encoder(len(tokens)), (tokens, labels), ignored)
+    def update(number: int) -> Callable[[], object]:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = batch_loss(base, encoder(len(batches[number][0])), batches[number], IGNORED)
         steps.step(loss)
-        loss.item()
+        return loss.item
 
-    step(0)
-    return [int((labels != ignored).sum()) for _, labels in batches], step
+    return Training(n_useful, [0], update)
 
 
-def peft_steps(folder: Path, data: Path, dtype: str, batch_size: int) -> tuple[list[int], Callable[[int], None]]:
-    """The same of PEFT's prefix tuning on transformers' model, with scaled-dot-product attention."""
+def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
+    """PEFT's prefix tuning on transformers' model, with scaled-dot-product attention."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=PREFIX, prefix_projection=True, encoder_hidden_size=10
-    )
-    model = peft.get_peft_model(base, config).to(device)
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, config.dtype)
+    base = AutoModelForCausalLM.from_pretrained(config.pretrained_model_dir, dtype=dtype, attn_implementation="sdpa")
+    sizes = {"num_virtual_tokens": PREFIX, "prefix_projection": True, "encoder_hidden_size": 10}
+    model: Any = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", **sizes)).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if compiled:
+        model = torch.compile(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.99))
-    batches, ignored = torch_batches(folder, data, batch_size)
+    batches, n_useful = torch_batches(config)
 
-    def step(number: int) -> None:
+    def update(number: int) -> Callable[[], object]:
         tokens, labels = (part.to(device) for part in batches[number])
         logits = model(input_ids=tokens).logits  # labels here are shifted already
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=ignored)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()
+        return loss.item
 
-    step(0)
-    return [int((labels != ignored).sum()) for _, labels in batches], step
+    first = _one_of_each([tokens.shape for tokens, _ in batches]) if compiled else [0]
+    return Training(n_useful, first, update)
 
 
-WAYS = {"jaxprefix": jaxprefix_steps, "torch_ref": torch_ref_steps, "peft": peft_steps}
+def _one_of_each(shapes: list[tuple[int, ...]]) -> list[int]:
+    """Return the first batch of each shape."""
+    return [shapes.index(shape) for shape in dict.fromkeys(shapes)]
+
+
+WAYS = {
+    "jaxprefix": jaxprefix_training,
+    "torch_ref": torch_ref_training,
+    "peft": peft_training,
+    "peft_compiled": functools.partial(peft_training, compiled=True),
+}
 
 
 def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], float]:
-    """Return a function that measures the FLOP/s of a matrix product of the MLP's shape for 512 tokens."""
+    """Return a function that measures the FLOP/s of an MLP's two matrix products, one pair behind the other."""
+    n_pairs = RATE_PRODUCTS // 2
     if way == "jaxprefix":
         import jax
         import jax.numpy as jnp
 
-        a, w = jnp.ones((512, width), dtype), jnp.ones((inner, width), dtype)
-        product = jax.jit(lambda a, w: jnp.einsum("ti,oi->to", a, w, preferred_element_type=jnp.float32).astype(dtype))
+        n_tokens = 512 if jax.default_backend() == "cpu" else 8192  # enough to keep a device busy
+        x = jnp.ones((n_tokens, width), dtype)
+        up, down = jnp.full((inner, width), 1 / width, dtype), jnp.full((width, inner), 1 / inner, dtype)
+
+        def pair(_: int, x: jax.Array) -> jax.Array:
+            for weight in (up, down):
+                x = jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32).astype(dtype)
+            return x
+
+        pairs = jax.jit(lambda x: jax.lax.fori_loop(0, n_pairs, pair, x))
 
         def run() -> None:
-            product(a, w).block_until_ready()
+            pairs(x).block_until_ready()
     else:
         import torch
 
-        x, y = (
-            torch.ones(512, width, dtype=getattr(torch, dtype)),
-            torch.ones(inner, width, dtype=getattr(torch, dtype)),
-        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        n_tokens = 512 if device == "cpu" else 8192
+        kind = {"dtype": getattr(torch, dtype), "device": device}
+        x = torch.ones(n_tokens, width, **kind)
+        up, down = torch.full((inner, width), 1 / width, **kind), torch.full((width, inner), 1 / inner, **kind)
 
         def run() -> None:
-            torch.nn.functional.linear(x, y)
+            y = x
+            for _ in range(n_pairs):
+                y = torch.nn.functional.linear(torch.nn.functional.linear(y, up), down)
+            y[0, 0].item()
+
+    run()
 
     def measured() -> float:
-        best = math.inf
-        for _ in range(20):
-            started = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - started)
-        return 2 * 512 * width * inner / best
+        started = time.perf_counter()
+        run()
+        return 4 * n_pairs * n_tokens * width * inner / (time.perf_counter() - started)
 
     return measured
 
 
-def measure(way: str, folder: Path, data: Path, n_updates: int, batch_size: int) -> None:
-    """Time updates of one way in this process, one a turn."""
-    name, dtype = way.split(":")
-    config = json.loads((folder / "config.json").read_text())
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    n_matrix = config["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + config["vocab_size"] * width
+def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
+    """Time updates of one way in this process, `n_a_turn` in a turn."""
+    model = json.loads((Path(config.pretrained_model_dir) / "config.json").read_text())
+    width, inner = model["hidden_size"], model["intermediate_size"]
+    n_matrix = model["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + model["vocab_size"] * width
     wait_for_turn()
     before = peak_memory()
-    n_useful, step = WAYS[name](folder, data, dtype, batch_size)
-    measured_rate = matrix_rate(name, dtype, width, inner)
+    training = WAYS[way](config)
+    for number in training.first:
+        training.update(number)()
+    measured_rate = matrix_rate(way, config.dtype, width, inner)
     end_turn()
-    for number in range(n_updates):
+    for first in range(0, config.n_training_steps, n_a_turn):
         wait_for_turn()
+        numbers = range(first, first + n_a_turn)
         started = time.perf_counter()
-        step(number)
+        waiting = [training.update(number) for number in numbers]
+        waiting[-1]()
         seconds = time.perf_counter() - started
-        peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(name)}
+        peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
         rate = measured_rate()
-        tokens_per_s = n_useful[number] / seconds
+        tokens_per_s = sum(training.n_useful[number] for number in numbers) / seconds
         of_limit = tokens_per_s * 4 * n_matrix / rate
-        end_turn(tokens_per_s=tokens_per_s, step_s=seconds, rate=rate, of_limit=of_limit, **peaks)
+        end_turn(tokens_per_s=tokens_per_s, step_s=seconds / n_a_turn, rate=rate, of_limit=of_limit, **peaks)
+
+
+def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int) -> Path:
+    """Write documents as one, so often that it makes n_examples chunks of nearly max_seq_len tokens."""
+    documents = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    line = json.dumps({"text": "\n".join(documents)}, ensure_ascii=False) + "\n"
+    path = folder / "long.jsonl"
+    path.write_text(line, encoding="utf-8")
+    n_of_one = len(read_examples(path, Chunking(load_tokenizer(folder), max_seq_len=max_seq_len)))
+    path.write_text(line * -(-n_examples // n_of_one), encoding="utf-8")
+    return path
 
 
 def main() -> None:
-    """Print the table, or one measurement as JSON."""
+    """Print the table, or one way's measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument(
+        "--tokens", type=int, help="of the longest row, prefix and bos included; strings documents together"
+    )
     parser.add_argument("--ways", nargs="+", default=["jaxprefix:float32", "torch_ref:float32", "peft:float32"])
     parser.add_argument("--updates", type=int, default=30)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--alone", action="store_true", help="one process at a time: what fills a GPU's memory")
-    parser.add_argument("--rounds", type=int, default=3, help="with --alone: processes of every way")
-    parser.add_argument("--measure", help="measure one way in this process")
+    parser.add_argument("--updates_a_turn", type=int, default=1, help="between which nothing waits: for fast devices")
+    parser.add_argument("--batch_size", type=int, default=4, help="examples of a batch, each makes two rows")
+    parser.add_argument("--remat", default="elementwise", help="of jaxprefix: elementwise or block")
+    add_turns(parser)
+    parser.add_argument("--measure", help="measure one of the ways in this process")
     parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
+    if flags.updates % flags.updates_a_turn:
+        parser.error(f"--updates {flags.updates} is no multiple of --updates_a_turn {flags.updates_a_turn}")
+    max_seq_len = flags.tokens - PREFIX - 1 if flags.tokens else TrainConfig.max_seq_len
     if flags.measure:
-        measure(flags.measure, flags.folder, flags.data, flags.updates, flags.batch_size)
+        way, dtype = flags.measure.split(":")
+        sizes = {"train_data_size": flags.updates * flags.batch_size, "batch_size": flags.batch_size}
+        lengths = {"prefix_seq_len": PREFIX, "max_seq_len": max_seq_len, "n_training_steps": flags.updates}
+        compute = Compute(remat=flags.remat)
+        config = TrainConfig(
+            str(flags.folder), flags.data, "benchmark", dtype=dtype, n_epochs=1, compute=compute, **sizes, **lengths
+        )
+        measure(way, config, flags.updates_a_turn)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
-        common = (
-            "--folder",
-            folder,
-            "--data",
-            flags.data,
-            "--updates",
-            flags.updates,
-            "--batch_size",
-            flags.batch_size,
-        )
+        disk = "bfloat16" if all(way.endswith(":bfloat16") for way in flags.ways) else "float32"
+        folder, data = make_folder(Path(temporary) / "base", SHAPES[flags.shape], disk), flags.data
+        if flags.tokens:
+            n_examples = flags.updates * flags.batch_size + TrainConfig.dev_data_size
+            data = strung_together(data, folder, max_seq_len, n_examples)
+        common = ["--folder", folder, "--data", data, *(["--tokens", flags.tokens] if flags.tokens else [])]
+        for name in ("updates", "updates_a_turn", "batch_size", "remat"):
+            common += [f"--{name}", getattr(flags, name)]
         arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        if flags.alone:
-            results = work_alone(arguments, "benchmarks.train", flags.updates, flags.rounds)
-        else:
-            results = take_turns(arguments, "benchmarks.train", flags.updates)
+        n_turns = flags.updates // flags.updates_a_turn
+        results = take_turns(arguments, "benchmarks.train", n_turns, flags.alone)
     first = flags.ways[0]
     rows = [
         [
             way,
             f"{median(r, 'tokens_per_s'):.0f}",
-            f"{np.median([a['tokens_per_s'] / b['tokens_per_s'] for a, b in zip(results[first], r, strict=True)]):.2f}",
-            f"{median(r, 'step_s'):.2f}",
+            f"{ratio(results[first], r, 'tokens_per_s'):.2f}",
+            f"{median(r, 'step_s'):.3g}",
             f"{median(r, 'rate') / 1e9:.0f}",
             f"{median(r, 'of_limit'):.2f}",
-            f"{max(turn['peak_bytes'] for turn in r) / 2**30:.2f}",
+            gib(largest(r, "peak_bytes")),
+            gib(largest(r, "device_peak_bytes")),
         ]
         for way, r in results.items()
     ]
     header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
-    header.append("peak GiB")
-    turns = f"{flags.rounds} rounds of {flags.updates} updates" if flags.alone else f"{flags.updates} updates in turn"
-    setting = f"batches of {flags.batch_size} examples, prefix {PREFIX}, {turns}"
-    title = f"{flags.shape}, {setting}"
-    publish(f"train_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)
+    header += ["host peak GiB", "GPU peak GiB"]
+    rows_of = f"rows of up to {flags.tokens - PREFIX} tokens" if flags.tokens else "the original's rows"
+    setting = f"batches of {flags.batch_size} examples, {rows_of}, prefix {PREFIX}"
+    title = f"{flags.shape}, {setting}, {turns(flags.updates, 'updates', flags.alone)}"
+    name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "")
+    publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ from jaxprefix import load_model, load_tokenizer
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.errors import Recorder
 
+QUICK_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+"""Halves the time that XLA compiles for a CPU; a version that does not know a flag aborts."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--record-errors", type=Path, help="file for the messages that each test triggers")
 
 
 def pytest_configure(config):
-    """Record error messages for docs/errors.md: all processes of a session write one file."""
+    """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file."""
+    if jax.__version__.startswith("0.10."):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}"
     if path := config.option.record_errors:
         if not hasattr(config, "workerinput"):
             path.unlink(missing_ok=True)

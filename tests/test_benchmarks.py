@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,11 +16,16 @@ import pytest
 from benchmarks import report
 from benchmarks.memory import largest_array
 from benchmarks.scaling import line_through
-from benchmarks.shapes import model_config, neox
+from benchmarks.shapes import SHAPES, make_folder, model_config, neox
+from benchmarks.train import strung_together, torch_batches
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
+from jaxprefix.data import IGNORED
+from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, weight_shapes
+from jaxprefix.recipe import RECIPES
+from jaxprefix.sharding import make_mesh
 
 # No two axes of an activation are the two of a weight: its rows, heads and tokens have other sizes.
 MODEL = model_config(neox(3, 256, 4, 3072, intermediate_size=896))
@@ -43,11 +50,44 @@ def run_benchmark(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_decode(run_benchmark):
-    flags = ("--shape", "1m", "--rows", 2, "--new_tokens", 5, "--rounds", 1, "--times", 1)
+    flags = ("--shape", "1m", "--rows", 2, "--new_tokens", 5, "--times", 1)
     printed, results = run_benchmark("decode", *flags)
-    assert len(results["peft:2"][0]["ids"].split()) == 5
     assert results["jaxprefix:2"][0]["ids"] == results["peft:2"][0]["ids"]
     assert "| peft | 2 |" in printed
+
+
+BREAKS_OFF_IN_TURN = """
+import sys
+from benchmarks.report import end_turn, wait_for_turn
+
+for turn in range(4):
+    wait_for_turn()
+    if str(turn) == sys.argv[1]:
+        sys.exit(3)
+    end_turn(turn=turn)
+"""
+
+
+@pytest.mark.parametrize(("n_rounds", "whole"), [(0, [1, 2, 3]), (2, [1, 2, 3, 1, 2, 3])])
+def test_a_way_that_breaks_off_keeps_its_turns(tmp_path, monkeypatch, capsys, n_rounds, whole):
+    (tmp_path / "work.py").write_text(BREAKS_OFF_IN_TURN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
+    results = report.take_turns({"fine": ["never"], "lost": [2], "failed": [0]}, "work", 3, n_rounds)
+    turns = {way: [turn["turn"] for turn in of_way] for way, of_way in results.items()}
+    assert turns == {"fine": whole, "lost": [1] * max(n_rounds, 1), "failed": []}
+    assert "lost ended with 3 in turn 2" in capsys.readouterr().err
+    assert math.isnan(report.ratio(results["fine"], results["failed"], "turn"))
+
+
+def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path):
+    folder = make_folder(tmp_path / "base", SHAPES["1m"])
+    data = strung_together(Path("data/sample_data.jsonl"), folder, 100, 14)
+    sizes = {"max_seq_len": 100, "train_data_size": 4, "batch_size": 2, "n_epochs": 1}
+    config = TrainConfig(str(folder), data, "benchmark", **sizes)
+    batches, n_useful = torch_batches(config)
+    assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
+    ours = update_batches(config, read_inputs(config, RECIPES["default"]), make_mesh(), 0)
+    assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
 
 
 @pytest.mark.slow
