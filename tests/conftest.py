@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file."""
+    gc.set_threshold(50_000, 20, 100)  # a collection walks all that JAX and PyTorch have made: a tenth of tracing
     if jax.__version__.startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}"
     if path := config.option.record_errors:
@@ -50,9 +52,9 @@ def quick_compiling():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def users_compiling(quick_compiling):
-    """Compile as users do, where numbers are compared with another program's."""
+    """Compile with optimisations, as users do, where numbers are compared with another program's."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield

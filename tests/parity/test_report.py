@@ -15,7 +15,6 @@ from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
 from tests.parity.sides import Ours, Theirs
 
-pytestmark = pytest.mark.usefixtures("users_compiling")
 PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
 N_UPDATES = 12  # of the runs with a fault: enough to tell
 FAULTY = dataclasses.replace(PLAIN, n_training_steps=N_UPDATES)
@@ -166,6 +165,7 @@ def reference(tmp_path_factory):
 
 
 # The other cases are run by `make parity`.
+@pytest.mark.usefixtures("users_compiling")
 def test_every_stage_agrees(tmp_path):  # in the first case; make parity compares all
     results = list(compare_case(PLAIN, tmp_path))
     assert [result.stage for result in results] == list(STAGES)
