@@ -37,7 +37,6 @@ from benchmarks.report import (
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
-from jaxprefix.models import weight_shapes
 
 PROMPT, PREFIX = 16, 10
 BANDWIDTH_SHAPE = (256, 2**18)  # 256 MiB of float32: more than any cache
@@ -115,10 +114,9 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
     """Decode with one way in this process, once a turn. Raises RuntimeError when a row stops early."""
     decoder, bandwidth = WAYS[way]
     wait_for_turn()
-    before = peak_memory()
     decode = decoder(folder, n_rows, n_new, dtype)
     decode()
-    peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
+    peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
     read = bandwidth()
     read()
     end_turn()
@@ -137,6 +135,8 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
 
 def bytes_per_token(shape: str, dtype: str) -> int:
     """Return the bytes of weights that one decoding step reads: all but the embedding's rows."""
+    from jaxprefix.models import weight_shapes
+
     shapes = weight_shapes(model_config(SHAPES[shape]))
     n_weights = sum(math.prod(size) for path, size in shapes.items() if not path.startswith("embed"))
     return n_weights * (4 if dtype == "float32" else 2)

@@ -1,17 +1,18 @@
-"""Base models of known sizes with random weights, in the hub's layout."""
+"""Base models of known sizes with random weights, in the hub's layout. No jax in here until a folder is made."""
 
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 import convert.table
-from jaxprefix.models import weight_shapes, weight_table
-from jaxprefix.models.config import ModelConfig, read_model_config
+
+if TYPE_CHECKING:
+    from jaxprefix.models.config import ModelConfig
 
 SMALL_BASE = Path(__file__).parents[1] / "data" / "small_base"
 N_NUMBERS = 1_000_003
@@ -53,8 +54,10 @@ SHAPES = {
 }
 
 
-def model_config(config: dict[str, Any]) -> ModelConfig:
+def model_config(config: dict[str, Any]) -> "ModelConfig":
     """Return what the model makes of a config.json."""
+    from jaxprefix.models.config import read_model_config
+
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / "config.json").write_text(json.dumps(config))
         return read_model_config(Path(temporary))
@@ -62,6 +65,9 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
 
 def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_shards: int = 1) -> Path:
     """Write a base model with random weights of std 0.02 and the small base's tokenizer."""
+    from jaxprefix.models import weight_shapes, weight_table
+    from jaxprefix.models.config import read_model_config
+
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     for name in TOKENIZER_FILES:

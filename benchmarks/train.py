@@ -224,7 +224,6 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
     width, inner = model["hidden_size"], model["intermediate_size"]
     n_matrix = model["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + model["vocab_size"] * width
     wait_for_turn()
-    before = peak_memory()
     training = WAYS[way](config)
     for number in training.first:
         training.update(number)()
@@ -237,7 +236,7 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
         waiting = [training.update(number) for number in numbers]
         waiting[-1]()
         seconds = time.perf_counter() - started
-        peaks = {"peak_bytes": peak_memory() - before, "device_peak_bytes": peak_device_memory(way)}
+        peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
         rate = measured_rate()
         tokens_per_s = sum(training.n_useful[number] for number in numbers) / seconds
         of_limit = tokens_per_s * 4 * n_matrix / rate

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
     ours = update_batches(config, read_inputs(config, RECIPES["default"]), make_mesh(), 0)
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
+
+
+def test_what_measures_pytorch_has_no_jax_in_memory():
+    program = (
+        "import sys, benchmarks.decode, benchmarks.train, torch_ref.train; print({'jax', 'flax'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program, "jax", "flax"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.slow

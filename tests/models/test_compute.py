@@ -12,7 +12,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from tests.base_folders import make_base_folder, random_prefix
-from tests.tolerances import FUNCTION, MODEL
+from tests.tolerances import BFLOAT16, FUNCTION, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 
@@ -68,6 +68,23 @@ def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypat
     q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
     dense(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
     assert bool(calls) == chosen
+
+
+needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=needs_gpu)])
+def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense_one(implementation):
+    shapes = [(2, 600, 4, 64)] * 3 + [(2, 10, 4, 64), (2, 600, 4, 64)]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    halves = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.125, implementation), *halves)
+    same = outputs_and_gradients(lambda *inputs: dense(*inputs, None, None, None, "dense"), *halves)
+    exact = outputs_and_gradients(dense, *(x.astype(jnp.float32) for x in halves))
+    (_, *square), (_, *same), (_, *exact) = map(jax.tree.leaves, (square, same, exact))  # all but the weighed sum
+    for ours, theirs, right in zip(square, same, exact, strict=True):
+        strayed, allowed = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
+        assert strayed < BFLOAT16 * allowed
 
 
 @pytest.mark.parametrize(
