@@ -156,7 +156,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> lis
     for name, runs in results.items():
         way, n_rows = name.split(":")
         ours = results[f"jaxprefix:{n_rows}"]
-        same = len({turn["ids"] for turn in [*ours, *runs]}) == 1
+        same = bool(runs) and len({turn["ids"] for turn in [*ours, *runs]}) == 1
         speed = median(runs, "tokens_per_s")
         lines.append(
             [
