@@ -30,10 +30,11 @@ Prefix = Float[Array, "L 2 P N H"]
 class PrefixEncoder(nnx.Module):
     """Embedding → linear → tanh → linear; parameter names, shapes and initialisation are the original's."""
 
-    def __init__(self, config: ModelConfig, prefix_seq_len: int, input_dim: int, hidden_dim: int, rngs: nnx.Rngs):
-        self.prefix_wte = Embedding(prefix_seq_len, input_dim, rngs)
+    def __init__(self, config: ModelConfig, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int):
+        rng = np.random.default_rng(seed)  # NumPy's has nothing to compile
+        self.prefix_wte = Embedding(prefix_seq_len, input_dim, rng)
         self.prefix_mlp = nnx.Dict(
-            {"0": Linear(input_dim, hidden_dim, rngs), "2": Linear(hidden_dim, config.folded_width, rngs)}
+            {"0": Linear(input_dim, hidden_dim, rng), "2": Linear(hidden_dim, config.folded_width, rng)}
         )
         self.layers_heads_dim = (config.n_layer, config.n_head, config.head_dim)
 
@@ -64,7 +65,7 @@ def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim
     target = base_keys_values(base, prefix_seq_len)
     if hidden_dim == 0:
         return DirectPrefix(target)
-    return fit(PrefixEncoder(base.config, prefix_seq_len, input_dim, hidden_dim, nnx.Rngs(seed)), target)
+    return fit(PrefixEncoder(base.config, prefix_seq_len, input_dim, hidden_dim, seed), target)
 
 
 @jax.jit(static_argnums=1)

@@ -26,7 +26,7 @@ FORWARD = np.load(GOLDEN / "forward.npz")
 
 def encoder_of(model, state: str) -> PrefixEncoder:
     """The golden encoder in the state `raw`, `init` or `enc`."""
-    graph, empty = nnx.split(PrefixEncoder(model.config, 10, 10, 10, nnx.Rngs(0)))
+    graph, empty = nnx.split(PrefixEncoder(model.config, 10, 10, 10, 0))
     filled = {
         path: leaf.replace(jnp.asarray(FORWARD[f"{state}.{'.'.join(path)}"])) for path, leaf in nnx.to_flat_state(empty)
     }

@@ -32,7 +32,7 @@ def test_layout_is_key_then_value_of_each_layer():
 
 
 def test_encoder_names_and_shapes_are_the_originals(golden_model):
-    encoder = PrefixEncoder(golden_model.config, 10, 11, 12, nnx.Rngs(0))
+    encoder = PrefixEncoder(golden_model.config, 10, 11, 12, 0)
     shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.split(encoder)[1])}
     assert shapes == {
         "prefix_wte.weight": (10, 11),
@@ -44,7 +44,7 @@ def test_encoder_names_and_shapes_are_the_originals(golden_model):
 
 
 def test_encoder_starts_as_torch_does(golden_model):
-    encoder = PrefixEncoder(golden_model.config, 500, 400, 300, nnx.Rngs(0))
+    encoder = PrefixEncoder(golden_model.config, 500, 400, 300, 0)
     assert float(encoder.prefix_wte.weight[...].std()) == pytest.approx(1, abs=0.02)
     for name, fan_in in (("0", 400), ("2", 300)):
         for values in (encoder.prefix_mlp[name].weight[...], encoder.prefix_mlp[name].bias[...]):
@@ -61,7 +61,7 @@ def test_a_direct_prefix_starts_at_the_bases_keys_and_values(model):
 
 def test_fitting_brings_the_encoder_close_to_the_bases_keys_and_values(golden_model):
     target = base_keys_values(golden_model, 10)
-    raw = PrefixEncoder(golden_model.config, 10, 10, 10, nnx.Rngs(42))
+    raw = PrefixEncoder(golden_model.config, 10, 10, 10, 42)
     fitted = new_encoder(golden_model, 10, 10, 10, seed=42)
     assert jnp.square(fitted() - target).mean() < 0.999 * jnp.square(raw() - target).mean()
 

@@ -23,9 +23,9 @@ from jaxprefix.models.stack import run_layers
 class Attention(nnx.Module):
     """Multi-head attention; it knows no positions."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, layer: int, rngs: nnx.Rngs):
-        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, rngs)  # [3·N·H, D], all q, all k, all v
-        self.out = FrozenLinear(config.n_embd, config.n_embd, rngs)
+    def __init__(self, config: ModelConfig, compute: Compute, layer: int):
+        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd)  # [3·N·H, D], all q, all k, all v
+        self.out = FrozenLinear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.method = compute.attention
         self.scale = config.head_dim**-0.5 if config.scale_attention else 1.0
@@ -35,10 +35,10 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        slots: Int[Array, "B T"] | None,
-        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
+        slots: Int[Array, "B T"] | None,
+        packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
@@ -50,37 +50,40 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, layer: int, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute, layer: int):
         self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.attention = Attention(config, compute, layer, rngs)
+        self.attention = Attention(config, compute, layer)
         self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        slots: Int[Array, "B T"] | None,
-        packing: Packing | None,
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
+        slots: Int[Array, "B T"] | None,
+        packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), slots, packing, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), prefix, cache, slots, packing)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), written
 
 
 class GPT2(nnx.Module):
-    """A GPT-2 language model. Its parameters are data: nothing in here trains or changes them."""
+    """A GPT-2 language model. Its parameters are data: nothing in here trains or changes them.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, compute: Compute = Compute()):
+    Made from a config it has shapes for weights; `load_model` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, compute: Compute = Compute()):
         self.config = config
         self.compute = compute
-        self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
-        self.embed_positions = Embedding(config.n_positions, config.n_embd, rngs)
-        self.layers = nnx.List([Layer(config, compute, layer, rngs) for layer in range(config.n_layer)])
+        self.embed = Embedding(config.vocab_size, config.n_embd)
+        self.embed_positions = Embedding(config.n_positions, config.n_embd)
+        self.layers = nnx.List([Layer(config, compute, layer) for layer in range(config.n_layer)])
         self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         if not config.tied_head:
-            self.head = Embedding(config.vocab_size, config.n_embd, rngs)
+            self.head = Embedding(config.vocab_size, config.n_embd)
 
     def __call__(
         self,
@@ -111,20 +114,8 @@ class GPT2(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
             positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
-
-        def step(
-            layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
-        ) -> tuple[Array, LayerCache]:
-            return layer(x, slots, packing, prefix, cache)
-
-        x, written = run_layers(
-            self.layers,
-            step,
-            self.embed(tokens) + self.embed_positions(positions),
-            prefix,
-            cache,
-            self.compute.remat == "block",
-        )
+        x = self.embed(tokens) + self.embed_positions(positions)
+        x, written = run_layers(self.layers, x, prefix, cache, (slots, packing), self.compute.remat == "block")
         return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:

@@ -24,22 +24,21 @@ from jaxprefix.models.stack import run_layers
 class Attention(nnx.Module):
     """Multi-head attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
-        self.qkv = FrozenLinear(
-            config.n_embd, 3 * config.n_embd, rngs, config.attention_bias
-        )  # [N·3·H, D], per head q, k, v
-        self.out = FrozenLinear(config.n_embd, config.n_embd, rngs, config.attention_bias)
+    def __init__(self, config: ModelConfig, compute: Compute):
+        # [N·3·H, D], per head q, k, v
+        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, config.attention_bias)
+        self.out = FrozenLinear(config.n_embd, config.n_embd, config.attention_bias)
         self.n_head = config.n_head
         self.method = compute.attention
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
-        prefix: LayerPrefix | None,
-        cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = self.qkv(x).reshape(*x.shape[:2], self.n_head, -1)  # [B, T, N, 3·H]
         q, k, v = jnp.split(qkv, 3, axis=-1)
@@ -52,23 +51,23 @@ class Attention(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, in parallel on the same input or one after the other."""
 
-    def __init__(self, config: ModelConfig, compute: Compute, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, compute: Compute):
         self.attention_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.attention = Attention(config, compute, rngs)
+        self.attention = Attention(config, compute)
         self.mlp_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config)
         self.parallel_residual = config.parallel_residual
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        prefix: LayerPrefix | None,
+        cache: LayerCache | None,
         angles: Float[Array, "B T half"],
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
-        prefix: LayerPrefix | None,
-        cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), angles, slots, packing, prefix, cache)
+        attended, written = self.attention(self.attention_norm(x), prefix, cache, angles, slots, packing)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
@@ -76,16 +75,19 @@ class Layer(nnx.Module):
 
 
 class GPTNeoX(nnx.Module):
-    """A GPT-NeoX language model. Its parameters are data: nothing in here trains or changes them."""
+    """A GPT-NeoX language model. Its parameters are data: nothing in here trains or changes them.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, compute: Compute = Compute()):
+    Made from a config it has shapes for weights; `load_model` fills them.
+    """
+
+    def __init__(self, config: ModelConfig, compute: Compute = Compute()):
         self.config = config
         self.compute = compute
-        self.embed = Embedding(config.vocab_size, config.n_embd, rngs)
-        self.layers = nnx.List([Layer(config, compute, rngs) for _ in range(config.n_layer)])
+        self.embed = Embedding(config.vocab_size, config.n_embd)
+        self.layers = nnx.List([Layer(config, compute) for _ in range(config.n_layer)])
         self.final_norm = LayerNorm(config.n_embd, config.layer_norm_eps)
         if not config.tied_head:
-            self.head = Embedding(config.vocab_size, config.n_embd, rngs)
+            self.head = Embedding(config.vocab_size, config.n_embd)
 
     def __call__(
         self,
@@ -124,13 +126,8 @@ class GPTNeoX(nnx.Module):
             tokens.shape[1] if cache is None else cache[0][0].shape[2]
         )
         angles = rotary_angles(positions, self.config, n_slots)
-
-        def step(
-            layer: Layer, x: Array, prefix: LayerPrefix | None, cache: LayerCache | None
-        ) -> tuple[Array, LayerCache]:
-            return layer(x, angles, slots, packing, prefix, cache)
-
-        x, written = run_layers(self.layers, step, self.embed(tokens), prefix, cache, self.compute.remat == "block")
+        shared = (angles, slots, packing)
+        x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:

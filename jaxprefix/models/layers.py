@@ -4,10 +4,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.models.config import ModelConfig
+
+
+def unloaded(*shape: int) -> nnx.Param:
+    """A weight of a base model before it is loaded: its shape."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 class Linear(nnx.Module):
@@ -16,20 +22,23 @@ class Linear(nnx.Module):
     Initialised as `torch.nn.Linear` is: both uniform in ±1/√in.
     """
 
-    def __init__(self, n_in: int, n_out: int, rngs: nnx.Rngs, bias: bool = True):
+    def __init__(self, n_in: int, n_out: int, rng: np.random.Generator):
         bound = 1 / math.sqrt(n_in)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (n_out, n_in), minval=-bound, maxval=bound))
-        if bias:
-            self.bias = nnx.Param(jax.random.uniform(rngs.params(), (n_out,), minval=-bound, maxval=bound))
-        self.has_bias = bias
+        self.weight = nnx.Param(jnp.float32(rng.uniform(-bound, bound, (n_out, n_in))))
+        self.bias = nnx.Param(jnp.float32(rng.uniform(-bound, bound, n_out)))
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
-        product = matmul(x, self.weight[...]).astype(x.dtype)
-        return product + self.bias[...] if self.has_bias else product
+        return matmul(x, self.weight[...]).astype(x.dtype) + self.bias[...]
 
 
-class FrozenLinear(Linear):
-    """A linear layer of a base model: same arrays, but only the input gets a gradient."""
+class FrozenLinear(nnx.Module):
+    """A linear layer of a base model, stored the same way: only the input gets a gradient."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True):
+        self.weight = unloaded(n_out, n_in)
+        if bias:
+            self.bias = unloaded(n_out)
+        self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
         product = frozen_matmul(x, self.weight[...])
@@ -37,10 +46,11 @@ class FrozenLinear(Linear):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors [rows, width], initialised as `torch.nn.Embedding` is: N(0, 1)."""
+    """A table of vectors [rows, width]; with `rng` initialised as `torch.nn.Embedding` is: N(0, 1)."""
 
-    def __init__(self, n_rows: int, width: int, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (n_rows, width)))
+    def __init__(self, n_rows: int, width: int, rng: np.random.Generator | None = None):
+        shape = (n_rows, width)
+        self.weight = unloaded(*shape) if rng is None else nnx.Param(jnp.float32(rng.standard_normal(shape)))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
         return self.weight[...][ids]
@@ -50,8 +60,8 @@ class LayerNorm(nnx.Module):
     """Layer norm over the last axis, computed in float32; of it, the backward pass keeps the input alone."""
 
     def __init__(self, width: int, eps: float):
-        self.weight = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
+        self.weight = unloaded(width)
+        self.bias = unloaded(width)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
@@ -67,9 +77,9 @@ class LayerNorm(nnx.Module):
 class MLP(nnx.Module):
     """Two linear layers with an activation between them; of that, the backward pass keeps the input alone."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = FrozenLinear(config.n_embd, config.n_inner, rngs)
-        self.down = FrozenLinear(config.n_inner, config.n_embd, rngs)
+    def __init__(self, config: ModelConfig):
+        self.up = FrozenLinear(config.n_embd, config.n_inner)
+        self.down = FrozenLinear(config.n_inner, config.n_embd)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -1,6 +1,6 @@
 """The layers of a model, one after the other: unrolled, or one compiled layer in a loop. Legend: `attention.py`."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,29 +11,25 @@ from jaxtyping import Array, Float
 from convert.errors import InputError
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix
 
-Step = Callable[
-    [Any, Float[Array, "B T D"], LayerPrefix | None, LayerCache | None], tuple[Float[Array, "B T D"], LayerCache]
-]
-
 
 def run_layers(
     layers: Any,
-    step: Step,
     x: Float[Array, "B T D"],
     prefix: Float[Array, "L 2 P N H"] | None,
     cache: Cache | None,
+    shared: tuple[Any, ...],
     recompute: bool,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Send x through all layers by step(layer, x, its prefix, its cache); return the result and the written caches.
+    """Send x through all layers by layer(x, its prefix, its cache, *shared); return the result and the written caches.
 
     `layers` is a list of them, unrolled, or what `stacked` makes, scanned. With `recompute` the backward pass keeps
     nothing of a layer but its input.
     """
-    step = jax.checkpoint(step) if recompute else step
     if not isinstance(layers, nnx.List):
 
-        def one(x: Array, layer: tuple[Any, ...]) -> tuple[Array, LayerCache]:
-            return step(layer[0], x, *layer[1:])
+        def one(x: Array, at_layer: tuple[Any, ...]) -> tuple[Array, LayerCache]:
+            layer, *own = at_layer
+            return _run(layer, x, *own, shared, recompute)
 
         caches = None if cache is None else jax.tree.map(lambda *each: jnp.stack(each), *cache)
         x, (keys, values) = jax.lax.scan(one, x, (layers, prefix, caches))
@@ -42,11 +38,24 @@ def run_layers(
     written: list[LayerCache] = []
     for index, layer in enumerate(layers):
         with jax.named_scope(f"layer_{index}"):
-            x, layer_cache = step(
-                layer, x, None if prefix is None else prefix[index], None if cache is None else cache[index]
-            )
+            own = (None if prefix is None else prefix[index], None if cache is None else cache[index])
+            x, layer_cache = _run(layer, x, *own, shared, recompute)
         written.append(layer_cache)
     return x, tuple(written)
+
+
+@partial(jax.jit, static_argnames="recompute")
+def _run(
+    layer: Any,
+    x: Float[Array, "B T D"],
+    prefix: LayerPrefix | None,
+    cache: LayerCache | None,
+    shared: tuple[Any, ...],
+    recompute: bool,
+) -> tuple[Float[Array, "B T D"], LayerCache]:
+    """Run one layer; as a function of its own, jitted, so that layers alike but for their arrays are traced once."""
+    run = type(layer).__call__
+    return (jax.checkpoint(run) if recompute else run)(layer, x, prefix, cache, *shared)
 
 
 def stacked(layers: Any) -> Any:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 
 import jaxprefix.decode
 import jaxprefix.prefix
@@ -106,7 +105,7 @@ class Ours:
     def raw_encoder(self) -> dict[str, np.ndarray]:
         """Not compared: where both sides start."""
         sizes = self.config.encoder_sizes
-        return named(jaxprefix.prefix.PrefixEncoder(self.model.config, *sizes, nnx.Rngs(SEED)))
+        return named(jaxprefix.prefix.PrefixEncoder(self.model.config, *sizes, SEED))
 
     @functools.cached_property
     def encoder(self) -> jaxprefix.prefix.Encoder:
