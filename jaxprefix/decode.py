@@ -184,29 +184,27 @@ def choose_tokens(
     """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
     if decode.decode_method == "greedy":
         return logits.argmax(axis=-1)
+    draw = jax.vmap(jax.random.categorical)
     logits = logits / sampling.temperature
-    if decode.decode_method == "nucleus":
-        drop_crossing = RECIPES[decode.recipe].drop_crossing_token
-        logits = filter_nucleus(logits, decode.top_k, sampling.top_p, drop_crossing)
-    return jax.vmap(jax.random.categorical)(keys, logits)
+    if decode.decode_method == "sample":
+        return draw(keys, logits)
+    drop_crossing = RECIPES[decode.recipe].drop_crossing_token
+    likeliest, ids = nucleus(logits, decode.top_k, sampling.top_p, drop_crossing)
+    return jnp.take_along_axis(ids, draw(keys, likeliest)[:, None], axis=-1)[:, 0]
 
 
-def filter_nucleus(
+def nucleus(
     logits: Float[Array, "B V"], top_k: int, top_p: float | Float[Array, ""], drop_crossing: bool = False
-) -> Float[Array, "B V"]:
-    """Set the logits of all tokens outside the nucleus to −∞ (Holtzman et al., arXiv:1904.09751).
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
-    Keeps the top_k likeliest (0: all); of these, the smallest set whose probabilities reach top_p
-    (0: all). With `drop_crossing` the token that takes the sum beyond top_p is dropped as well, unless
-    it is the likeliest, as the original does.
+    That is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751). With
+    `drop_crossing` the token that takes the sum beyond top_p is dropped as well, unless it is the likeliest, as the
+    original does. Of equal logits the lower id comes first, also where top_k ends.
     """
-    if top_k:
-        kth_largest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth_largest, -jnp.inf, logits)
-    order = jnp.argsort(-logits, axis=-1)
-    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+    n_tokens = logits.shape[-1]
+    likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))
+    probabilities = jax.nn.softmax(likeliest)
     reached = jnp.cumsum(probabilities, axis=-1)
     outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
-    outside = outside.at[:, 0].set(False) & (top_p > 0)
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(jnp.take_along_axis(outside, rank, axis=-1), -jnp.inf, logits)
+    return jnp.where(outside.at[:, 0].set(False) & (top_p > 0), -jnp.inf, likeliest), ids

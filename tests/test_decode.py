@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import generate, load_model
 from jaxprefix.config import DecodeConfig
-from jaxprefix.decode import Sampling, _decode, choose_tokens, filter_nucleus, generate_ids
+from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
 from tests.base_folders import make_base_folder, random_prefix
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
@@ -101,9 +101,18 @@ LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
 )
 def test_nucleus(top_k, top_p, drop_crossing, kept):
     shuffled = LOGITS[:, jnp.asarray([2, 0, 3, 1])]
-    filtered = filter_nucleus(shuffled, top_k, top_p, drop_crossing)
-    assert int(jnp.isfinite(filtered).sum()) == kept
-    np.testing.assert_array_equal(jnp.sort(filtered[0])[::-1][:kept], LOGITS[0, :kept])
+    likeliest, ids = nucleus(shuffled, top_k, top_p, drop_crossing)
+    assert int(jnp.isfinite(likeliest).sum()) == kept
+    np.testing.assert_array_equal(likeliest[0, :kept], LOGITS[0, :kept])
+    np.testing.assert_array_equal(ids[0], [1, 3, 0, 2][: top_k or 4])
+
+
+def test_samples_come_from_the_nucleus():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))
+    sampling = Sampling(jnp.float32(1), jnp.float32(0.7))
+    tokens = choose_tokens(shuffled, keys, DecodeConfig(top_k=3), sampling)
+    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, [0, 0.625, 0, 0.375], atol=0.03)
 
 
 def test_samples_follow_the_softmax_and_the_temperature():

@@ -12,12 +12,13 @@ from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
 from jaxprefix.config import DecodeConfig
 from jaxprefix.data import longest_row, make_batch
-from jaxprefix.decode import filter_nucleus, generate_ids
+from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES
 from tests.base_folders import GOLDEN
+from tests.parity.sides import in_order_of_ids
 from tests.tolerances import FUNCTION, LOSS, MODEL
 
 pytestmark = pytest.mark.usefixtures("users_compiling")
@@ -105,5 +106,6 @@ def test_greedy_ids(golden_model, tokenizer, with_prefix):
 @pytest.mark.parametrize("name", [name for name in FORWARD if name.startswith("nuc_") and name != "nuc_logits"])
 def test_nucleus_probabilities(name):
     _, top_k, top_p = name.split("_")
-    filtered = filter_nucleus(jnp.asarray(FORWARD["nuc_logits"]), int(top_k), float(top_p), drop_crossing=True)
-    np.testing.assert_allclose(jax.nn.softmax(filtered), FORWARD[name], rtol=0, atol=1e-6)
+    logits = jnp.asarray(FORWARD["nuc_logits"])
+    probabilities = in_order_of_ids(*nucleus(logits, int(top_k), float(top_p), drop_crossing=True), logits.shape[1])
+    np.testing.assert_allclose(probabilities, FORWARD[name], rtol=0, atol=1e-6)

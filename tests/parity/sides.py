@@ -190,8 +190,15 @@ class Ours:
     def nucleus_probabilities(self) -> list[np.ndarray]:
         drop = self.recipe.drop_crossing_token
         logits = jnp.asarray(nucleus_logits())
-        kept = [jaxprefix.decode.filter_nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
-        return [np.asarray(jax.nn.softmax(logits)) for logits in kept]
+        kept = [jaxprefix.decode.nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
+        return [in_order_of_ids(*nucleus, logits.shape[1]) for nucleus in kept]
+
+
+def in_order_of_ids(likeliest: jax.Array, ids: jax.Array, n_tokens: int) -> np.ndarray:
+    """Return the probabilities of all tokens in a nucleus, 0 outside it."""
+    probabilities = np.zeros((len(ids), n_tokens), np.float32)
+    np.put_along_axis(probabilities, np.asarray(ids), np.asarray(jax.nn.softmax(likeliest)), axis=1)
+    return probabilities
 
 
 class Theirs:
