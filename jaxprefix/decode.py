@@ -152,8 +152,10 @@ def _decode(
         cache = fill_cache(cache, prefix)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
     slots = prefix_len + own_slots(tokens)
-    hidden, written = model.hidden(tokens, None, cache, slots, slots - prefix_len if restarts else None)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    ends = jnp.maximum(lengths - 1, 0)[:, None]
+    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding reaches no further
+    hidden, written = model.hidden(tokens, None, cache, slots, positions)
+    last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)

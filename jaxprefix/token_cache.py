@@ -65,7 +65,7 @@ def _key(path: Path, chunking: Chunking) -> str:
     tokenizer, *settings = chunking
     with path.open("rb") as file:
         contents = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (FORMAT, contents, tokenizer.fingerprint, *settings)
+    parts = (FORMAT, contents, tokenizer.identity, *settings)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -88,7 +88,7 @@ class TokenizersFile:
                 backend.add_special_tokens([token])
             if backend.token_to_id(token) != index:
                 raise InputError(f"added token {token!r} has id {index} in one file, {backend.token_to_id(token)} here")
-        self.backend = backend
+        self.backend, self.added, self.lower = backend, dict(added), False  # what it lower-cases, its file says
         self.size = backend.get_vocab_size(with_added_tokens=True)
         unknown = getattr(backend.model, "unk_token", None)
         self.unk_id = None if unknown is None else backend.token_to_id(unknown)
@@ -132,6 +132,11 @@ class Tokenizer:
     def unk_id(self) -> int | None:
         """Id of what the vocabulary cannot express; None if it can express everything."""
         return self.vocabulary.unk_id
+
+    @property
+    def identity(self) -> str:
+        """All that the ids of a text depend on: the tokenizer's file, and what others of its folder add to it."""
+        return repr((self.fingerprint, sorted(self.vocabulary.added.items()), self.vocabulary.lower))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens. Raises InputError if it is not valid Unicode."""

@@ -4,15 +4,18 @@ Head dim 16, weights of std 0.2, random biases and norms: with smaller ones a wr
 residual form goes unnoticed.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from convert.table import write_weights
-from jaxprefix.models import weight_shapes, weight_table
+from jaxprefix.models import BaseModel, abstract_model, weight_shapes, weight_table
 from jaxprefix.models.config import read_model_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -64,6 +67,12 @@ def make_base_folder(folder: Path, seed: int = 0, std: float = 0.2, **config: ob
         weights[path] = centre + np.float32(std) * random.standard_normal(shape, dtype=np.float32)
     write_weights(folder, weight_table(model_config), model_config.n_layer, weights.items())
     return folder
+
+
+def with_config(model: BaseModel, **changes: Any) -> BaseModel:
+    """The same weights in a model of a changed configuration."""
+    changed = abstract_model(dataclasses.replace(model.config, **changes))
+    return nnx.merge(nnx.split(changed)[0], nnx.split(model)[1])
 
 
 def random_prefix(config, length: int = 7, seed: int = 1) -> jax.Array:

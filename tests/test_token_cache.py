@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 
@@ -11,6 +12,7 @@ from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
 from jaxprefix.examples import Chunking, Example, Examples, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
+from jaxprefix.tokenizer import SentencePiece
 
 SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人が大きな声を出している。", "今日は、暑い。"]
 
@@ -76,6 +78,7 @@ def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capf
         {"skip_bad_lines": True},
         "file",
         "tokenizer",
+        "added tokens",
     ],
 )
 def test_everything_that_matters_names_another_entry(data, tokenizer, change):
@@ -84,7 +87,10 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, change):
     if change == "file":
         data.write_bytes(data.read_bytes() + b"\n" + json.dumps({"text": "a"}).encode())
     elif change == "tokenizer":
-        chunking = chunking._replace(tokenizer=type("Other", (), {"fingerprint": "other"})())
+        chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, fingerprint="other"))
+    elif change == "added tokens":
+        vocabulary = SentencePiece(tokenizer.vocabulary.processor, {"朝": 440}, lower=False)
+        chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, vocabulary=vocabulary))
     else:
         chunking = chunking._replace(**change)
     assert token_cache._key(data, chunking) != before

@@ -122,11 +122,7 @@ class GPTNeoX(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
             positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
-        n_slots = (0 if prefix is None else prefix.shape[2]) + (
-            tokens.shape[1] if cache is None else cache[0][0].shape[2]
-        )
-        angles = rotary_angles(positions, self.config, n_slots)
-        shared = (angles, slots, packing)
+        shared = (rotary_angles(positions, self.config), slots, packing)
         x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written
 

@@ -131,17 +131,18 @@ def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, No
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 
 
-def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig, n_slots: int) -> Float[Array, "B T half"]:
+def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Array, "B T half"]:
     """Angle of every rotating pair of dimensions at every position (RoFormer, arXiv:2104.09864).
 
-    Linear scaling stretches positions by its factor. Dynamic scaling raises the base once there are more
-    slots than the model was trained on, as transformers does ("NTK").
+    Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
+    those that the model was trained on, as transformers does ("NTK"): for all rows alike.
     """
     dim, base, frequency_factor = config.rotary_dim, config.rotary_base, 1.0
     if config.rotary_scaling == "linear":
         frequency_factor = 1 / config.rotary_factor
-    elif config.rotary_scaling == "dynamic" and n_slots > config.n_positions:
-        stretch = config.rotary_factor * n_slots / config.n_positions - (config.rotary_factor - 1)
+    elif config.rotary_scaling == "dynamic":
+        n_positions = jnp.maximum(positions.max() + 1, config.n_positions)
+        stretch = config.rotary_factor * n_positions / config.n_positions - (config.rotary_factor - 1)
         base *= stretch ** (dim / (dim - 2))
     frequencies = frequency_factor * base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     return positions[..., None].astype(jnp.float32) * frequencies

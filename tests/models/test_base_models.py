@@ -1,15 +1,12 @@
 """Properties that hold for any correct prefix, and settings that must not go unnoticed when wrong."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxprefix.models import BaseModel, abstract_model, attention, gpt2, gpt_neox
-from tests.base_folders import random_prefix
+from jaxprefix.models import attention, gpt2, gpt_neox
+from tests.base_folders import random_prefix, with_config
 from tests.tolerances import MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
@@ -26,12 +23,6 @@ def neox(model):
     if model.config.model_type != "gpt_neox":
         pytest.skip("of GPT-NeoX alone")
     return model
-
-
-def with_config(model, **changes) -> BaseModel:
-    """The same weights in a model of a changed configuration."""
-    changed = abstract_model(dataclasses.replace(model.config, **changes))
-    return nnx.merge(nnx.split(changed)[0], nnx.split(model)[1])
 
 
 def prefix_gap(model) -> float:
@@ -55,7 +46,7 @@ def test_missing_position_offset_is_noticed(model, monkeypatch):
 def test_rotated_prefix_keys_are_noticed(neox):
     head = TOKENS[:1, :9]
     prefix = keys_values(neox, head)
-    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], neox.config, 9)
+    angles = gpt_neox.rotary_angles(jnp.arange(9)[None], neox.config)
     rotated = jnp.stack([gpt_neox.rotate(layer[:1], angles)[0] for layer in prefix])
     whole, _ = neox(TOKENS[:1])
     split, _ = neox(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))

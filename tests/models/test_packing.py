@@ -9,7 +9,7 @@ from jaxprefix.data import PackedShape, make_batch, make_packed_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models.packing import pack, unpack
-from tests.base_folders import random_prefix
+from tests.base_folders import random_prefix, with_config
 from tests.tolerances import FUNCTION, MODEL
 
 EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
@@ -54,3 +54,15 @@ def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(model, tokenizer
     results = [jax.jit(jax.value_and_grad(loss))(prefix, batch) for batch in (packed, padded)]
     for ours, expected in zip(*results, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
+
+
+def test_dynamic_rotary_scaling_goes_by_the_texts_not_by_their_row(golden_model, packed):
+    """Rows of up to 88 columns, texts of up to 15: behind a prefix of 7 the last position is 21."""
+    scaled = {"rotary_scaling": "dynamic", "rotary_factor": 4.0}
+    prefix = random_prefix(golden_model.config)
+
+    def hidden(**changes):
+        return with_config(golden_model, **changes).hidden(packed.tokens, prefix, packing=packed.packing)[0]
+
+    np.testing.assert_array_equal(hidden(**scaled, n_positions=22), hidden())
+    assert jnp.abs(hidden(**scaled, n_positions=20) - hidden()).max() > 100 * MODEL

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from flax import nnx
 
 from jaxprefix import load_model
-from jaxprefix.models import abstract_model
-from tests.base_folders import make_base_folder, random_prefix
+from jaxprefix.config import DecodeConfig
+from jaxprefix.decode import generate_ids
+from tests.base_folders import make_base_folder, random_prefix, with_config
 from tests.tolerances import MODEL
 
 NEOX = {"model_type": "gpt_neox", "num_hidden_layers": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
@@ -169,10 +169,21 @@ def test_a_wrong_setting_is_noticed(tmp_path, fault):
     name, change = WRONG[fault]
     folder = folder_of(tmp_path, name, vocab_size=440)
     model = load_model(folder)
-    wrong = abstract_model(dataclasses.replace(model.config, **change))
-    wrong = nnx.merge(nnx.split(wrong)[0], nnx.split(model)[1])
+    wrong = with_config(model, **change)
     expected = torch_logits(torch_model(folder), None).detach().numpy()
     assert np.abs(logits_of(wrong, TOKENS) - expected).max() > 3 * MODEL
+
+
+def test_dynamic_scaling_decodes_as_transformers_does(tmp_path, tokenizer):
+    """Prompts of 9 tokens, which our batch pads to 16, grow beyond the 16 positions."""
+    folder = folder_of(tmp_path, "dynamic scaling, beyond its positions")
+    prompt = torch.from_numpy(TOKENS[:1, :9])
+    expected = torch_model(folder).generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=439)[0, 9:]
+    greedy = DecodeConfig(decode_method="greedy", max_output_len=20)
+    (made,) = generate_ids(
+        load_model(folder), dataclasses.replace(tokenizer, eos_id=439), prompt.tolist(), decode=greedy
+    )
+    assert made == expected.tolist()
 
 
 def test_a_wrong_head_is_noticed(tmp_path):
