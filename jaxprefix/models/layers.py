@@ -137,7 +137,8 @@ def rotary_angles(positions: Int[Array, "B T"], config: ModelConfig) -> Float[Ar
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
     those that the model was trained on, as transformers does ("NTK"): for all rows alike.
     """
-    dim, base, frequency_factor = config.rotary_dim, config.rotary_base, 1.0
+    dim, frequency_factor = config.rotary_dim, 1.0
+    base: float | Float[Array, ""] = config.rotary_base
     if config.rotary_scaling == "linear":
         frequency_factor = 1 / config.rotary_factor
     elif config.rotary_scaling == "dynamic":
