@@ -70,7 +70,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     keep_compiled_programs()
     recipe, mesh = RECIPES[config.recipe], make_mesh()
     inputs = read_inputs(config, recipe)
-    place = base_sharding(mesh)
+    place = base_sharding(mesh, inputs.base.config.n_head)
     base = load_model(Path(config.pretrained_model_dir), config.dtype, place, inputs.base.config, config.compute)
     optimizer = make_optimizer(config, learning_rate(config, recipe, inputs.plan.n_updates))
     state = jax.device_put(start_state(config, base, inputs.base.tokenizer, optimizer, False), replicated(mesh))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
@@ -14,7 +15,9 @@ from jaxprefix.data import Batch, longest_row, n_labels
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes
+from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
+from jaxprefix.models.stack import stacked
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
@@ -28,6 +31,7 @@ GIB = 2**30
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for what would stop a run."""
     _, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
     n_columns = config.max_seq_len + 1
     if config.data_filepath is not None:
@@ -119,13 +123,20 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
 def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> jax.stages.Compiled:
     """Compile an update of rows of n_columns tokens for shapes on the config's mesh: no weight is made."""
     mesh = make_mesh(config.mesh_sizes)
-    place = base_sharding(mesh)
+    place = base_sharding(mesh, model.n_head)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(name, leaf.shape))
 
+    def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        first = layers[0]
+        sharding = NamedSharding(mesh, PartitionSpec(None, *first.sharding.spec))
+        return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=sharding)
+
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
+    if config.compute.scan_layers:
+        base.layers = stacked(base.layers, stack)
     optimizer = make_optimizer(config, learning_rate(config, RECIPES[config.recipe], config.n_training_steps))
 
     def start(base: BaseModel) -> TrainState:

@@ -173,6 +173,11 @@ class TrainConfig:
             raise InputError.all("train:", problems)
 
     @property
+    def writes(self) -> bool:
+        """Tell whether the run leaves anything behind."""
+        return self.save_log or self.save_model
+
+    @property
     def run_dir(self) -> Path:
         """Folder of this run's files."""
         return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))

@@ -1,19 +1,22 @@
 """How good a prefix is: loss and ppl on data, and the share of generated sentences that end with the suffix."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.data import Batch, longest_row, make_batch
 from jaxprefix.examples import Example
+from jaxprefix.hosts import spread
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import Recipe
+from jaxprefix.sharding import rows_on, split_rows, with_embedded_rows
 from jaxprefix.tokenizer import Tokenizer
 
 
@@ -49,28 +52,40 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def dev_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int) -> list[Batch]:
-    """Lay examples into batches of one shape, in order."""
+def dev_batches(
+    examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | None = None
+) -> list[Batch]:
+    """Lay examples into batches of one shape, in order, whose rows can be split over the mesh."""
     groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    n_rows = 2 * batch_size if mesh is None else rows_on(mesh, 2 * batch_size)
     n_columns = longest_row(examples)
-    return [make_batch(group, tokenizer, 2 * batch_size, n_columns) for group in groups]
+    return [make_batch(group, tokenizer, n_rows, n_columns) for group in groups]
 
 
 def dev_loss(
-    base: BaseModel, prefix: Prefix | None, batches: Sequence[Batch], recipe: Recipe = Recipe()
+    base: BaseModel,
+    prefix: Prefix | None,
+    batches: Sequence[Batch],
+    recipe: Recipe = Recipe(),
+    mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Return {"loss": nats per token, "ppl": its exponential} over the batches."""
-    meter = LossMeter(recipe)
+    """Return {"loss": nats per token, "ppl": its exponential} over the batches, computed where the base lies."""
+    outcomes = []
     for batch in batches:
-        total, n_tokens = _batch_loss(base, prefix, jnp.asarray(batch.tokens), jnp.asarray(batch.labels))
+        rows = (batch.tokens, batch.labels)
+        rows = rows if mesh is None else spread(rows, split_rows(mesh, axis=0))
+        outcomes.append(_batch_loss(base, prefix, *rows, mesh))
+    meter = LossMeter(recipe)
+    for total, n_tokens in outcomes:
         meter.add(float(total) / int(n_tokens), int(n_tokens))
     return meter.means()
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="mesh")
 def _batch_loss(
-    base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"]
+    base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"], mesh: Mesh | None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    base = base if mesh is None else with_embedded_rows(base, mesh)
     return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)
 
 

@@ -137,15 +137,15 @@ def out_of_memory(text: str, config: TrainConfig) -> str:
         over += f": {n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
     else:
         over += ": more was asked for than"
-    advice = [f"--batch_size {config.batch_size} (with more --n_accum_steps, for the same updates)"]
-    advice.append(f"--max_seq_len {config.max_seq_len}")
-    other = ["--dtype bfloat16"] if config.dtype == "float32" else []
-    other += ["--remat block"] if config.compute.remat != "block" else []
-    other.append("more devices with --mesh fsdp=N")
+    same_run = ["--remat block"] if config.compute.remat != "block" else []
+    same_run.append("more devices with --mesh fsdp=N")
+    new_run = [f"less than --batch_size {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
+    new_run.append(f"less than --max_seq_len {config.max_seq_len}")
+    new_run += ["--dtype bfloat16"] if config.dtype == "float32" else []
     return (
-        f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free; lower "
-        f"{' or '.join(advice)}, or take {', '.join(other)}. `jaxprefix check` with the same flags tells what an "
-        f"update needs. For this run, {what_is_left(config)}"
+        f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free; this run can take "
+        f"{' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the same flags tells "
+        f"what an update needs. For this run, {what_is_left(config)}"
     )
 
 

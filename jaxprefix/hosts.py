@@ -149,9 +149,7 @@ def see(path: Path) -> None:
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:
-    """Make arrays that every process holds whole into arrays over all devices; alone, jit does that by itself."""
-    if jax.process_count() == 1:
-        return arrays
+    """Make arrays that every process holds whole into arrays over all devices."""
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), arrays)
 
 

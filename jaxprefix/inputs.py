@@ -21,6 +21,7 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example, Skipped
+from jaxprefix.models.attention import check_attention
 from jaxprefix.recipe import Recipe
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
@@ -38,9 +39,8 @@ class Inputs(NamedTuple):
 
 def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together."""
-    if config.compute.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise InputError("--attention cudnn needs an NVIDIA GPU, and JAX sees none")
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    check_attention(config.compute.attention, base.config.head_dim)
     chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
-from jaxprefix.models.layers import matmul
+from jaxprefix.models.layers import matmul, product
 
 CHUNK_TOKENS = 2048
-"""Tokens whose logits are in memory at a time; fewer make the matrix products slow."""
+"""Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
 CPU_BLOCK = 2048
 """Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
 
@@ -20,7 +20,7 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the cross entropy in nats summed over all labels that are not IGNORED, and their number.
 
-    Columns are taken in chunks of about CHUNK_TOKENS tokens, a chunk without a label is skipped. The head is
+    Columns are taken in chunks of about CHUNK_TOKENS tokens a device, a chunk without a label is skipped. The head is
     frozen: its gradient is not computed, and the hidden states' is computed along with the loss, so that no
     logits wait for a backward pass.
     """
@@ -61,7 +61,10 @@ def _over_chunks(
         return jnp.float32(0), jnp.zeros_like(chunk[0]) if with_gradient else None
 
     def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array | None]:
-        loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
+        if jax.default_backend() == "gpu":  # which would wait for the host to choose
+            loss, gradient = compute(chunk)
+        else:
+            loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
         return total + loss, gradient
 
     return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))
@@ -77,7 +80,7 @@ def _chunk_loss(
     counts = labels != IGNORED
     normaliser, expected = _softmax_over_vocabulary(hidden, head, with_gradient)
     target = head[jnp.where(counts, labels, 0)].astype(jnp.float32)
-    losses = normaliser - jnp.einsum("bcd,bcd->bc", hidden, target, preferred_element_type=jnp.float32)
+    losses = normaliser - product("bcd,bcd->bc", hidden.astype(jnp.float32), target)
     if expected is not None:
         expected = jnp.where(counts[..., None], expected - target, 0).astype(hidden.dtype)
     return jnp.sum(losses, where=counts), expected
@@ -99,8 +102,7 @@ def _softmax_over_vocabulary(
         raised = jnp.maximum(highest, logits.max(axis=-1))
         weights, shrink = jnp.exp(logits - raised[..., None]), jnp.exp(highest - raised)
         if expected is not None:  # multiplied in the head's type, which in half precision is the faster one
-            product = jnp.einsum("bcv,vd->bcd", weights.astype(head.dtype), block, preferred_element_type=jnp.float32)
-            expected = expected * shrink[..., None] + product
+            expected = expected * shrink[..., None] + product("bcv,vd->bcd", weights.astype(head.dtype), block)
         return raised, total * shrink + weights.sum(axis=-1), expected
 
     zeros = jnp.zeros(hidden.shape, jnp.float32)
@@ -124,7 +126,7 @@ def _alone_on_a_cpu() -> bool:
 def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Cut the columns into chunks: [chunks, B, C, D] and [chunks, B, C]; rows stay whole, and where they are."""
     n_rows, n_columns, width = hidden.shape
-    n_chunks = max(1, n_rows * n_columns // CHUNK_TOKENS)
+    n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * jax.device_count()))
     chunk = -(-n_columns // n_chunks)
     padding = chunk * n_chunks - n_columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

@@ -28,6 +28,8 @@ MAY_CHANGE_ON_RESUME = {
     "checkpoint_every_n_steps",
     "checkpoint_every_minutes",
     "hosts",
+    "compute",
+    "mesh",
 }
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -75,27 +77,48 @@ def _locked(path: Path) -> IO[str]:
     return file
 
 
-def open_run_folder(config: TrainConfig, base: dict[str, str]) -> None:
-    """Make the run's folder and write its config.json; when resuming, check that the run is the same one.
+def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
+    """Return what config.json says of a run; `base` describes its base model."""
+    return {**_plain(config), "data_sha256": _sha256(config.data_filepath), "base": base}
 
-    `base` describes the base model. Raises InputError when the folder cannot be written, holds another
-    run (without --resume or --overwrite), or when a resumed run's settings, data or base have changed.
+
+def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
+    """Check that a run may have its folder, without writing.
+
+    Raises InputError when the folder holds something (without --resume or --overwrite), or when a resumed run's
+    settings, data or base have changed.
     """
-    description = {**_plain(config), "data_sha256": _sha256(config.data_filepath), "base": base}
     folder = config.run_dir
-    try:
+    with _within(folder):
         if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
-            _write_description(folder, description)
-            return
-        if config.overwrite and folder.is_dir() and _read_description(folder):
+        elif not config.resume and folder.is_dir() and not (config.overwrite and _read_description(folder)):
+            unfinished = f"{CONFIG_FILE}.tmp"  # of a run that was killed while it began
+            if any(path.name != unfinished for path in folder.iterdir()):
+                advice = (
+                    "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
+                )
+                raise InputError(f"{folder}: is not empty; {advice}")
+
+
+def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
+    """Make the run's folder, emptied with --overwrite, and write its config.json.
+
+    Raises InputError when it cannot be written, or is not what `check_run_folder` wants by now.
+    """
+    folder = config.run_dir
+    check_run_folder(config, description)
+    with _within(folder):
+        if config.overwrite and folder.is_dir():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = f"{CONFIG_FILE}.tmp"  # of a run that was killed while it began
-        if not config.resume and any(path.name != unfinished for path in folder.iterdir()):
-            advice = "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
-            raise InputError(f"{folder}: is not empty; {advice}")
         _write_description(folder, description)
+
+
+@contextlib.contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
 

@@ -53,20 +53,24 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def base_sharding(mesh: Mesh | AbstractMesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Return the function from a base weight's path and shape to its place on the mesh.
 
-    An axis whose length the mesh does not divide stays whole. Raises KeyError for a path without a rule.
+    An axis whose length the mesh does not divide stays whole, and so do all heads if `tensor` does not divide their
+    number. Raises KeyError for a path without a rule.
     """
+    whole_heads = n_head % mesh.shape["tensor"] != 0
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         spec = next((spec for rule, spec in BASE_RULES if re.fullmatch(rule, path)), None)
         if spec is None:
             raise KeyError(f"no sharding rule for {path}")
-        fitting = (
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=False)
-        )
-        return NamedSharding(mesh, P(*fitting))
+
+        def fits(axis: str | None, size: int) -> bool:
+            splits_heads = axis == "tensor" and "attention" in path
+            return axis is not None and size % mesh.shape[axis] == 0 and not (splits_heads and whole_heads)
+
+        return NamedSharding(mesh, P(*(axis if fits(axis, n) else None for axis, n in zip(spec, shape, strict=False))))
 
     return place
 
@@ -91,9 +95,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def split_rows(mesh: Mesh) -> NamedSharding:
-    """The rows of [micro-batches, rows, columns] split over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(None, ROWS, None))
+def split_rows(mesh: Mesh, axis: int = 1) -> NamedSharding:
+    """Rows split over `data` and `fsdp`: those of [micro-batches, rows, columns], or at another axis."""
+    return NamedSharding(mesh, P(*[None] * axis, ROWS))
 
 
 def split_heads(mesh: Mesh, n_head: int) -> NamedSharding:

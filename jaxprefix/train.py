@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from convert.errors import InputError
 from convert.training_state import read_training_state
-from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, n_labels
@@ -36,7 +35,15 @@ from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE, check_base, only_writer, open_run_folder
+from jaxprefix.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    check_base,
+    check_run_folder,
+    describe_run,
+    only_writer,
+    open_run_folder,
+)
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, split_rows
 from jaxprefix.tokenizer import Tokenizer
@@ -101,7 +108,10 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     recipe = RECIPES[config.recipe]
     inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
-    wanted = (inputs.base.path, config.dtype, base_sharding(mesh), inputs.base.config, config.compute)
+    identity = base_identity(inputs.base.config, inputs.base.tokenizer)
+    description = agree("check the run's folder", lambda: look_at_folder(config, identity))
+    place = base_sharding(mesh, inputs.base.config.n_head)
+    wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
     base = agree("load the base", lambda: load_model(*wanted))
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
@@ -111,8 +121,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
-        open_shared_folder(config, inputs.base, stack)
-        if config.save_log or config.save_model:
+        open_shared_folder(config, description, stack)
+        if config.writes:
             stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal())
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
@@ -143,7 +153,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
     """
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size)
+    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh)
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
@@ -191,7 +201,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             window = LossMeter(recipe)
         for epoch in ended:
             prefix = state.encoder()
-            metrics = dev_loss(run.base, prefix, dev, recipe)
+            metrics = dev_loss(run.base, prefix, dev, recipe, run.mesh)
             run.log.point("dev", progress.n_done, epoch, **metrics)
             keep_best(run, prefix, metrics["loss"], progress)
         if run.checkpoints and saving:
@@ -222,8 +232,8 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
         return f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:80]!r}"
 
     def is_finite(number: int) -> bool:
-        alone = dev_batches([run.inputs.train_set[number]], tokenizer, batch_size=1)
-        return math.isfinite(dev_loss(run.base, prefix, alone)["loss"])
+        alone = dev_batches([run.inputs.train_set[number]], tokenizer, 1, run.mesh)
+        return math.isfinite(dev_loss(run.base, prefix, alone, mesh=run.mesh)["loss"])
 
     return [line(number) for number in numbers if not is_finite(number)] or [line(number) for number in numbers]
 
@@ -237,15 +247,24 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
             save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.base.config, run.inputs.base.tokenizer)
 
 
-def open_shared_folder(config: TrainConfig, base: BaseFolder, stack: contextlib.ExitStack) -> None:
+def look_at_folder(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
+    """Let the first process refuse a folder that the run cannot have, before minutes go by; return its description."""
+    if not (is_first() and config.writes):
+        return {}
+    description = describe_run(config, base)
+    check_run_folder(config, description)
+    return description
+
+
+def open_shared_folder(config: TrainConfig, description: dict[str, Any], stack: contextlib.ExitStack) -> None:
     """Let the first process open the run's folder, locked as long as the stack lasts, and the others see it."""
-    if not (config.save_log or config.save_model):
+    if not config.writes:
         return
 
     def open_folder() -> None:
         if is_first():
             stack.enter_context(only_writer(config.run_dir))
-            open_run_folder(config, base_identity(base.config, base.tokenizer))
+            open_run_folder(config, description)
 
     agree("open the run's folder", open_folder)
     agree("see the run's folder", lambda: see(config.run_dir / CONFIG_FILE))

@@ -6,7 +6,7 @@ import tokenizers
 
 from jaxprefix.check import compiled_memory, training_memory
 from jaxprefix.cli import main
-from jaxprefix.config import CheckConfig
+from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 
@@ -60,8 +60,9 @@ def test_what_would_stop_a_run_ends_the_check(capsys):
     assert "prefix of 500 + the longest row, 65 tokens, is more than the base model's 512 positions" in err
 
 
-def test_memory_of_deep_models_is_extrapolated_from_shallow_ones():
-    config = CheckConfig(str(GOLDEN_BASE), bf16=True, n_accum_steps=2)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(scan_layers):
+    config = CheckConfig(str(GOLDEN_BASE), bf16=True, n_accum_steps=2, compute=Compute(scan_layers=scan_layers))
     model = dataclasses.replace(read_model_config(GOLDEN_BASE), n_layer=6)
     guessed = training_memory(config, model, 65)
     whole = compiled_memory(config, model, 65)

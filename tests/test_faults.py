@@ -246,7 +246,7 @@ class TestMemory:
         assert main(["train", *flags_of(run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
         assert "error: out of memory: 131072.00 GiB were asked for at once, " in error
-        assert "lower --batch_size 4 (with more --n_accum_steps" in error
+        assert "this run can take --remat block or more devices with --mesh fsdp=N, a new one also less than " in error
         assert "checkpoints/4, --resume goes on from it" in error
 
     @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
+import dataclasses
 import re
 
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.run_folder import only_writer, open_run_folder
+from jaxprefix.config import Compute
+from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder
 from tests.runs import run_config
 
 
 def test_a_file_in_the_place_of_the_run(tmp_path):
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(InputError, match=re.escape("run: cannot be written (File exists)")):
-        open_run_folder(run_config(tmp_path), base={})
+        open_run_folder(run_config(tmp_path), {})
 
 
 @pytest.mark.parametrize(
@@ -24,3 +26,14 @@ def test_a_lock_that_cannot_be_made(tmp_path, name, message):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=re.escape(message)), only_writer(tmp_path / name):
         pass
+
+
+def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    for changes in ({"compute": Compute(remat="block")}, {"mesh": "fsdp=2"}):
+        resumed = dataclasses.replace(config, resume=True, **changes)
+        check_run_folder(resumed, describe_run(resumed, {}))
+    resumed = dataclasses.replace(config, resume=True, batch_size=2)
+    with pytest.raises(InputError, match="batch_size: was 4, now 2"):
+        check_run_folder(resumed, describe_run(resumed, {}))

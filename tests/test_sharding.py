@@ -47,7 +47,7 @@ def test_the_20b_configuration_has_a_rule_a_shape_and_a_place_for_every_tensor(s
     shapes = weight_shapes(NEOX_20B)
     rules = [path_of(rule) for rule in expand(weight_table(NEOX_20B), NEOX_20B.n_layer).values() if rule]
     assert sorted(rules) == sorted(shapes)
-    place = base_sharding(abstract_mesh(**sizes))
+    place = base_sharding(abstract_mesh(**sizes), NEOX_20B.n_head)
     per_device = sum(math.prod(place(path, shape).shard_shape(shape)) for path, shape in shapes.items())
     total = sum(map(math.prod, shapes.values()))
     assert total == 20_554_567_680
@@ -55,7 +55,7 @@ def test_the_20b_configuration_has_a_rule_a_shape_and_a_place_for_every_tensor(s
 
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
-    place = base_sharding(abstract_mesh(fsdp=8, tensor=3))
+    place = base_sharding(abstract_mesh(fsdp=8, tensor=3), 12)
     assert place("embed.weight", (50432, 64)).shard_shape((50432, 64)) == (50432, 8)
     with pytest.raises(KeyError, match=r"no sharding rule for embed.bias"):
         place("embed.bias", (5,))
@@ -80,7 +80,7 @@ settings = json.loads(sys.argv[2])
 for data, fsdp, tensor in json.loads(sys.argv[3]):
     mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
     train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, **settings))
-base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh({"fsdp": 8})))
+base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh({"fsdp": 8}), 4))
 print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base)))
 """
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,11 +18,13 @@ import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.config import Compute
+from jaxprefix.check import check
+from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import LossScale
+from jaxprefix.models import attention
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
@@ -173,8 +174,9 @@ def test_resume_refuses_other_settings(finished):
     assert "batch_size: was 4, now 2" in str(error.value)
 
 
-def test_an_earlier_run_is_not_touched(finished):
+def test_an_earlier_run_is_not_touched(finished, monkeypatch):
     before = prefix_of(finished)
+    monkeypatch.setattr(train_module, "load_model", lambda *_: pytest.fail("loaded a base model before it looked"))
     with pytest.raises(InputError, match="is not empty; use --resume, --overwrite, or another --save_name"):
         train(run_config(finished.output_dir))
     np.testing.assert_array_equal(prefix_of(finished), before)
@@ -265,9 +267,11 @@ def test_rinna_refuses_accumulation_longer_than_an_epoch(tmp_path):
 
 
 def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    with pytest.raises(InputError, match="--attention cudnn needs an NVIDIA GPU, and JAX sees none"):
-        train(run_config(tmp_path, dtype="bfloat16", compute=Compute(attention="cudnn")))
+    monkeypatch.setattr(attention, "cudnn_takes", lambda head_dim: False)
+    config = run_config(tmp_path, dtype="bfloat16", compute=Compute(attention="cudnn"))
+    for command in (train, lambda config: list(check(CheckConfig(**vars(config))))):
+        with pytest.raises(InputError, match=r"--attention cudnn needs an NVIDIA GPU, .*; here are .* and heads of 16"):
+            command(config)
 
 
 def test_an_unknown_suffix_is_warned_of(tmp_path):

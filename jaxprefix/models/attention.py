@@ -9,6 +9,7 @@ stand in front of the tokens. It has no batch axis; attention puts it in front o
 Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
+import re
 from typing import Literal
 
 import jax
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from convert.errors import InputError
 from jaxprefix.config import AttentionMethod
 from jaxprefix.data import Packing
+from jaxprefix.models.layers import product
 from jaxprefix.models.packing import pack, unpack
 
 LayerPrefix = Float[Array, "2 P N H"]
@@ -100,7 +103,24 @@ def attend(
 def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
     """Tell whether cuDNN's flash attention runs here, and is worth its dummy queries."""
     in_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and in_half and q.shape[1] >= CUDNN_TOKENS and q.shape[3] % 8 == 0
+    return in_half and q.shape[1] >= CUDNN_TOKENS and cudnn_takes(q.shape[3])
+
+
+def cudnn_takes(head_dim: int) -> bool:
+    """Tell whether cuDNN's flash attention runs on this machine's GPU, from Ampere on, and with heads of that width."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; AMD's are names
+    generation = int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else 0
+    return generation >= 8 and head_dim % 8 == 0 and head_dim <= (256 if generation >= 9 else 128)
+
+
+def check_attention(method: AttentionMethod, head_dim: int) -> None:
+    """Raise InputError for a method that cannot run here."""
+    if method == "cudnn" and not cudnn_takes(head_dim):
+        device = jax.local_devices()[0].device_kind
+        raise InputError(
+            f"--attention cudnn needs an NVIDIA GPU, Ampere or later, and heads of a multiple of 8 up to 128 numbers "
+            f"(from Hopper on 256); here are {device} and heads of {head_dim}"
+        )
 
 
 def square_causal(
@@ -153,16 +173,16 @@ def _dense(
     if prefix is not None:
         n_prefix = prefix.shape[1]
         k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
-    scores = jnp.einsum("btnh,bnsh->bnts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = product("btnh,bnsh->bnts", q, k) * scale
     visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
     weights = _softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
-    return jnp.einsum("bnts,bnsh->btnh", weights, v)
+    return product("bnts,bnsh->btnh", weights, v).astype(v.dtype)
 
 
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
     """Put a prefix's keys or values, in the rows' type, in front of every row's."""
-    front = jnp.broadcast_to(heads_first(front).astype(x.dtype), (len(x), x.shape[1], len(front), x.shape[3]))
-    return jnp.concatenate([front, x], axis=2)
+    rows = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
+    return jnp.concatenate([rows.astype(x.dtype), x], axis=2)  # cast behind the copies: gradients are summed before it
 
 
 @jax.custom_vjp

@@ -41,8 +41,8 @@ class FrozenLinear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
-        product = frozen_matmul(x, self.weight[...])
-        return product + self.bias[...] if self.has_bias else product
+        y = frozen_matmul(x, self.weight[...])
+        return y + self.bias[...] if self.has_bias else y
 
 
 class Embedding(nnx.Module):
@@ -103,9 +103,15 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
     return wide.astype(x.dtype)
 
 
+def product(subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"]) -> Float[Array, "*out"]:
+    """Einsum of two arrays, accumulated and returned in float32; a GPU must not round float32 factors to TF32."""
+    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
+
+
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
+    return product("...i,oi->...o", x, weight)
 
 
 @jax.custom_vjp
@@ -124,8 +130,7 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array]]:
 
 def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, None]:
     (weight,) = residual
-    product = jnp.einsum("...o,oi->...i", gradient, weight, preferred_element_type=jnp.float32)
-    return product.astype(gradient.dtype), None
+    return product("...o,oi->...i", gradient, weight).astype(gradient.dtype), None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)

@@ -1,5 +1,6 @@
 """The layers of a model, one after the other: unrolled, or one compiled layer in a loop. Legend: `attention.py`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -58,20 +59,21 @@ def _run(
     return (jax.checkpoint(run) if recompute else run)(layer, x, prefix, cache, *shared)
 
 
-def stacked(layers: Any) -> Any:
-    """Return, for a list of layers, one whose arrays hold all of theirs along a new first axis.
+def stack(*arrays: Array) -> Array:
+    """Stack arrays along a new first axis and delete them."""
+    whole = jax.block_until_ready(jnp.stack(arrays))
+    for array in arrays:
+        array.delete()
+    return whole
 
-    Raises InputError if the layers differ in more than their arrays.
+
+def stacked(layers: Any, stack: Callable[..., Any] = stack) -> Any:
+    """Return, for a list of layers, one whose arrays hold all of theirs, each made by `stack`.
+
+    That is one weight after the other, so that not all are there twice. Raises InputError if the layers differ in more
+    than their arrays.
     """
     graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
     if any(graph != graphs[0] for graph in graphs):
         raise InputError("--scan_layers: the layers of this base model differ in more than their weights")
-    leaves = [jax.tree.leaves(state) for state in states]
-    structure = jax.tree.structure(states[0])
-    del layers, states
-    whole = []
-    for index in range(len(leaves[0])):  # one weight after the other, so that not all are there twice
-        whole.append(jnp.stack([layer[index] for layer in leaves]))
-        for layer in leaves:
-            layer[index] = None
-    return nnx.merge(graphs[0], jax.tree.unflatten(structure, whole))
+    return nnx.merge(graphs[0], jax.tree.map(stack, *states))

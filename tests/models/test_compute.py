@@ -1,5 +1,7 @@
 """Whatever way a model is computed, what comes out is the same."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
+from jaxprefix.models.stack import stacked
 from tests.base_folders import make_base_folder, random_prefix
 from tests.tolerances import BFLOAT16, FUNCTION, MODEL
 
@@ -63,11 +66,32 @@ def test_causal_attention_that_is_not_square_is_another_one(heads):
 )
 def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypatch, changes, chosen):
     calls = []
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "cudnn_takes", lambda head_dim: True)
     monkeypatch.setattr(attention, "square_causal", lambda *inputs: calls.append(inputs) or inputs[0])
     q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
     dense(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
     assert bool(calls) == chosen
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"),
+    [("9.0", {8, 64, 128, 256}), ("8.0", {8, 64, 128}), ("7.5", set()), ("gfx90a", set()), (None, set())],
+)
+def test_cudnn_takes_heads_by_the_gpus_generation(monkeypatch, capability, taken):
+    device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert {width for width in (8, 12, 64, 128, 256, 264) if attention.cudnn_takes(width)} == taken
+
+
+def test_gradients_towards_the_prefix_are_summed_over_rows_in_float32():
+    """bfloat16 has 8 bits, of which 1 + 601 · 2⁻⁹ needs 11."""
+    front, rows = jnp.ones((1, 1, 1)), jnp.zeros((602, 1, 1, 1), jnp.bfloat16)
+    weights = jnp.full(602, 2.0**-9).at[0].set(1)
+
+    def weighed(front):
+        return (attention._behind(front, rows)[:, 0, 0, 0] * weights.astype(jnp.bfloat16)).sum(dtype=jnp.float32)
+
+    assert jax.jit(jax.grad(weighed))(front) == 1 + 601 * 2.0**-9
 
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
@@ -122,6 +146,13 @@ def test_block_recomputation_and_scanning_change_the_program(base_folder):
     assert block.count("remat") > plain.count("remat")
     assert "scan" in scanned
     assert "scan" not in plain
+
+
+def test_stacking_layers_leaves_none_of_theirs_in_memory(base_folder):
+    layers = load_model(base_folder).layers
+    arrays = jax.tree.leaves(layers)
+    stacked(layers)
+    assert all(array.is_deleted() for array in arrays)
 
 
 def test_layers_that_differ_cannot_be_scanned(tmp_path):

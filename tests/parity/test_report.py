@@ -119,7 +119,7 @@ FAULTS = {
     ),
     "dev loss weighted by tokens": (
         "dev_losses",
-        lambda: replaced(train, "dev_loss", lambda dev_loss: lambda base, prefix, dev, _: dev_loss(base, prefix, dev)),
+        lambda: replaced(train, "dev_loss", lambda dev_loss: lambda base, prefix, dev, *_: dev_loss(base, prefix, dev)),
     ),
     "saved layout": (
         "saved",
