@@ -16,10 +16,12 @@ class BaseFolder(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str | None = None) -> BaseFolder:
+def open_base(
+    dir_or_hub_id: str, revision: str | None = None, model_type: str | None = None, weights: bool = True
+) -> BaseFolder:
     """Find a base model and read its config.json and tokenizer; `model_type` must agree if it is given.
 
-    Raises InputError.
+    Without `weights`, a hub's are not fetched. Raises InputError.
     """
-    path = resolve_folder(dir_or_hub_id, revision)
+    path = resolve_folder(dir_or_hub_id, revision, weights)
     return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type), load_tokenizer(path))

@@ -14,6 +14,7 @@ from jaxprefix.config import CheckConfig, TrainConfig
 from jaxprefix.data import Batch, longest_row, n_labels
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.loss import LossScale
+from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
@@ -25,12 +26,10 @@ from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
 from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 
-GIB = 2**30
-
 
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for what would stop a run."""
-    _, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    _, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
     n_columns = config.max_seq_len + 1

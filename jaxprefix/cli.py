@@ -34,11 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
             return _check(settings)
         if isinstance(settings, TrainConfig):
             return _train(settings)
-        if isinstance(settings, GenerateConfig):
-            return _generate(settings)
-        if isinstance(settings, EvaluateConfig):
-            return _evaluate(settings)
-        return _convert(settings)
+        if isinstance(settings, ConvertConfig):
+            return _convert(settings)
+        from jaxprefix.memory import within_memory
+
+        lower = f"lower --batch_size {settings.batch_size} or --max_output_len {settings.decode.max_output_len}"
+        with within_memory(lambda: lower + ", or take --dtype bfloat16"):
+            return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
     except PlainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

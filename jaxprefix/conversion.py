@@ -39,7 +39,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
     source, target = config.source, config.target
     folded, base = read_prefix(source)
     if config.pretrained_model_dir is not None:
-        _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision)
+        _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, weights=False)
         load_prefix(source, model_config, tokenizer)
         base = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
@@ -87,7 +87,7 @@ def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
     """Compare the encoder's output with the base model, if one is given."""
     if config.pretrained_model_dir is None:
         return
-    base = open_base(config.pretrained_model_dir, config.revision).config
+    base = open_base(config.pretrained_model_dir, config.revision, weights=False).config
     found = arrays["encoder.prefix_mlp.2.weight"].shape[0]
     if found != base.folded_width:
         raise InputError(

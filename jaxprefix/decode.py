@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from convert.errors import InputError
 from jaxprefix.config import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
@@ -105,6 +106,8 @@ def generate_ids(
     prefix_len = 0 if prefix is None else prefix.shape[2]
     what = f"--max_output_len and the longest prompt of {longest}"
     model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, is {batch_size}")
     batch_size = min(batch_size, len(rows))
     sampling = Sampling(jnp.float32(decode.temperature), jnp.float32(decode.top_p))
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)

@@ -1,17 +1,15 @@
-"""What can end a run before its time, told plainly: signals, numbers that are not finite, disk and memory."""
+"""What can end a run before its time, told plainly: signals, numbers that are not finite, the disk."""
 
 import contextlib
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from safetensors import SafetensorError
 
 from convert.errors import RunError
@@ -23,8 +21,6 @@ MOST_SKIPPED = 20
 """Updates that float16 may skip in a row: after so many halvings the scale of the loss is not what overflows."""
 MOST_SHOWN = 16
 """Examples that a message shows."""
-GIB = 2**30
-UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class StopRequest:
@@ -51,17 +47,6 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def within_memory(config: TrainConfig) -> Iterator[None]:
-    """Turn JAX's error of a device that is full into RunError, which tells what to lower."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise RunError(out_of_memory(str(error), config)) from error
 
 
 @contextlib.contextmanager
@@ -124,28 +109,16 @@ def check_still_there(config: TrainConfig) -> None:
         raise RunError(f"{config.run_dir}: vanished while the run was going on; nothing of it is left to resume")
 
 
-def out_of_memory(text: str, config: TrainConfig) -> str:
-    """Say by how much a device's memory was too small, from the error's text, and which flags need less of it."""
-    wanted = re.search(r"allocat\D+([\d.]+) ?(\w*iB|bytes)?", text)
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() or {}
-    size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    free = size - stats.get("bytes_in_use", 0)
-    over = "out of memory"
-    if wanted:
-        n_bytes = float(wanted[1]) * UNITS.get(wanted[2] or "", 1)
-        over += f": {n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
-    else:
-        over += ": more was asked for than"
+def less_memory(config: TrainConfig) -> str:
+    """Tell which flags of a run need less memory: those that it can be resumed with, and those of a new one."""
     same_run = ["--remat block"] if config.compute.remat != "block" else []
     same_run.append("more devices with --mesh fsdp=N")
     new_run = [f"less than --batch_size {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
     new_run.append(f"less than --max_seq_len {config.max_seq_len}")
     new_run += ["--dtype bfloat16"] if config.dtype == "float32" else []
     return (
-        f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free; this run can take "
-        f"{' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the same flags tells "
-        f"what an update needs. For this run, {what_is_left(config)}"
+        f"this run can take {' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the "
+        f"same flags tells what an update needs. For this run, {what_is_left(config)}"
     )
 
 

@@ -14,17 +14,21 @@ from huggingface_hub.errors import (
 )
 
 from convert.errors import InputError
+from convert.weights import SHARD_INDEX, TORCH_INDEX
 
-TOKENIZER_FILES = ["spiece.model", "spm.model", "tokenizer.model", "tokenizer.json"]
-TOKENIZER_SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
-TORCH_WEIGHTS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
+TOKENIZERS_FILE = "tokenizer.json"
+ADDED_TOKENS_FILE = "added_tokens.json"
+SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+SMALL_FILES = ["config.json", *SENTENCEPIECE_FILES, TOKENIZERS_FILE, ADDED_TOKENS_FILE, *SPECIAL_FILES]
+SAFETENSORS = ["model*.safetensors", SHARD_INDEX]
+TORCH_WEIGHTS = ["pytorch_model*.bin", TORCH_INDEX]
 
 
-def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
+def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a base model, downloading the needed files of a hub id first.
 
-    Of the weights, safetensors are fetched, torch's files only where there are none. `revision` is a branch,
+    Of `weights`, safetensors are fetched, torch's files only where there are none. `revision` is a branch,
     tag or commit. What is in the cache is not fetched again, and is all that is used without a network.
     Raises InputError when there is neither such a folder nor such a repository within reach.
     """
@@ -33,10 +37,9 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Pa
         if revision is not None:
             raise InputError(f"{dir_or_hub_id}: is a folder, which has no --revision")
         return folder
-    needed = ["config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS]
-    folder = _download(str(dir_or_hub_id), revision, needed + SAFETENSORS)
-    if not any(folder.glob("model*.safetensors")):
-        folder = _download(str(dir_or_hub_id), revision, needed + TORCH_WEIGHTS)
+    folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + (SAFETENSORS if weights else []))
+    if weights and not any(folder.glob("model*.safetensors")):
+        folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + TORCH_WEIGHTS)
     return folder
 
 

@@ -15,12 +15,8 @@ from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
 from convert.untrusted import member, read_object
-from jaxprefix.hub import resolve_folder
+from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES, TOKENIZERS_FILE, resolve_folder
 
-SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
-TOKENIZERS_FILE = "tokenizer.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 NEWLINE_PIECE = "<NL>"
 
 
@@ -155,7 +151,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     model or config.json. A tokenizer without a pad token pads with eos: padding is never read.
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
-    folder = resolve_folder(dir_or_hub_id, revision)
+    folder = resolve_folder(dir_or_hub_id, revision, weights=False)
     settings = {key: value for file in SPECIAL_FILES for key, value in _read_settings(folder, file).items()}
     path = next((p for name in (*SENTENCEPIECE_FILES, TOKENIZERS_FILE) if (p := member(folder, name)).is_file()), None)
     if path is None:

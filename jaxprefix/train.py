@@ -24,14 +24,15 @@ from jaxprefix.faults import (
     FiniteGuard,
     StopRequest,
     check_still_there,
+    less_memory,
     not_finite,
     stop_on_signal,
     within_disk,
-    within_memory,
 )
 from jaxprefix.hosts import Vote, Watchdog, agree, first_says, is_first, joined, see, spread
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
+from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import DirectPrefix, Encoder, Prefix, base_identity, load_prefix, new_encoder, save_prefix
 from jaxprefix.recipe import RECIPES
@@ -99,7 +100,7 @@ def train(config: TrainConfig) -> TrainResult:
     with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all have
     made the run; a signal to any of them ends it for all.
     """
-    with within_memory(config), joined(config.hosts):
+    with within_memory(lambda: less_memory(config)), joined(config.hosts):
         return train_jointly(config)
 
 

@@ -50,6 +50,8 @@ def test_batch_size_does_not_matter(golden_model, tokenizer):
         whole = ids_of(golden_model, tokenizer, PROMPTS[:3], decode=decode)
         assert ids_of(golden_model, tokenizer, PROMPTS[:3], batch_size=2, decode=decode) == whole
     assert ids_of(golden_model, tokenizer, []) == []
+    with pytest.raises(InputError, match="batch_size must be at least 1, is 0"):
+        ids_of(golden_model, tokenizer, [], batch_size=0)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer, tmp_path):

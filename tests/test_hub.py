@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
 from convert.errors import InputError
+from jaxprefix import load_model, load_tokenizer
+from jaxprefix.check import check
+from jaxprefix.config import CheckConfig
 from jaxprefix.hub import resolve_folder
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
@@ -117,3 +121,11 @@ def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
     download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
     with pytest.raises(InputError, match="the model hub cannot be reached nor is it in the cache"):
         resolve_folder("user/model")
+
+
+def test_what_needs_no_weights_fetches_none(hub, folders, tmp_path):
+    load_tokenizer("user/model", "v1")
+    list(check(CheckConfig("user/model", revision="v1")))
+    assert "model.safetensors" not in hub.fetched()
+    here = load_model(folders["user/model", "v1"]).embed.weight[...]
+    np.testing.assert_array_equal(load_model("user/model", revision="v1").embed.weight[...], here)

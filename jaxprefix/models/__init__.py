@@ -31,15 +31,16 @@ def load_model(
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     config: ModelConfig | None = None,
     compute: Compute = Compute(),
+    revision: str | None = None,
 ) -> BaseModel:
-    """Load a base model from a folder in the hub's layout, or from a hub id.
+    """Load a base model from a folder in the hub's layout, or from a hub id, of which `revision` is a version.
 
     `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of`
     places a weight by its path and shape (see `sharding.py`); each device reads its own part, the first device
     everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
     computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
     """
-    folder = resolve_folder(dir_or_hub_id)
+    folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     _check_depth(folder, config)
     graph, abstract = nnx.split(abstract_model(config, compute))

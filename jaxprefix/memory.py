@@ -1,0 +1,40 @@
+"""A device's memory that was too small, told plainly."""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+
+from convert.errors import RunError
+
+GIB = 2**30
+UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@contextlib.contextmanager
+def within_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turn JAX's error of a device that is full into RunError, which ends with what `advice` returns."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise RunError(f"{shortage(str(error))}; {advice()}") from error
+
+
+def shortage(text: str) -> str:
+    """Say by how much a device's memory was too small, from the error's text."""
+    wanted = re.search(r"allocat\D+([\d.]+) ?(\w*iB|bytes)?", text)
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    free = size - stats.get("bytes_in_use", 0)
+    over = "out of memory"
+    if wanted:
+        n_bytes = float(wanted[1]) * UNITS.get(wanted[2] or "", 1)
+        over += f": {n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
+    else:
+        over += ": more was asked for than"
+    return f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free"

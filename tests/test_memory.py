@@ -1,0 +1,31 @@
+import jax
+import pytest
+
+import jaxprefix.decode
+from jaxprefix.cli import main
+from jaxprefix.memory import shortage
+from tests.base_folders import GOLDEN_BASE
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", "2.00 GiB were"),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "12.50 GiB were"),
+        ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5GiB (1610612736B) on device", "1.50 GiB were"),
+        ("RESOURCE_EXHAUSTED: something else", "more was asked for"),
+    ],
+)
+def test_what_was_asked_for_is_read_from_the_error(text, asked):
+    assert asked in shortage(text)
+
+
+def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, capsys):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.")
+
+    monkeypatch.setattr(jaxprefix.decode, "_decode", fail)
+    assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
+    error = capsys.readouterr().err
+    assert "error: out of memory: 12.50 GiB were asked for at once, " in error
+    assert "lower --batch_size 3 or --max_output_len 128, or take --dtype bfloat16" in error
