@@ -21,7 +21,7 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise RunError(f"{shortage(str(error))}; {advice()}") from error
+        raise RunError(f"out of memory: {shortage(str(error))}; {advice()}") from error
 
 
 def shortage(text: str) -> str:
@@ -31,10 +31,8 @@ def shortage(text: str) -> str:
     stats = device.memory_stats() or {}
     size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     free = size - stats.get("bytes_in_use", 0)
-    over = "out of memory"
+    over = "more was asked for than"
     if wanted:
         n_bytes = float(wanted[1]) * UNITS.get(wanted[2] or "", 1)
-        over += f": {n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
-    else:
-        over += ": more was asked for than"
+        over = f"{n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
     return f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free"

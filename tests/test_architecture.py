@@ -21,7 +21,7 @@ FLOORS = [
     {"train", "conversion", "check"},
     {"inputs", "faults"},
     {"update", "decode", "evaluate", "run_folder", "checkpoint"},
-    {"prefix", "loss", "run_log", "sharding", "hosts"},
+    {"prefix", "loss", "run_log", "sharding", "hosts", "memory"},
     {"base_folder"},
     {"models"},
     {"data"},

@@ -78,7 +78,7 @@ FAULTS = {
         lambda: replaced(
             gpt_neox,
             "rotary_angles",
-            lambda angles: lambda p, config, n: angles(p, dataclasses.replace(config, rotary_base=10500.0), n),
+            lambda angles: lambda p, config: angles(p, dataclasses.replace(config, rotary_base=10500.0)),
         ),
     ),
     "layer-norm eps": (
