@@ -2,8 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
@@ -13,3 +18,13 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
     os.replace(temporary, path)
+
+
+def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:
+    """Write a safetensors file as PyTorch's readers expect it. Raises OSError, which the library wraps."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **header})
+    except SafetensorError as error:
+        if not (code := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from convert import torch_files
 from convert.errors import InputError
-from convert.files import replacing
+from convert.files import replacing, save_safetensors
 from convert.untrusted import member, read_object
 from convert.weights import read_safetensors
 
@@ -73,7 +72,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
     if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
-    if array.ndim == 5:
+    if array.ndim == 5 and 0 not in array.shape:
         array = to_folded(array).reshape(array.shape[2], -1, *array.shape[3:])
     if array.ndim not in (2, 4) or 0 in array.shape:
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")
@@ -127,7 +126,7 @@ def write_npy(path: Path, folded: np.ndarray) -> None:
 def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -> None:
     """Write the one tensor of an adapter folder; `base` goes into the header. Raises OSError."""
     with replacing(path) as temporary:
-        save_file({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, metadata={"format": "pt", **base})
+        save_safetensors({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, base)
 
 
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1) -> Any:

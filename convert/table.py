@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from convert.errors import InputError
+from convert.files import save_safetensors
 from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, TransposedWeight, stored_weights
 
 SHARD_BYTES = 5 * 10**9
@@ -83,7 +83,7 @@ def write_weights(folder: Path, table: Table, n_layer: int, weights: Iterable[tu
 
     def flush(shard: dict[str, np.ndarray]) -> None:
         shards.append(list(shard))
-        save_file(shard, folder / f"{len(shards)}.tmp", metadata={"format": "pt"})
+        save_safetensors(shard, folder / f"{len(shards)}.tmp", {})
 
     folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, np.ndarray] = {}

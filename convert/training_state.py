@@ -24,6 +24,7 @@ PARAMETERS = (
 """Names in the original's state dict; weights are [out, in] on both sides."""
 ENCODER = "encoder.{name}"
 MOMENTS = {"exp_avg": "moments.1.0.mu.{name}", "exp_avg_sq": "moments.1.0.nu.{name}"}
+SCALE = ["loss_scale", "loss_scale.n_good"]
 STEPS = ("moments.1.0.count", "moments.1.2.count")
 """Updates that Adam, and the learning rate's schedule, have seen."""
 
@@ -60,7 +61,7 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
     problems += _shape_problems(arrays)
     if isinstance(optimizer, dict):
         step = optimizer.get("step")
-        if isinstance(step, int) and step >= 0:
+        if isinstance(step, int) and 0 <= step < 2**31:
             arrays |= {key: np.array(step, np.int32) for key in STEPS}
         else:
             problems.append(f"the optimizer's step must be a whole number, found {step!r}")
@@ -70,12 +71,15 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: Path) -> None:
-    """Write a checkpoint's arrays as a torch file. Raises InputError naming what `source` lacks, and OSError."""
+    """Write a checkpoint's arrays as a torch file, but for float16's loss scale, which starts anew on each side.
+
+    Raises InputError naming what `source` lacks, and OSError.
+    """
     torch = import_torch(f"writing {path}")
     rules = (ENCODER, *MOMENTS.values())
     expected = [rule.format(name=name) for rule in rules for name in PARAMETERS] + list(STEPS)
     problems = [f"missing {key}" for key in expected if key not in arrays]
-    problems += [f"{key} has no counterpart in the original's names" for key in arrays if key not in expected]
+    problems += [f"{key} has no counterpart in the original's names" for key in arrays if key not in expected + SCALE]
     if problems:
         raise InputError.all(f"{source}: no training state of the original's encoder:", problems)
 

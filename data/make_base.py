@@ -2,7 +2,7 @@
 
     python data/make_base.py --output_dir data/small_base
 
-Needs the torch and dev extras; about half an hour on two cores. The corpus is documents filled in from
+Needs the torch and dev extras; about 20 minutes on two cores. The corpus is documents filled in from
 `scenes.json` and the sample documents but for the last ones, which stay unseen for evaluation.
 """
 

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, longest_row, n_labels
+from jaxprefix.data import Batch, longest_row, n_labels, split_examples
 from jaxprefix.examples import Chunking, Examples
+from jaxprefix.inputs import update_plan
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes
@@ -39,7 +40,9 @@ def check(config: CheckConfig) -> Iterator[str]:
         examples = load_examples(config.data_filepath, chunking)
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
-        n_columns = longest_row(examples)
+        parts = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
+        update_plan(config, recipe, len(parts[0]))
+        n_columns = max(map(longest_row, parts))
     yield describe_suffix(config.suffix, tokenizer)
     model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"

@@ -6,6 +6,7 @@ number, `progress`, where the run is, and `sha256`, the checksum of each array a
 only if all of it can be read and fits its number and these sums.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,8 +24,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.hosts import anywhere, is_first, wait_for_all
+from jaxprefix.hosts import anywhere, first_says, is_first, see, wait_for_all
 
+MOST_CHECKPOINTS = 8
+"""That are looked at: two are kept, and more only if removing them failed."""
 MOST_WORDS = 200
 """Characters of another library's error that a message repeats."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
@@ -76,7 +79,7 @@ class Checkpoints:
         Raises SaveError when this cannot be done, or when the save before it has failed in the background.
         """
         self.finish()  # the manager would leave this one out while another is being written
-        arrays = dict(zip(_names(state), jax.tree.leaves(state), strict=True))
+        arrays = named(state)
         sums = {name: _sha256(np.asarray(array)) for name, array in arrays.items()}
         record = {"step": step, "progress": progress, "sha256": {**sums, "progress": _sha256(progress)}}
         items = {STATE: ocp.args.PyTreeSave(arrays), PROGRESS: ocp.args.JsonSave(record)}
@@ -103,7 +106,7 @@ class Checkpoints:
         Raises InputError when there is none.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in self._steps():
             try:
                 found = self._read(step)
             except _DamagedError as error:
@@ -117,6 +120,16 @@ class Checkpoints:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
         problems = [f"{step}: {problem}" for step, problem in damaged.items()]
         raise InputError.all(f"{self.folder}: every checkpoint is damaged; --overwrite starts the run anew:", problems)
+
+    def _steps(self) -> list[int]:
+        """The checkpoints that the first process sees, the newest first, once this one sees them too."""
+        steps = sorted(self._manager.all_steps(), reverse=True)[:MOST_CHECKPOINTS]
+        padded = np.array(steps + [-1] * (MOST_CHECKPOINTS - len(steps)), np.int32)
+        steps = [step for step in first_says(padded).tolist() if step >= 0]
+        for step in steps:
+            with contextlib.suppress(InputError):  # then reading it tells
+                see(self.folder / str(step))
+        return steps
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Read what Orbax wrote by itself: its own reader leaves threads that complain when a file is damaged."""
@@ -155,7 +168,7 @@ def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
 
     Raises InputError that lists every array that is missing or of another shape.
     """
-    expected = dict(zip(_names(like), jax.tree.leaves(like), strict=True))
+    expected = named(like)
     problems = [
         f"{name}: expected shape {leaf.shape}, found {arrays[name].shape if name in arrays else 'nothing'}"
         for name, leaf in expected.items()
@@ -166,10 +179,12 @@ def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
 
 
-def _names(state: Any) -> list[str]:
-    """Return each leaf's path in the pytree, joined by dots."""
-    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path in paths]
+def named(state: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by their paths, joined by dots."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
 
 
 def _stored_array(folder: Path, name: str) -> np.ndarray:

@@ -38,8 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _convert(settings)
         from jaxprefix.memory import within_memory
 
-        lower = f"lower --batch_size {settings.batch_size} or --max_output_len {settings.decode.max_output_len}"
-        with within_memory(lambda: lower + ", or take --dtype bfloat16"):
+        with within_memory(lambda: _less_memory(settings)):
             return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
     except PlainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,6 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _less_memory(settings: GenerateConfig | EvaluateConfig) -> str:
+    needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
+    needed += [f"--max_seq_len {settings.max_seq_len}"] if isinstance(settings, EvaluateConfig) else []
+    return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
 
 
 def keep_compiled_programs() -> None:
@@ -138,6 +143,8 @@ def prompt_loop() -> Iterator[str]:
     while True:
         try:
             yield input("> " if interactive else "")
+        except UnicodeDecodeError as error:
+            print(f"error: not a valid text ({error})", file=sys.stderr)
         except (EOFError, KeyboardInterrupt):
             return
 
@@ -145,7 +152,7 @@ def prompt_loop() -> Iterator[str]:
 def read_prompts(path: Path) -> list[str]:
     """Read one prompt a line; blank lines are left out."""
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable text file ({error})") from error
     if not prompts:
@@ -174,8 +181,8 @@ def _evaluate(config: EvaluateConfig) -> int:
             print(line, file=sys.stderr)
         prefix_len = 0 if prefix is None else prefix.shape[2]
         model.config.check_fit(tokenizer.vocab_size, prefix_len, longest_row(examples), "the longest row")
-        batches = dev_batches(examples, tokenizer, config.batch_size)
         for way, values in report.items():
+            batches = dev_batches(examples, tokenizer, config.batch_size)
             values |= dev_loss(model, ways[way], batches, recipe)
     if prompts:
         for way, values in report.items():

@@ -84,11 +84,12 @@ def _training_state_in(config: ConvertConfig) -> str:
 
 
 def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Compare the encoder's output with the base model, if one is given."""
-    if config.pretrained_model_dir is None:
+    """Compare the encoder's output, if there is one, with the base model, if one is given."""
+    output = arrays.get("encoder.prefix_mlp.2.weight")
+    if config.pretrained_model_dir is None or output is None:
         return
     base = open_base(config.pretrained_model_dir, config.revision, weights=False).config
-    found = arrays["encoder.prefix_mlp.2.weight"].shape[0]
+    found = output.shape[0]
     if found != base.folded_width:
         raise InputError(
             f"{config.source}: its encoder makes {found} numbers per position, {base.name} takes {base.folded_width}"

@@ -248,8 +248,11 @@ class UpdatePlan:
     def epochs_ending(self, n_done: int) -> list[int]:
         """Return the epochs to evaluate once n_done updates are made; a run cut short ends its epoch too."""
         epoch = self.epoch_of(n_done - 1)
-        ending = [e for e in range(epoch, self.n_epochs) if self._updates_before_epoch(e + 1) == n_done]
-        return ending or ([epoch] if n_done == self.n_updates else [])
+        ending = []
+        while epoch < self.n_epochs and (end := self._updates_before_epoch(epoch + 1)) <= n_done:
+            ending += [epoch] if end == n_done else []
+            epoch += 1
+        return ending or ([self.epoch_of(n_done - 1)] if n_done == self.n_updates else [])
 
     def _updates_before_epoch(self, epoch: int) -> int:
         if self.carry_accumulation:

@@ -3,7 +3,8 @@
 import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -54,30 +55,35 @@ def _exp(loss: float) -> float:
 
 def dev_batches(
     examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | None = None
-) -> list[Batch]:
-    """Lay examples into batches of one shape, in order, whose rows can be split over the mesh."""
-    groups = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+) -> Iterator[Batch]:
+    """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
     n_rows = 2 * batch_size if mesh is None else rows_on(mesh, 2 * batch_size)
     n_columns = longest_row(examples)
-    return [make_batch(group, tokenizer, n_rows, n_columns) for group in groups]
+    for first in range(0, len(examples), batch_size):
+        yield make_batch(examples[first : first + batch_size], tokenizer, n_rows, n_columns)
 
 
 def dev_loss(
     base: BaseModel,
     prefix: Prefix | None,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     recipe: Recipe = Recipe(),
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": its exponential} over the batches, computed where the base lies."""
-    outcomes = []
+    meter, in_flight = LossMeter(recipe), deque[tuple[Array, Array]]()
+
+    def settle(n_left: int) -> None:
+        while len(in_flight) > n_left:
+            total, n_tokens = in_flight.popleft()
+            meter.add(float(total) / int(n_tokens), int(n_tokens))
+
     for batch in batches:
         rows = (batch.tokens, batch.labels)
         rows = rows if mesh is None else spread(rows, split_rows(mesh, axis=0))
-        outcomes.append(_batch_loss(base, prefix, *rows, mesh))
-    meter = LossMeter(recipe)
-    for total, n_tokens in outcomes:
-        meter.add(float(total) / int(n_tokens), int(n_tokens))
+        in_flight.append(_batch_loss(base, prefix, *rows, mesh))
+        settle(n_left=1)
+    settle(n_left=0)
     return meter.means()
 
 
@@ -98,13 +104,21 @@ _SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKET
 def count_sentences(text: str, suffix: str) -> tuple[int, int]:
     """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
 
-    A sentence ends at the suffix, or at 。！？!? or a full stop when the suffix does not follow.
+    A sentence ends with its line, at the suffix, or at 。！？!? or a full stop when the suffix does not follow.
     """
-    first, *others = text.split(suffix.strip())
+    *lines, last = text.split("\n")
+    counts = [_count_in_line(last, suffix), *(_count_in_line(f"{line}\n", suffix) for line in lines)]
+    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
+    return n_sentences, n_suffixed
+
+
+def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
+    first, *others = line.split(suffix.strip())
     *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
-    suffixed = [piece.strip() for piece in before_suffix if piece.strip()]
+    suffixed = [piece.strip() for piece in before_suffix if piece.strip(f"{_MARKS}{_BRACKETS} ")]
     unsuffixed = [*(piece.rstrip(_MARKS + _BRACKETS + ".") for piece in suffixed), rest]
     n_unsuffixed = sum(len(_SENTENCE_END.findall(piece)) for piece in unsuffixed)
+    n_unsuffixed += rest.endswith("\n") and bool(_SENTENCE_END.split(rest)[-1].strip(f"{_MARKS}{_BRACKETS} \n"))
     return len(suffixed) + n_unsuffixed, len(suffixed)
 
 

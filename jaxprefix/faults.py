@@ -10,8 +10,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from safetensors import SafetensorError
-
 from convert.errors import RunError
 from jaxprefix.checkpoint import SaveError, first_words, newest_checkpoint
 from jaxprefix.config import TrainConfig
@@ -74,7 +72,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         yield
         sys.unraisablehook = hook  # after a failure both stay: the loop may be told when the run has ended
         asyncio.setLevel(levels[1])
-    except (OSError, SafetensorError, SaveError) as error:
+    except (OSError, SaveError) as error:
         check_still_there(config)
         if isinstance(error, SaveError):
             raise

@@ -126,9 +126,10 @@ def agree(name: str, attempt: Callable[[], Result]) -> Result:
     return result
 
 
-def first_says(answer: bool) -> bool:
+def first_says(answer: np.ndarray | bool) -> np.ndarray:
     """Return the first process's answer everywhere: files appear on the other hosts a little later."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+    answer = np.asarray(answer)
+    return np.asarray(multihost_utils.broadcast_one_to_all(answer)) if jax.process_count() > 1 else answer
 
 
 def anywhere(flag: bool) -> bool:

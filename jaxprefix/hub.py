@@ -40,6 +40,8 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
     folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + (SAFETENSORS if weights else []))
     if weights and not any(folder.glob("model*.safetensors")):
         folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + TORCH_WEIGHTS)
+        if not any(folder.glob("pytorch_model*.bin")):
+            raise InputError(f"{dir_or_hub_id}: no weights in the cache, and the model hub is out of reach or has none")
     return folder
 
 

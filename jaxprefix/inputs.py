@@ -46,8 +46,13 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     longest = max(longest_row(train_set), longest_row(dev_set))
     base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
+    return Inputs(base, train_set, dev_set, update_plan(config, recipe, len(train_set)), examples.skipped)
+
+
+def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan:
+    """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
     plan = UpdatePlan(
-        n_examples=len(train_set),
+        n_examples=n_train,
         batch_size=config.batch_size,
         n_accum_steps=config.n_accum_steps,
         n_epochs=config.n_epochs,
@@ -60,7 +65,7 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
             f"which --recipe {config.recipe} cannot fill"
         )
-    return Inputs(base, train_set, dev_set, plan, examples.skipped)
+    return plan
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

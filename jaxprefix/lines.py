@@ -5,6 +5,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from convert.errors import InputError
 
@@ -29,7 +30,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
     most = max(UNPACKED_BYTES, GZIP_RATIO * path.stat().st_size)
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
-            line = _without_mark(file.readline(LINE_BYTES + 1), path)
+            _skip_mark(file, path)
+            line = file.readline(LINE_BYTES + 1)
             while line:
                 yield line
                 while len(line) >= LINE_BYTES and not line.endswith(b"\n") and file.tell() <= most:
@@ -45,11 +47,13 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: changed while it was read; copy it, or wait until it is finished")
 
 
-def _without_mark(line: bytes, path: Path) -> bytes:
-    """Take UTF-8's byte order mark off the first line."""
-    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+def _skip_mark(file: gzip.GzipFile | BinaryIO, path: Path) -> None:
+    """Go behind UTF-8's byte order mark, if the file begins with one."""
+    start = file.read(len(codecs.BOM_UTF8))
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path}: is UTF-16; save it as UTF-8")
-    return line.removeprefix(codecs.BOM_UTF8)
+    if start != codecs.BOM_UTF8:
+        file.seek(0)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -47,7 +47,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(path)
     except BlockingIOError as error:
-        owner = path.read_text(encoding="utf-8").strip() or "another process"
+        owner = "another process"
+        with contextlib.suppress(OSError):  # it may leave at this moment
+            owner = path.read_text(encoding="utf-8").strip() or owner
         raise InputError(f"{folder}: is in use by {owner}; wait for it or choose another --save_name") from error
     except FileExistsError as error:
         raise InputError(f"{path.parent}: cannot be written (Not a directory)") from error

@@ -5,6 +5,8 @@ A cache entry is a folder named by what went into it: tokens.bin (all ids), ends
 """
 
 import concurrent.futures
+import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -46,14 +48,8 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
-                _tokenize(path, chunking, Path(unfinished))
-                if _key(path, chunking) != folder.name:
-                    raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
-                shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-                _move(Path(unfinished), folder)
-            examples = _open(folder)
+            with _making(folder):
+                examples = _open(folder) or _make(path, chunking, folder)
     except OSError as error:
         advice = "XDG_CACHE_HOME names another place"
         raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {advice}") from error
@@ -61,11 +57,34 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     return not_empty(examples, path)
 
 
+def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+        _tokenize(path, chunking, Path(unfinished))
+        if _key(path, chunking) != folder.name:
+            raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
+        if _open(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        _move(Path(unfinished), folder)
+    return _open(folder)
+
+
+@contextlib.contextmanager
+def _making(folder: Path) -> Iterator[None]:
+    """Wait until no other process is making the same entry, where the file system has locks."""
+    path = cache_folder() / "locks" / folder.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _key(path: Path, chunking: Chunking) -> str:
     tokenizer, *settings = chunking
     with path.open("rb") as file:
         contents = hashlib.file_digest(file, "sha256").hexdigest()
-    parts = (FORMAT, contents, tokenizer.identity, *settings)
+    parts = (FORMAT, contents, tokenizer.fingerprint, *settings)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -87,7 +106,7 @@ def _open(folder: Path) -> Examples | None:
 
 
 def _move(unfinished: Path, folder: Path) -> None:
-    """Give a finished entry its name; another process may have been first with the same."""
+    """Give a finished entry its name; without locks, another process may have been first with the same."""
     finished = unfinished / "entry"
     try:
         finished.rename(folder)

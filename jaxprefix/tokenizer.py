@@ -24,11 +24,13 @@ class SentencePiece:
     """A SentencePiece model, with what a base model's folder adds to it.
 
     `added` are tokens with ids behind the model's; texts are split at them first. Where the vocabulary has
-    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token.
+    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token. `additions`
+    names what is not the model's own.
     """
 
     def __init__(self, processor: SentencePieceProcessor, added: Mapping[str, int], lower: bool):
         self.processor, self.added, self.lower = processor, dict(added), lower
+        self.additions = f"{sorted(added.items())} {lower}" if added or lower else ""
         self.unk_id: int | None = processor.unk_id()
         self.size = max([processor.get_piece_size() - 1, *added.values()]) + 1
         self._added_by_id = {index: token for token, index in added.items()}
@@ -79,12 +81,14 @@ class TokenizersFile:
     def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, int]):
         backend.no_truncation()
         backend.no_padding()
+        new = [item for item in added.items() if backend.token_to_id(item[0]) is None]
+        self.additions = str(sorted(new)) if new else ""
         for token, index in sorted(added.items(), key=lambda item: item[1]):
             if backend.token_to_id(token) is None:
                 backend.add_special_tokens([token])
             if backend.token_to_id(token) != index:
                 raise InputError(f"added token {token!r} has id {index} in one file, {backend.token_to_id(token)} here")
-        self.backend, self.added, self.lower = backend, dict(added), False  # what it lower-cases, its file says
+        self.backend = backend
         self.size = backend.get_vocab_size(with_added_tokens=True)
         unknown = getattr(backend.model, "unk_token", None)
         self.unk_id = None if unknown is None else backend.token_to_id(unknown)
@@ -117,7 +121,8 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     fingerprint: str
-    """First 16 hex digits of the SHA-256 of the tokenizer's file: two tokenizers agree if these do."""
+    """First 16 hex digits of the SHA-256 of the tokenizer's file and of what others add to it: two tokenizers agree if
+    these do."""
 
     @property
     def vocab_size(self) -> int:
@@ -128,11 +133,6 @@ class Tokenizer:
     def unk_id(self) -> int | None:
         """Id of what the vocabulary cannot express; None if it can express everything."""
         return self.vocabulary.unk_id
-
-    @property
-    def identity(self) -> str:
-        """All that the ids of a text depend on: the tokenizer's file, and what others of its folder add to it."""
-        return repr((self.fingerprint, sorted(self.vocabulary.added.items()), self.vocabulary.lower))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens. Raises InputError if it is not valid Unicode."""
@@ -165,7 +165,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
     if bos_id is None or eos_id is None:
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(path.read_bytes() + vocabulary.additions.encode()).hexdigest()[:16]
     return Tokenizer(vocabulary, bos_id, eos_id, eos_id if pad_id is None else pad_id, fingerprint)
 
 

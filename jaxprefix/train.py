@@ -11,12 +11,13 @@ from signal import Signals
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from convert.errors import InputError
 from convert.training_state import read_training_state
-from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, n_labels
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
@@ -117,18 +118,23 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     rate = learning_rate(config, recipe, inputs.plan.n_updates)
     optimizer = make_optimizer(config, rate)
 
-    resuming = first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None)
-    state = start_state(config, base, inputs.base.tokenizer, optimizer, resuming)
+    resuming = has_checkpoint(config)
+    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming)
+    state = agree("start the prefix", lambda: start_state(*wanted_state))
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
         open_shared_folder(config, description, stack)
+        if has_checkpoint(config) != resuming:  # nobody else writes from here on
+            raise InputError(f"{config.run_dir}: another process saved a checkpoint meanwhile; repeat the command")
         if config.writes:
             stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal())
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
             arrays, saved = checkpoints.read()
+            if state.loss_scale is not None:  # a training state from PyTorch has none
+                arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
             state, progress = from_names(state, arrays, checkpoints.folder), Progress(**saved)
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
@@ -154,7 +160,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
     """
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh)
+    dev = list(dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh))
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
@@ -246,6 +252,11 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
         if run.config.save_model and is_first():
             check_still_there(run.config)
             save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.base.config, run.inputs.base.tokenizer)
+
+
+def has_checkpoint(config: TrainConfig) -> bool:
+    """Tell whether there is a checkpoint that the run is to go on from."""
+    return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
 
 
 def look_at_folder(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxprefix.check import compiled_memory, training_memory
 from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.models.config import read_model_config
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 
 SMALL_BASE = Path(__file__).parent.parent / "data" / "small_base"
 
@@ -20,7 +20,8 @@ def report(capsys, base, *flags):
 
 
 def test_report_on_the_small_base(capsys):
-    code, lines, _ = report(capsys, SMALL_BASE, "--data_filepath", SMALL_BASE.parent / "sample_data.jsonl")
+    sizes = ("--train_data_size", 400, "--dev_data_size", 20)
+    code, lines, _ = report(capsys, SMALL_BASE, "--data_filepath", SMALL_BASE.parent / "sample_data.jsonl", *sizes)
     assert code == 0
     assert lines[:2] == [
         "base model: gpt_neox, 4 layers × 192, 6 heads of 32, gelu, sequential, rotary 1 base 10000, head of its own",
@@ -68,3 +69,9 @@ def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(scan_layers):
     whole = compiled_memory(config, model, 65)
     assert guessed[0] == pytest.approx(whole[0], rel=0.01)
     assert guessed[1] == pytest.approx(whole[1], rel=0.05)
+
+
+def test_too_few_examples_end_the_check(capsys):
+    code, _, err = report(capsys, GOLDEN_BASE, "--data_filepath", GOLDEN / "documents.jsonl", "--train_data_size", "99")
+    assert code == 2
+    assert "fewer than --train_data_size 99 + --dev_data_size 10" in err

@@ -194,6 +194,13 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
         converted(tmp_path / "state.pt", tmp_path / "run")
 
 
+def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
+    config = run_config(tmp_path, dtype="float16", n_training_steps=1)
+    train(config)
+    converted(converted(config.run_dir, tmp_path / "state.pt"), tmp_path / "again")
+    assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
+
+
 def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_model, tokenizer):
     path = tmp_path / "encoder.pt"
     saved = started_encoder(run_config(tmp_path, seed=43))

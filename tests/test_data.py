@@ -159,6 +159,13 @@ def test_a_file_of_bad_lines_only_tells_the_first(tokenizer, tmp_path):
 FAMILY = "👨‍👩‍👧‍👦"
 
 
+def test_a_mark_before_an_overlong_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LINE_BYTES", 100)
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"a" * 101 + b"\nsecond\n")
+    assert list(lines.read_lines(path)) == [b"a" * 101, b"second\n"]
+
+
 @pytest.mark.parametrize("escaped", [False, True])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("packed", [False, True])

@@ -21,6 +21,10 @@ SMILE = " 😃"
         ("今日は晴れ。😃 😃 😃", (1, 1)),
         ("I paid 3.5 yen. You paid more. 😃", (2, 1)),
         (" 😃 次の文。", (1, 0)),  # a suffix that answers the prompt's own sentence
+        ("見出し\n本文です。 😃", (2, 1)),  # a line ends its sentence
+        ("一行目\n二行目。\n三行目 😃\n途中", (3, 1)),
+        ("一。\n\n😃\n二。 😃\n", (2, 1)),
+        ("「A。 😃」 😃", (1, 1)),
         ("😃", (0, 0)),
         ("", (0, 0)),
     ],

@@ -4,6 +4,7 @@ import re
 import pytest
 
 from convert.errors import InputError
+from jaxprefix import run_folder
 from jaxprefix.config import Compute
 from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder
 from tests.runs import run_config
@@ -37,3 +38,9 @@ def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
     resumed = dataclasses.replace(config, resume=True, batch_size=2)
     with pytest.raises(InputError, match="batch_size: was 4, now 2"):
         check_run_folder(resumed, describe_run(resumed, {}))
+
+
+def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "_locked", lambda path: (_ for _ in ()).throw(BlockingIOError()))
+    with pytest.raises(InputError, match="is in use by another process"), only_writer(tmp_path / "run"):
+        pass

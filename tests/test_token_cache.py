@@ -1,6 +1,8 @@
+import concurrent.futures
 import dataclasses
 import gzip
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
 from jaxprefix.examples import Chunking, Example, Examples, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
-from jaxprefix.tokenizer import SentencePiece
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import make_base_folder
 
 SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人が大きな声を出している。", "今日は、暑い。"]
 
@@ -81,7 +84,7 @@ def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capf
         "added tokens",
     ],
 )
-def test_everything_that_matters_names_another_entry(data, tokenizer, change):
+def test_everything_that_matters_names_another_entry(data, tokenizer, tmp_path, change):
     chunking = Chunking(tokenizer)
     before = token_cache._key(data, chunking)
     if change == "file":
@@ -89,8 +92,9 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, change):
     elif change == "tokenizer":
         chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, fingerprint="other"))
     elif change == "added tokens":
-        vocabulary = SentencePiece(tokenizer.vocabulary.processor, {"朝": 440}, lower=False)
-        chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, vocabulary=vocabulary))
+        folder = make_base_folder(tmp_path / "base")
+        (folder / "added_tokens.json").write_text('{"朝": 440}')
+        chunking = chunking._replace(tokenizer=load_tokenizer(folder))
     else:
         chunking = chunking._replace(**change)
     assert token_cache._key(data, chunking) != before
@@ -140,6 +144,25 @@ def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress(data.read_bytes()))
     assert same(load_examples(packed, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
     assert len(list((cache_folder() / "tokens").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_processes_that_start_together_tokenize_once(data, tokenizer, monkeypatch):
+    tokenize, made, barrier = token_cache._tokenize, [], threading.Barrier(4)
+
+    def counted(*arguments):
+        made.append(1)
+        tokenize(*arguments)
+
+    def load(_):
+        barrier.wait()
+        return load_examples(data, Chunking(tokenizer))
+
+    monkeypatch.setattr(token_cache, "_tokenize", counted)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load, range(4)))
+    assert all(same(examples, found[0]) for examples in found)
+    assert len(made) == 1
 
 
 def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):

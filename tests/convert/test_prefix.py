@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
+from convert.files import save_safetensors
 from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
 
 
@@ -57,3 +58,14 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(InputError, match=r"p.weight: cannot be read \(Input/output error\)"):
         read_prefix(tmp_path / "p.weight")
+
+
+def test_five_axes_of_which_one_is_empty(tmp_path):
+    np.save(tmp_path / "prefix.npy", np.zeros((2, 2, 0, 4, 8), np.float32))
+    with pytest.raises(InputError, match=r"a prefix has axes .* found shape \(2, 2, 0, 4, 8\)"):
+        read_prefix(tmp_path / "prefix.npy")
+
+
+def test_what_safetensors_cannot_write_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        save_safetensors({"x": np.zeros(3, np.float32)}, tmp_path, {})
