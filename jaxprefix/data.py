@@ -247,12 +247,11 @@ class UpdatePlan:
 
     def epochs_ending(self, n_done: int) -> list[int]:
         """Return the epochs to evaluate once n_done updates are made; a run cut short ends its epoch too."""
-        epoch = self.epoch_of(n_done - 1)
-        ending = []
-        while epoch < self.n_epochs and (end := self._updates_before_epoch(epoch + 1)) <= n_done:
-            ending += [epoch] if end == n_done else []
-            epoch += 1
-        return ending or ([self.epoch_of(n_done - 1)] if n_done == self.n_updates else [])
+        first = self.epoch_of(n_done - 1)
+        ends = ((epoch, self._updates_before_epoch(epoch + 1)) for epoch in range(first, self.n_epochs))
+        reached = itertools.takewhile(lambda end: end[1] <= n_done, ends)
+        ending = [epoch for epoch, n_before in reached if n_before == n_done]
+        return ending or ([first] if n_done == self.n_updates else [])
 
     def _updates_before_epoch(self, epoch: int) -> int:
         if self.carry_accumulation:

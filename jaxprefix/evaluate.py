@@ -108,8 +108,7 @@ def count_sentences(text: str, suffix: str) -> tuple[int, int]:
     """
     *lines, last = text.split("\n")
     counts = [_count_in_line(last, suffix), *(_count_in_line(f"{line}\n", suffix) for line in lines)]
-    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
-    return n_sentences, n_suffixed
+    return _summed(counts)
 
 
 def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
@@ -122,8 +121,12 @@ def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
     return len(suffixed) + n_unsuffixed, len(suffixed)
 
 
+def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
+    return n_sentences, n_suffixed
+
+
 def suffix_rate(texts: Sequence[str], suffix: str) -> dict[str, float | int]:
     """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over generated texts."""
-    counts = [count_sentences(text, suffix) for text in texts]
-    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
+    n_sentences, n_suffixed = _summed(count_sentences(text, suffix) for text in texts)
     return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}

@@ -38,9 +38,9 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
             raise InputError(f"{dir_or_hub_id}: is a folder, which has no --revision")
         return folder
     folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + (SAFETENSORS if weights else []))
-    if weights and not any(folder.glob("model*.safetensors")):
+    if weights and not any(folder.glob(SAFETENSORS[0])):
         folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + TORCH_WEIGHTS)
-        if not any(folder.glob("pytorch_model*.bin")):
+        if not any(folder.glob(TORCH_WEIGHTS[0])):
             raise InputError(f"{dir_or_hub_id}: no weights in the cache, and the model hub is out of reach or has none")
     return folder
 

@@ -49,7 +49,8 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     try:
         if (examples := _open(folder)) is None:
             with _making(folder):
-                examples = _open(folder) or _make(path, chunking, folder)
+                if (examples := _open(folder)) is None:
+                    examples = _make(path, chunking, folder)
     except OSError as error:
         advice = "XDG_CACHE_HOME names another place"
         raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {advice}") from error

@@ -53,12 +53,18 @@ def quick_compiling():
 
 
 @pytest.fixture
-def users_compiling(quick_compiling):
-    """Compile with optimisations, as users do, where numbers are compared with another program's."""
+def traced_anew():
+    """Take nothing that was traced or compiled before, and leave nothing of it."""
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def users_compiling(quick_compiling, traced_anew):
+    """Compile with optimisations, as users do, where numbers are compared with another program's."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -180,14 +180,6 @@ def test_no_matrix_product_of_an_update_makes_a_gradient_of_a_base_weight():
     assert not products_of_weight_shapes(compiled_train_step(64).as_text())
 
 
-@pytest.fixture
-def traced_anew():
-    """No layer that was traced before is taken, and none of these afterwards."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def test_such_products_would_be_found(monkeypatch, traced_anew):
     monkeypatch.setattr(layers, "frozen_matmul", lambda x, weight: layers.matmul(x, weight).astype(x.dtype))
     gradient = jax.jit(jax.grad(summed_loss, argnums=(0, 1)))
