@@ -111,7 +111,9 @@ def _softmax_over_vocabulary(
     n_blocks, n_left = divmod(len(head), block_size)
 
     def add_one(index: Int[Array, ""], sums: Sums) -> Sums:
-        return add(jax.lax.dynamic_slice_in_dim(head, index * block_size, block_size), sums)
+        # Without the barrier, a CPU's compiler, which slices no bfloat16, has a float32 copy of the head made first.
+        index, here = jax.lax.optimization_barrier((index, head))
+        return add(jax.lax.dynamic_slice_in_dim(here, index * block_size, block_size), sums)
 
     sums = jax.lax.fori_loop(0, n_blocks, add_one, sums)
     highest, total, expected = add(head[-n_left:], sums) if n_left else sums

@@ -10,21 +10,21 @@ Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_o
 """
 
 import re
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert.errors import InputError
 from jaxprefix.config import AttentionMethod
 from jaxprefix.data import Packing
 from jaxprefix.models.layers import product
-from jaxprefix.models.packing import pack, unpack
 
 LayerPrefix = Float[Array, "2 P N H"]
-LayerCache = tuple[Float[Array, "B N S H"], Float[Array, "B N S H"]]
+LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
 Cache = tuple[LayerCache, ...]
 
 CUDNN_TOKENS = 512
@@ -80,19 +80,15 @@ def attend(
     v: Float[Array, "B N S H"],
     prefix: LayerPrefix | None,
     slots: Int[Array, "B T"] | None = None,
-    packing: Packing | None = None,
     scale: float | None = None,
     method: AttentionMethod = "auto",
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible; of packed rows, every text gets a row of its own. Scores, multiplied by `scale` (1/√H unless given), and
-    softmax are float32, whatever the inputs are. `method` is how it is computed, where cuDNN can: for whole rows.
+    invisible. Scores, multiplied by `scale` (1/√H unless given), and softmax are float32, whatever the inputs are.
+    `method` is how it is computed, where cuDNN can: for whole rows.
     """
-    if packing is not None:
-        q, k, v = (unpack(x, packing) for x in (q, heads_first(k), heads_first(v)))
-        return pack(attend(q, heads_first(k), heads_first(v), prefix, None, None, scale, method), packing)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole_rows = slots is None and q.shape[1] == k.shape[2]
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
@@ -173,10 +169,8 @@ def _dense(
     if prefix is not None:
         n_prefix = prefix.shape[1]
         k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
-    scores = product("btnh,bnsh->bnts", q, k) * scale
     visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
-    weights = _softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
-    return product("bnts,bnsh->btnh", weights, v).astype(v.dtype)
+    return heads_first(_masked(heads_first(q), k, v, visible, scale))
 
 
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
@@ -185,21 +179,41 @@ def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[A
     return jnp.concatenate([rows.astype(x.dtype), x], axis=2)  # cast behind the copies: gradients are summed before it
 
 
-@jax.custom_vjp
-def _softmax(scores: Float[Array, "*rest S"]) -> Float[Array, "*rest S"]:
-    """Softmax over the last axis; its backward pass keeps the result alone, `jax.nn.softmax` three such arrays."""
-    return jax.nn.softmax(scores)
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _masked(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B N S H"],
+    v: Float[Array, "B N S H"],
+    visible: Bool[Array, "#B 1 T S"],
+    scale: float,
+) -> Float[Array, "B N T H"]:
+    """Attention to what is visible. Of T × S numbers the backward pass keeps the weights alone, in v's type.
+
+    It multiplies in that type, too, like that of `frozen_matmul`. All products are of heads that lie first: a CPU
+    takes up to five times as long for others.
+    """
+    return _masked_forward(q, k, v, visible, scale)[0]
 
 
-def _softmax_forward(scores: Array) -> tuple[Array, tuple[Array]]:
-    weights = jax.nn.softmax(scores)
-    return weights, (weights,)
+def _masked_forward(
+    q: Array, k: Array, v: Array, visible: Array, scale: float
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    scores = product("bnth,bnsh->bnts", q, k) * scale
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
+    return product("bnts,bnsh->bnth", weights, v).astype(v.dtype), (q, k, v, weights)
 
 
-def _softmax_backward(residual: tuple[Array], gradient: Array) -> tuple[Array]:
-    (weights,) = residual
-    along = (weights * gradient).sum(axis=-1, keepdims=True)
-    return (weights * (gradient - along),)
+def _masked_backward(
+    scale: float, residuals: tuple[Array, Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, weights = residuals
+    towards_weights, wide = product("bnth,bnsh->bnts", gradient, v), weights.astype(jnp.float32)
+    along = product("bnts,bnts->bnt", wide, towards_weights)[..., None]
+    towards_scores = (wide * (towards_weights - along)).astype(q.dtype)
+    towards_q = product("bnts,bnsh->bnth", towards_scores, k) * scale
+    towards_k = product("bnts,bnth->bnsh", towards_scores, q) * scale
+    towards_v = product("bnts,bnth->bnsh", weights, gradient)
+    return towards_q.astype(q.dtype), towards_k.astype(k.dtype), towards_v.astype(v.dtype), None
 
 
-_softmax.defvjp(_softmax_forward, _softmax_backward)
+_masked.defvjp(_masked_forward, _masked_backward)

@@ -17,6 +17,7 @@ from jaxprefix.models.attention import (
 )
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul
+from jaxprefix.models.packing import pack, unpack
 from jaxprefix.models.stack import run_layers
 
 
@@ -40,11 +41,13 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
+        qkv = unpack(self.qkv(x), packing)
+        qkv = qkv.reshape(*qkv.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, packing, self.scale, self.method).reshape(x.shape)), cache
+        attended = attend(q, *cache, prefix, slots, self.scale, self.method)
+        return self.out(pack(attended, packing).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):

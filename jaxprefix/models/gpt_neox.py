@@ -17,7 +17,8 @@ from jaxprefix.models.attention import (
     write_cache,
 )
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul, rotary_angles, rotate
+from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, Turns, matmul, rotary_turns, rotate
+from jaxprefix.models.packing import pack, unpack
 from jaxprefix.models.stack import run_layers
 
 
@@ -36,16 +37,17 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-        angles: Float[Array, "B T half"],
+        turns: Turns,
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        qkv = self.qkv(x).reshape(*x.shape[:2], self.n_head, -1)  # [B, T, N, 3·H]
-        q, k, v = jnp.split(qkv, 3, axis=-1)
-        q, k = rotate(q, angles), rotate(k, angles)
+        qkv = unpack(self.qkv(x), packing)
+        q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
+        q, k = rotate(q, turns), rotate(k, turns)
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        return self.out(attend(q, *cache, prefix, slots, packing, None, self.method).reshape(x.shape)), cache
+        attended = attend(q, *cache, prefix, slots, None, self.method)
+        return self.out(pack(attended, packing).reshape(x.shape)), cache
 
 
 class Layer(nnx.Module):
@@ -63,11 +65,11 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-        angles: Float[Array, "B T half"],
+        turns: Turns,
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), prefix, cache, angles, slots, packing)
+        attended, written = self.attention(self.attention_norm(x), prefix, cache, turns, slots, packing)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
@@ -122,7 +124,7 @@ class GPTNeoX(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
             positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
-        shared = (rotary_angles(positions, self.config), slots, packing)
+        shared = (rotary_turns(unpack(positions, packing), self.config), slots, packing)
         x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written
 

@@ -8,20 +8,24 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from jaxprefix.data import Packing
 
 
-def unpack(x: Float[Array, "B T *rest"], packing: Packing) -> Float[Array, "BR C *rest"]:
-    """Give every text a row of its own, with zeros behind it."""
+def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "BR C *rest"]:
+    """Give every text a row of its own, with zeros behind it; without packing they have."""
+    if packing is None:
+        return x
     n_rows, n_texts, n_slots = packing.columns.shape
     taken = _take(x.reshape(*x.shape[:2], -1), packing.columns.reshape(n_rows, -1), packing.places)
     return taken.reshape(n_rows * n_texts, n_slots, *x.shape[2:])
 
 
-def pack(x: Float[Array, "BR C *rest"], packing: Packing) -> Float[Array, "B T *rest"]:
+def pack(x: Shaped[Array, "BR C *rest"], packing: Packing | None) -> Shaped[Array, "B T *rest"]:
     """Lay the texts' rows one behind the other again."""
+    if packing is None:
+        return x
     n_rows, n_columns = packing.places.shape
     rest = x.shape[2:]
     taken = _take(x.reshape(n_rows, -1, math.prod(rest)), packing.places, packing.columns.reshape(n_rows, -1))
@@ -29,7 +33,7 @@ def pack(x: Float[Array, "BR C *rest"], packing: Packing) -> Float[Array, "B T *
 
 
 @jax.custom_vjp
-def _take(x: Float[Array, "B A W"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]) -> Float[Array, "B K W"]:
+def _take(x: Shaped[Array, "B A W"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]) -> Shaped[Array, "B K W"]:
     """Take each row's vectors by index, zeros beyond the end. The gradient is taken by the way back: no scatter."""
     return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
 

@@ -103,7 +103,7 @@ def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense
     keys = jax.random.split(jax.random.key(0), len(shapes))
     halves = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.125, implementation), *halves)
-    same = outputs_and_gradients(lambda *inputs: dense(*inputs, None, None, None, "dense"), *halves)
+    same = outputs_and_gradients(lambda *inputs: dense(*inputs, None, None, "dense"), *halves)
     exact = outputs_and_gradients(dense, *(x.astype(jnp.float32) for x in halves))
     (_, *square), (_, *same), (_, *exact) = map(jax.tree.leaves, (square, same, exact))  # all but the weighed sum
     for ours, theirs, right in zip(square, same, exact, strict=True):
