@@ -2,17 +2,6 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from convert.errors import InputError
 from convert.weights import SHARD_INDEX, TORCH_INDEX
 
@@ -46,26 +35,28 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import errors, snapshot_download  # a sixth of a second that no folder needs
+
     where = f"{hub_id}: no such folder, and"
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise InputError(f"{where} not a hub id") from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise InputError(
             f"{where} on the model hub its owner must grant you access: ask for it there, then `hf auth login`"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise InputError(f"{where} on the model hub it has no revision {revision!r}") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise InputError(
             f"{where} the model hub has no such repository, or it is private: then `hf auth login`"
         ) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise InputError(f"{where} the model hub cannot be reached nor is it in the cache") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
-    except HTTPError as error:
+    except errors.HTTPError as error:
         raise InputError(f"{where} its download broke off; repeat the command to go on ({error})") from error
     except OSError as error:
         raise InputError(f"{where} it cannot be fetched into the cache ({error})") from error

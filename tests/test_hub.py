@@ -35,7 +35,7 @@ def folders(tmp_path_factory):
 
 def download_from(monkeypatch, address: str, cache: Path) -> None:
     here = {"endpoint": address, "cache_dir": cache / "hub"}
-    monkeypatch.setattr("jaxprefix.hub.snapshot_download", functools.partial(snapshot_download, **here))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", functools.partial(snapshot_download, **here))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
 
 
 def test_a_repository_without_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxprefix.hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match="user/model: no weights in the cache, and the model hub is out of reach"):
         resolve_folder("user/model")
 
