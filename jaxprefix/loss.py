@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
-from jaxprefix.models.layers import matmul, product
+from jaxprefix.models.layers import inner, matmul, product
 
 CHUNK_TOKENS = 2048
 """Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
@@ -80,7 +80,7 @@ def _chunk_loss(
     counts = labels != IGNORED
     normaliser, expected = _softmax_over_vocabulary(hidden, head, with_gradient)
     target = head[jnp.where(counts, labels, 0)].astype(jnp.float32)
-    losses = normaliser - product("bcd,bcd->bc", hidden.astype(jnp.float32), target)
+    losses = normaliser - inner(hidden.astype(jnp.float32), target)
     if expected is not None:
         expected = jnp.where(counts[..., None], expected - target, 0).astype(hidden.dtype)
     return jnp.sum(losses, where=counts), expected
@@ -111,7 +111,8 @@ def _softmax_over_vocabulary(
     n_blocks, n_left = divmod(len(head), block_size)
 
     def add_one(index: Int[Array, ""], sums: Sums) -> Sums:
-        # Without the barrier, a CPU's compiler, which slices no bfloat16, has a float32 copy of the head made first.
+        # A CPU's compiler slices no bfloat16 and would have a float32 copy of the head made before the loop: unless, by
+        # the barrier, the head is one that depends on the index.
         index, here = jax.lax.optimization_barrier((index, head))
         return add(jax.lax.dynamic_slice_in_dim(here, index * block_size, block_size), sums)
 

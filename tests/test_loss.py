@@ -5,7 +5,7 @@ import pytest
 
 import jaxprefix.loss
 from jaxprefix.data import IGNORED
-from jaxprefix.loss import next_token_loss
+from jaxprefix.loss import CPU_BLOCK, next_token_loss
 from tests.tolerances import FUNCTION
 
 
@@ -45,3 +45,11 @@ def test_logits_far_apart_do_not_overflow(batch, monkeypatch):
     np.testing.assert_allclose(
         next_token_loss(99 * hidden, head, labels)[0], plain_loss(99 * hidden, head, labels), rtol=FUNCTION
     )
+
+
+def test_a_head_in_half_precision_is_not_copied_to_float32_as_a_whole(users_compiling):
+    hidden, head = jnp.zeros((2, 4, 64), jnp.bfloat16), jnp.zeros((6 * CPU_BLOCK, 64), jnp.bfloat16)
+    compiled = jax.jit(jax.grad(lambda hidden, *rest: next_token_loss(hidden, *rest)[0])).lower(
+        hidden, head, jnp.zeros((2, 4), jnp.int32)
+    )
+    assert compiled.compile().memory_analysis().temp_size_in_bytes < 4 * head.size

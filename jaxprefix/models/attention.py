@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from convert.errors import InputError
 from jaxprefix.config import AttentionMethod
 from jaxprefix.data import Packing
-from jaxprefix.models.layers import product
+from jaxprefix.models.layers import inner, product
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
@@ -86,7 +86,7 @@ def attend(
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible. Scores, multiplied by `scale` (1/√H unless given), and softmax are float32, whatever the inputs are.
+    invisible. Scores, multiplied by `scale` (a Python number; 1/√H unless given), and softmax are float32, whatever the inputs are.
     `method` is how it is computed, where cuDNN can: for whole rows.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -182,9 +182,9 @@ def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[A
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _masked(
     q: Float[Array, "B N T H"],
-    k: Float[Array, "B N S H"],
-    v: Float[Array, "B N S H"],
-    visible: Bool[Array, "#B 1 T S"],
+    k: Float[Array, "B N keys H"],
+    v: Float[Array, "B N keys H"],
+    visible: Bool[Array, "#B 1 T keys"],
     scale: float,
 ) -> Float[Array, "B N T H"]:
     """Attention to what is visible. Of T × S numbers the backward pass keeps the weights alone, in v's type.
@@ -208,8 +208,9 @@ def _masked_backward(
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, weights = residuals
     towards_weights, wide = product("bnth,bnsh->bnts", gradient, v), weights.astype(jnp.float32)
-    along = product("bnts,bnts->bnt", wide, towards_weights)[..., None]
-    towards_scores = (wide * (towards_weights - along)).astype(q.dtype)
+    # Rounded weights do not sum to 1: undivided, what all values have in common would pull at q and k.
+    along = inner(wide, towards_weights) / wide.sum(axis=-1)
+    towards_scores = (wide * (towards_weights - along[..., None])).astype(q.dtype)
     towards_q = product("bnts,bnsh->bnth", towards_scores, k) * scale
     towards_k = product("bnts,bnth->bnsh", towards_scores, q) * scale
     towards_v = product("bnts,bnth->bnsh", weights, gradient)

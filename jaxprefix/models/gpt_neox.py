@@ -17,7 +17,7 @@ from jaxprefix.models.attention import (
     write_cache,
 )
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, Turns, matmul, rotary_turns, rotate
+from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, CosSin, LayerNorm, matmul, rotary_cos_sin, rotate
 from jaxprefix.models.packing import pack, unpack
 from jaxprefix.models.stack import run_layers
 
@@ -37,13 +37,13 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-        turns: Turns,
+        cos_sin: CosSin,
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         qkv = unpack(self.qkv(x), packing)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
-        q, k = rotate(q, turns), rotate(k, turns)
+        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         attended = attend(q, *cache, prefix, slots, None, self.method)
@@ -65,11 +65,11 @@ class Layer(nnx.Module):
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
         cache: LayerCache | None,
-        turns: Turns,
+        cos_sin: CosSin,
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), prefix, cache, turns, slots, packing)
+        attended, written = self.attention(self.attention_norm(x), prefix, cache, cos_sin, slots, packing)
         if self.parallel_residual:
             return x + attended + self.mlp(self.mlp_norm(x)), written
         x = x + attended
@@ -104,10 +104,10 @@ class GPTNeoX(nnx.Module):
         every layer.
 
         `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        `positions` are P + slots unless given. `packing` tells where the texts lie, when a row
-        holds several: they do not see each other, and positions restart at P. With a cache, the keys and
-        values are written into it at their slots, and tokens attend to what was written before as well. Rows are
-        padded on the right.
+        `positions` are P + slots unless given. With a cache, the keys and values are written into it at their
+        slots, and tokens attend to what was written before as well. Rows are padded on the right.
+        `packing`, without slots or a cache, tells where the texts lie when a row holds several: they do not see
+        each other, positions restart at P, and keys and values come back in a row for each text.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -124,7 +124,7 @@ class GPTNeoX(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         if positions is None:
             positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
-        shared = (rotary_turns(unpack(positions, packing), self.config), slots, packing)
+        shared = (rotary_cos_sin(unpack(positions, packing), self.config), slots, packing)
         x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprefix.models.config import ModelConfig
 
-Turns = tuple[Float[Array, "rows slots R"], Float[Array, "rows slots R"]]
+CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 
 def unloaded(*shape: int) -> nnx.Param:
@@ -106,6 +106,11 @@ def product(subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
+def inner(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
+    """Inner products along the last axis, in float32; for a sum of products a CPU takes 20 times as long."""
+    return product("...n,...n->...", left, right)
+
+
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
     return product("...i,oi->...o", x, weight)
@@ -137,7 +142,10 @@ frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 def layer_norm(
     x: Float[Array, "*rest D"], weight: Float[Array, " D"], bias: Float[Array, " D"], eps: float
 ) -> Float[Array, "*rest D"]:
-    """Normalise the last axis (arXiv:1607.06450), in float32; only x gets a gradient, and is all that it needs."""
+    """Normalise the last axis (arXiv:1607.06450), in float32.
+
+    Only x gets a gradient. For it the backward pass keeps x and computes the rest again.
+    """
     normed, _ = _normalised(x, eps)
     return (normed * weight + bias).astype(x.dtype)
 
@@ -158,8 +166,7 @@ def _layer_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: A
     x, weight = residuals
     normed, factor = _normalised(x, eps)
     towards_normed = gradient.astype(jnp.float32) * weight
-    # As a sum of products a CPU takes 20 times as long for it as by einsum.
-    along = product("...d,...d->...", normed, towards_normed)[..., None] / x.shape[-1]
+    along = inner(normed, towards_normed)[..., None] / x.shape[-1]
     towards_x = (towards_normed - towards_normed.mean(axis=-1, keepdims=True) - normed * along) * factor
     return towards_x.astype(x.dtype), None, None
 
@@ -167,8 +174,8 @@ def _layer_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: A
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-def rotary_turns(positions: Int[Array, "B T"], config: ModelConfig) -> Turns:
-    """Cosines and signed sines of the angles of R rotating dimensions at every position (RoFormer, arXiv:2104.09864).
+def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> CosSin:
+    """Cosines and signed sines of the angles of the dimensions that turn, at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
     those that the model was trained on, as transformers does ("NTK"): for all rows alike.
@@ -188,21 +195,21 @@ def rotary_turns(positions: Int[Array, "B T"], config: ModelConfig) -> Turns:
 
 
 @jax.custom_vjp
-def rotate(x: Float[Array, "B T N H"], turns: Turns) -> Float[Array, "B T N H"]:
-    """Rotate the leading R dimensions of each head, pairing dimension i with i + R/2 (GPT-NeoX's layout)."""
-    cos, sin = (part[:, :, None] for part in turns)
+def rotate(x: Float[Array, "rows slots N H"], cos_sin: CosSin) -> Float[Array, "rows slots N H"]:
+    """Turn the leading dimensions of each head, pairing the first half of them with the second (GPT-NeoX's layout)."""
+    cos, sin = (part[:, :, None] for part in cos_sin)
     turning, rest = jnp.split(x, [cos.shape[-1]], axis=-1)
     turned = turning * cos + jnp.roll(turning, cos.shape[-1] // 2, axis=-1) * sin
     return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
 
 
-def _rotate_forward(x: Array, turns: Turns) -> tuple[Array, Turns]:
-    return rotate(x, turns), turns
+def _rotate_forward(x: Array, cos_sin: CosSin) -> tuple[Array, CosSin]:
+    return rotate(x, cos_sin), cos_sin
 
 
-def _rotate_backward(turns: Turns, gradient: Array) -> tuple[Array, None]:
+def _rotate_backward(cos_sin: CosSin, gradient: Array) -> tuple[Array, None]:
     """Rotate back; in half precision a CPU takes four times as long for the gradient that JAX derives."""
-    cos, sin = turns
+    cos, sin = cos_sin
     return rotate(gradient, (cos, -sin)), None
 
 

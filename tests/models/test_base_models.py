@@ -46,8 +46,8 @@ def test_missing_position_offset_is_noticed(model, monkeypatch):
 def test_rotated_prefix_keys_are_noticed(neox):
     head = TOKENS[:1, :9]
     prefix = keys_values(neox, head)
-    turns = gpt_neox.rotary_turns(jnp.arange(9)[None], neox.config)
-    rotated = jnp.stack([gpt_neox.rotate(layer[:1], turns)[0] for layer in prefix])
+    cos_sin = gpt_neox.rotary_cos_sin(jnp.arange(9)[None], neox.config)
+    rotated = jnp.stack([gpt_neox.rotate(layer[:1], cos_sin)[0] for layer in prefix])
     whole, _ = neox(TOKENS[:1])
     split, _ = neox(TOKENS[:1, 9:], prefix=prefix.at[:, 0].set(rotated))
     assert jnp.abs(split - whole[:, 9:]).max() > 100 * MODEL

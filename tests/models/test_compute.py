@@ -13,6 +13,7 @@ from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
+from jaxprefix.models.layers import layer_norm, rotate
 from jaxprefix.models.stack import stacked
 from tests.base_folders import make_base_folder, random_prefix
 from tests.tolerances import BFLOAT16, FUNCTION, MODEL
@@ -109,6 +110,29 @@ def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense
     for ours, theirs, right in zip(square, same, exact, strict=True):
         strayed, allowed = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
         assert strayed < BFLOAT16 * allowed
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("layer", ["attention", "attention to a sink", "layer norm", "rotation"])
+def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, layer):
+    """A sink is a key that takes almost all of every query's weight; where values have a mean it shows in q and k."""
+    q, k, v, prefix, weights = heads
+    if layer == "attention to a sink":
+        q, v, prefix = q.at[..., 0].set(6), v + 1, prefix.at[0, 0, :, 0].set(3).at[1].add(1)
+    function, inputs = {
+        "attention": (dense, (q, k, v, prefix)),
+        "attention to a sink": (dense, (q, k, v, prefix)),
+        "layer norm": (lambda x: layer_norm(x, k[0, 0, 0], v[0, 0, 0], 1e-5), (q + 1,)),
+        "rotation": (lambda x: rotate(x, (jnp.cos(k[:, :, 0, :8]), jnp.sin(k[:, :, 0, :8]))), (q,)),
+    }[layer]
+
+    def gradients(*inputs):
+        return jax.grad(lambda inputs: jnp.sum(function(*inputs) * weights))(inputs)
+
+    rounded = [x.astype(dtype) for x in inputs]
+    exact = jax.jit(gradients)(*(x.astype(jnp.float32) for x in rounded))
+    for ours, right in zip(jax.jit(gradients)(*rounded), exact, strict=True):
+        assert jnp.linalg.norm(ours - right) < jnp.finfo(dtype).eps / 2 * jnp.linalg.norm(right)
 
 
 @pytest.mark.parametrize(

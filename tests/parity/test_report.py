@@ -77,8 +77,8 @@ FAULTS = {
         "base_keys_values",
         lambda: replaced(
             gpt_neox,
-            "rotary_turns",
-            lambda turns: lambda p, config: turns(p, dataclasses.replace(config, rotary_base=10500.0)),
+            "rotary_cos_sin",
+            lambda cos_sin: lambda p, config: cos_sin(p, dataclasses.replace(config, rotary_base=10500.0)),
         ),
     ),
     "layer-norm eps": (
