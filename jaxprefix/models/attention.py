@@ -86,8 +86,8 @@ def attend(
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible. Scores, multiplied by `scale` (a Python number; 1/√H unless given), and softmax are float32, whatever the inputs are.
-    `method` is how it is computed, where cuDNN can: for whole rows.
+    invisible. Scores, multiplied by `scale` (1/√H unless given; no array), and softmax are float32, whatever the
+    inputs are. `method` is how it is computed, where cuDNN can: for whole rows.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole_rows = slots is None and q.shape[1] == k.shape[2]

@@ -17,7 +17,7 @@ from jaxprefix.models.attention import (
     write_cache,
 )
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, CosSin, LayerNorm, matmul, rotary_cos_sin, rotate
+from jaxprefix.models.layers import MLP, CosSin, Embedding, FrozenLinear, LayerNorm, matmul, rotary_cos_sin, rotate
 from jaxprefix.models.packing import pack, unpack
 from jaxprefix.models.stack import run_layers
 

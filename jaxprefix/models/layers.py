@@ -175,7 +175,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> CosSin:
-    """Cosines and signed sines of the angles of the dimensions that turn, at every position (RoFormer, arXiv:2104.09864).
+    """Cosines and signed sines of the angles of turning dimensions at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
     those that the model was trained on, as transformers does ("NTK"): for all rows alike.
