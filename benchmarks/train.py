@@ -59,7 +59,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     """The update of `jaxprefix train`, with its packed batches."""
     import jax
 
-    from jaxprefix.cli import keep_compiled_programs
+    from jaxprefix.cli import prepare_compiling
     from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
     from jaxprefix.recipe import RECIPES
@@ -67,7 +67,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     from jaxprefix.train import start_state
     from jaxprefix.update import learning_rate, make_optimizer, make_update
 
-    keep_compiled_programs()
+    prepare_compiling()
     recipe, mesh = RECIPES[config.recipe], make_mesh()
     inputs = read_inputs(config, recipe)
     place = base_sharding(mesh, inputs.base.config.n_head)

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
-        keep_compiled_programs()
+        prepare_compiling()
         if isinstance(settings, CheckConfig):
             return _check(settings)
         if isinstance(settings, TrainConfig):
@@ -56,10 +56,13 @@ def _less_memory(settings: GenerateConfig | EvaluateConfig) -> str:
     return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
 
 
-def keep_compiled_programs() -> None:
-    """Let JAX keep what it compiles in the user's cache folder, unless it has been told another one."""
+def prepare_compiling() -> None:
+    """Let JAX keep what it compiles in the user's cache folder, unless it has been told another one; see `memory.py`."""
     import jax
 
+    from jaxprefix.memory import trim_after_compiling
+
+    trim_after_compiling()
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds

@@ -1,9 +1,12 @@
+import ctypes
+import types
+
 import jax
 import pytest
 
 import jaxprefix.decode
 from jaxprefix.cli import main
-from jaxprefix.memory import shortage
+from jaxprefix.memory import shortage, trim_after_compiling
 from tests.base_folders import GOLDEN_BASE
 
 
@@ -29,3 +32,21 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     error = capsys.readouterr().err
     assert "error: out of memory: 12.50 GiB were asked for at once, " in error
     assert "lower --batch_size 3 or --max_output_len 128, or take --dtype bfloat16" in error
+
+
+@pytest.mark.parametrize(("seconds", "trimmed"), [(0.0, [0]), (1e9, [])])
+def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(monkeypatch, seconds, trimmed):
+    calls, when_run = [], []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(malloc_trim=calls.append))
+    trim_after_compiling.__wrapped__(seconds)
+    program = jax.jit(lambda: jax.debug.callback(lambda: when_run.extend(calls)))
+    program()
+    program()
+    jax.effects_barrier()
+    assert when_run == 2 * trimmed
+
+
+def test_another_c_library_than_glibc_trims_nothing(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace())
+    trim_after_compiling.__wrapped__(0.0)
+    jax.jit(lambda: 1 + jax.numpy.ones(3))()

@@ -300,7 +300,7 @@ def fuzz(n_inputs: int, seed: int, keep: Path | None = None) -> dict[str, Tally]
     actions = {f"_{name}": lambda _: 0 for name in ("train", "generate", "evaluate", "convert", "check")}
     with (
         tempfile.TemporaryDirectory() as folder,
-        unittest.mock.patch.multiple(cli, keep_compiled_programs=lambda: None, **actions),
+        unittest.mock.patch.multiple(cli, prepare_compiling=lambda: None, **actions),
     ):
         every_target = targets(Path(folder))
         before_handler = signal.signal(signal.SIGALRM, hang)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tyro
 
 import jaxprefix
-from jaxprefix.cli import keep_compiled_programs
+from jaxprefix.cli import prepare_compiling
 from jaxprefix.decode import PROMPT_BUCKET
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.runs import run_config, start
@@ -72,7 +72,7 @@ def resident_bytes() -> int:
 
 def soak(run_dir: Path, n_generations: int, dice: random.Random) -> None:
     """Generate in this process, compare each output with the first one of its request, and watch the memory."""
-    keep_compiled_programs()
+    prepare_compiling()
     model, tokenizer = jaxprefix.load_model(GOLDEN_BASE), jaxprefix.load_tokenizer(GOLDEN_BASE)
     prefix = jaxprefix.load_prefix(run_dir, model.config)
     requests = make_requests(tokenizer, dice)
