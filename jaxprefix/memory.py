@@ -23,13 +23,13 @@ def trim_after_compiling(seconds: float = 0.1) -> None:
 
     That is 50 to 150 MB, in pieces too small for the program's arrays, which would come on top. Only glibc can.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    library = ctypes.CDLL(None)
 
-    def give_back(event: str, took: float, **_: str | int) -> None:
-        if event == COMPILED and took >= seconds:
-            trim(0)
+    def give_back(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs >= seconds:
+            library.malloc_trim(0)
 
-    if trim is not None:
+    if hasattr(library, "malloc_trim"):
         jax.monitoring.register_event_duration_secs_listener(give_back)
 
 
