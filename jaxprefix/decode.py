@@ -150,7 +150,9 @@ def _decode(
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = 0 if prefix is None else prefix.shape[2]
     cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
-    cache = empty_cache(config.n_layer, cache_shape, model.embed.weight.dtype)
+    # For every token a CPU's compiler would turn a whole cache of bfloat16 into float32 and back.
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else model.embed.weight.dtype
+    cache = empty_cache(config.n_layer, cache_shape, dtype)
     if prefix is not None:
         cache = fill_cache(cache, prefix)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
@@ -188,7 +190,8 @@ def choose_tokens(
 ) -> Int[Array, "B"]:
     """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
     if decode.decode_method == "greedy":
-        return logits.argmax(axis=-1)
+        below, n_tokens = logits < logits.max(axis=-1, keepdims=True), logits.shape[-1]
+        return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes a CPU four times as long
     draw = jax.vmap(jax.random.categorical)
     logits = logits / sampling.temperature
     if decode.decode_method == "sample":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
-from jaxprefix.models.layers import inner, matmul, product
+from jaxprefix.models.layers import alone_on_a_cpu, inner, matmul, product
 
 CHUNK_TOKENS = 2048
 """Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
@@ -107,7 +107,7 @@ def _softmax_over_vocabulary(
 
     zeros = jnp.zeros(hidden.shape, jnp.float32)
     sums = (jnp.full_like(zeros[..., 0], -jnp.inf), zeros[..., 0], zeros if with_expected else None)
-    block_size = min(CPU_BLOCK, len(head)) if _alone_on_a_cpu() else len(head)
+    block_size = min(CPU_BLOCK, len(head)) if alone_on_a_cpu() else len(head)
     n_blocks, n_left = divmod(len(head), block_size)
 
     def add_one(index: Int[Array, ""], sums: Sums) -> Sums:
@@ -119,11 +119,6 @@ def _softmax_over_vocabulary(
     sums = jax.lax.fori_loop(0, n_blocks, add_one, sums)
     highest, total, expected = add(head[-n_left:], sums) if n_left else sums
     return highest + jnp.log(total), expected if expected is None else expected / total[..., None]
-
-
-def _alone_on_a_cpu() -> bool:
-    """Tell whether the head should be taken in blocks: a GPU is faster with all, several devices split it anyway."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tuple[Array, Array]:

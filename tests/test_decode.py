@@ -109,6 +109,15 @@ def test_nucleus(top_k, top_p, drop_crossing, kept):
     np.testing.assert_array_equal(ids[0], [1, 3, 0, 2][: top_k or 4])
 
 
+@pytest.mark.parametrize(
+    "logits", [[1.0, 3.0, 2.0, 3.0], [3.0, 3.0, 3.0], [-np.inf, -np.inf], [2.0, np.inf, 0.0], [np.nan, 1.0, np.nan]]
+)
+def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
+    keys, unused = jax.random.split(jax.random.key(0), 2), Sampling(jnp.float32(1), jnp.float32(1))
+    chosen = choose_tokens(jnp.asarray([logits, logits[::-1]]), keys, GREEDY, unused)
+    np.testing.assert_array_equal(chosen, [np.argmax(logits), np.argmax(logits[::-1])])
+
+
 def test_samples_come_from_the_nucleus():
     keys = jax.random.split(jax.random.key(0), 4000)
     shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))

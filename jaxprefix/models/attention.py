@@ -170,7 +170,7 @@ def _dense(
         n_prefix = prefix.shape[1]
         k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
     visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
-    return heads_first(_masked(heads_first(q), k, v, visible, scale))
+    return heads_first(_masked(heads_first(q), k, v, visible, scale).astype(q.dtype))
 
 
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:

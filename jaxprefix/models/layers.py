@@ -13,6 +13,9 @@ from jaxprefix.models.config import ModelConfig
 
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
+FEW_ROWS = 64
+"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ."""
+
 
 def unloaded(*shape: int) -> nnx.Param:
     """A weight of a base model before it is loaded: its shape."""
@@ -113,7 +116,28 @@ def inner(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Floa
 
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
-    return product("...i,oi->...o", x, weight)
+    n_rows = math.prod(x.shape[:-1])
+    if n_rows > FEW_ROWS or not alone_on_a_cpu():
+        return product("...i,oi->...o", x, weight)
+    return _few_rows_matmul(x.reshape(n_rows, -1), weight).reshape(*x.shape[:-1], -1)
+
+
+def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
+    """The same in the form that a CPU is fastest at; by the barriers its compiler leaves it at that.
+
+    The right factor is laid out anew for every product, which for few rows takes longer than to multiply: so that is x.
+    In bfloat16 the CPU's fast products are of two rows and more.
+    """
+    barrier = jax.lax.optimization_barrier
+    if x.dtype != jnp.bfloat16:
+        return barrier(product("oi,ri->or", weight, x)).T
+    rows = x if len(x) > 1 else barrier(jnp.broadcast_to(x, (2, x.shape[1])))
+    return product("ri,oi->ro", rows, weight)[: len(x)]
+
+
+def alone_on_a_cpu() -> bool:
+    """Tell whether a CPU is the only device; GPUs are fast at other forms, and several devices split an array."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 @jax.custom_vjp

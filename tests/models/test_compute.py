@@ -13,7 +13,7 @@ from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
-from jaxprefix.models.layers import layer_norm, rotate
+from jaxprefix.models.layers import FEW_ROWS, alone_on_a_cpu, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.base_folders import make_base_folder, random_prefix
 from tests.tolerances import BFLOAT16, FUNCTION, MODEL
@@ -110,6 +110,39 @@ def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense
     for ours, theirs, right in zip(square, same, exact, strict=True):
         strayed, allowed = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
         assert strayed < BFLOAT16 * allowed
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (1, 2, 48), (FEW_ROWS, 48), (FEW_ROWS + 1, 48)])
+def test_products_of_few_rows_are_those_of_many(shape, dtype):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, weight = jax.random.normal(keys[0], shape, dtype), jax.random.normal(keys[1], (96, 48), dtype)
+    right = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    np.testing.assert_allclose(jax.jit(matmul)(x, weight), right, rtol=0, atol=FUNCTION * abs(right).max())
+    gradient = jax.jit(jax.grad(lambda weight: (matmul(x, weight) * right).sum()))(weight)
+    expected = right.reshape(-1, 96).T @ np.asarray(x, np.float64).reshape(-1, 48)
+    rounded = max(FUNCTION, jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float64(gradient), expected, rtol=0, atol=rounded * abs(expected).max())
+
+
+@pytest.mark.skipif(not alone_on_a_cpu(), reason="is about products on a CPU")
+def test_the_compiler_leaves_products_of_few_rows_as_they_are(users_compiling):
+    def is_turned(n_rows):
+        arrays = jnp.zeros((n_rows, 48)), jnp.zeros((96, 48))
+        return f"f32[96,{n_rows}]{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile().as_text()
+
+    assert is_turned(2)
+    assert is_turned(FEW_ROWS)
+    assert not is_turned(FEW_ROWS + 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_attention_to_a_cache_in_float32_is_that_to_one_in_half_precision(heads, dtype):
+    q, k, v = (heads_first(x.astype(dtype)) for x in heads[:3])
+    q, slots = heads_first(q[:, :, -1:]), jnp.asarray([[29], [11]])
+    same, wide = (jax.jit(attend)(q, k.astype(t), v.astype(t), None, slots) for t in (dtype, jnp.float32))
+    assert wide.dtype == dtype
+    np.testing.assert_allclose(np.float32(wide), np.float32(same), rtol=0, atol=4 * jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
