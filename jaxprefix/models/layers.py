@@ -119,7 +119,7 @@ def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) ->
     n_rows = math.prod(x.shape[:-1])
     if n_rows > FEW_ROWS or not alone_on_a_cpu():
         return product("...i,oi->...o", x, weight)
-    return _few_rows_matmul(x.reshape(n_rows, -1), weight).reshape(*x.shape[:-1], -1)
+    return _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
 
 
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
@@ -131,7 +131,7 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
     barrier = jax.lax.optimization_barrier
     if x.dtype != jnp.bfloat16:
         return barrier(product("oi,ri->or", weight, x)).T
-    rows = x if len(x) > 1 else barrier(jnp.broadcast_to(x, (2, x.shape[1])))
+    rows = x if len(x) != 1 else barrier(jnp.broadcast_to(x, (2, x.shape[1])))
     return product("ri,oi->ro", rows, weight)[: len(x)]
 
 
