@@ -34,11 +34,30 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     assert "lower --batch_size 3 or --max_output_len 128, or take --dtype bfloat16" in error
 
 
+@pytest.fixture
+def trimming(monkeypatch):
+    """Trim after compiling until the test ends, with a C library of these functions; return JAX's new listeners."""
+    added, register = [], jax.monitoring.register_event_duration_secs_listener
+
+    def start(seconds, **functions):
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(**functions))
+        trim_after_compiling.__wrapped__(seconds)
+        return added
+
+    monkeypatch.setattr(
+        jax.monitoring,
+        "register_event_duration_secs_listener",
+        lambda listener: register(listener) or added.append(listener),
+    )
+    yield start
+    for listener in added:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
 @pytest.mark.parametrize(("seconds", "trimmed"), [(0.0, [0]), (1e9, [])])
-def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(monkeypatch, seconds, trimmed):
+def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(trimming, seconds, trimmed):
     calls, when_run = [], []
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(malloc_trim=calls.append))
-    trim_after_compiling.__wrapped__(seconds)
+    trimming(seconds, malloc_trim=calls.append)
     program = jax.jit(lambda: jax.debug.callback(lambda: when_run.extend(calls)))
     program()
     program()
@@ -46,7 +65,5 @@ def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(
     assert when_run == 2 * trimmed
 
 
-def test_another_c_library_than_glibc_trims_nothing(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace())
-    trim_after_compiling.__wrapped__(0.0)
-    jax.jit(lambda: 1 + jax.numpy.ones(3))()
+def test_another_c_library_than_glibc_trims_nothing(trimming):
+    assert trimming(0.0) == []
