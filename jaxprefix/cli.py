@@ -57,7 +57,7 @@ def _less_memory(settings: GenerateConfig | EvaluateConfig) -> str:
 
 
 def prepare_compiling() -> None:
-    """Let JAX keep what it compiles in the user's cache folder, unless told another one, and trim memory."""
+    """Let JAX keep programs in the user's cache folder, unless told another; give back what compiling leaves free."""
     import jax
 
     from jaxprefix.memory import trim_after_compiling

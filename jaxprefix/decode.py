@@ -150,8 +150,9 @@ def _decode(
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = 0 if prefix is None else prefix.shape[2]
     cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
-    # For every token a CPU's compiler would turn a whole cache of bfloat16 into float32 and back.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else model.embed.weight.dtype
+    dtype = model.embed.weight.dtype
+    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        dtype = jnp.float32  # twice the memory; the compiler would turn the cache into float32 and back for every token
     cache = empty_cache(config.n_layer, cache_shape, dtype)
     if prefix is not None:
         cache = fill_cache(cache, prefix)

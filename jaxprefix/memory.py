@@ -19,7 +19,7 @@ UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**
 
 @functools.cache
 def trim_after_compiling(seconds: float = 0.1) -> None:
-    """From here on, give back to the system what compiling for so many seconds leaves free.
+    """From here on, give back to the system what compiling for at least so many seconds leaves free.
 
     That is 50 to 150 MB, in pieces too small for the program's arrays, which would come on top. Only glibc can.
     """

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprefix.decode
 from convert.errors import InputError
 from jaxprefix import generate, load_model
-from jaxprefix.config import DecodeConfig
+from jaxprefix.config import Compute, DecodeConfig
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
-from tests.base_folders import make_base_folder, random_prefix
+from tests.base_folders import GOLDEN_BASE, make_base_folder, random_prefix
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
@@ -69,6 +70,20 @@ def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
     assert len({len(row) for row in cut}) > 1
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about the cache on a CPU")
+@pytest.mark.parametrize(
+    ("dtype", "cached"), [("float32", jnp.float32), ("bfloat16", jnp.float32), ("float16", jnp.float16)]
+)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_cache_has_the_base_models_type_but_for_bfloat16(tokenizer, monkeypatch, dtype, cached, scan_layers):
+    caches, make = [], jaxprefix.decode.empty_cache
+    monkeypatch.setattr(jaxprefix.decode, "empty_cache", lambda *shape: caches.append(make(*shape)) or caches[-1])
+    model = load_model(GOLDEN_BASE, dtype, compute=Compute(scan_layers=scan_layers))
+    made = ids_of(model, tokenizer, PROMPTS, random_prefix(model.config), decode=GREEDY)
+    assert {array.dtype for array in jax.tree.leaves(caches)} == {jnp.dtype(cached)}
+    assert all(made)
+
+
 def test_seed_decides_the_sample(golden_model, tokenizer):
     options = {"decode_method": "sample", "max_output_len": 20}
     first, again, other = (generate(golden_model, tokenizer, ["朝の"], seed=s, **options) for s in (1, 1, 2))
@@ -110,7 +125,7 @@ def test_nucleus(top_k, top_p, drop_crossing, kept):
 
 
 @pytest.mark.parametrize(
-    "logits", [[1.0, 3.0, 2.0, 3.0], [3.0, 3.0, 3.0], [-np.inf, -np.inf], [2.0, np.inf, 0.0], [np.nan, 1.0, np.nan]]
+    "logits", [[1.0, 3.0, 2.0, 3.0], [3.0, 3.0, 3.0], [-np.inf, -np.inf], [2.0, np.inf, 0.0], [np.nan, np.nan]]
 )
 def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
     keys, unused = jax.random.split(jax.random.key(0), 2), Sampling(jnp.float32(1), jnp.float32(1))

@@ -10,5 +10,9 @@ RATE = 1e-6
 """A learning rate, relative to the largest: one is computed in float32, the other in float64."""
 BFLOAT16 = 1.5
 """How far bfloat16 may stray from the float32 reference, as a multiple of how far the reference's bfloat16 does."""
+HALF_GRADIENT = 0.5
+"""A gradient in bfloat16 or float16, as a norm relative to the exact one's, in epsilons of the type."""
+HALF_CACHE = 4
+"""Attention to keys and values rounded to bfloat16 or float16 once more, absolute, in epsilons of the type."""
 BFLOAT16_ROUNDOFF = 2**-9
 """The largest relative error of rounding to bfloat16's 8 significant bits."""

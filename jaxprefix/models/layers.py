@@ -14,7 +14,7 @@ from jaxprefix.models.config import ModelConfig
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
-"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ."""
+"""Up to so many rows of float32 a CPU is faster at W xᵀ than at x Wᵀ."""
 
 
 def unloaded(*shape: int) -> nnx.Param:
@@ -59,7 +59,9 @@ class Embedding(nnx.Module):
         self.weight = unloaded(*shape) if rng is None else nnx.Param(jnp.float32(rng.standard_normal(shape)))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
-        return self.weight[...][ids]
+        # Without a barrier a CPU's compiler makes a float32 copy of a bfloat16 table in front of a loop.
+        weight, ids = jax.lax.optimization_barrier((self.weight[...], ids))
+        return weight[ids]
 
 
 class LayerNorm(nnx.Module):
@@ -105,7 +107,7 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
 
 def product(subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"]) -> Float[Array, "*out"]:
     """Einsum of two arrays, accumulated and returned in float32; a GPU must not round float32 factors to TF32."""
-    precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if jnp.float32 in (left.dtype, right.dtype) else None
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -123,15 +125,14 @@ def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) ->
 
 
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
-    """The same in the form that a CPU is fastest at; by the barriers its compiler leaves it at that.
+    """The same in the form that a CPU is fastest at.
 
-    The right factor is laid out anew for every product, which for few rows takes longer than to multiply: so that is x.
-    In bfloat16 the CPU's fast products are of two rows and more.
+    In float32 the right factor is laid out anew for every product, which for few rows takes longer than to multiply: so
+    that is x, and a barrier keeps the compiler from turning the product. In bfloat16 x Wᵀ is fast, from two rows on.
     """
-    barrier = jax.lax.optimization_barrier
     if x.dtype != jnp.bfloat16:
-        return barrier(product("oi,ri->or", weight, x)).T
-    rows = x if len(x) != 1 else barrier(jnp.broadcast_to(x, (2, x.shape[1])))
+        return jax.lax.optimization_barrier(product("oi,ri->or", weight, x)).T
+    rows = x if len(x) != 1 else jnp.broadcast_to(x, (2, x.shape[1]))
     return product("ri,oi->ro", rows, weight)[: len(x)]
 
 
@@ -199,7 +200,7 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> CosSin:
-    """Cosines and signed sines of the angles of turning dimensions at every position (RoFormer, arXiv:2104.09864).
+    """Cosines and signed sines of the turning dimensions' angles at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
     those that the model was trained on, as transformers does ("NTK"): for all rows alike.

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from convert.errors import InputError
 from jaxprefix import load_model
@@ -13,10 +14,10 @@ from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
-from jaxprefix.models.layers import FEW_ROWS, alone_on_a_cpu, layer_norm, matmul, rotate
+from jaxprefix.models.layers import FEW_ROWS, Embedding, alone_on_a_cpu, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.base_folders import make_base_folder, random_prefix
-from tests.tolerances import BFLOAT16, FUNCTION, MODEL
+from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 
@@ -125,15 +126,34 @@ def test_products_of_few_rows_are_those_of_many(shape, dtype):
     np.testing.assert_allclose(np.float64(gradient), expected, rtol=0, atol=rounded * abs(expected).max())
 
 
-@pytest.mark.skipif(not alone_on_a_cpu(), reason="is about products on a CPU")
-def test_the_compiler_leaves_products_of_few_rows_as_they_are(users_compiling):
-    def is_turned(n_rows):
-        arrays = jnp.zeros((n_rows, 48)), jnp.zeros((96, 48))
-        return f"f32[96,{n_rows}]{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile().as_text()
+needs_cpu = pytest.mark.skipif(not alone_on_a_cpu(), reason="is about what a CPU's compiler makes")
 
-    assert is_turned(2)
-    assert is_turned(FEW_ROWS)
-    assert not is_turned(FEW_ROWS + 1)
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("dtype", "n_rows", "result"),
+    [
+        (jnp.float32, 1, "f32[96,1]"),
+        (jnp.float32, FEW_ROWS, f"f32[96,{FEW_ROWS}]"),
+        (jnp.float32, FEW_ROWS + 1, f"f32[{FEW_ROWS + 1},96]"),
+        (jnp.bfloat16, 1, "f32[2,96]"),
+        (jnp.bfloat16, 2, "f32[2,96]"),
+    ],
+)
+def test_the_compiler_leaves_products_of_few_rows_as_they_are(users_compiling, dtype, n_rows, result):
+    arrays = jnp.zeros((n_rows, 48), dtype), jnp.zeros((96, 48), dtype)
+    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile().as_text()
+
+
+@needs_cpu
+def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(users_compiling):
+    def follow(table, ids):
+        return jax.lax.fori_loop(0, 5, lambda _, ids: table(ids).sum(axis=-1).astype(jnp.int32), ids)
+
+    table = Embedding(4096, 64)
+    table.weight = nnx.Param(jnp.zeros((4096, 64), jnp.bfloat16))
+    compiled = jax.jit(follow).lower(table, jnp.arange(3)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -142,7 +162,7 @@ def test_attention_to_a_cache_in_float32_is_that_to_one_in_half_precision(heads,
     q, slots = heads_first(q[:, :, -1:]), jnp.asarray([[29], [11]])
     same, wide = (jax.jit(attend)(q, k.astype(t), v.astype(t), None, slots) for t in (dtype, jnp.float32))
     assert wide.dtype == dtype
-    np.testing.assert_allclose(np.float32(wide), np.float32(same), rtol=0, atol=4 * jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(wide), np.float32(same), rtol=0, atol=HALF_CACHE * jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -165,7 +185,7 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, 
     rounded = [x.astype(dtype) for x in inputs]
     exact = jax.jit(gradients)(*(x.astype(jnp.float32) for x in rounded))
     for ours, right in zip(jax.jit(gradients)(*rounded), exact, strict=True):
-        assert jnp.linalg.norm(ours - right) < jnp.finfo(dtype).eps / 2 * jnp.linalg.norm(right)
+        assert jnp.linalg.norm(ours - right) < HALF_GRADIENT * jnp.finfo(dtype).eps * jnp.linalg.norm(right)
 
 
 @pytest.mark.parametrize(
