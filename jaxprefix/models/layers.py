@@ -156,11 +156,20 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array]]:
 
 
 def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, None]:
-    (weight,) = residual
+    weight, gradient = jax.lax.optimization_barrier((*residual, gradient))  # or fsdp keeps what it gathered
     return product("...o,oi->...i", gradient, weight).astype(gradient.dtype), None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
+
+
+def after(gradient: Float[Array, "*rest"], x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
+    """x, once the gradient is there: for what a backward pass computes again instead of keeping it.
+
+    A CPU's compiler drops the barriers of `jax.checkpoint`. It would compute such things early, or not again, and keep
+    them. Where the gradient is not finite, neither is the result.
+    """
+    return x + 0 * gradient.astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -189,7 +198,7 @@ def _layer_norm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tup
 
 def _layer_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
     x, weight = residuals
-    normed, factor = _normalised(x, eps)
+    normed, factor = _normalised(after(gradient, x), eps)
     towards_normed = gradient.astype(jnp.float32) * weight
     along = inner(normed, towards_normed)[..., None] / x.shape[-1]
     towards_x = (towards_normed - towards_normed.mean(axis=-1, keepdims=True) - normed * along) * factor

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix
+from jaxprefix.models.layers import after
 
 
 def run_layers(
@@ -56,7 +57,24 @@ def _run(
 ) -> tuple[Float[Array, "B T D"], LayerCache]:
     """Run one layer; as a function of its own, jitted, so that layers alike but for their arrays are traced once."""
     run = type(layer).__call__
-    return (jax.checkpoint(run) if recompute else run)(layer, x, prefix, cache, *shared)
+    return (_recomputed(run) if recompute else run)(layer, x, prefix, cache, *shared)
+
+
+def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer's function whose backward pass keeps its inputs alone; only x and the prefix get a gradient."""
+    recomputed = jax.custom_vjp(run)
+
+    def forward(*inputs: Any) -> tuple[Any, tuple[Any, ...]]:
+        return run(*inputs), inputs
+
+    def backward(inputs: tuple[Any, ...], gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
+        (layer, x, prefix, *rest), gradients = jax.lax.optimization_barrier((inputs, gradients))
+        again = after(gradients[0], x)
+        towards = jax.vjp(lambda x, prefix: run(layer, x, prefix, *rest), again, prefix)[1](gradients)
+        return None, *towards, *[None] * len(rest)
+
+    recomputed.defvjp(forward, backward)
+    return recomputed
 
 
 def stack(*arrays: Array) -> Array:

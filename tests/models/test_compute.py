@@ -1,5 +1,6 @@
 """Whatever way a model is computed, what comes out is the same."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,8 +13,9 @@ from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.config import Compute
 from jaxprefix.loss import next_token_loss
-from jaxprefix.models import attention
+from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
+from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import FEW_ROWS, Embedding, alone_on_a_cpu, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.base_folders import make_base_folder, random_prefix
@@ -40,6 +42,10 @@ def outputs_and_gradients(function, q, k, v, prefix, weights):
         return jnp.sum(out * weights), out
 
     return jax.jit(jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
+
+
+def needed_memory(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_square_causal_attention_is_the_dense_one(heads):
@@ -152,8 +158,7 @@ def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(users_compiling)
 
     table = Embedding(4096, 64)
     table.weight = nnx.Param(jnp.zeros((4096, 64), jnp.bfloat16))
-    compiled = jax.jit(follow).lower(table, jnp.arange(3)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < table.weight.nbytes
+    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile()) < table.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -213,16 +218,40 @@ def test_scanned_layers_take_a_cache(base_folder, model):
     np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
 
 
-def test_block_recomputation_and_scanning_change_the_program(base_folder):
-    def text(compute):
-        model, prefix = load_model(base_folder, compute=compute), random_prefix(load_model(base_folder).config)
-        gradient = jax.grad(lambda prefix, model: model.hidden(TOKENS, prefix)[0].sum())
-        return str(jax.make_jaxpr(gradient)(prefix, model))
+def compiled_gradient(base, prefix, tokens):
+    return jax.jit(jax.grad(lambda prefix, base: base.hidden(tokens, prefix)[0].sum())).lower(prefix, base).compile()
 
-    plain, block, scanned = map(text, (Compute(), Compute(remat="block"), Compute(scan_layers=True)))
-    assert block.count("remat") > plain.count("remat")
-    assert "scan" in scanned
-    assert "scan" not in plain
+
+@pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
+def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, users_compiling):
+    config = read_model_config(base_folder)
+
+    def added_by_a_layer(remat):
+        deep, deeper = (dataclasses.replace(config, n_layer=n) for n in (4, 6))
+        bases = (abstract_model(each, Compute(remat=remat)) for each in (deep, deeper))
+        compiled = [compiled_gradient(base, random_prefix(base.config), TOKENS) for base in bases]
+        return (needed_memory(compiled[1]) - needed_memory(compiled[0])) / 2
+
+    assert added_by_a_layer("block") < 2 * TOKENS.size * config.n_embd * 4
+    assert added_by_a_layer("elementwise") > 8 * TOKENS.size * config.n_embd * 4
+
+
+def test_layer_norms_keep_their_input_alone(users_compiling):
+    def summed(x, weight):
+        for _ in range(8):
+            x = x + jnp.sin(layer_norm(x, weight, weight, 1e-5))
+        return x.sum()
+
+    x = jnp.zeros((4, 64, 256))
+    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile()) < (8 + 3) * x.nbytes
+
+
+def test_scanning_changes_the_program(base_folder):
+    plain, scanned = (load_model(base_folder, compute=Compute(scan_layers=scan)) for scan in (False, True))
+    prefix = random_prefix(plain.config)
+    forward = jax.make_jaxpr(lambda base: base.hidden(TOKENS, prefix)[0])
+    assert "scan" in str(forward(scanned))
+    assert "scan" not in str(forward(plain))
 
 
 def test_stacking_layers_leaves_none_of_theirs_in_memory(base_folder):
