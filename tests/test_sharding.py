@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from benchmarks.memory import SAVING_ORDER
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.models import load_model, weight_shapes, weight_table
@@ -121,3 +122,33 @@ def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
     vectors = sum(leaf.nbytes for leaf in weights if leaf.ndim == 1)  # norms and biases are on every device
     assert vectors < 0.03 * whole
     assert n_bytes == (whole - vectors) / 8 + vectors
+
+
+ADDED_BY_A_LAYER = """
+import dataclasses, sys
+from pathlib import Path
+from jaxprefix.check import compiled_memory
+from jaxprefix.config import Compute
+from tests.runs import run_config
+from tests.test_sharding import NEOX_20B
+
+sizes = {"n_embd": 128, "n_inner": 512, "n_head": 4, "vocab_size": 440}
+for remat in ("elementwise", "block"):
+    config = run_config(Path(), mesh="fsdp=8", compute=Compute(remat=remat))
+    models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (3, 7))
+    fewer, more = (compiled_memory(config, model, 64)[1] for model in models)
+    print((more - fewer) // 4)
+"""
+
+
+def test_a_device_of_fsdp_8_keeps_no_weights_that_it_gathered():
+    """By the compiler's account for devices that save memory, rather than be quick."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment["XLA_FLAGS"] = SAVING_ORDER
+    command = [sys.executable, "-c", ADDED_BY_A_LAYER]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    elementwise, block = map(int, result.stdout.split())
+    gathered = 4 * 12 * 128**2
+    assert elementwise < 0.75 * gathered
+    assert block < 0.25 * gathered
