@@ -62,9 +62,12 @@ def traced_anew():
 
 @pytest.fixture
 def users_compiling(quick_compiling, traced_anew):
-    """Compile with optimisations, as users do, where numbers are compared with another program's."""
+    """Compile with optimisations, as users do, where numbers are compared with another program's.
+
+    Yields the options that a program's `compile` needs to be the users' in its kernels, too.
+    """
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    yield {"xla_cpu_use_fusion_emitters": True} if QUICK_EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
     jax.config.update("jax_disable_most_optimizations", True)
 
 

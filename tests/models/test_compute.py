@@ -1,6 +1,7 @@
 """Whatever way a model is computed, what comes out is the same."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -18,7 +19,7 @@ from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import FEW_ROWS, Embedding, alone_on_a_cpu, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
-from tests.base_folders import make_base_folder, random_prefix
+from tests.base_folders import GOLDEN_BASE, make_base_folder, random_prefix
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
@@ -42,6 +43,11 @@ def outputs_and_gradients(function, q, k, v, prefix, weights):
         return jnp.sum(out * weights), out
 
     return jax.jit(jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
+
+
+def lowered_gradient(base, tokens):
+    gradient = jax.grad(lambda prefix, base: base.hidden(tokens, prefix)[0].sum())
+    return jax.jit(gradient).lower(random_prefix(base.config), base)
 
 
 def needed_memory(compiled):
@@ -148,7 +154,18 @@ needs_cpu = pytest.mark.skipif(not alone_on_a_cpu(), reason="is about what a CPU
 )
 def test_the_compiler_leaves_products_of_few_rows_as_they_are(users_compiling, dtype, n_rows, result):
     arrays = jnp.zeros((n_rows, 48), dtype), jnp.zeros((96, 48), dtype)
-    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile().as_text()
+    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile(users_compiling).as_text()
+
+
+@needs_cpu
+def test_no_bias_of_an_mlp_is_written_out_for_every_row(users_compiling):
+    tokens = jnp.zeros((128, 64), int)
+    base = abstract_model(load_model(GOLDEN_BASE).config)
+    program = lowered_gradient(base, tokens).compile(users_compiling).as_text()
+    written = re.findall(r"%wrapped_broadcast\S* = f32\[([\d,]+)\]", program)
+    assert "f32[128,64,256]" in program
+    assert "128,64,256" not in written
+    assert "128,64,64" in written, "layer norms' weights are, so lines are understood"
 
 
 @needs_cpu
@@ -158,7 +175,7 @@ def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(users_compiling)
 
     table = Embedding(4096, 64)
     table.weight = nnx.Param(jnp.zeros((4096, 64), jnp.bfloat16))
-    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile()) < table.weight.nbytes
+    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile(users_compiling)) < table.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -218,10 +235,6 @@ def test_scanned_layers_take_a_cache(base_folder, model):
     np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
 
 
-def compiled_gradient(base, prefix, tokens):
-    return jax.jit(jax.grad(lambda prefix, base: base.hidden(tokens, prefix)[0].sum())).lower(prefix, base).compile()
-
-
 @pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
 def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, users_compiling):
     config = read_model_config(base_folder)
@@ -229,8 +242,8 @@ def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, users_co
     def added_by_a_layer(remat):
         deep, deeper = (dataclasses.replace(config, n_layer=n) for n in (4, 6))
         bases = (abstract_model(each, Compute(remat=remat)) for each in (deep, deeper))
-        compiled = [compiled_gradient(base, random_prefix(base.config), TOKENS) for base in bases]
-        return (needed_memory(compiled[1]) - needed_memory(compiled[0])) / 2
+        needed = [needed_memory(lowered_gradient(base, TOKENS).compile(users_compiling)) for base in bases]
+        return (needed[1] - needed[0]) / 2
 
     assert added_by_a_layer("block") < 2 * TOKENS.size * config.n_embd * 4
     assert added_by_a_layer("elementwise") > 8 * TOKENS.size * config.n_embd * 4
@@ -243,7 +256,7 @@ def test_layer_norms_keep_their_input_alone(users_compiling):
         return x.sum()
 
     x = jnp.zeros((4, 64, 256))
-    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile()) < (8 + 3) * x.nbytes
+    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile(users_compiling)) < (8 + 3) * x.nbytes
 
 
 def test_scanning_changes_the_program(base_folder):
