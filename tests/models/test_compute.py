@@ -138,7 +138,9 @@ def test_products_of_few_rows_are_those_of_many(shape, dtype):
     np.testing.assert_allclose(np.float64(gradient), expected, rtol=0, atol=rounded * abs(expected).max())
 
 
-needs_cpu = pytest.mark.skipif(not alone_on_a_cpu(), reason="is about what a CPU's compiler makes")
+needs_cpu = pytest.mark.skipif(
+    not alone_on_a_cpu() or not jax.__version__.startswith("0.10."), reason="is about what jax 0.10 makes for a CPU"
+)
 
 
 @needs_cpu
