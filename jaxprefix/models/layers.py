@@ -141,6 +141,15 @@ def alone_on_a_cpu() -> bool:
     return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
+def _as_it_is(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
+    """x, rounded to its own type: it stays the same, and a CPU's compiler joins nothing to the product that made it.
+
+    It would write out each bias for every row to do so, which takes thousands of rows a sixth longer.
+    """
+    own = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, own.nexp, own.nmant)
+
+
 @jax.custom_vjp
 def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
@@ -158,15 +167,6 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array]]:
 def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, None]:
     weight, gradient = jax.lax.optimization_barrier((*residual, gradient))  # or fsdp keeps what it gathered
     return _as_it_is(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
-
-
-def _as_it_is(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """x, rounded to its own type: it stays the same, and a CPU's compiler joins nothing to the product that made it.
-
-    It would write out each bias for every row to do so, which takes thousands of rows a sixth longer.
-    """
-    own = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(x, own.nexp, own.nmant)
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)

@@ -68,10 +68,9 @@ def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*inputs), inputs
 
     def backward(inputs: tuple[Any, ...], gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
-        (layer, x, prefix, *rest), gradients = jax.lax.optimization_barrier((inputs, gradients))
-        again = after(gradients[0], x)
-        towards = jax.vjp(lambda x, prefix: run(layer, x, prefix, *rest), again, prefix)[1](gradients)
-        return None, *towards, *[None] * len(rest)
+        (layer, x, prefix, *rest), gradient = jax.lax.optimization_barrier((inputs, gradients[0]))
+        pull_back = jax.vjp(lambda x, prefix: run(layer, x, prefix, *rest), after(gradient, x), prefix)[1]
+        return None, *pull_back((gradient, gradients[1])), *[None] * len(rest)
 
     recomputed.defvjp(forward, backward)
     return recomputed
