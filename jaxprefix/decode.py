@@ -19,6 +19,7 @@ from convert.errors import InputError
 from jaxprefix.config import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
+from jaxprefix.models.layers import on_a_cpu
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import Tokenizer
@@ -151,7 +152,7 @@ def _decode(
     prefix_len = 0 if prefix is None else prefix.shape[2]
     cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
     dtype = model.embed.weight.dtype
-    if dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if dtype == jnp.bfloat16 and on_a_cpu():
         dtype = jnp.float32  # twice the memory; the compiler would turn the cache into float32 and back for every token
     cache = empty_cache(config.n_layer, cache_shape, dtype)
     if prefix is not None:

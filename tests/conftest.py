@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from jaxprefix import load_model, load_tokenizer
+from jaxprefix.models.layers import alone_on_a_cpu
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.errors import Recorder
 
@@ -62,13 +63,18 @@ def traced_anew():
 
 @pytest.fixture
 def users_compiling(quick_compiling, traced_anew):
-    """Compile with optimisations, as users do, where numbers are compared with another program's.
-
-    Yields the options that a program's `compile` needs to be the users' in its kernels, too.
-    """
+    """Compile with optimisations, as users do, where numbers are compared with another program's."""
     jax.config.update("jax_disable_most_optimizations", False)
-    yield {"xla_cpu_use_fusion_emitters": True} if QUICK_EMITTERS in os.environ.get("XLA_FLAGS", "") else {}
+    yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def cpu_compiler(users_compiling):
+    """Be about what jax 0.10 makes for a CPU; yields the options of `compile` that undo QUICK_EMITTERS."""
+    if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
+        pytest.skip("is about what jax 0.10 makes for a CPU")
+    return {"xla_cpu_use_fusion_emitters": True}
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,9 @@ def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
     ("dtype", "cached"), [("float32", jnp.float32), ("bfloat16", jnp.float32), ("float16", jnp.float16)]
 )
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_the_cache_has_the_base_models_type_but_for_bfloat16(tokenizer, monkeypatch, dtype, cached, scan_layers):
+def test_the_cache_has_the_base_models_type_but_for_bfloat16(
+    traced_anew, tokenizer, monkeypatch, dtype, cached, scan_layers
+):
     caches, make = [], jaxprefix.decode.empty_cache
     monkeypatch.setattr(jaxprefix.decode, "empty_cache", lambda *shape: caches.append(make(*shape)) or caches[-1])
     model = load_model(GOLDEN_BASE, dtype, compute=Compute(scan_layers=scan_layers))

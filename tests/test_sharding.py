@@ -127,7 +127,7 @@ def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
 ADDED_BY_A_LAYER = """
 import dataclasses, sys
 from pathlib import Path
-from jaxprefix.check import compiled_memory
+from jaxprefix.check import compiled_update
 from jaxprefix.config import Compute
 from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
@@ -136,19 +136,22 @@ sizes = {"n_embd": 128, "n_inner": 512, "n_head": 4, "vocab_size": 440}
 for remat in ("elementwise", "block"):
     config = run_config(Path(), mesh="fsdp=8", compute=Compute(remat=remat))
     models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (3, 7))
-    fewer, more = (compiled_memory(config, model, 64)[1] for model in models)
-    print((more - fewer) // 4)
+    fewer, more = (compiled_update(config, model, 64) for model in models)
+    needed = (update.memory_analysis().temp_size_in_bytes for update in (more, fewer))
+    gathers = (update.as_text().count(" all-gather(") for update in (more, fewer))
+    print(*((of_7 - of_3) / 4 for of_7, of_3 in (needed, gathers)))
 """
 
 
-def test_a_device_of_fsdp_8_keeps_no_weights_that_it_gathered():
+def test_a_device_of_fsdp_8_gathers_weights_twice_and_keeps_none(cpu_compiler):
     """By the compiler's account for devices that save memory, rather than be quick."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     environment["XLA_FLAGS"] = SAVING_ORDER
     command = [sys.executable, "-c", ADDED_BY_A_LAYER]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    elementwise, block = map(int, result.stdout.split())
+    elementwise, elementwise_gathers, block, block_gathers = map(float, result.stdout.split())
     gathered = 4 * 12 * 128**2
     assert elementwise < 0.75 * gathered
     assert block < 0.25 * gathered
+    assert elementwise_gathers == block_gathers == 2 * len(("qkv", "out", "up", "down"))

@@ -14,7 +14,7 @@ from jaxprefix.models.config import ModelConfig
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
-"""Up to so many rows of float32 a CPU is faster at W xᵀ than at x Wᵀ."""
+"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ, but in bfloat16."""
 
 
 def unloaded(*shape: int) -> nnx.Param:
@@ -59,8 +59,9 @@ class Embedding(nnx.Module):
         self.weight = unloaded(*shape) if rng is None else nnx.Param(jnp.float32(rng.standard_normal(shape)))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
-        # Without a barrier a CPU's compiler makes a float32 copy of a bfloat16 table in front of a loop.
-        weight, ids = jax.lax.optimization_barrier((self.weight[...], ids))
+        weight = self.weight[...]
+        if on_a_cpu():  # whose compiler would make a float32 copy of a bfloat16 table in front of a loop
+            weight, ids = jax.lax.optimization_barrier((weight, ids))
         return weight[ids]
 
 
@@ -127,8 +128,8 @@ def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) ->
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
     """The same in the form that a CPU is fastest at.
 
-    In float32 the right factor is laid out anew for every product, which for few rows takes longer than to multiply: so
-    that is x, and a barrier keeps the compiler from turning the product. In bfloat16 x Wᵀ is fast, from two rows on.
+    The right factor is laid out anew for every product, which for few rows takes longer than to multiply: so that is x,
+    and a barrier keeps the compiler from turning the product. In bfloat16 x Wᵀ is fast, from two rows on.
     """
     if x.dtype != jnp.bfloat16:
         return jax.lax.optimization_barrier(product("oi,ri->or", weight, x)).T
@@ -136,16 +137,24 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
     return product("ri,oi->ro", rows, weight)[: len(x)]
 
 
+def on_a_cpu() -> bool:
+    """Tell whether this computes on CPUs, for what their compiler needs and a GPU's is better off without."""
+    return jax.default_backend() == "cpu"
+
+
 def alone_on_a_cpu() -> bool:
     """Tell whether a CPU is the only device; GPUs are fast at other forms, and several devices split an array."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return on_a_cpu() and jax.device_count() == 1
 
 
-def _as_it_is(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """x, rounded to its own type: it stays the same, and a CPU's compiler joins nothing to the product that made it.
+def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
+    """x as it is, to whose product a CPU's compiler joins nothing.
 
-    It would write out each bias for every row to do so, which takes thousands of rows a sixth longer.
+    It would write out every constant that enters such a fusion, GELU's for example, as an array of the product's shape,
+    and thousands of rows take a fifth longer. A rounding of x to its own type is no part of fusions.
     """
+    if not on_a_cpu():
+        return x
     own = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, own.nexp, own.nmant)
 
@@ -157,16 +166,15 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_i
     Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
     incoming gradient float32, and a half-precision product would run at float32's speed or worse.
     """
-    return _as_it_is(matmul(x, weight).astype(x.dtype))
+    return _unfused(matmul(x, weight).astype(x.dtype))
 
 
-def _frozen_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array]]:
-    return frozen_matmul(x, weight), (weight,)
+def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
+    return frozen_matmul(x, weight), weight
 
 
-def _frozen_backward(residual: tuple[Array], gradient: Array) -> tuple[Array, None]:
-    weight, gradient = jax.lax.optimization_barrier((*residual, gradient))  # or fsdp keeps what it gathered
-    return _as_it_is(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
+def _frozen_backward(weight: Array, gradient: Array) -> tuple[Array, None]:
+    return _unfused(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
@@ -175,10 +183,12 @@ frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 def after(gradient: Float[Array, "*rest"], x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
     """x, once the gradient is there: for what a backward pass computes again instead of keeping it.
 
-    A CPU's compiler drops the barriers of `jax.checkpoint`. It would compute such things early, or not again, and keep
-    them. Where the gradient is not finite, neither is the result.
+    A barrier says so, but a CPU's compiler drops barriers. It would compute such things early, or not again, and keep
+    them, so there x depends on the gradient: where that is not finite, neither is the result.
     """
-    return x + 0 * gradient.astype(x.dtype)
+    if on_a_cpu():
+        return x + 0 * gradient.astype(x.dtype)
+    return jax.lax.optimization_barrier((gradient, x))[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

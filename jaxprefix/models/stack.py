@@ -56,24 +56,36 @@ def _run(
     recompute: bool,
 ) -> tuple[Float[Array, "B T D"], LayerCache]:
     """Run one layer; as a function of its own, jitted, so that layers alike but for their arrays are traced once."""
-    run = type(layer).__call__
-    return (_recomputed(run) if recompute else run)(layer, x, prefix, cache, *shared)
+    return _with_frozen_weights(recompute)(layer, x, prefix, cache, shared)
 
 
-def _recomputed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer's function whose backward pass keeps its inputs alone; only x and the prefix get a gradient."""
-    recomputed = jax.custom_vjp(run)
+def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
+    """Return a function that runs a layer, of whose inputs x, the prefix and the cache alone get a gradient.
 
-    def forward(*inputs: Any) -> tuple[Any, tuple[Any, ...]]:
-        return run(*inputs), inputs
+    What its backward pass keeps (with `recompute` the inputs) waits behind a barrier for the gradient that comes in:
+    with fsdp it gathers a layer's weights again then, instead of keeping them since the forward pass.
+    """
 
-    def backward(inputs: tuple[Any, ...], gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
-        (layer, x, prefix, *rest), gradient = jax.lax.optimization_barrier((inputs, gradients[0]))
-        pull_back = jax.vjp(lambda x, prefix: run(layer, x, prefix, *rest), after(gradient, x), prefix)[1]
-        return None, *pull_back((gradient, gradients[1])), *[None] * len(rest)
+    def run(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> Any:
+        return type(layer).__call__(layer, x, prefix, cache, *shared)
 
-    recomputed.defvjp(forward, backward)
-    return recomputed
+    def differentiated(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> tuple[Any, Any]:
+        return jax.vjp(lambda x, prefix, cache: run(layer, x, prefix, cache, shared), x, prefix, cache)
+
+    def forward(*inputs: Any) -> tuple[Any, Any]:
+        return (run(*inputs), inputs) if recompute else differentiated(*inputs)
+
+    def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
+        kept, gradients = jax.lax.optimization_barrier((kept, gradients))
+        pull_back = kept
+        if recompute:
+            layer, x, *rest = kept
+            _, pull_back = differentiated(layer, after(gradients[0], x), *rest)
+        return None, *pull_back(gradients), None
+
+    frozen = jax.custom_vjp(run)
+    frozen.defvjp(forward, backward)
+    return frozen
 
 
 def stack(*arrays: Array) -> Array:

@@ -17,7 +17,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.layers import FEW_ROWS, Embedding, alone_on_a_cpu, layer_norm, matmul, rotate
+from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matmul, product, rotate
 from jaxprefix.models.stack import stacked
 from tests.base_folders import GOLDEN_BASE, make_base_folder, random_prefix
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
@@ -138,12 +138,6 @@ def test_products_of_few_rows_are_those_of_many(shape, dtype):
     np.testing.assert_allclose(np.float64(gradient), expected, rtol=0, atol=rounded * abs(expected).max())
 
 
-needs_cpu = pytest.mark.skipif(
-    not alone_on_a_cpu() or not jax.__version__.startswith("0.10."), reason="is about what jax 0.10 makes for a CPU"
-)
-
-
-@needs_cpu
 @pytest.mark.parametrize(
     ("dtype", "n_rows", "result"),
     [
@@ -154,30 +148,28 @@ needs_cpu = pytest.mark.skipif(
         (jnp.bfloat16, 2, "f32[2,96]"),
     ],
 )
-def test_the_compiler_leaves_products_of_few_rows_as_they_are(users_compiling, dtype, n_rows, result):
+def test_the_compiler_leaves_products_of_few_rows_as_they_are(cpu_compiler, dtype, n_rows, result):
     arrays = jnp.zeros((n_rows, 48), dtype), jnp.zeros((96, 48), dtype)
-    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile(users_compiling).as_text()
+    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile(cpu_compiler).as_text()
 
 
-@needs_cpu
-def test_no_bias_of_an_mlp_is_written_out_for_every_row(users_compiling):
-    tokens = jnp.zeros((128, 64), int)
-    base = abstract_model(load_model(GOLDEN_BASE).config)
-    program = lowered_gradient(base, tokens).compile(users_compiling).as_text()
+def test_nothing_of_an_mlps_width_is_written_out_for_every_row(cpu_compiler):
+    base = abstract_model(read_model_config(GOLDEN_BASE))
+    program = lowered_gradient(base, jnp.zeros((128, 64), int)).compile(cpu_compiler).as_text()
     written = re.findall(r"%wrapped_broadcast\S* = f32\[([\d,]+)\]", program)
+    if "128,64,64" not in written:
+        pytest.skip("layer norms' weights are not written out either: this compiler does not do so")
     assert "f32[128,64,256]" in program
     assert "128,64,256" not in written
-    assert "128,64,64" in written, "layer norms' weights are, so lines are understood"
 
 
-@needs_cpu
-def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(users_compiling):
+def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(cpu_compiler):
     def follow(table, ids):
         return jax.lax.fori_loop(0, 5, lambda _, ids: table(ids).sum(axis=-1).astype(jnp.int32), ids)
 
     table = Embedding(4096, 64)
     table.weight = nnx.Param(jnp.zeros((4096, 64), jnp.bfloat16))
-    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile(users_compiling)) < table.weight.nbytes
+    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile(cpu_compiler)) < table.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -217,15 +209,40 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, 
 )
 def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
     other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
+    shape = (2, model.config.n_head, 40, model.config.head_dim)
+    cache = jax.tree.map(lambda zeros: zeros + 0.1, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    slots = jnp.broadcast_to(10 + jnp.arange(TOKENS.shape[1]), TOKENS.shape)
 
-    def loss(prefix, model):
-        return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)[0]
+    def loss(prefix, cache, model):
+        hidden, written = model.hidden(TOKENS, prefix, cache, None if cache is None else slots)
+        total = sum(jnp.sin(keys_or_values).sum() for keys_or_values in jax.tree.leaves(written))
+        return next_token_loss(hidden, model.head_weight, TOKENS)[0] + total
 
     forward = jax.jit(lambda model: model(TOKENS, prefix))
-    for ours, expected in zip(*map(jax.tree.leaves, (forward(other), forward(model))), strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL)
-    gradient, expected = (jax.jit(jax.grad(loss))(prefix, each) for each in (other, model))
-    np.testing.assert_allclose(gradient, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
+    compare(forward(other), forward(model))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    for before in (None, cache):
+        compare(gradient(prefix, before, other), gradient(prefix, before, model))
+
+
+def compare(ours, expected):
+    for array, right in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(array, right, rtol=0, atol=MODEL * max(1, float(jnp.abs(right).max())))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_gpu_may_not_round_float32_factors_to_tf32(dtype):
+    factors = jnp.zeros((3, 4), dtype), jnp.zeros((5, 4), jnp.float32)
+    for left, right in (factors, factors[::-1]):
+        lowered = jax.jit(lambda left, right: product("ri,oi->ro", left, right)).lower(left, right)
+        assert "precision = [HIGHEST, HIGHEST]" in lowered.as_text()
+
+
+def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, gradient = jnp.arange(3.0), jnp.full(3, jnp.inf)
+    np.testing.assert_array_equal(jax.jit(after)(gradient, x), x)
+    assert "optimization_barrier %arg0, %arg1" in jax.jit(lambda *inputs: after(*inputs)).lower(gradient, x).as_text()
 
 
 def test_scanned_layers_take_a_cache(base_folder, model):
@@ -238,27 +255,27 @@ def test_scanned_layers_take_a_cache(base_folder, model):
 
 
 @pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
-def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, users_compiling):
+def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, cpu_compiler):
     config = read_model_config(base_folder)
 
     def added_by_a_layer(remat):
-        deep, deeper = (dataclasses.replace(config, n_layer=n) for n in (4, 6))
+        deep, deeper = (dataclasses.replace(config, n_layer=n) for n in (2, 4))
         bases = (abstract_model(each, Compute(remat=remat)) for each in (deep, deeper))
-        needed = [needed_memory(lowered_gradient(base, TOKENS).compile(users_compiling)) for base in bases]
+        needed = [needed_memory(lowered_gradient(base, TOKENS).compile(cpu_compiler)) for base in bases]
         return (needed[1] - needed[0]) / 2
 
     assert added_by_a_layer("block") < 2 * TOKENS.size * config.n_embd * 4
     assert added_by_a_layer("elementwise") > 8 * TOKENS.size * config.n_embd * 4
 
 
-def test_layer_norms_keep_their_input_alone(users_compiling):
+def test_layer_norms_keep_their_input_alone(cpu_compiler):
     def summed(x, weight):
         for _ in range(8):
             x = x + jnp.sin(layer_norm(x, weight, weight, 1e-5))
         return x.sum()
 
     x = jnp.zeros((4, 64, 256))
-    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile(users_compiling)) < (8 + 3) * x.nbytes
+    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile(cpu_compiler)) < (8 + 3) * x.nbytes
 
 
 def test_scanning_changes_the_program(base_folder):

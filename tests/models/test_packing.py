@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprefix import load_model
+from jaxprefix.config import Compute
 from jaxprefix.data import PackedShape, make_batch, make_packed_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import next_token_loss
@@ -44,7 +46,10 @@ def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION)
 
 
-def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(model, tokenizer, packed):
+@pytest.mark.parametrize("remat", ["elementwise", "block"])
+def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, tokenizer, packed, remat):
+    model = load_model(base_folder, compute=Compute(remat=remat))
+
     def loss(prefix, batch):
         hidden, _ = model.hidden(batch.tokens, prefix, packing=batch.packing)
         return next_token_loss(hidden, model.head_weight, batch.labels)[0]
