@@ -86,7 +86,7 @@ def tell_account(flags: argparse.Namespace) -> None:
     title = (
         f"{flags.shape}, {flags.dtype}, --remat {flags.remat}, {flags.rows} rows × {flags.tokens} tokens, each device"
     )
-    publish(f"memory_abstract_{flags.shape}_{flags.dtype}", f"{title}\n\n{table(header, rows)}", results)
+    publish(f"memory_abstract_{flags.shape}_{flags.dtype}_{flags.remat}", f"{title}\n\n{table(header, rows)}", results)
 
 
 def tell_measured(flags: argparse.Namespace) -> None:

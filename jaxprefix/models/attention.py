@@ -87,7 +87,7 @@ def attend(
 
     Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
     invisible. Scores, multiplied by `scale` (1/√H unless given; no array), and softmax are float32, whatever the
-    inputs are; k and v may be of another type than q, which is the result's. `method` is how it is computed, where
+    inputs are; the result has q's type, k and v may be of another. `method` is how it is computed, where
     cuDNN can: for whole rows.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
