@@ -209,20 +209,24 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, 
 )
 def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
     other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
-    shape = (2, model.config.n_head, 40, model.config.head_dim)
+
+    def loss(prefix, model):
+        hidden, written = model.hidden(TOKENS, prefix)
+        total = sum(jnp.sin(keys_or_values).sum() for keys_or_values in jax.tree.leaves(written))
+        return next_token_loss(hidden, model.head_weight, TOKENS)[0] + total, hidden
+
+    differentiated = jax.jit(jax.grad(loss, has_aux=True))
+    compare(differentiated(prefix, other), differentiated(prefix, model))
+
+
+@pytest.mark.parametrize("base_folder", ["parallel"], indirect=True)
+def test_caches_have_gradients_with_block_recomputation_too(base_folder, model):
+    other, shape = load_model(base_folder, compute=Compute(remat="block")), (2, model.config.n_head, 40, 16)
     cache = jax.tree.map(lambda zeros: zeros + 0.1, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
     slots = jnp.broadcast_to(10 + jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-
-    def loss(prefix, cache, model):
-        hidden, written = model.hidden(TOKENS, prefix, cache, None if cache is None else slots)
-        total = sum(jnp.sin(keys_or_values).sum() for keys_or_values in jax.tree.leaves(written))
-        return next_token_loss(hidden, model.head_weight, TOKENS)[0] + total
-
-    forward = jax.jit(lambda model: model(TOKENS, prefix))
-    compare(forward(other), forward(model))
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    for before in (None, cache):
-        compare(gradient(prefix, before, other), gradient(prefix, before, model))
+    gradient = jax.jit(jax.grad(lambda cache, model: jnp.sin(model.hidden(TOKENS, None, cache, slots)[0]).sum()))
+    compare(gradient(cache, other), gradient(cache, model))
+    assert all(jnp.abs(array).max() > MODEL for array in jax.tree.leaves(gradient(cache, model)))
 
 
 def compare(ours, expected):
@@ -254,7 +258,7 @@ def test_scanned_layers_take_a_cache(base_folder, model):
     np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
 
 
-@pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
+@pytest.mark.parametrize("base_folder", ["parallel"], indirect=True)
 def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, cpu_compiler):
     config = read_model_config(base_folder)
 
