@@ -24,7 +24,7 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import next_token_loss
-from jaxprefix.models import abstract_model, layers, weight_shapes
+from jaxprefix.models import abstract_model, layers, stack, weight_shapes
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 
@@ -181,7 +181,11 @@ def test_no_matrix_product_of_an_update_makes_a_gradient_of_a_base_weight():
 
 
 def test_such_products_would_be_found(monkeypatch, traced_anew):
+    def unfrozen(layer, x, prefix, cache, shared):
+        return layer(x, prefix, cache, *shared)
+
     monkeypatch.setattr(layers, "frozen_matmul", lambda x, weight: layers.matmul(x, weight).astype(x.dtype))
+    monkeypatch.setattr(stack, "_with_frozen_weights", lambda _: unfrozen)
     gradient = jax.jit(jax.grad(summed_loss, argnums=(0, 1)))
     program = gradient.lower(abstract_model(MODEL), PREFIX, ROWS, ROWS).compile().as_text()
     assert products_of_weight_shapes(program) == {(768, 256), (256, 256), (896, 256), (256, 896)}
