@@ -14,7 +14,7 @@ from jaxprefix.models.config import ModelConfig
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
-"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ, but in bfloat16."""
+"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ, except in bfloat16."""
 
 
 def unloaded(*shape: int) -> nnx.Param:

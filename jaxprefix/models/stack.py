@@ -67,7 +67,7 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
     """
 
     def run(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> Any:
-        return type(layer).__call__(layer, x, prefix, cache, *shared)
+        return layer(x, prefix, cache, *shared)
 
     def differentiated(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> tuple[Any, Any]:
         return jax.vjp(lambda x, prefix, cache: run(layer, x, prefix, cache, shared), x, prefix, cache)
