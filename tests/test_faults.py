@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,21 @@ class TestDisk:
         asyncio.run(leave_behind())
         gc.collect()
         assert "never retrieved" in caplog.text, "without a failure, asyncio goes on as before"
+
+    def test_writes_that_had_not_begun_say_nothing_after_a_failure(self, finished):
+        async def write_fragment(): ...
+
+        def leave_behind():
+            write_fragment().__qualname__ = "async_serialize_from_host.<locals>.write_fragment"  # Orbax's
+
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            leave_behind()
+            assert len(told) == 1, "without a failure, the interpreter tells of it"
+            with pytest.raises(RunError), within_disk(finished):
+                raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
+            leave_behind()
+            assert len(told) == 1
 
     @pytest.mark.slow
     def test_a_disk_that_is_full_or_read_only_or_gone(self, tmp_path):
