@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -73,8 +72,3 @@ def with_config(model: BaseModel, **changes: Any) -> BaseModel:
     """The same weights in a model of a changed configuration."""
     changed = abstract_model(dataclasses.replace(model.config, **changes))
     return nnx.merge(nnx.split(changed)[0], nnx.split(model)[1])
-
-
-def random_prefix(config, length: int = 7, seed: int = 1) -> jax.Array:
-    """A prefix [L, 2, P, N, H] of std 1."""
-    return jax.random.normal(jax.random.key(seed), (config.n_layer, 2, length, config.n_head, config.head_dim))

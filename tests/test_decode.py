@@ -10,7 +10,8 @@ from convert.errors import InputError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute, DecodeConfig
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
-from tests.base_folders import GOLDEN_BASE, make_base_folder, random_prefix
+from tests.arrays import random_prefix
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)

@@ -6,15 +6,17 @@ import pytest
 import jaxprefix.loss
 from jaxprefix.data import IGNORED
 from jaxprefix.loss import CPU_BLOCK, next_token_loss
+from tests.arrays import normals
 from tests.tolerances import FUNCTION
 
 
 @pytest.fixture
 def batch():
     """Hidden states [3, 10, 8], a head of 50 rows, labels of which some are ignored."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    labels = jax.random.randint(keys[2], (3, 10), 0, 50).at[0, 3:].set(IGNORED).at[:, 8:].set(IGNORED)
-    return 3 * jax.random.normal(keys[0], (3, 10, 8)), jax.random.normal(keys[1], (50, 8)), labels
+    hidden, head = normals((3, 10, 8), (50, 8))
+    labels = np.random.default_rng(1).integers(0, 50, (3, 10))
+    labels[0, 3:] = labels[:, 8:] = IGNORED
+    return 3 * hidden, head, jnp.asarray(labels)
 
 
 def plain_loss(hidden, head, labels):

@@ -17,7 +17,8 @@ from convert.prefix import read_prefix, to_folded, to_layers, write_weight
 from jaxprefix import load_prefix
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, random_prefix
+from tests.arrays import random_prefix
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 
 
 def test_layout_is_key_then_value_of_each_layer():

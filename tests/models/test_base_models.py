@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxprefix.models import attention, gpt2, gpt_neox
-from tests.base_folders import random_prefix, with_config
+from tests.arrays import random_prefix
+from tests.base_folders import with_config
 from tests.tolerances import MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))

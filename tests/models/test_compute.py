@@ -19,7 +19,8 @@ from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matmul, product, rotate
 from jaxprefix.models.stack import stacked
-from tests.base_folders import GOLDEN_BASE, make_base_folder, random_prefix
+from tests.arrays import normals, random_prefix
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
@@ -28,9 +29,7 @@ TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 @pytest.fixture
 def heads():
     """q, k, v [2, 30, 4, 16], a layer's prefix [2, 7, 4, 16], and what the output is weighed with."""
-    shapes = [(2, 30, 4, 16)] * 3 + [(2, 7, 4, 16), (2, 30, 4, 16)]
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    return normals(*[(2, 30, 4, 16)] * 3, (2, 7, 4, 16), (2, 30, 4, 16))
 
 
 def dense(q, k, v, prefix, *options):
@@ -113,9 +112,7 @@ needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN nee
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=needs_gpu)])
 def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense_one(implementation):
-    shapes = [(2, 600, 4, 64)] * 3 + [(2, 10, 4, 64), (2, 600, 4, 64)]
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    halves = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
+    halves = normals(*[(2, 600, 4, 64)] * 3, (2, 10, 4, 64), (2, 600, 4, 64), dtype=jnp.bfloat16)
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.125, implementation), *halves)
     same = outputs_and_gradients(lambda *inputs: dense(*inputs, None, None, "dense"), *halves)
     exact = outputs_and_gradients(dense, *(x.astype(jnp.float32) for x in halves))
@@ -128,8 +125,7 @@ def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 0, 48), (1, 2, 48), (FEW_ROWS, 48), (FEW_ROWS + 1, 48)])
 def test_products_of_few_rows_are_those_of_many(shape, dtype):
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, weight = jax.random.normal(keys[0], shape, dtype), jax.random.normal(keys[1], (96, 48), dtype)
+    x, weight = normals(shape, (96, 48), dtype=dtype)
     right = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     np.testing.assert_allclose(jax.jit(matmul)(x, weight), right, rtol=0, atol=FUNCTION * abs(right).max(initial=0))
     gradient = jax.jit(jax.grad(lambda weight: (matmul(x, weight) * right).sum()))(weight)

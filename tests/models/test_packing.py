@@ -11,7 +11,8 @@ from jaxprefix.data import PackedShape, make_batch, make_packed_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models.packing import pack, unpack
-from tests.base_folders import random_prefix, with_config
+from tests.arrays import normals, random_prefix
+from tests.base_folders import with_config
 from tests.tolerances import FUNCTION, MODEL
 
 EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
@@ -23,7 +24,7 @@ def packed(request, tokenizer):
 
 
 def test_unpacking_and_packing_undo_each_other(packed):
-    x = jax.random.normal(jax.random.key(0), (*packed.tokens.shape, 2, 3))
+    (x,) = normals((*packed.tokens.shape, 2, 3))
     has_text = packed.packing.places < np.prod(packed.packing.columns.shape[1:])
     rows = unpack(x, packed.packing)
     np.testing.assert_array_equal(pack(rows, packed.packing), jnp.where(has_text[..., None, None], x, 0))
@@ -40,8 +41,8 @@ def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
     def plainly(x):
         return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x.reshape(n_rows, -1, 4), index)
 
-    x = jax.random.normal(jax.random.key(0), shape)
-    weights = jax.random.normal(jax.random.key(1), plainly(x).shape)
+    (x,) = normals(shape)
+    (weights,) = normals(plainly(x).shape, seed=1)
     ours, expected = (jax.grad(lambda x, f=f: jnp.vdot(f(x), weights))(x) for f in (lambda x: way(x, packing), plainly))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION)
 

@@ -16,7 +16,8 @@ import transformers
 from jaxprefix import load_model
 from jaxprefix.config import DecodeConfig
 from jaxprefix.decode import generate_ids
-from tests.base_folders import make_base_folder, random_prefix, with_config
+from tests.arrays import normals, random_prefix
+from tests.base_folders import make_base_folder, with_config
 from tests.tolerances import MODEL
 
 NEOX = {"model_type": "gpt_neox", "num_hidden_layers": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
@@ -190,6 +191,7 @@ def test_a_wrong_head_is_noticed(tmp_path):
     folder = folder_of(tmp_path, "line-corporation/japanese-large-lm-3.6b", vocab_size=440)
     model = load_model(folder)
     hidden, _ = model.hidden(jnp.asarray(TOKENS))
-    other = jax.random.normal(jax.random.key(0), model.embed.weight.shape) * model.embed.weight[...].std()
+    (random,) = normals(model.embed.weight.shape)
+    other = random * model.embed.weight[...].std()
     expected = torch_logits(torch_model(folder), None).detach().numpy()
     assert np.abs(hidden @ other.T - expected).max() > 100 * MODEL

@@ -11,7 +11,7 @@ from jaxprefix import load_prefix
 from jaxprefix.config import DecodeConfig
 from jaxprefix.decode import generate_ids
 from jaxprefix.prefix import save_prefix
-from tests.base_folders import random_prefix
+from tests.arrays import random_prefix
 from tests.tolerances import MODEL
 
 # PEFT hands transformers an attention mask in a way that will change; its config checks look for the hub.

@@ -1,0 +1,18 @@
+"""Random arrays, made by NumPy: `jax.random` takes the compiler seconds for every shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprefix.models.config import ModelConfig
+
+
+def normals(*shapes: tuple[int, ...], dtype: jnp.dtype = jnp.float32, seed: int = 0) -> list[jax.Array]:
+    """Arrays of std 1."""
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in shapes]
+
+
+def random_prefix(config: ModelConfig, length: int = 7, seed: int = 1) -> jax.Array:
+    """A prefix [L, 2, P, N, H] of std 1."""
+    return normals((config.n_layer, 2, length, config.n_head, config.head_dim), seed=seed)[0]
