@@ -59,7 +59,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
     def leave_out_closed_loops(failure: Any) -> None:
         """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed.
 
-        If it is not closed yet, asyncio's logger tells that nobody awaited them. What had not begun gives a warning.
+        If it is not closed yet, asyncio's logger tells that nobody awaited them.
         """
         if str(failure.exc_value) != "Event loop is closed":
             hook(failure)
@@ -74,6 +74,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         sys.unraisablehook = hook  # after a failure both stay: the loop may be told when the run has ended
         asyncio.setLevel(levels[1])
     except (OSError, SaveError) as error:
+        # what Orbax had not begun to write, told whenever garbage is collected next
         warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         check_still_there(config)
         if isinstance(error, SaveError):
