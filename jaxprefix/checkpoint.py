@@ -7,6 +7,7 @@ only if all of it can be read and fits its number and these sums.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 
 from convert.errors import InputError, RunError
@@ -54,37 +54,47 @@ class Checkpoints:
         self._writing = create
         if not create and not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder of checkpoints")
-        handlers = {STATE: ocp.PyTreeCheckpointHandler(), PROGRESS: ocp.JsonCheckpointHandler(PROGRESS_FILE)}
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
-            cleanup_tmp_directories=create,
-            lightweight_initialize=True,
-            # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
-        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if "_manager" not in vars(self):  # neither read nor saved
+            return
         try:
             self.finish()
         finally:
             self._manager.close()
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        """Orbax's manager, made when it is first needed: a run's first update does not wait for Orbax's import."""
+        import orbax.checkpoint as ocp
+
+        handlers = {STATE: ocp.PyTreeCheckpointHandler(), PROGRESS: ocp.JsonCheckpointHandler(PROGRESS_FILE)}
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2,
+            cleanup_tmp_directories=self._writing,
+            lightweight_initialize=True,
+            # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
+        return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`.
 
         Raises SaveError when this cannot be done, or when the save before it has failed in the background.
         """
+        from orbax.checkpoint import args
+
         self.finish()  # the manager would leave this one out while another is being written
         arrays = named(state)
         sums = {name: _sha256(np.asarray(array)) for name, array in arrays.items()}
         record = {"step": step, "progress": progress, "sha256": {**sums, "progress": _sha256(progress)}}
-        items = {STATE: ocp.args.PyTreeSave(arrays), PROGRESS: ocp.args.JsonSave(record)}
+        items = {STATE: args.PyTreeSave(arrays), PROGRESS: args.JsonSave(record)}
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._manager.save(step, args=args.Composite(**items), force=True)
         except Exception as error:
             raise self._unsaved(str(step), error) from error
 

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -102,7 +101,9 @@ def is_first() -> bool:
 def wait_for_all(name: str) -> None:
     """Wait until all processes come to the same place, however long each was at something of its own."""
     if jax.process_count() > 1:
-        ocp.multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+        from orbax.checkpoint import multihost  # late: decoding needs nothing of it
+
+        multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:

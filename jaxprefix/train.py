@@ -295,7 +295,7 @@ def start_state(
         encoder = jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))
         return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)
     encoder = start_encoder(config, base, tokenizer)
-    return TrainState(encoder, optimizer.init(encoder), scale)
+    return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
 
 
 def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) -> Encoder:

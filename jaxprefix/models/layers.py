@@ -22,6 +22,11 @@ def unloaded(*shape: int) -> nnx.Param:
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
+def drawn(numbers: np.ndarray) -> nnx.Param:
+    """A weight of the prefix encoder as it starts; rounded by NumPy, which has nothing to compile."""
+    return nnx.Param(jnp.asarray(numbers.astype(np.float32)))
+
+
 class Linear(nnx.Module):
     """y = x Wᵀ + b, stored as PyTorch stores it: weight [out, in], bias [out].
 
@@ -30,8 +35,8 @@ class Linear(nnx.Module):
 
     def __init__(self, n_in: int, n_out: int, rng: np.random.Generator):
         bound = 1 / math.sqrt(n_in)
-        self.weight = nnx.Param(jnp.float32(rng.uniform(-bound, bound, (n_out, n_in))))
-        self.bias = nnx.Param(jnp.float32(rng.uniform(-bound, bound, n_out)))
+        self.weight = drawn(rng.uniform(-bound, bound, (n_out, n_in)))
+        self.bias = drawn(rng.uniform(-bound, bound, n_out))
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
         return matmul(x, self.weight[...]).astype(x.dtype) + self.bias[...]
@@ -56,7 +61,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, n_rows: int, width: int, rng: np.random.Generator | None = None):
         shape = (n_rows, width)
-        self.weight = unloaded(*shape) if rng is None else nnx.Param(jnp.float32(rng.standard_normal(shape)))
+        self.weight = unloaded(*shape) if rng is None else drawn(rng.standard_normal(shape))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
         weight = self.weight[...]
