@@ -21,6 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin on the cores of the other processes
     gc.set_threshold(50_000, 20, 100)  # a collection walks all that JAX and PyTorch have made: a tenth of tracing
     if jax.__version__.startswith("0.10."):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}"
