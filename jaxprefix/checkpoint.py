@@ -59,12 +59,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if "_manager" not in vars(self):  # neither read nor saved
-            return
         try:
             self.finish()
         finally:
-            self._manager.close()
+            if self._in_use:
+                self._manager.close()
 
     @functools.cached_property
     def _manager(self) -> Any:
@@ -80,6 +79,10 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
+
+    @property
+    def _in_use(self) -> bool:
+        return "_manager" in vars(self)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`.
@@ -100,6 +103,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait for what is being saved. Raises SaveError when that failed."""
+        if not self._in_use:
+            return
         try:
             self._manager.wait_until_finished()
         except Exception as error:

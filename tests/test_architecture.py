@@ -82,6 +82,11 @@ def test_jaxprefix_runs_without_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_orbax_is_imported_when_a_checkpoint_needs_it():
+    script = "import sys, jaxprefix.train, jaxprefix.decode; assert 'orbax.checkpoint' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_data_needs_no_jax():
     assert not top_packages(imported(ROOT / "jaxprefix" / "data.py")) & {"jax", "flax", "optax"}
 

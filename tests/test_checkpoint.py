@@ -218,6 +218,13 @@ def test_what_cannot_be_saved_is_told(folder):
         checkpoints.save(8, CONTENT[8], PROGRESS[8])
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    message = r"file/checkpoints: the checkpoint 4 cannot be saved \(.*\); there is none before it"
+    with Checkpoints(tmp_path / "file" / "checkpoints") as checkpoints, pytest.raises(RunError, match=message):
+        checkpoints.save(4, CONTENT[4], PROGRESS[4])
+
+
 def test_the_system_says_why_in_tensorstores_errors(tmp_path):
     (tmp_path / "file").touch()
     store = tensorstore.KvStore.open(f"file://{tmp_path / 'file' / 'folder'}/").result()
