@@ -75,7 +75,7 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
     return place
 
 
-def with_embedded_rows(base: Base, mesh: Mesh) -> Base:
+def with_embedded_rows(base: Base, mesh: Mesh | AbstractMesh) -> Base:
     """Gather the embeddings' width, inside jit, so that hidden states are split by rows and not by their width.
 
     Left to itself, the partitioner keeps the split of the looked-up vectors, and every device computes all rows.
@@ -84,8 +84,11 @@ def with_embedded_rows(base: Base, mesh: Mesh) -> Base:
         return base
 
     def gather(path: Any, weight: Array) -> Array:
-        is_embedding = "embed" in jax.tree_util.keystr(path)
-        return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P())) if is_embedding else weight
+        name = jax.tree_util.keystr(path)
+        if "embed" not in name:
+            return weight
+        splits = "embed_positions" not in name and len(weight) % mesh.shape["tensor"] == 0  # a tied head stays split
+        return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P("tensor" if splits else None, None)))
 
     return jax.tree.map_with_path(gather, base)
 

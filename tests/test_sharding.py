@@ -5,16 +5,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.memory import SAVING_ORDER
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.models import load_model, weight_shapes, weight_table
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.sharding import base_sharding, make_mesh
+from jaxprefix.sharding import base_sharding, make_mesh, with_embedded_rows
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.runs import losses_of, run_config
@@ -60,6 +62,13 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
     assert place("embed.weight", (50432, 64)).shard_shape((50432, 64)) == (50432, 8)
     with pytest.raises(KeyError, match=r"no sharding rule for embed.bias"):
         place("embed.bias", (5,))
+
+
+def test_an_embedding_stays_split_over_tensor_as_far_as_it_is_a_head():
+    weights = {name: {"weight": jnp.zeros((8, 4))} for name in ("embed", "embed_positions", "head")}
+    for sizes, spec in (({"fsdp": 2, "tensor": 2}, P("tensor", None)), ({"fsdp": 2, "tensor": 3}, P(None, None))):
+        constraints = jax.make_jaxpr(with_embedded_rows, static_argnums=1)(weights, abstract_mesh(**sizes)).eqns
+        assert [constraint.params["sharding"].spec for constraint in constraints] == [spec, P(None, None)]
 
 
 def test_a_mesh_must_take_all_devices():
