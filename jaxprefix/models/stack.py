@@ -76,12 +76,13 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
         return (run(*inputs), inputs) if recompute else differentiated(*inputs)
 
     def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
-        kept, gradients = jax.lax.optimization_barrier((kept, gradients))
+        towards_x, towards_cache = gradients  # the cache's, zeros in training, stay known as such
+        kept, towards_x = jax.lax.optimization_barrier((kept, towards_x))
         pull_back = kept
         if recompute:
             layer, x, *rest = kept
-            _, pull_back = differentiated(layer, after(gradients[0], x), *rest)
-        return None, *pull_back(gradients), None
+            _, pull_back = differentiated(layer, after(towards_x, x), *rest)
+        return None, *pull_back((towards_x, towards_cache)), None
 
     frozen = jax.custom_vjp(run)
     frozen.defvjp(forward, backward)
