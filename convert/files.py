@@ -10,6 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from convert.errors import InputError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -20,11 +22,20 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
+def check_free(folder: Path) -> None:
+    """Raise InputError if a folder that is to be written holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: is not an empty folder")
+
+
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:
     """Write a safetensors file as PyTorch's readers expect it. Raises OSError, which the library wraps."""
+    path.touch()
+    mode = path.stat().st_mode  # the library's own is for its owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt", **header})
     except SafetensorError as error:
         if not (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)

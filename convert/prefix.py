@@ -162,7 +162,10 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not config_path.is_file():
         if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
             return _read_adapter(member(folder, RUN_SUBFOLDER))
-        raise InputError(f"{folder}: neither an adapter folder ({ADAPTER_CONFIG}) nor a run folder ({RUN_SUBFOLDER}/)")
+        raise InputError(
+            f"{folder}: holds no prefix, neither {ADAPTER_CONFIG} nor {RUN_SUBFOLDER}/, which a run has from its first "
+            "dev evaluation on"
+        )
     config = read_object(config_path)
     if config.get("peft_type") != "PREFIX_TUNING":
         raise InputError(f"{config_path}: peft_type is not PREFIX_TUNING")

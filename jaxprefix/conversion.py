@@ -3,6 +3,7 @@
 import numpy as np
 
 from convert.errors import InputError
+from convert.files import check_free
 from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
 from convert.torch_files import is_torch_file, load_torch
 from convert.training_state import STEPS, is_training_state, read_training_state, write_training_state
@@ -15,6 +16,7 @@ from jaxprefix.run_folder import CHECKPOINTS, is_run_folder, only_writer
 
 BASE_CONFIG = "config.json"
 TRAINING_STATE = ".pt"
+PREFIX_FILES = (".weight", ".checkpoint", ".npy", ".safetensors")
 
 
 def convert(config: ConvertConfig) -> str:
@@ -49,10 +51,12 @@ def _convert_prefix(config: ConvertConfig) -> str:
     elif target.suffix == ".safetensors":
         write_safetensors(target, folded, base)
     elif {"n_layer", "n_head"} <= base.keys():
+        check_free(target)
         write_adapter(target, folded, int(base["n_layer"]), int(base["n_head"]), base)
     else:
         raise InputError(f"{source}: does not say what base model it is for; give --pretrained_model_dir")
-    return f"{target}: prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes"
+    kind = "adapter folder, " if target.is_dir() else ""
+    return f"{target}: {kind}prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes"
 
 
 def _training_state_out(config: ConvertConfig) -> str:
@@ -68,6 +72,11 @@ def _training_state_out(config: ConvertConfig) -> str:
 
 def _training_state_in(config: ConvertConfig) -> str:
     """From a torch file to the newest checkpoint of a run folder, from which --resume goes on."""
+    if config.target.suffix in PREFIX_FILES:
+        raise InputError(
+            f"{config.source}: is a training state, which becomes a run folder, not a {config.target.suffix} file; "
+            "train --resume goes on from there and keeps a prefix"
+        )
     arrays = read_training_state(config.source)
     _check_width(config, arrays)
     if STEPS[0] not in arrays:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
@@ -119,7 +119,9 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     optimizer = make_optimizer(config, rate)
 
     resuming = has_checkpoint(config)
-    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming)
+    earlier = None if resuming else agree("find the earlier run", lambda: earlier_run(config, identity))
+    arrays = None if earlier is None else earlier.read()[0]  # all processes together
+    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming, arrays)
     state = agree("start the prefix", lambda: start_state(*wanted_state))
 
     progress = Progress()
@@ -136,6 +138,11 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             if state.loss_scale is not None:  # a training state from PyTorch has none
                 arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
             state, progress = from_names(state, arrays, checkpoints.folder), Progress(**saved)
+            if progress.n_done >= inputs.plan.n_updates and progress.best_dev_loss is None:
+                raise InputError(
+                    f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has "
+                    f"{inputs.plan.n_updates}; raise --n_training_steps or --n_epochs"
+                )
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
         log = RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first())
@@ -288,17 +295,35 @@ def start_state(
     tokenizer: Tokenizer,
     optimizer: optax.GradientTransformation,
     resuming: bool,
+    earlier: Mapping[str, np.ndarray] | None = None,
 ) -> TrainState:
-    """Make the state that training starts from; only its shapes when a checkpoint is to replace it."""
+    """Make the state that training starts from; only its shapes when a checkpoint is to replace it.
+
+    `earlier` are the arrays of another run, whose encoder is taken.
+    """
     scale = LossScale.start() if config.dtype == "float16" else None
     if resuming:
         encoder = jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))
         return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)
-    encoder = start_encoder(config, base, tokenizer)
+    encoder = start_encoder(config, base, tokenizer, earlier)
     return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
 
 
-def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) -> Encoder:
+def earlier_run(config: TrainConfig, base: dict[str, str]) -> Checkpoints | None:
+    """Return the checkpoints of the run that this one starts from, unread; None if it starts from no run.
+
+    Raises InputError for a folder that is no run, or one of another base model.
+    """
+    path = config.checkpoint_path
+    if path is None or path.is_file() or config.prefix_hidden_dim == 0:
+        return None
+    check_base(path, base)
+    return Checkpoints(path / CHECKPOINTS, create=False)
+
+
+def start_encoder(
+    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, earlier: Mapping[str, np.ndarray] | None
+) -> Encoder:
     """Make the encoder that training starts from: fitted to the base model, or another run's."""
     if config.checkpoint_path is None:
         return new_encoder(base, *config.encoder_sizes, config.seed)
@@ -311,11 +336,9 @@ def start_encoder(config: TrainConfig, base: BaseModel, tokenizer: Tokenizer) ->
             )
         return DirectPrefix(prefix)
     like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))}
-    if config.checkpoint_path.is_file():  # the original's: a torch file with the encoder's state
-        return from_names(like, read_training_state(config.checkpoint_path), config.checkpoint_path)["encoder"]
-    check_base(config.checkpoint_path, base_identity(base.config, tokenizer))
-    with Checkpoints(config.checkpoint_path / CHECKPOINTS, create=False) as checkpoints:
-        return from_names(like, checkpoints.read()[0], checkpoints.folder)["encoder"]
+    if earlier is None:  # the original's: a torch file with the encoder's state
+        earlier = read_training_state(config.checkpoint_path)
+    return from_names(like, earlier, config.checkpoint_path)["encoder"]
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:

@@ -179,6 +179,18 @@ def test_a_run_goes_on_in_pytorch(tmp_path, uninterrupted):
     np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=1e-6)
 
 
+def test_nothing_is_written_into_a_folder_that_holds_something(tmp_path):
+    converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    with pytest.raises(InputError, match="adapter: is not an empty folder"):
+        converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+
+
+def test_others_may_read_what_others_may_read_beside_it(tmp_path):
+    folder = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    weights, settings = (folder / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    assert weights.stat().st_mode == settings.stat().st_mode
+
+
 def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
     start = run_config(tmp_path, "start", **RINNA, n_epochs=4)
     encoder = tmp_path / "encoder.pt"
@@ -197,7 +209,12 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
 def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
     config = run_config(tmp_path, dtype="float16", n_training_steps=1)
     train(config)
-    converted(converted(config.run_dir, tmp_path / "state.pt"), tmp_path / "again")
+    state = converted(config.run_dir, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"becomes a run folder, not a \.weight file"):
+        converted(state, tmp_path / "prefix.weight")
+    converted(state, tmp_path / "again")
+    with pytest.raises(InputError, match=r"after update 1 without a dev loss, and the run has 1; raise"):
+        train(run_config(tmp_path, "again", dtype="float16", n_training_steps=1, resume=True))
     assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
 
 
@@ -206,11 +223,11 @@ def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_mode
     saved = started_encoder(run_config(tmp_path, seed=43))
     torch.save(saved, path)
     config = run_config(tmp_path, checkpoint_path=path)
-    found = encoder_state(start_encoder(config, golden_model, tokenizer))
+    found = encoder_state(start_encoder(config, golden_model, tokenizer, None))
     assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
     longer = run_config(tmp_path, checkpoint_path=path, prefix_seq_len=11)
     with pytest.raises(InputError, match=r"prefix_wte.weight: expected shape \(11, 10\), found \(10, 10\)"):
-        start_encoder(longer, golden_model, tokenizer)
+        start_encoder(longer, golden_model, tokenizer, None)
 
 
 def test_damaged_training_states_are_refused(tmp_path):

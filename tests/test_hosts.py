@@ -101,6 +101,19 @@ def test_what_fails_on_one_ends_both(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
+    config, places = run_config(tmp_path), (undisturbed[0].run_dir, tmp_path / "nowhere")
+    pair = [
+        start(config, *flags, "--checkpoint_path", str(place), **TWO_DEVICES)
+        for flags, place in zip(documented_flags(), places, strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot find the earlier run; its own error tells why" in errors[0]
+    assert "nowhere: no run, config.json is missing or damaged" in errors[1]
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     config = run_config(tmp_path)
     pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))

@@ -182,7 +182,7 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
         "cut": "not a torch file that can be read safely",
         "integers": "expected floating-point numbers, found int64",
         "zip": "not a torch file that can be read safely",
-        "folder": "neither an adapter folder",
+        "folder": "holds no prefix, neither",
         "lora": "peft_type is not PREFIX_TUNING",
         "dict": "expected one dense tensor, found dict",
         "code": "not a torch file that can be read safely",

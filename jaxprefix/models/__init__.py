@@ -9,7 +9,7 @@ from flax import nnx
 
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
-from convert.errors import InputError
+from convert.files import check_free
 from convert.table import Table, check_depth, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, StoredWeight
@@ -66,8 +66,7 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     """
     folder = resolve_folder(dir_or_hub_id)
     config = read_model_config(folder, name=dir_or_hub_id)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: is not an empty folder")
+    check_free(target)
     _check_depth(folder, config)
     beside = [
         member(folder, path.name)
