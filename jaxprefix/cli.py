@@ -170,6 +170,7 @@ def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.examples import Chunking
     from jaxprefix.recipe import RECIPES
+    from jaxprefix.run_folder import suffix_of
     from jaxprefix.token_cache import load_examples
 
     recipe = RECIPES[config.decode.recipe]
@@ -178,8 +179,13 @@ def _evaluate(config: EvaluateConfig) -> int:
     model, tokenizer, prefix = _load(config)
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
+    known = (config.suffix, suffix_of(config.prefix_checkpoint_path), TrainConfig.suffix)
+    suffix = next(suffix for suffix in known if suffix is not None)
+    generated_suffix = tokenizer.decode(tokenizer.encode(suffix))  # in which signs may have become others
+    if prompts and not generated_suffix.strip():
+        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
     if config.data_filepath is not None:
-        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
+        chunking = Chunking(tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         for line in examples.skipped.report(config.data_filepath):
             print(line, file=sys.stderr)
@@ -191,7 +197,7 @@ def _evaluate(config: EvaluateConfig) -> int:
     if prompts:
         for way, values in report.items():
             texts = stream(model, tokenizer, prompts, ways[way], config.seed, config.batch_size, config.decode)
-            values |= suffix_rate(list(texts), config.suffix)
+            values |= suffix_rate(list(texts), generated_suffix)
     if config.json:
         print(json.dumps(report))
         return 0

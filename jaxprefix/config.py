@@ -292,8 +292,8 @@ class EvaluateConfig:
     """Run folder, adapter folder or prefix file; leave it out to measure the plain base model alone."""
     data_filepath: Path | None = None
     """JSON Lines to compute loss and ppl on, as in training."""
-    suffix: str = " 😃"
-    """The task's suffix."""
+    suffix: str | None = None
+    """The task's suffix; unless given that of the run folder, or else " 😃"."""
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
     skip_bad_lines: bool = False
@@ -324,7 +324,7 @@ class EvaluateConfig:
             problems.append(f"--seed must be between 0 and {SEED_LIMIT}, is {self.seed}")
         if not self.n_samples and self.data_filepath is None:
             problems.append("nothing to measure: neither --data_filepath nor --n_samples")
-        if self.n_samples and not self.suffix.strip():
+        if self.n_samples and self.suffix is not None and not self.suffix.strip():
             problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
         if problems:
             raise InputError.all("evaluate:", problems)

@@ -23,6 +23,8 @@ MAY_CHANGE_ON_RESUME = {
     "resume",
     "overwrite",
     "output_dir",
+    "save_name",
+    "data_filepath",  # its content may not: data_sha256
     "save_log",
     "log_every_n_steps",
     "checkpoint_every_n_steps",
@@ -42,7 +44,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     Raises InputError when another process holds it, naming it, or when it cannot be made. On a file system without
     locks nothing is held.
     """
-    path = folder.with_name(f".{folder.name}.lock")
+    path = folder.resolve()
+    path = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(path)
@@ -128,6 +131,12 @@ def _within(folder: Path) -> Iterator[None]:
 def is_run_folder(folder: Path) -> bool:
     """Tell whether a folder is a run's: a base model's has a config.json too."""
     return bool(_read_description(folder))
+
+
+def suffix_of(folder: Path | None) -> str | None:
+    """Return the suffix that a run was trained with; None for anything but a run's folder."""
+    suffix = None if folder is None else _read_description(folder).get("suffix")
+    return suffix if isinstance(suffix, str) else None
 
 
 def check_base(run_dir: Path, base: dict[str, str]) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxprefix.cli import main
+from jaxprefix.config import ConvertConfig
+from jaxprefix.conversion import convert
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
 
@@ -184,6 +186,23 @@ def test_evaluate_with_and_without_prefix(capsys, tmp_path):
     assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
     assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
     assert capsys.readouterr().out.startswith("without_prefix:")
+
+
+def test_evaluate_takes_the_suffix_of_the_run_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
+    (run / "config.json").write_text(json.dumps({"data_sha256": "", "suffix": "！"}))
+    monkeypatch.setattr("jaxprefix.decode.stream", lambda *_: iter(["楽しい!寒い。"]))  # the tokenizer makes ！ that
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--json"]
+
+    def report(*more: str) -> dict:
+        assert main(["evaluate", *BASE, *options, *more]) == 0
+        return json.loads(capsys.readouterr().out)["with_prefix"]
+
+    of_run, told = report("--prefix_checkpoint_path", str(run)), report(*PREFIX, "--suffix", "！")
+    assert of_run == told
+    assert of_run["suffix_rate"] == 1 / 2
+    assert report(*PREFIX)["loss"] != told["loss"]
 
 
 def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):

@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -32,12 +34,28 @@ def test_a_lock_that_cannot_be_made(tmp_path, name, message):
 def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
     config = run_config(tmp_path)
     open_run_folder(config, describe_run(config, {}))
-    for changes in ({"compute": Compute(remat="block")}, {"mesh": "fsdp=2"}):
+    moved = shutil.copy(config.data_filepath, tmp_path / "moved.jsonl")
+    for changes in ({"compute": Compute(remat="block")}, {"mesh": "fsdp=2"}, {"data_filepath": Path(moved)}):
         resumed = dataclasses.replace(config, resume=True, **changes)
         check_run_folder(resumed, describe_run(resumed, {}))
     resumed = dataclasses.replace(config, resume=True, batch_size=2)
     with pytest.raises(InputError, match="batch_size: was 4, now 2"):
         check_run_folder(resumed, describe_run(resumed, {}))
+
+
+def test_a_run_may_be_renamed(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    config.run_dir.rename(tmp_path / "renamed")
+    resumed = dataclasses.replace(config, save_name="renamed", resume=True)
+    check_run_folder(resumed, describe_run(resumed, {}))
+
+
+def test_the_working_folder_can_be_locked(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    with only_writer(Path()):
+        assert (tmp_path / ".run.lock").is_file()
 
 
 def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
