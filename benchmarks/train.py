@@ -180,13 +180,15 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
         import jax
         import jax.numpy as jnp
 
+        from jaxprefix.models.layers import product
+
         n_tokens = 512 if jax.default_backend() == "cpu" else 8192  # enough to keep a device busy
         x = jnp.ones((n_tokens, width), dtype)
         up, down = jnp.full((inner, width), 1 / width, dtype), jnp.full((width, inner), 1 / inner, dtype)
 
         def pair(_: int, x: jax.Array) -> jax.Array:
             for weight in (up, down):
-                x = jnp.einsum("ti,oi->to", x, weight, preferred_element_type=jnp.float32).astype(dtype)
+                x = product("ti,oi->to", x, weight).astype(dtype)
             return x
 
         pairs = jax.jit(lambda x: jax.lax.fori_loop(0, n_pairs, pair, x))

@@ -24,7 +24,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     the file is missing, UTF-16, no whole gzip file, unpacks to absurdly much, or changes before its end.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such data file")
+        raise InputError(f"{path}: {'is no file of text' if path.exists() else 'no such data file'}")
     packed = path.suffix == ".gz"
     before = _state(path)
     most = max(UNPACKED_BYTES, GZIP_RATIO * path.stat().st_size)

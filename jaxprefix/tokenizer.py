@@ -89,7 +89,7 @@ class TokenizersFile:
             if backend.token_to_id(token) != index:
                 raise InputError(f"added token {token!r} has id {index} in one file, {backend.token_to_id(token)} here")
         self.backend = backend
-        self.size = backend.get_vocab_size(with_added_tokens=True)
+        self.size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         unknown = getattr(backend.model, "unk_token", None)
         self.unk_id = None if unknown is None else backend.token_to_id(unknown)
 

@@ -12,6 +12,7 @@ import transformers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
+from jaxprefix.tokenizer import TokenizersFile
 from tests.base_folders import GOLDEN_BASE
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample_data.jsonl"
@@ -178,6 +179,11 @@ def test_added_tokens_that_contradict_the_file_are_refused(bpe_folder, tmp_path)
     (tmp_path / "bpe" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InputError, match="added token '<extra>' has id 650 in one file, 600 here"):
         load_tokenizer(tmp_path / "bpe")
+
+
+def test_gaps_between_ids_count():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
+    assert TokenizersFile(backend, {}).size == 8
 
 
 def test_half_a_surrogate_pair_is_refused_in_bpe_too(bpe_folder):

@@ -30,7 +30,7 @@ Cache = tuple[LayerCache, ...]
 CUDNN_TOKENS = 512
 """Tokens of a row from which cuDNN's attention is chosen: shorter rows fit the dense one's memory."""
 CUDNN_MULTIPLE = 128
-"""cuDNN's kernels take rows of a multiple of this many slots."""
+"""Of so many slots rows are made a multiple for cuDNN, whose kernels work in such tiles; JAX does not ask for it."""
 
 
 def positions_of(slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None) -> Int[Array, "B T"]:
