@@ -23,8 +23,10 @@ def read_lines(path: Path) -> Iterator[bytes]:
     A name that ends in .gz is unpacked on the way. A UTF-8 mark at the beginning is left out. Raises InputError when
     the file is missing, UTF-16, no whole gzip file, unpacks to absurdly much, or changes before its end.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: {'is no file of text' if path.exists() else 'no such data file'}")
+    if not path.exists():
+        raise InputError(f"{path}: no such data file")
+    if not path.is_file():  # reading checks that nothing changed meanwhile, and may come back to a line
+        raise InputError(f"{path}: is a folder or a pipe, not a file of data")
     packed = path.suffix == ".gz"
     before = _state(path)
     most = max(UNPACKED_BYTES, GZIP_RATIO * path.stat().st_size)

@@ -203,6 +203,8 @@ def test_evaluate_takes_the_suffix_of_the_run_as_generated_texts_have_it(capsys,
     assert of_run == told
     assert of_run["suffix_rate"] == 1 / 2
     assert report(*PREFIX)["loss"] != told["loss"]
+    (run / "config.json").write_text(json.dumps({"data_sha256": "", "suffix": ""}))
+    fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
 
 
 def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):

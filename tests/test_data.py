@@ -225,7 +225,7 @@ def test_a_damaged_gzip_file(tokenizer, tmp_path):
 
 
 def test_a_missing_file_and_a_folder(tokenizer, tmp_path):
-    for path, message in ((tmp_path, "is no file of text"), (tmp_path / "d.jsonl", "no such data file")):
+    for path, message in ((tmp_path, "is a folder or a pipe"), (tmp_path / "d.jsonl", "no such data file")):
         with pytest.raises(InputError, match=message):
             read_examples(path, Chunking(tokenizer))
 
