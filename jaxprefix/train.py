@@ -198,7 +198,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
         ended = inputs.plan.epochs_ending(progress.n_done)
-        logging = progress.n_done % config.log_every_n_steps == 0
+        logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
         verdict = vote.cast(stop.received or (Vote.SAVE if due else Vote.GO_ON))
         stopping = verdict > Vote.SAVE

@@ -127,6 +127,12 @@ def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch,
     assert losses_of(config.run_dir, "dev") == losses_of(finished.run_dir, "dev")
 
 
+def test_a_run_shorter_than_the_log_interval_logs_its_end(tmp_path):
+    config = run_config(tmp_path, log_every_n_steps=2, n_training_steps=3)
+    train(config)
+    assert [point["step"] for point in metrics_of(config.run_dir)] == [2, 3]
+
+
 def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkeypatch):
     changes = {"log_every_n_steps": 4, "n_accum_steps": 2, "fp16": True, "n_epochs": 4, "packing": True}
     whole = run_config(tmp_path, name="whole", **changes)
