@@ -119,9 +119,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     optimizer = make_optimizer(config, rate)
 
     resuming = has_checkpoint(config)
-    earlier = None if resuming else agree("find the earlier run", lambda: earlier_run(config, identity))
-    arrays = None if earlier is None else earlier.read()[0]  # all processes together
-    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming, arrays)
+    earlier = None if resuming else earlier_arrays(config, identity)
+    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming, earlier)
     state = agree("start the prefix", lambda: start_state(*wanted_state))
 
     progress = Progress()
@@ -309,16 +308,27 @@ def start_state(
     return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
 
 
-def earlier_run(config: TrainConfig, base: dict[str, str]) -> Checkpoints | None:
-    """Return the checkpoints of the run that this one starts from, unread; None if it starts from no run.
+def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.ndarray] | None:
+    """Return the arrays of the run that this one starts from, by name; None if it starts from no run.
 
-    Raises InputError for a folder that is no run, or one of another base model.
+    Raises InputError for a folder that is no run, or one of another base model. All processes read together, so all
+    must have found it first.
     """
     path = config.checkpoint_path
-    if path is None or path.is_file() or config.prefix_hidden_dim == 0:
+    if path is None or config.prefix_hidden_dim == 0:
         return None
-    check_base(path, base)
-    return Checkpoints(path / CHECKPOINTS, create=False)
+
+    def find() -> Checkpoints | None:
+        if path.is_file():
+            return None
+        check_base(path, base)
+        return Checkpoints(path / CHECKPOINTS, create=False)
+
+    checkpoints = agree("find the earlier run", find)
+    if checkpoints is None:
+        return None
+    with checkpoints:
+        return checkpoints.read()[0]
 
 
 def start_encoder(
