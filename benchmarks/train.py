@@ -64,7 +64,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     from jaxprefix.models import load_model
     from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
-    from jaxprefix.train import start_state
+    from jaxprefix.start import start_state
     from jaxprefix.update import learning_rate, make_optimizer, make_update
 
     prepare_compiling()

@@ -19,7 +19,7 @@ MAY_NOT_IMPORT = {
 FLOORS = [
     {"cli"},
     {"train", "conversion", "check"},
-    {"inputs", "faults"},
+    {"inputs", "faults", "start"},
     {"update", "decode", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding", "hosts", "memory"},
     {"base_folder"},

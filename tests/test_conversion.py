@@ -19,7 +19,8 @@ from jaxprefix import load_model
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
-from jaxprefix.train import start_encoder, train
+from jaxprefix.start import start_encoder
+from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
