@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
 from jaxprefix.data import Batch, longest_row, n_labels, split_examples
+from jaxprefix.devices import devices
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inputs import update_plan
 from jaxprefix.loss import LossScale
@@ -96,7 +97,7 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
 def describe_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> str:
     """Tell what an update needs on each device."""
     weights, work = training_memory(config, model, n_columns)
-    n_devices = jax.device_count()
+    n_devices = len(devices())
     return (
         f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples in {config.dtype}, each of "
         f"{n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"

@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
             return _train(settings)
         if isinstance(settings, ConvertConfig):
             return _convert(settings)
+        from jaxprefix.devices import compiling_for, own_device
         from jaxprefix.memory import within_memory
 
-        with within_memory(lambda: _less_memory(settings)):
+        with within_memory(lambda: _less_memory(settings)), compiling_for([own_device()]):  # which holds the base model
             return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
     except PlainError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError
 from jaxprefix.config import DecodeConfig
+from jaxprefix.devices import on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
-from jaxprefix.models.layers import on_a_cpu
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import Tokenizer

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
-from jaxprefix.models.layers import alone_on_a_cpu, inner, matmul, product
+from jaxprefix.devices import alone_on_a_cpu, devices, on_a_cpu
+from jaxprefix.models.layers import inner, matmul, product
 
 CHUNK_TOKENS = 2048
 """Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
@@ -61,10 +62,10 @@ def _over_chunks(
         return jnp.float32(0), jnp.zeros_like(chunk[0]) if with_gradient else None
 
     def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array | None]:
-        if jax.default_backend() == "gpu":  # which would wait for the host to choose
-            loss, gradient = compute(chunk)
-        else:
+        if on_a_cpu():
             loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
+        else:  # a GPU would wait for the host to choose
+            loss, gradient = compute(chunk)
         return total + loss, gradient
 
     return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))
@@ -124,7 +125,7 @@ def _softmax_over_vocabulary(
 def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Cut the columns into chunks: [chunks, B, C, D] and [chunks, B, C]; rows stay whole, and where they are."""
     n_rows, n_columns, width = hidden.shape
-    n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * jax.device_count()))
+    n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * len(devices())))
     chunk = -(-n_columns // n_chunks)
     padding = chunk * n_chunks - n_columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

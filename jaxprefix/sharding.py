@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES as AXES
+from jaxprefix.devices import devices
 
 ROWS = ("data", "fsdp")
 Base = TypeVar("Base")
@@ -45,12 +46,12 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
-    sizes = sizes or {"data": jax.device_count()}
-    if math.prod(sizes.values()) != jax.device_count():
+    sizes = sizes or {"data": len(devices())}
+    if math.prod(sizes.values()) != len(devices()):
         given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise InputError(f"--mesh {given} is for {math.prod(sizes.values())} devices, there are {jax.device_count()}")
+        raise InputError(f"--mesh {given} is for {math.prod(sizes.values())} devices, there are {len(devices())}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices())
 
 
 def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tuple[int, ...]], NamedSharding]:

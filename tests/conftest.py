@@ -1,13 +1,14 @@
 import gc
 import importlib.util
 import os
+import types
 from pathlib import Path
 
 import jax
 import pytest
 
 from jaxprefix import load_model, load_tokenizer
-from jaxprefix.models.layers import alone_on_a_cpu
+from jaxprefix.devices import alone_on_a_cpu, compiling_for
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.errors import Recorder
 
@@ -76,6 +77,13 @@ def cpu_compiler(users_compiling):
     if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
         pytest.skip("is about what jax 0.10 makes for a CPU")
     return {"xla_cpu_use_fusion_emitters": True}
+
+
+@pytest.fixture
+def as_on_a_gpu():
+    """Trace what a GPU would compute; it is a CPU that computes it."""
+    with compiling_for([types.SimpleNamespace(platform="gpu")]):
+        yield
 
 
 @pytest.fixture(scope="session")

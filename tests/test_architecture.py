@@ -29,7 +29,7 @@ FLOORS = [
     {"examples"},
     {"lines"},
     {"tokenizer"},
-    {"config", "hub"},
+    {"config", "hub", "devices"},
     {"recipe", "launch"},
 ]
 

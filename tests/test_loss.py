@@ -27,9 +27,9 @@ def plain_loss(hidden, head, labels):
 
 @pytest.mark.parametrize("chunk", [4, 2048])
 @pytest.mark.parametrize("block", [7, 25, 50, 2048, "as on a GPU"])
-def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block, monkeypatch):
+def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block, monkeypatch, request):
     if block == "as on a GPU":
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        request.getfixturevalue("as_on_a_gpu")
     monkeypatch.setattr(jaxprefix.loss, "CHUNK_TOKENS", chunk)
     monkeypatch.setattr(jaxprefix.loss, "CPU_BLOCK", block)
     expected, expected_gradient = jax.jit(jax.value_and_grad(plain_loss))(*batch)

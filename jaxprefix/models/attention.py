@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from convert.errors import InputError
 from jaxprefix.config import AttentionMethod
 from jaxprefix.data import Packing
+from jaxprefix.devices import own_device
 from jaxprefix.models.layers import inner, product
 
 LayerPrefix = Float[Array, "2 P N H"]
@@ -105,7 +106,7 @@ def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
 
 def cudnn_takes(head_dim: int) -> bool:
     """Tell whether cuDNN's flash attention runs on this machine's GPU, from Ampere on, and with heads of that width."""
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "9.0"; AMD's are names
+    capability = str(getattr(own_device(), "compute_capability", ""))  # "9.0"; AMD's are names
     generation = int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else 0
     return generation >= 8 and head_dim % 8 == 0 and head_dim <= (256 if generation >= 9 else 128)
 
@@ -113,7 +114,7 @@ def cudnn_takes(head_dim: int) -> bool:
 def check_attention(method: AttentionMethod, head_dim: int) -> None:
     """Raise InputError for a method that cannot run here."""
     if method == "cudnn" and not cudnn_takes(head_dim):
-        device = jax.local_devices()[0].device_kind
+        device = own_device().device_kind
         raise InputError(
             f"--attention cudnn needs an NVIDIA GPU, Ampere or later, and heads of a multiple of 8 up to 128 numbers "
             f"(from Hopper on 256); here are {device} and heads of {head_dim}"

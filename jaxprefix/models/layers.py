@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models.config import ModelConfig
 
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
@@ -140,16 +141,6 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
         return jax.lax.optimization_barrier(product("oi,ri->or", weight, x)).T
     rows = x if len(x) != 1 else jnp.broadcast_to(x, (2, x.shape[1]))
     return product("ri,oi->ro", rows, weight)[: len(x)]
-
-
-def on_a_cpu() -> bool:
-    """Tell whether this computes on CPUs, for what their compiler needs and a GPU's is better off without."""
-    return jax.default_backend() == "cpu"
-
-
-def alone_on_a_cpu() -> bool:
-    """Tell whether a CPU is the only device; GPUs are fast at other forms, and several devices split an array."""
-    return on_a_cpu() and jax.device_count() == 1
 
 
 def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:

@@ -22,7 +22,7 @@ from tests.hostile.prefixes import CreatesAFile
 from tests.hostile.registry import DEEP, hostile
 
 
-@hostile(r"asks for builtins.open|asks for io.open")
+@hostile(r"asks for (builtins|_?io)\.open")
 def a_training_state_with_code(folder):
     torch.save({"encoder": CreatesAFile()}, folder / "state.pt")
     return lambda: convert_command(folder / "state.pt", folder / "run")
@@ -32,7 +32,7 @@ def convert_command(source, target):
     convert(ConvertConfig(source, target))
 
 
-@hostile(r"asks for builtins.open|asks for io.open")
+@hostile(r"asks for (builtins|_?io)\.open")
 def a_base_model_with_code(folder):
     make_base_folder(folder / "base")
     (folder / "base" / "model.safetensors").unlink()

@@ -18,13 +18,13 @@ class CreatesAFile:
         return open, ("created-by-pickle", "w")
 
 
-@hostile(r"asks for builtins.open|asks for io.open")
+@hostile(r"asks for (builtins|_?io)\.open")
 def a_weight_with_code(folder):
     torch.save(CreatesAFile(), folder / "p.weight")
     return lambda: read_prefix(folder / "p.weight")
 
 
-@hostile(r"asks for builtins.open|asks for io.open")
+@hostile(r"asks for (builtins|_?io)\.open")
 def an_old_weight_with_code(folder):
     torch.save({"state": CreatesAFile()}, folder / "p.weight", _use_new_zipfile_serialization=False)
     return lambda: read_prefix(folder / "p.weight")

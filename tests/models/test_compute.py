@@ -13,6 +13,7 @@ from flax import nnx
 from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.config import Compute
+from jaxprefix.devices import compiling_for
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
@@ -90,10 +91,10 @@ def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypat
     ("capability", "taken"),
     [("9.0", {8, 64, 128, 256}), ("8.0", {8, 64, 128}), ("7.5", set()), ("gfx90a", set()), (None, set())],
 )
-def test_cudnn_takes_heads_by_the_gpus_generation(monkeypatch, capability, taken):
+def test_cudnn_takes_heads_by_the_gpus_generation(capability, taken):
     device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert {width for width in (8, 12, 64, 128, 256, 264) if attention.cudnn_takes(width)} == taken
+    with compiling_for([device]):
+        assert {width for width in (8, 12, 64, 128, 256, 264) if attention.cudnn_takes(width)} == taken
 
 
 def test_gradients_towards_the_prefix_are_summed_over_rows_in_float32():
@@ -240,8 +241,7 @@ def test_a_gpu_may_not_round_float32_factors_to_tf32(dtype):
         assert "precision = [HIGHEST, HIGHEST]" in lowered.as_text()
 
 
-def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(as_on_a_gpu):
     x, gradient = jnp.arange(3.0), jnp.full(3, jnp.inf)
     np.testing.assert_array_equal(jax.jit(after)(gradient, x), x)
     assert "optimization_barrier %arg0, %arg1" in jax.jit(lambda *inputs: after(*inputs)).lower(gradient, x).as_text()
