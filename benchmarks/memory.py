@@ -1,14 +1,16 @@
 """Peak memory of training, measured; or of one device of a mesh, by the compiler's account without any weights.
 
 python -m benchmarks.memory --shape 110m --ways jaxprefix:float32 torch_ref:float32 peft:float32
-python -m benchmarks.memory --abstract --shape 20b --dtype bfloat16 --mesh fsdp=8 tensor=8
+python -m benchmarks.memory --abstract --shape 20b --dtype bfloat16 --mesh fsdp=8 tensor=8 [--gpu]
 
-The account is of an update compiled for as many devices of the CPU as the mesh has: 8 rows of 2048 tokens. Its order
-of operations is the one that needs little memory, as on accelerators; left alone, the CPU's compiler starts early what
-it can, and holds more.
+The account is of an update compiled for as many devices as the mesh has: 8 rows of 2048 tokens. With --gpu they are
+H100s, which need not be there, but JAX's CUDA plugin must: pip install '.[cuda13]'. cuDNN's workspace is left out then.
+Without, they are CPUs, in the order of operations that needs little memory, as on accelerators; left alone, the CPU's
+compiler starts early what it can, and holds more.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,23 +25,29 @@ from benchmarks.shapes import SHAPES, make_folder, model_config
 from jaxprefix.config import Compute, TrainConfig
 
 DEVICE_BYTES = 80e9
+H100 = Path(__file__).parent / "h100.txtpb"
 SAVING_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 ARRAY_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def account(shape: str, mesh: str, dtype: str, remat: str, n_rows: int, n_tokens: int) -> dict[str, Any]:
-    """Compile an update for a mesh of CPU devices, and return its bytes on each of them."""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"  # read when jax finds its devices
+def account(flags: argparse.Namespace) -> dict[str, Any]:
+    """Compile an update for the mesh `flags.measure`, and return its bytes on each of its devices."""
+    # Both are read when JAX finds its devices.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"
+    os.environ["JAX_PLATFORMS"] = "cpu"  # where a GPU is asked for that is not there, JAX finds no plugin either
     import jax
 
     from jaxprefix.check import compiled_update
 
-    n_examples = n_rows // 2  # an example makes two rows
-    compute = Compute(remat=remat)
-    config = TrainConfig(shape, Path(), shape, batch_size=n_examples, dtype=dtype, mesh=mesh, compute=compute)
-    jax.config.update("jax_num_cpu_devices", math.prod((config.mesh_sizes or {}).values()))
+    n_examples = flags.rows // 2  # an example makes two rows
+    compute = Compute(remat=flags.remat)
+    names = (flags.shape, Path(), flags.shape)
+    config = TrainConfig(*names, batch_size=n_examples, dtype=flags.dtype, mesh=flags.measure, compute=compute)
+    n_devices = math.prod((config.mesh_sizes or {}).values())
+    jax.config.update("jax_num_cpu_devices", n_devices)
     started = time.perf_counter()
-    compiled = compiled_update(config, model_config(SHAPES[shape]), n_tokens)
+    with h100s(n_devices) if flags.gpu else contextlib.nullcontext():
+        compiled = compiled_update(config, model_config(SHAPES[flags.shape]), flags.tokens)
     analysis = compiled.memory_analysis()
     parts = {
         "arguments": analysis.argument_size_in_bytes,
@@ -50,9 +58,26 @@ def account(shape: str, mesh: str, dtype: str, remat: str, n_rows: int, n_tokens
     return {**parts, "total": sum(parts.values()), "largest": largest, "seconds": time.perf_counter() - started}
 
 
+def h100s(n_devices: int) -> contextlib.AbstractContextManager[None]:
+    """Compile for so many H100s of one host, described to the compiler."""
+    from jax.experimental import topologies
+
+    from jaxprefix.devices import compiling_for
+
+    try:
+        host = topologies.get_topology_desc(
+            platform="cuda", target_config=H100.read_text(), topology=f"1x1x{n_devices}"
+        )
+    except NotImplementedError as error:
+        raise SystemExit("--gpu needs JAX's CUDA plugin: pip install '.[cuda13]'") from error
+    return compiling_for(host.devices)
+
+
 def largest_array(program: str) -> str:
-    """Return the type and shape of the largest array that a compiled program names."""
-    found = {match.groups() for match in re.finditer(r"= (\w+)\[([\d,]+)\]", program)}
+    """Return the type and shape of the largest array that a compiled program names, outside of what it fuses."""
+    fused = set(re.findall(r" fusion\(.*?calls=(%[\w.-]+)", program))
+    computations = [part for part in program.split("\n\n") if part.split(" ")[0] not in fused]
+    found = {match.groups() for part in computations for match in re.finditer(r"= (\w+)\[([\d,]+)\]", part)}
     sizes = {
         f"{dtype}[{axes}]": ARRAY_BYTES[dtype] * math.prod(map(int, axes.split(",")))
         for dtype, axes in found
@@ -63,30 +88,21 @@ def largest_array(program: str) -> str:
 
 def tell_account(flags: argparse.Namespace) -> None:
     """Print and write the table of accounts, a line for each mesh."""
-    sizes = (
-        "--shape",
-        flags.shape,
-        "--dtype",
-        flags.dtype,
-        "--remat",
-        flags.remat,
-        "--rows",
-        flags.rows,
-        "--tokens",
-        flags.tokens,
-    )
-    arguments = {mesh: ("--measure", mesh, *sizes) for mesh in flags.mesh}
+    names = ("shape", "dtype", "remat", "rows", "tokens")
+    common = [argument for name in names for argument in (f"--{name}", getattr(flags, name))]
+    common += ["--gpu"] if flags.gpu else []
+    arguments = {mesh: ("--measure", mesh, *common) for mesh in flags.mesh}
     results = alternate(arguments, "benchmarks.memory", n_rounds=1)
-    names = ("arguments", "outputs", "temporaries", "total")
+    parts = ("arguments", "outputs", "temporaries", "total")
     rows = [
-        [mesh, *(gib(r[name]) for name in names), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
+        [mesh, *(gib(r[name]) for name in parts), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
         for mesh, (r,) in results.items()
     ]
-    header = ["mesh", *(f"{name}, GiB" for name in names), "÷ 80 GB", "largest array"]
-    title = (
-        f"{flags.shape}, {flags.dtype}, --remat {flags.remat}, {flags.rows} rows × {flags.tokens} tokens, each device"
-    )
-    publish(f"memory_abstract_{flags.shape}_{flags.dtype}_{flags.remat}", f"{title}\n\n{table(header, rows)}", results)
+    header = ["mesh", *(f"{name}, GiB" for name in parts), "÷ 80 GB", "largest array"]
+    title = f"{flags.shape}, {flags.dtype}, --remat {flags.remat}, {flags.rows} rows × {flags.tokens} tokens, each "
+    title += "H100" if flags.gpu else "CPU"
+    name = f"memory_abstract_{flags.shape}_{flags.dtype}_{flags.remat}" + ("_h100" if flags.gpu else "")
+    publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
 def tell_measured(flags: argparse.Namespace) -> None:
@@ -119,12 +135,13 @@ def main() -> None:
     parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8"], help="with --abstract")
     parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
     parser.add_argument("--remat", default="block", help="with --abstract: elementwise or block")
+    parser.add_argument("--gpu", action="store_true", help="with --abstract: for H100s, which need not be there")
     parser.add_argument("--rows", type=int, default=8, help="with --abstract")
     parser.add_argument("--tokens", type=int, default=2048, help="with --abstract: of each row")
     parser.add_argument("--measure", help="account for this mesh in this process")
     flags = parser.parse_args()
     if flags.measure:
-        print(json.dumps(account(flags.shape, flags.measure, flags.dtype, flags.remat, flags.rows, flags.tokens)))
+        print(json.dumps(account(flags)))
         return
     flags.shape = flags.shape or ("20b" if flags.abstract else "110m")
     (tell_account if flags.abstract else tell_measured)(flags)

@@ -1,6 +1,7 @@
 """The benchmark programs run; and what they do not show: what the compiled update computes, and what not."""
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -106,6 +107,11 @@ def test_startup(run_benchmark):
     assert "| torch_ref |" in printed
 
 
+needs_cuda_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="compiling for a GPU needs pip install '.[cuda13]'"
+)
+
+
 @pytest.mark.slow
 def test_memory(run_benchmark):
     flags = ("--shape", "1m", "--rounds", 1, "--updates", 1, "--ways", "jaxprefix:float32")
@@ -114,9 +120,10 @@ def test_memory(run_benchmark):
     assert "| jaxprefix:float32 |" in printed
 
 
-def test_memory_by_the_compilers_account(run_benchmark):
+@pytest.mark.parametrize("compiler", [(), pytest.param(("--gpu",), marks=needs_cuda_plugin)], ids=["CPU", "H100"])
+def test_memory_by_the_compilers_account(run_benchmark, compiler):
     sizes = ("--shape", "1m", "--rows", 2, "--tokens", 16, "--dtype", "float32")
-    printed, results = run_benchmark("memory", "--abstract", "--mesh", "tensor=2", *sizes)
+    printed, results = run_benchmark("memory", "--abstract", "--mesh", "tensor=2", *sizes, *compiler)
     (account,) = results["tensor=2"]
     split_weights = 2 * (12 * 64**2 + 7 * 64) + 2 * 4000 * 64  # nearly all, in 4 bytes on two devices
     assert 2 * split_weights < account["arguments"] < 2.3 * split_weights
@@ -140,7 +147,9 @@ def test_the_line_of_a_sweep():
 
 
 def test_the_largest_array_of_a_program():
-    assert largest_array("%a = f32[2,3]{1,0} dot(%b)\n%b = bf16[10]{0} add()\n %c = f32[] add()") == "f32[2,3]"
+    fused = "%inside (p: f32[9]) -> f32[9] {\n %x = f32[9] add()\n}"
+    entry = "%a = f32[2,3]{1,0} dot(%b)\n%b = bf16[10]{0} fusion(%a), calls=%inside\n %c = f32[] add()"
+    assert largest_array(f"{fused}\n\n{entry}") == "f32[2,3]"
 
 
 def compiled_train_step(n_tokens):
