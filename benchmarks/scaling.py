@@ -8,6 +8,7 @@ point lies off it, and the cost of what each point adds to the one before it ÷ 
 """
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -52,16 +53,16 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
         return jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32), dtype)
 
     base = jax.device_put(jax.tree.map(weight, abstract_model(model)), replicated(mesh))
-    optimizer = make_optimizer(config, learning_rate(config, recipe, config.n_training_steps))
+    rate = jax.device_put(learning_rate(config, recipe, config.n_training_steps), replicated(mesh))
     encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-    state = jax.device_put(TrainState(encoder, optimizer.init(encoder), None), replicated(mesh))
+    state = jax.device_put(TrainState(encoder, make_optimizer(config, rate).init(encoder), None), replicated(mesh))
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
-    update = make_update(optimizer, recipe, mesh)
+    update = make_update(functools.partial(make_optimizer, config), recipe, mesh)
 
     def step() -> None:
         nonlocal state
-        state, outcome = update(state, base, batch)
+        state, outcome = update(state, rate, base, batch)
         outcome.loss.block_until_ready()
 
     return step

@@ -72,14 +72,16 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     inputs = read_inputs(config, recipe)
     place = base_sharding(mesh, inputs.base.config.n_head)
     base = load_model(Path(config.pretrained_model_dir), config.dtype, place, inputs.base.config, config.compute)
-    optimizer = make_optimizer(config, learning_rate(config, recipe, inputs.plan.n_updates))
-    state = jax.device_put(start_state(config, base, inputs.base.tokenizer, optimizer, False), replicated(mesh))
-    compiled_update = make_update(optimizer, recipe, mesh)
+    rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
+    optimizer_of = functools.partial(make_optimizer, config)
+    state = start_state(config, base, inputs.base.tokenizer, optimizer_of(rate), False)
+    state = jax.device_put(state, replicated(mesh))
+    compiled_update = make_update(optimizer_of, recipe, mesh)
     batches = list(update_batches(config, inputs, mesh, 0))
 
     def update(number: int) -> Callable[[], object]:
         nonlocal state
-        state, outcome = compiled_update(state, base, batches[number])
+        state, outcome = compiled_update(state, rate, base, batches[number])
         return outcome.loss.block_until_ready
 
     n_useful = [int((batch.labels != IGNORED).sum()) for batch in batches]

@@ -1,6 +1,7 @@
 """What a training run would find and need, told before it starts: base model, tokenizer, data, memory."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,15 +141,19 @@ def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     if config.compute.scan_layers:
         base.layers = stacked(base.layers, stack)
-    optimizer = make_optimizer(config, learning_rate(config, RECIPES[config.recipe], config.n_training_steps))
+    recipe = RECIPES[config.recipe]
+    rate = learning_rate(config, recipe, config.n_training_steps)
+    optimizer_of = functools.partial(make_optimizer, config)
 
     def start(base: BaseModel) -> TrainState:
         encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-        return TrainState(encoder, optimizer.init(encoder), LossScale.start() if config.dtype == "float16" else None)
+        return TrainState(
+            encoder, optimizer_of(rate).init(encoder), LossScale.start() if config.dtype == "float16" else None
+        )
 
     state = jax.eval_shape(start, base)
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), state)
     shape = (config.n_accum_steps, rows_on(mesh, 2 * config.batch_size), n_columns)
     rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_rows(mesh))
-    update: Any = make_update(optimizer, RECIPES[config.recipe], mesh)
-    return update.lower(state, base, Batch(rows, rows)).compile()
+    update: Any = make_update(optimizer_of, recipe, mesh)
+    return update.lower(state, rate, base, Batch(rows, rows)).compile()

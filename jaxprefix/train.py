@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections import deque
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from convert.errors import InputError
@@ -47,7 +47,16 @@ from jaxprefix.run_folder import (
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, split_rows
 from jaxprefix.start import earlier_arrays, start_state
-from jaxprefix.update import Outcome, TrainState, Update, learning_rate, make_optimizer, make_update, n_applied
+from jaxprefix.update import (
+    LearningRate,
+    Outcome,
+    TrainState,
+    Update,
+    learning_rate,
+    make_optimizer,
+    make_update,
+    n_applied,
+)
 
 
 class Run(NamedTuple):
@@ -58,7 +67,7 @@ class Run(NamedTuple):
     base: BaseModel
     mesh: Mesh
     update: Update
-    rate: optax.Schedule
+    rate: LearningRate
     log: RunLog
     checkpoints: Checkpoints | None
     watchdog: Watchdog
@@ -113,12 +122,12 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     place = base_sharding(mesh, inputs.base.config.n_head)
     wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
     base = agree("load the base", lambda: load_model(*wanted))
-    rate = learning_rate(config, recipe, inputs.plan.n_updates)
-    optimizer = make_optimizer(config, rate)
+    rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
+    optimizer_of = functools.partial(make_optimizer, config)
 
     resuming = has_checkpoint(config)
     earlier = None if resuming else earlier_arrays(config, identity)
-    wanted_state = (config, base, inputs.base.tokenizer, optimizer, resuming, earlier)
+    wanted_state = (config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
     state = agree("start the prefix", lambda: start_state(*wanted_state))
 
     progress = Progress()
@@ -148,7 +157,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             log.line(line)
         if progress.n_done:
             log.line(f"resumed after update {progress.n_done}")
-        update = make_update(optimizer, recipe, mesh)
+        update = make_update(optimizer_of, recipe, mesh)
         watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
@@ -189,7 +198,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
 
     while batch is not None:
         n_tokens = int((batch.labels != IGNORED).sum())
-        state, outcome = run.update(state, run.base, spread(batch, split_rows(run.mesh)))
+        state, outcome = run.update(state, run.rate, run.base, spread(batch, split_rows(run.mesh)))
         in_flight.append((outcome, n_tokens))
         batch = next(batches, None)  # laid out while the device is at work
         epoch = inputs.plan.epoch_of(progress.n_done)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, Batch
@@ -34,22 +34,34 @@ class Outcome(NamedTuple):
     """Towards the encoder, before clipping."""
 
 
-Update = Callable[[TrainState, BaseModel, Batch], tuple[TrainState, Outcome]]
+class LearningRate(NamedTuple):
+    """Linear warmup, linear decay. Its numbers are inputs of the compiled update: other ones compile nothing anew."""
+
+    highest: Float[Array, ""]
+    floor: Float[Array, ""]
+    n_warmup: Float[Array, ""]
+    n_steps: Float[Array, ""]
+    """From the first step to the end of the decay; warmup is a part of it."""
+    steps_per_update: Float[Array, ""]
+
+    def __call__(self, n_done: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Return the rate after so many updates."""
+        step = n_done * self.steps_per_update
+        warmup = step / jnp.maximum(self.n_warmup, 1)
+        decay = (self.n_steps - step) / jnp.maximum(self.n_steps - self.n_warmup, 1)
+        multiplier = jnp.where(step < self.n_warmup, warmup, jnp.maximum(decay, 0.0))
+        return jnp.maximum(self.highest * multiplier, self.floor)
 
 
-def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> optax.Schedule:
-    """Return the learning rate as a function of the updates already made: linear warmup, linear decay."""
-    total = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
+Update = Callable[[TrainState, LearningRate, BaseModel, Batch], tuple[TrainState, Outcome]]
+
+
+def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> LearningRate:
+    """Return a run's learning rate."""
+    n_steps = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
     floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
-
-    def rate(n_done: Any) -> Any:
-        step = n_done * recipe.schedule_steps_per_update
-        warmup = step / max(config.n_warmup_steps, 1)
-        decay = (total - step) / max(total - config.n_warmup_steps, 1)
-        multiplier = jnp.where(step < config.n_warmup_steps, warmup, jnp.maximum(decay, 0.0))
-        return jnp.maximum(config.max_lr * multiplier, floor)
-
-    return rate
+    counts = (config.n_warmup_steps, n_steps, recipe.schedule_steps_per_update)
+    return LearningRate(*map(jnp.float32, (config.max_lr, floor, *counts)))
 
 
 def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -105,14 +117,17 @@ def loss_and_gradient(
     return loss / scale, pull_back(gradient / scale)[0]
 
 
-def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: Mesh) -> Update:
-    """Compile one update: (state, base, batch [micro-batches, rows, columns]) → (state, mean loss and gradient norm).
+def make_update(
+    optimizer_of: Callable[[LearningRate], optax.GradientTransformation], recipe: Recipe, mesh: Mesh
+) -> Update:
+    """Compile one update: (state, learning rate, base, batch [micro-batches, rows, columns]) → (state, outcome).
 
     An update whose loss or gradient is not finite leaves the state as it was, but for the loss scale. The base stays
     as it lies on the mesh.
     """
 
-    def update(state: TrainState, base: BaseModel, batch: Batch) -> tuple[TrainState, Outcome]:
+    def update(state: TrainState, rate: LearningRate, base: BaseModel, batch: Batch) -> tuple[TrainState, Outcome]:
+        optimizer = optimizer_of(rate)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         base = with_embedded_rows(base, mesh)
         loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale, mesh)
@@ -128,7 +143,7 @@ def make_update(optimizer: optax.GradientTransformation, recipe: Recipe, mesh: M
     return jax.jit(
         update,
         donate_argnums=0,
-        in_shardings=(everywhere, None, split_rows(mesh)),
+        in_shardings=(everywhere, everywhere, None, split_rows(mesh)),
         out_shardings=everywhere,
     )
 

@@ -1,5 +1,8 @@
 """One update: what it computes, what it leaves alone, and how often it is compiled."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +13,15 @@ from jaxprefix import load_model
 from jaxprefix.data import IGNORED, Batch, make_batch
 from jaxprefix.examples import Example
 from jaxprefix.loss import LossScale
-from jaxprefix.prefix import decays, new_encoder
+from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
-from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+from jaxprefix.update import LearningRate, TrainState, learning_rate, make_optimizer, make_update
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 from tests.tolerances import FUNCTION, MODEL
 
+RATE = LearningRate(*map(jnp.float32, (0.1, 0, 0, 100, 1)))
 EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
 
 
@@ -39,7 +43,8 @@ def start(golden_model):
 
 def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
-    moved, outcome = make_update(optimizer, recipe, make_mesh())(start(optimizer, loss_scale), base, batch)
+    update = make_update(lambda _: optimizer, recipe, make_mesh())
+    moved, outcome = update(start(optimizer, loss_scale), RATE, base, batch)
     return moved, outcome.loss
 
 
@@ -95,14 +100,14 @@ def test_padding_has_no_part_in_the_update(start, golden_model, tokenizer):
     assert gap(run(start, golden_model, tight)[0].encoder, run(start, golden_model, wide)[0].encoder) < FUNCTION
 
 
-def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer):
+def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer, tmp_path):
     before = [np.array(leaf) for leaf in jax.tree.leaves(golden_model)]
-    optimizer = optax.adamw(0.1, mask=decays)
-    mesh = make_mesh()
-    update = make_update(optimizer, Recipe(), mesh)
-    state, golden_model = jax.device_put((start(optimizer), golden_model), replicated(mesh))
-    for group in (EXAMPLES, EXAMPLES[:2], EXAMPLES[3:]):
-        state, _ = update(state, golden_model, stacked(tokenizer, group))
+    mesh, config = make_mesh(), run_config(tmp_path)
+    update = make_update(functools.partial(make_optimizer, config), Recipe(), mesh)
+    state, golden_model = jax.device_put((start(make_optimizer(config, RATE)), golden_model), replicated(mesh))
+    for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
+        rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), Recipe(), 3)
+        state, _ = update(state, jax.device_put(rate, replicated(mesh)), golden_model, stacked(tokenizer, group))
     assert update._cache_size() == 1
     for leaf, copy in zip(jax.tree.leaves(golden_model), before, strict=True):
         np.testing.assert_array_equal(leaf, copy)
@@ -147,6 +152,7 @@ def test_learning_rate_decays_over_the_run_to_min_lr(tmp_path):
 def test_rinna_steps_the_schedule_twice_and_over_the_requested_steps(tmp_path):
     assert rates(tmp_path, 8, recipe="rinna", n_training_steps=10) == [1.0, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
     assert rates(tmp_path, 4, recipe="rinna", n_training_steps=10, n_warmup_steps=4) == [0, 0.5, 1.0, 0.6667]
+    assert rates(tmp_path, 2, recipe="rinna", n_training_steps=10**12) == [1.0, 1.0]
 
 
 def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
