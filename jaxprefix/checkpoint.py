@@ -26,8 +26,9 @@ import tensorstore
 from convert.errors import InputError, RunError
 from jaxprefix.hosts import anywhere, first_says, is_first, see, wait_for_all
 
+KEPT = 2
 MOST_CHECKPOINTS = 8
-"""That are looked at: two are kept, and more only if removing them failed."""
+"""That are looked at: more than KEPT are there only if removing them failed, or the run was killed before it could."""
 MOST_WORDS = 200
 """Characters of another library's error that a message repeats."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
@@ -45,8 +46,8 @@ class SaveError(RunError):
 class Checkpoints:
     """The checkpoints of one run, newest two kept. Saving goes on in the background; leaving `with` waits for it.
 
-    With `create` the run is the caller's: what a killed run left unfinished is removed, and a damaged checkpoint is put
-    aside. Without, nothing is written.
+    With `create` the run is the caller's: what a killed run left unfinished is removed, as is what it left beyond the
+    newest two, and a damaged checkpoint is put aside. Without, nothing is written.
     """
 
     def __init__(self, folder: Path, create: bool = True):
@@ -72,7 +73,7 @@ class Checkpoints:
 
         handlers = {STATE: ocp.PyTreeCheckpointHandler(), PROGRESS: ocp.JsonCheckpointHandler(PROGRESS_FILE)}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
+            max_to_keep=KEPT,
             cleanup_tmp_directories=self._writing,
             lightweight_initialize=True,
             # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
@@ -121,7 +122,8 @@ class Checkpoints:
         Raises InputError when there is none.
         """
         damaged: dict[int, str] = {}
-        for step in self._steps():
+        steps = self._steps()
+        for index, step in enumerate(steps):
             try:
                 found = self._read(step)
             except _DamagedError as error:
@@ -129,6 +131,9 @@ class Checkpoints:
             if not anywhere(step in damaged):
                 for number, problem in damaged.items():
                     self._put_aside(number, f"{problem}; going on from {step}")
+                if self._writing:
+                    for older in steps[index + KEPT :]:
+                        self._manager.delete(older)
                 return found
             damaged.setdefault(step, "another process cannot read it")
         if not damaged:

@@ -212,6 +212,27 @@ def test_two_are_kept_and_what_a_killed_run_left_goes(folder):
     assert {path.name for path in folder.iterdir()} == {"12", "16"}
 
 
+def test_what_a_killed_run_had_no_time_to_remove_goes(folder, tmp_path):
+    with Checkpoints(shutil.copytree(folder, tmp_path / "later")) as checkpoints:
+        checkpoints.save(12, CONTENT[8], PROGRESS[8])
+    shutil.copytree(tmp_path / "later" / "12", folder / "12")
+    assert read(folder, create=False) == content_of(8)
+    assert len(list(folder.iterdir())) == 3
+    assert read(folder) == content_of(8)
+    assert {path.name for path in folder.iterdir()} == {"8", "12"}
+
+
+def test_of_what_a_killed_run_left_the_two_newest_good_ones_stay(folder, tmp_path):
+    with Checkpoints(shutil.copytree(folder, tmp_path / "later")) as checkpoints:
+        for step in (12, 16):
+            checkpoints.save(step, CONTENT[8], PROGRESS[8])
+    for step in ("12", "16"):
+        shutil.copytree(tmp_path / "later" / step, folder / step)
+    damage(next((folder / "16").rglob("progress.json")), lambda content: content[1:])
+    assert read(folder) == content_of(8)
+    assert {path.name for path in folder.iterdir()} == {"16.damaged", "8", "12"}
+
+
 def test_what_cannot_be_saved_is_told(folder):
     message = r"the checkpoint 8 cannot be saved \(.*\); the last good one is 8"
     with Checkpoints(folder) as checkpoints, pytest.raises(RunError, match=message):
