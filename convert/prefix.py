@@ -132,7 +132,8 @@ def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1) -> Any:
     """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
 
-    Hand it over as `model(tokens, past_key_values=cache)`; a model writes into its cache, so make one for each call.
+    Hand it over as `model(tokens, past_key_values=cache)`, from transformers 5.24 on `cache=cache`; a model writes into
+    its cache, so make one for each call.
     """
     torch = torch_files.import_torch("making a DynamicCache")
     from transformers import DynamicCache
