@@ -151,8 +151,8 @@ def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
             encoder, optimizer_of(rate).init(encoder), LossScale.start() if config.dtype == "float16" else None
         )
 
-    state = jax.eval_shape(start, base)
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), state)
+    everywhere = (jax.eval_shape(start, base), rate)
+    state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
     shape = (config.n_accum_steps, rows_on(mesh, 2 * config.batch_size), n_columns)
     rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_rows(mesh))
     update: Any = make_update(optimizer_of, recipe, mesh)
