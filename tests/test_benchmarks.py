@@ -1,7 +1,6 @@
 """The benchmark programs run; and what they do not show: what the compiled update computes, and what not."""
 
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
+from tests.markers import needs_cuda_plugin
 
 # No two axes of an activation are the two of a weight: its rows, heads and tokens have other sizes.
 MODEL = model_config(neox(3, 256, 4, 3072, intermediate_size=896))
@@ -105,11 +105,6 @@ def test_startup(run_benchmark):
     printed, results = run_benchmark("startup", "--shape", "1m", "--rounds", 1)
     assert all(run["seconds"] > 0.5 for runs in results.values() for run in runs)  # the imports alone take longer
     assert "| torch_ref |" in printed
-
-
-needs_cuda_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None, reason="compiling for a GPU needs pip install '.[cuda13]'"
-)
 
 
 @pytest.mark.slow

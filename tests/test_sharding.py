@@ -19,6 +19,7 @@ from jaxprefix.models.config import ModelConfig
 from jaxprefix.sharding import base_sharding, make_mesh, with_embedded_rows
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
+from tests.markers import needs_cuda_plugin
 from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
@@ -164,3 +165,33 @@ def test_a_device_of_fsdp_8_gathers_weights_twice_and_keeps_none(cpu_compiler):
     assert elementwise < 0.75 * gathered
     assert block < 0.25 * gathered
     assert elementwise_gathers == block_gathers == 2 * len(("qkv", "out", "up", "down"))
+
+
+ADDED_UP_BY_A_LAYER = """
+import dataclasses, math, re
+from pathlib import Path
+from benchmarks.memory import h100s
+from jaxprefix.check import compiled_update
+from tests.runs import run_config
+from tests.test_sharding import NEOX_20B
+
+sizes = {"n_embd": 1024, "n_inner": 4096, "n_head": 16, "vocab_size": 512}
+config = run_config(Path(), mesh="tensor=8", dtype="bfloat16")
+with h100s(8):
+    models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
+    fewer, more = (compiled_update(config, model, 512).as_text() for model in models)
+for dtype in ("bf16", "f32"):
+    shapes = re.compile(rf"= [(]*{dtype}\\[([\\d,]+)\\].* all-reduce(?:-start)?\\(")
+    of_4, of_2 = (sum(math.prod(eval(shape + ",")) for shape in shapes.findall(update)) for update in (more, fewer))
+    print((of_4 - of_2) / 2 / (8 * 512 * sizes["n_embd"]))
+"""
+
+
+@needs_cuda_plugin
+def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_precision():
+    """Forward one for attention and MLP together, backward one for each."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", ADDED_UP_BY_A_LAYER]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["3.0", "0.0"]

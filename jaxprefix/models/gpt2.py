@@ -22,7 +22,7 @@ from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; it knows no positions."""
+    """Multi-head attention; it knows no positions. The product with `out` is left to the layer that holds this."""
 
     def __init__(self, config: ModelConfig, compute: Compute, layer: int):
         self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd)  # [3·N·H, D], all q, all k, all v
@@ -33,7 +33,7 @@ class Attention(nnx.Module):
         if config.scale_by_layer:
             self.scale /= layer + 1
 
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
@@ -41,13 +41,14 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """All heads' results, one behind the other."""
         qkv = unpack(self.qkv(x), packing)
         qkv = qkv.reshape(*qkv.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         attended = attend(q, *cache, prefix, slots, self.scale, self.method)
-        return self.out(pack(attended, packing).reshape(x.shape)), cache
+        return pack(attended, packing).reshape(x.shape), cache
 
 
 class Layer(nnx.Module):
@@ -67,9 +68,9 @@ class Layer(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), prefix, cache, slots, packing)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), written
+        heads, written = self.attention.heads(self.attention_norm(x), prefix, cache, slots, packing)
+        x = x + self.attention.out(heads)
+        return x + self.mlp.down(self.mlp.inner(self.mlp_norm(x))), written
 
 
 class GPT2(nnx.Module):

@@ -23,7 +23,7 @@ from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with rotary positions."""
+    """Multi-head attention with rotary positions. The product with `out` is left to the layer that holds this."""
 
     def __init__(self, config: ModelConfig, compute: Compute):
         # [N·3·H, D], per head q, k, v
@@ -32,7 +32,7 @@ class Attention(nnx.Module):
         self.n_head = config.n_head
         self.method = compute.attention
 
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "B T D"],
         prefix: LayerPrefix | None,
@@ -41,13 +41,14 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """All heads' results, one behind the other."""
         qkv = unpack(self.qkv(x), packing)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         attended = attend(q, *cache, prefix, slots, None, self.method)
-        return self.out(pack(attended, packing).reshape(x.shape)), cache
+        return pack(attended, packing).reshape(x.shape), cache
 
 
 class Layer(nnx.Module):
@@ -69,11 +70,13 @@ class Layer(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        attended, written = self.attention(self.attention_norm(x), prefix, cache, cos_sin, slots, packing)
-        if self.parallel_residual:
-            return x + attended + self.mlp(self.mlp_norm(x)), written
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), written
+        out, down = self.attention.out, self.mlp.down
+        heads, written = self.attention.heads(self.attention_norm(x), prefix, cache, cos_sin, slots, packing)
+        if self.parallel_residual:  # biases come last: devices that share the weights add up one array for both
+            both = out.product(heads) + down.product(self.mlp.inner(self.mlp_norm(x)))
+            return x + down.with_bias(out.with_bias(both)), written
+        x = x + out(heads)
+        return x + down(self.mlp.inner(self.mlp_norm(x))), written
 
 
 class GPTNeoX(nnx.Module):

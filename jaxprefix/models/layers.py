@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
@@ -53,7 +54,14 @@ class FrozenLinear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
-        y = frozen_matmul(x, self.weight[...])
+        return self.with_bias(self.product(x))
+
+    def product(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+        """Multiply alone."""
+        return frozen_matmul(x, self.weight[...])
+
+    def with_bias(self, y: Float[Array, "*rest n_out"]) -> Float[Array, "*rest n_out"]:
+        """Add the bias, if there is one."""
         return y + self.bias[...] if self.has_bias else y
 
 
@@ -84,15 +92,16 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation between them; of that, the backward pass keeps the input alone."""
+    """Two linear layers with an activation between them. The second, `down`, is left to the layer that holds this."""
 
     def __init__(self, config: ModelConfig):
         self.up = FrozenLinear(config.n_embd, config.n_inner)
         self.down = FrozenLinear(config.n_inner, config.n_embd)
         self.activation = config.activation
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation))
+    def inner(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """The activation, of which the backward pass keeps the input alone."""
+        return jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation)
 
 
 def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]:
@@ -112,10 +121,12 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
     return wide.astype(x.dtype)
 
 
-def product(subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"]) -> Float[Array, "*out"]:
-    """Einsum of two arrays, accumulated and returned in float32; a GPU must not round float32 factors to TF32."""
+def product(
+    subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*out"]:
+    """Einsum of two arrays, accumulated in float32, returned in `dtype`; no GPU may round float32 factors to TF32."""
     precision = jax.lax.Precision.HIGHEST if jnp.float32 in (left.dtype, right.dtype) else None
-    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
 def inner(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
@@ -149,8 +160,6 @@ def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
     It would write out every constant that enters such a fusion, GELU's for example, as an array of the product's shape,
     and thousands of rows take a fifth longer. A rounding of x to its own type is no part of fusions.
     """
-    if not on_a_cpu():
-        return x
     own = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, own.nexp, own.nmant)
 
@@ -162,7 +171,9 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_i
     Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
     incoming gradient float32, and a half-precision product would run at float32's speed or worse.
     """
-    return _unfused(matmul(x, weight).astype(x.dtype))
+    if on_a_cpu():
+        return _unfused(matmul(x, weight).astype(x.dtype))
+    return product("...i,oi->...o", x, weight, x.dtype)  # in which devices that share a weight add up their parts
 
 
 def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
@@ -170,7 +181,9 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
 
 
 def _frozen_backward(weight: Array, gradient: Array) -> tuple[Array, None]:
-    return _unfused(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
+    if on_a_cpu():
+        return _unfused(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
+    return product("...o,oi->...i", gradient, weight, gradient.dtype), None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)

@@ -22,6 +22,7 @@ from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matm
 from jaxprefix.models.stack import stacked
 from tests.arrays import normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.markers import needs_gpu
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
@@ -106,9 +107,6 @@ def test_gradients_towards_the_prefix_are_summed_over_rows_in_float32():
         return (attention._behind(front, rows)[:, 0, 0, 0] * weights.astype(jnp.bfloat16)).sum(dtype=jnp.float32)
 
     assert jax.jit(jax.grad(weighed))(front) == 1 + 601 * 2.0**-9
-
-
-needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=needs_gpu)])
