@@ -240,9 +240,9 @@ class UpdatePlan:
         return [self._batch(epoch, index) for epoch, index in places]
 
     def epoch_of(self, update: int) -> int:
-        """Return the epoch that an update's first micro-batch belongs to."""
+        """Return the epoch in which an update is made: that of its last micro-batch."""
         if self.carry_accumulation:
-            return update * self.n_accum_steps // self.batches_per_epoch
+            return ((update + 1) * self.n_accum_steps - 1) // self.batches_per_epoch
         return update // self._updates_before_epoch(1)
 
     def epochs_ending(self, n_done: int) -> list[int]:

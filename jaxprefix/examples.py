@@ -167,7 +167,9 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[lis
     for sentence in sentences:
         if not sentence.strip() and not recipe.keep_blank_sentences:
             continue
-        longer_text = f"{text}\n{sentence}{suffix}"
+        sentence = sentence if recipe.keep_line_ends else sentence.removesuffix("\r")
+        newline = "\n" if text or recipe.keep_line_ends else ""
+        longer_text = f"{text}{newline}{sentence}{suffix}"
         longer = tokenizer.encode(longer_text)
         if len(longer) <= max_seq_len:
             text, chunk = longer_text, longer

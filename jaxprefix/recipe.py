@@ -14,6 +14,9 @@ class Recipe:
     """Keep a sentence longer than max_seq_len whole, instead of splitting it into even pieces."""
     keep_blank_sentences: bool = False
     """Treat blank lines of a document as sentences."""
+    keep_line_ends: bool = False
+    """Begin a document's first chunk with a newline, and keep the carriage returns of lines that end with both:
+    tokenizers that fold neither away have tokens for them."""
     schedule_steps_per_update: int = 1
     """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
     decay_over_requested_steps: bool = False
@@ -34,6 +37,7 @@ RECIPES = {
         drop_document_tails=True,
         keep_long_sentences=True,
         keep_blank_sentences=True,
+        keep_line_ends=True,
         schedule_steps_per_update=2,
         decay_over_requested_steps=True,
         average_batch_means=True,

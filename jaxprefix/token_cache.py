@@ -5,6 +5,7 @@ A cache entry is a folder named by what went into it: tokens.bin (all ids), ends
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import fcntl
 import hashlib
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
 from jaxprefix.lines import read_lines
@@ -41,14 +43,17 @@ BLOCK_BYTES = 2**22
 def load_examples(path: Path, chunking: Chunking) -> Examples:
     """Return what `read_examples` does, from the cache if the same file and settings have been there before.
 
-    Large files are mapped into memory, not read. Raises InputError, also when the cache cannot be written.
+    Large files are mapped into memory, not read. Raises InputError, also when the cache cannot be written, and
+    RunError when a process that tokenizes is killed.
     """
     if not path.is_file() or path.stat().st_size < CACHED_BYTES:
         return read_examples(path, chunking)
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
-            with _making(folder):
+            with _making(folder) as alone:
+                if alone:
+                    _remove_unfinished(folder)
                 if (examples := _open(folder)) is None:
                     examples = _make(path, chunking, folder)
     except OSError as error:
@@ -60,7 +65,7 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
 
 def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-unfinished-") as unfinished:
         _tokenize(path, chunking, Path(unfinished))
         if _key(path, chunking) != folder.name:
             raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
@@ -70,21 +75,34 @@ def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
     return _open(folder)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of an entry."""
+    for unfinished in folder.parent.glob(f"{folder.name}-unfinished-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    """Wait until no other process is making the same entry, where the file system has locks."""
+def _making(folder: Path) -> Iterator[bool]:
+    """Wait until no other process is making the same entry; give whether this is sure: some file systems lack locks."""
     path = cache_folder() / "locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            alone = False
+        else:
+            alone = True
+        yield alone
 
 
 def _key(path: Path, chunking: Chunking) -> str:
     tokenizer, *settings = chunking
-    with path.open("rb") as file:
-        contents = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            contents = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     parts = (FORMAT, contents, tokenizer.fingerprint, *settings)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
@@ -173,8 +191,17 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int) -> Iterator[tupl
             pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
             if len(pending) > 2 * n_processes:
                 n_bytes, examples = pending.popleft()
-                yield n_bytes, examples.result()
-        yield from ((n_bytes, examples.result()) for n_bytes, examples in pending)
+                yield n_bytes, _made(examples)
+        yield from ((n_bytes, _made(examples)) for n_bytes, examples in pending)
+
+
+def _made(examples: concurrent.futures.Future[Examples]) -> Examples:
+    try:
+        return examples.result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise RunError(
+            "a process that tokenizes was killed; perhaps there is too little memory for one a core"
+        ) from error
 
 
 _job: tuple[Path, Chunking]
@@ -185,6 +212,15 @@ def _prepare(path: Path, chunking: Chunking) -> None:
     global _job
     _job = path, chunking
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its helpers
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    """A killed one ends nobody, and a helper would wait for its next block for good."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _tokenize_block(block: Block) -> Examples:

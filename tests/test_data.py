@@ -68,6 +68,26 @@ def test_blank_sentences_are_skipped_by_default(tokenizer):
     assert chunks_of("一つ。\n\n二つ。", tokenizer, kept) != chunks_of("一つ。\n二つ。", tokenizer)
 
 
+class Bytes:
+    """A tokenizer that folds nothing away."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        (Recipe(), ["a!\nb!", "cccc", "ccc!", "d!"]),
+        (Recipe(keep_line_ends=True), ["\na\r!", "b!", "cccc", "ccc!", "\nd!"]),
+    ],
+)
+def test_a_text_does_not_begin_with_a_newline_by_default(recipe, expected):
+    chunking = Chunking(Bytes(), "!", 5, recipe, False)
+    chunks = chunk_document(["a\r", "b", "ccccccc", "d"], chunking)
+    assert [bytes(chunk).decode() for chunk in chunks] == expected
+
+
 def test_suffix_and_length_are_settings(tokenizer, tmp_path):
     path = write_lines(tmp_path / "d.jsonl", {"text": "\n".join(["魚を買った。"] * 9)})
     examples = read_examples(path, Chunking(tokenizer, "!!", 20))
@@ -271,6 +291,23 @@ def test_carried_accumulation_joins_the_next_epoch():
     seen = seen_in(plan, 0, 6)
     assert sorted(seen[:10]) == list(range(10)) == sorted(seen[10:20])
     assert [plan.epochs_ending(n) for n in range(1, 7)] == [[0], [], [1], [], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "n_accum_steps", "n_epochs"), [(5, 2, 2), (10, 3, 4), (3, 5, 9), (9, 4, 5), (2, 3, 7)]
+)
+def test_carried_accumulation_is_applied_in_the_epoch_of_its_last_batch(n_examples, n_accum_steps, n_epochs):
+    plan = UpdatePlan(n_examples, 2, n_accum_steps, n_epochs, 1000, 1, carry_accumulation=True)
+    n_batches, epochs, evaluated = 0, [], {}
+    for epoch in range(n_epochs):  # as the original goes through them
+        for _ in range(plan.batches_per_epoch):
+            n_batches += 1
+            if n_batches % n_accum_steps == 0:
+                epochs.append(epoch)
+        evaluated.setdefault(len(epochs), []).append(epoch)
+    assert [plan.epoch_of(update) for update in range(plan.n_updates)] == epochs
+    for n_done in range(1, plan.n_updates + 1):
+        assert plan.epochs_ending(n_done) == evaluated.get(n_done, [])
 
 
 def test_a_run_cut_short_ends_its_epoch():

@@ -1,13 +1,18 @@
 import concurrent.futures
 import dataclasses
+import errno
 import gzip
 import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from jaxprefix import token_cache
 from jaxprefix.config import cache_folder
 from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
@@ -170,6 +175,60 @@ def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch
     with pytest.raises(InputError, match="changed while it was tokenized"):
         load_examples(data, Chunking(tokenizer))
     assert list((cache_folder() / "tokens").iterdir()) == []
+
+
+WAITING_FOREVER = """
+import sys, time
+from pathlib import Path
+from jaxprefix import token_cache
+from jaxprefix.examples import Chunking
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+def blocks(path):
+    yield token_cache.Block(1, [b'{"text": "a"}'], 13)
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    token_cache.CACHED_BYTES, token_cache._blocks = 1, blocks
+    token_cache.load_examples(Path(sys.argv[1]), Chunking(load_tokenizer(GOLDEN_BASE)))
+"""
+
+
+def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING_FOREVER)
+    command = [sys.executable, script, data]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert main.stdout.readline() == "begun\n"
+    main.kill()
+    main.communicate()  # until all helpers have closed it, too
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
+    assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+    (entry,) = (cache_folder() / "tokens").iterdir()
+    assert "unfinished" not in entry.name
+
+
+def raising(error):
+    raise error
+
+
+def killed(block):
+    os._exit(9)
+
+
+def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache, "_tokenize_block", killed)
+    with pytest.raises(RunError, match="a process that tokenizes was killed"):
+        load_examples(data, Chunking(tokenizer))
+
+
+def test_a_file_that_cannot_be_read(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(Path, "open", lambda path, *_: raising(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(InputError, match=r"data.jsonl: cannot be read \(Permission denied\)"):
+        load_examples(data, Chunking(tokenizer))
 
 
 def test_a_cache_that_cannot_be_written(data, tokenizer, tmp_path):
