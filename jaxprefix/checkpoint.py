@@ -149,6 +149,7 @@ class Checkpoints:
         for step in steps:
             with contextlib.suppress(InputError):  # then reading it tells
                 see(self.folder / str(step))
+        self._manager.reload()  # it has listed them once, perhaps too early
         return steps
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -16,6 +16,8 @@ from jaxprefix.recipe import RecipeName
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
+LEAST_TEMPERATURE = 1e-6
+"""Less would make float32 logits infinite, or be 0."""
 
 
 def cache_folder() -> Path:
@@ -231,8 +233,8 @@ class DecodeConfig:
             problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
         if self.top_k < 0:
             problems.append(f"--top_k must not be negative, is {self.top_k}")
-        if not self.temperature > 0:
-            problems.append(f"--temperature must be positive, is {self.temperature}")
+        if not self.temperature >= LEAST_TEMPERATURE:
+            problems.append(f"--temperature must be at least {LEAST_TEMPERATURE}, is {self.temperature}")
         if problems:
             raise InputError.all("decoding:", problems)
 

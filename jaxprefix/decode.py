@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from jaxprefix.config import DecodeConfig
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.models import BaseModel
@@ -51,6 +51,7 @@ class DecodeState(NamedTuple):
     slots: Int[Array, "B"]  # where it goes in the cache, of which the prefix takes the first slots
     made: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
+    finite: Bool[Array, ""]  # all logits so far
     cache: Cache
 
 
@@ -68,7 +69,7 @@ def generate(
     `decode` takes the fields of DecodeConfig: decode_method, max_output_len (tokens), top_p, top_k,
     temperature, recipe. An empty prompt starts from bos. Generation stops before eos. Sampling depends on
     the seed and on a prompt's place in the list. Raises InputError when prefix, prompt and output
-    together exceed the model's positions.
+    together exceed the model's positions, and RunError when logits are not finite.
     """
     return list(stream(model, tokenizer, prompts, prefix, seed, batch_size, DecodeConfig(**decode)))
 
@@ -123,9 +124,13 @@ def generate_ids(
         started = time.perf_counter()
         places = jnp.arange(first, first + batch_size)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
-        made = np.asarray(
-            _decode(model, prefix, jnp.asarray(tokens), jnp.asarray(lengths), keys, sampling, tokenizer.eos_id, program)
-        )
+        inputs = (jnp.asarray(tokens), jnp.asarray(lengths), keys, sampling)
+        made, finite = jax.device_get(_decode(model, prefix, *inputs, tokenizer.eos_id, program))
+        if not finite:
+            advice = "; take --dtype bfloat16" if model.embed.weight.dtype == jnp.float16 else ""
+            raise RunError(
+                f"the model's logits are not finite: its numbers grow beyond {model.embed.weight.dtype}{advice}"
+            )
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
         if timings is not None:
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
@@ -143,10 +148,11 @@ def _decode(
     sampling: Sampling,
     eos_id: int,
     decode: DecodeConfig,
-) -> Int[Array, "B max_output_len"]:
+) -> tuple[Int[Array, "B max_output_len"], Bool[Array, ""]]:
     """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos.
 
-    Of `decode`, temperature and top_p have no part: they are in `sampling`.
+    Returns them, and whether all logits on the way were finite. Of `decode`, temperature and top_p have no part: they
+    are in `sampling`.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = 0 if prefix is None else prefix.shape[2]
@@ -175,16 +181,25 @@ def _decode(
         slots = state.slots[:, None]
         positions = slots - prefix_len + 1 if restarts else None
         hidden, cache = model.hidden(state.tokens[:, None], None, state.cache, slots, positions)
-        tokens = pick(model.logits(hidden[:, 0]), state.n_made)
+        logits = model.logits(hidden[:, 0])
+        tokens = pick(logits, state.n_made)
         stopped = state.stopped | (tokens == eos_id)
         made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
-        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, cache)
+        finite = state.finite & are_finite(logits)
+        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, finite, cache)
 
-    first = pick(model.logits(last), jnp.int32(0))
+    logits = model.logits(last)
+    first = pick(logits, jnp.int32(0))
     made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
     stopped = (first == eos_id) | (lengths == 0)
-    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, written)
-    return jax.lax.while_loop(going_on, step, state).made
+    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, are_finite(logits), written)
+    state = jax.lax.while_loop(going_on, step, state)
+    return state.made, state.finite
+
+
+def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, ""]:
+    """Tell it by the largest of each row, which choosing takes anyway: NaN and ∞ do not hide there."""
+    return jnp.isfinite(logits.max(axis=-1)).all()
 
 
 def choose_tokens(

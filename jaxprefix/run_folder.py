@@ -73,8 +73,9 @@ def _locked(path: Path) -> IO[str]:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
-        if path.exists() and os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                break
         file.close()  # the owner before removed it between opening and locking
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -173,7 +173,6 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
     """
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    dev = list(dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh))
     window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
@@ -221,6 +220,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             window = LossMeter(recipe)
         for epoch in ended:
             prefix = state.encoder()
+            dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh)
             metrics = dev_loss(run.base, prefix, dev, recipe, run.mesh)
             run.log.point("dev", progress.n_done, epoch, **metrics)
             keep_best(run, prefix, metrics["loss"], progress)
@@ -245,17 +245,17 @@ def save(run: Run, state: TrainState, progress: Progress) -> None:
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
     """Tell which examples of an update have a loss that is not finite, or all if each alone has one that is."""
     numbers = [number for batch in run.inputs.plan.micro_batches(update - 1) for number in batch]
+    examples = [run.inputs.train_set[number] for number in numbers]
     tokenizer, prefix = run.inputs.base.tokenizer, state.encoder()
-
-    def line(number: int) -> str:
-        prompt, target = run.inputs.train_set[number]
-        return f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:80]!r}"
-
-    def is_finite(number: int) -> bool:
-        alone = dev_batches([run.inputs.train_set[number]], tokenizer, 1, run.mesh)
-        return math.isfinite(dev_loss(run.base, prefix, alone, mesh=run.mesh)["loss"])
-
-    return [line(number) for number in numbers if not is_finite(number)] or [line(number) for number in numbers]
+    lines, offending = [], []
+    for number, (prompt, target), alone in zip(
+        numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True
+    ):
+        lines.append(f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:80]!r}")
+        if not math.isfinite(dev_loss(run.base, prefix, [alone], mesh=run.mesh)["loss"]):
+            offending.append(lines[-1])
+        run.watchdog.progress()
+    return offending or lines
 
 
 def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None:

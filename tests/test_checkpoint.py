@@ -222,6 +222,18 @@ def test_what_a_killed_run_had_no_time_to_remove_goes(folder, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"8", "12"}
 
 
+def test_checkpoints_that_come_into_sight_late_are_removed_too(folder, monkeypatch):
+    """Orbax lists them once; another host's may not be there yet."""
+    shutil.copytree(folder / "4", folder / "2")
+    with Checkpoints(folder) as checkpoints:
+        shutil.move(folder / "2", folder.parent / "2")
+        assert checkpoints._manager.all_steps()
+        shutil.move(folder.parent / "2", folder / "2")
+        monkeypatch.setattr("jaxprefix.checkpoint.first_says", lambda _: np.int32([8, 4, 2]))
+        checkpoints.read()
+    assert {path.name for path in folder.iterdir()} == {"4", "8"}
+
+
 def test_of_what_a_killed_run_left_the_two_newest_good_ones_stay(folder, tmp_path):
     with Checkpoints(shutil.copytree(folder, tmp_path / "later")) as checkpoints:
         for step in (12, 16):

@@ -113,7 +113,9 @@ def test_all_wrong_settings_are_named_at_once(capsys, tmp_path):
 
 def test_wrong_decode_settings(capsys):
     command = ["generate", *BASE, "--prompt", "a", "--top_p", "1.5", "--temperature", "0", "--top_k", "-1"]
-    fails(capsys, command, "--top_p must be between 0 and 1", "--temperature must be positive", "--top_k must not")
+    fails(
+        capsys, command, "--top_p must be between 0 and 1", "--temperature must be at least 1e-06", "--top_k must not"
+    )
 
 
 @pytest.mark.parametrize("name", ["missing.txt", "blank.txt"])

@@ -1,12 +1,14 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxprefix.decode
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute, DecodeConfig
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
@@ -60,6 +62,27 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer, tmp_path):
     small = load_model(make_base_folder(tmp_path / "small", vocab_size=100))
     with pytest.raises(InputError, match="the tokenizer has 440 pieces, more than the model's vocab_size 100"):
         ids_of(small, tokenizer, PROMPTS)
+
+
+def with_norm_weights_of(weight, tmp_path):
+    base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["gpt_neox.final_layer_norm.weight"][:] = weight
+    save_file(weights, base / "model.safetensors")
+    return base
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"final_norm.weight: holds numbers beyond 65504.0, .* take --dtype bfloat16"):
+        load_model(with_norm_weights_of(-1e5, tmp_path), "float16")
+
+
+@pytest.mark.parametrize("method", ["greedy", "sample", "nucleus"])
+def test_numbers_that_grow_beyond_float16_are_told(tokenizer, tmp_path, method):
+    model = load_model(with_norm_weights_of(6e4, tmp_path), "float16")
+    decode = DecodeConfig(decode_method=method, max_output_len=4)
+    with pytest.raises(RunError, match=r"the model's logits are not finite.* beyond float16; take --dtype bfloat16"):
+        ids_of(model, tokenizer, PROMPTS[:1], decode=decode)
 
 
 def test_rows_stop_at_eos_each_for_itself(model, tokenizer):

@@ -25,6 +25,7 @@ from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import faults
 from jaxprefix.cli import main
+from jaxprefix.evaluate import _batch_loss
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import only_writer, open_run_folder
@@ -85,8 +86,10 @@ class TestNumbers:
         pairs = [{"prompt": "朝", "completion": text} for text in ("市場", "市場。", "鯛", "魚屋", "声")]
         data.write_text("\n".join(json.dumps(pair) for pair in pairs))
         changes = {"data_filepath": data, "train_data_size": 4, "dev_data_size": 1}
+        n_programs = _batch_loss._cache_size()
         with pytest.raises(RunError, match="update 1: the loss is nan") as error:
             train(run_config(tmp_path, pretrained_model_dir=str(base), **changes))
+        assert _batch_loss._cache_size() == n_programs + 1, "one for all examples, whatever their lengths"
         first, *examples = str(error.value).split("\n  - ")
         assert "the run has no checkpoint" in first
         assert [line.partition(":")[0] for line in examples] == ["example 3 of the data"]

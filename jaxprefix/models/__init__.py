@@ -5,14 +5,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
+from convert.errors import InputError
 from convert.files import check_free
 from convert.table import Table, check_depth, stream_weights, write_weights
 from convert.untrusted import member
-from convert.weights import SHARD_INDEX, TORCH_INDEX, StoredWeight
+from convert.weights import SHARD_INDEX, TORCH_INDEX, Index, StoredWeight
 from jaxprefix.config import Compute
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
@@ -44,19 +46,34 @@ def load_model(
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     _check_depth(folder, config)
     graph, abstract = nnx.split(abstract_model(config, compute))
-    leaves = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
+    places = nnx.to_flat_state(abstract)
+    leaves = {".".join(map(str, path)): leaf for path, leaf in places}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     for path, weight in _stream(folder, config, shapes):
         sharding = sharding_of(path, weight.shape) if sharding_of else first_device
-        stored = jax.make_array_from_callback(weight.shape, sharding, weight.read)
+        read = _fitting_float16(weight.read, f"{folder}: {path}") if dtype == "float16" else weight.read
+        stored = jax.make_array_from_callback(weight.shape, sharding, read)
         leaves[path] = leaves[path].replace(stored.astype(dtype))
-    paths = [path for path, _ in nnx.to_flat_state(abstract)]
-    model = nnx.merge(graph, nnx.from_flat_state(dict(zip(paths, leaves.values(), strict=True))))
+    flat = {path: leaf for (path, _), leaf in zip(places, leaves.values(), strict=True)}
+    model = nnx.merge(graph, nnx.from_flat_state(flat))
     if compute.scan_layers:
         del leaves
         model.layers = stacked(model.layers)
     return model
+
+
+def _fitting_float16(read: Callable[[Index], np.ndarray], name: str) -> Callable[[Index], np.ndarray]:
+    """Return a function that reads the same, and raises InputError for numbers that would become infinite."""
+    most = np.finfo(np.float16).max
+
+    def checked(index: Index) -> np.ndarray:
+        part = read(index)
+        if max(part.max(), -part.min()) > most:
+            raise InputError(f"{name}: holds numbers beyond {most}, float16's largest; take --dtype bfloat16")
+        return part
+
+    return checked
 
 
 def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
