@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, longest_row, n_labels, split_examples
+from jaxprefix.data import Batch, n_labels, split_examples
 from jaxprefix.devices import devices
 from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inputs import update_plan
+from jaxprefix.inputs import longest_of, update_plan
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
-from jaxprefix.models import BaseModel, abstract_model, weight_shapes
+from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.stack import stacked
@@ -32,10 +34,14 @@ from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_upd
 
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for what would stop a run."""
-    _, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
+    folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
+    if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
+        check_weights(folder, model)
+    if config.checkpoint_path is not None and not config.checkpoint_path.exists():
+        raise InputError(f"{config.checkpoint_path}: no such file or folder")
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
-    n_columns = config.max_seq_len + 1
+    longest = (config.max_seq_len + 1, "")
     if config.data_filepath is not None:
         recipe = RECIPES[config.recipe]
         chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
@@ -44,11 +50,11 @@ def check(config: CheckConfig) -> Iterator[str]:
         yield from examples.skipped.report(config.data_filepath)
         parts = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
         update_plan(config, recipe, len(parts[0]))
-        n_columns = max(map(longest_row, parts))
+        longest = max(longest_of(part, tokenizer) for part in parts)
     yield describe_suffix(config.suffix, tokenizer)
-    model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
-    yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
-    yield describe_memory(config, model, n_columns)
+    model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, longest[0], "the longest row", longest[1])
+    yield f"positions: prefix {config.prefix_seq_len} + longest row {longest[0]} of {model.max_positions:,}"
+    yield describe_memory(config, model, longest[0])
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
@@ -92,6 +98,8 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
     ids = tokenizer.encode(suffix)
     if tokenizer.unk_id in ids:
         return f"suffix {suffix!r}: UNKNOWN to this tokenizer, cannot be learnt"
+    if not tokenizer.decode(ids).strip():
+        return f"suffix {suffix!r}: BLANK to this tokenizer, no sentence can end with it"
     return f"suffix {suffix!r}: {len(ids)} token(s)"
 
 

@@ -7,6 +7,7 @@ signal stopped, with a checkpoint, exits with 128 and the signal's number: 130 f
 import gc
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a path that the system refuses
+        if error.filename is None:
+            raise
+        print(f"error: {InputError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        return InputError.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -80,9 +86,11 @@ def _train(config: TrainConfig) -> int:
     if result.best_dev_loss is None:
         raise RunError("no dev loss was finite, so no prefix was kept; lower --max_lr")
     if config.save_model and is_first():
-        base = config.pretrained_model_dir
+        command = ["jaxprefix", "generate", "--pretrained_model_dir", config.pretrained_model_dir]
+        command += ["--revision", config.revision] if config.revision else []
+        command += ["--prefix_checkpoint_path", str(result.run_dir), "--compare"]
         print(f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:")
-        print(f"  jaxprefix generate --pretrained_model_dir {base} --prefix_checkpoint_path {result.run_dir} --compare")
+        print(f"  {shlex.join(command)}")
     return 0
 
 
@@ -166,10 +174,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _evaluate(config: EvaluateConfig) -> int:
-    from jaxprefix.data import longest_row
-    from jaxprefix.decode import stream
+    from jaxprefix.decode import check_prompts, stream
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.examples import Chunking
+    from jaxprefix.inputs import longest_of
     from jaxprefix.recipe import RECIPES
     from jaxprefix.run_folder import suffix_of
     from jaxprefix.token_cache import load_examples
@@ -183,15 +191,19 @@ def _evaluate(config: EvaluateConfig) -> int:
     known = (config.suffix, suffix_of(config.prefix_checkpoint_path), TrainConfig.suffix)
     suffix = next(suffix for suffix in known if suffix is not None)
     generated_suffix = tokenizer.decode(tokenizer.encode(suffix))  # in which signs may have become others
+    print(f"suffix: {suffix!r}", file=sys.stderr)
     if prompts and not generated_suffix.strip():
         raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
+    for way in ways.values():
+        check_prompts(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], way, config.decode)
     if config.data_filepath is not None:
         chunking = Chunking(tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         for line in examples.skipped.report(config.data_filepath):
             print(line, file=sys.stderr)
         prefix_len = 0 if prefix is None else prefix.shape[2]
-        model.config.check_fit(tokenizer.vocab_size, prefix_len, longest_row(examples), "the longest row")
+        longest, begins = longest_of(examples, tokenizer)
+        model.config.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
         for way, values in report.items():
             batches = dev_batches(examples, tokenizer, config.batch_size)
             values |= dev_loss(model, ways[way], batches, recipe)
@@ -213,6 +225,9 @@ def _convert(config: ConvertConfig) -> int:
     try:
         print(convert(config))
     except OSError as error:
+        path = Path(error.filename or config.target)
+        if path.is_relative_to(config.source):
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         raise InputError(f"{config.target}: cannot be written ({error.strerror})") from error
     return 0
 

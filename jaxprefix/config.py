@@ -4,15 +4,16 @@ Flag names and defaults are the original's wherever it has the flag.
 """
 
 import dataclasses
+import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 
 from convert.errors import InputError
 from jaxprefix.launch import HostsConfig
-from jaxprefix.recipe import RecipeName
+from jaxprefix.recipe import RECIPES, RecipeName
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -26,6 +27,7 @@ def cache_folder() -> Path:
 
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]
+DecodeMethod = Literal["nucleus", "sample", "greedy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,9 @@ class TrainConfig:
             for name in not_negative
             if not getattr(self, name) >= 0
         ]
+        for name in ("max_lr", "min_lr", "weight_decay", "grad_clip", "adam_eps"):
+            if getattr(self, name) == math.inf:
+                problems.append(f"--{name} must be finite")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"--{name} must be at least 0 and below 1, is {getattr(self, name)}")
@@ -211,7 +216,7 @@ class CheckConfig(TrainConfig):
 class DecodeConfig:
     """How text is generated. Hashable: a compiled decoding loop belongs to one."""
 
-    decode_method: Literal["nucleus", "sample", "greedy"] = "nucleus"
+    decode_method: DecodeMethod = "nucleus"
     """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
     max_output_len: int = 128
     """Most tokens to generate for a prompt."""
@@ -227,14 +232,19 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         problems = []
+        if self.decode_method not in get_args(DecodeMethod):
+            methods = ", ".join(get_args(DecodeMethod))
+            problems.append(f"decode_method must be one of {methods}; is {self.decode_method!r}")
+        if self.recipe not in RECIPES:
+            problems.append(f"recipe must be one of {', '.join(RECIPES)}; is {self.recipe!r}")
         if self.max_output_len < 1:
             problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
         if not 0 <= self.top_p <= 1:
             problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
         if self.top_k < 0:
             problems.append(f"--top_k must not be negative, is {self.top_k}")
-        if not self.temperature >= LEAST_TEMPERATURE:
-            problems.append(f"--temperature must be at least {LEAST_TEMPERATURE}, is {self.temperature}")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            problems.append(f"--temperature must be finite and at least {LEAST_TEMPERATURE}, is {self.temperature}")
         if problems:
             raise InputError.all("decoding:", problems)
 
@@ -277,7 +287,7 @@ class GenerateConfig:
         if self.prompt and self.prompt_file:
             raise InputError("generate: --prompt and --prompt_file exclude each other")
         if self.batch_size < 1 or not 0 <= self.seed < SEED_LIMIT:
-            raise InputError(f"generate: --batch_size must be positive, --seed between 0 and {SEED_LIMIT}")
+            raise InputError(f"generate: --batch_size must be positive, --seed at least 0 and below {SEED_LIMIT}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +333,7 @@ class EvaluateConfig:
         if self.n_samples < 0:
             problems.append(f"--n_samples must not be negative, is {self.n_samples}")
         if not 0 <= self.seed < SEED_LIMIT:
-            problems.append(f"--seed must be between 0 and {SEED_LIMIT}, is {self.seed}")
+            problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
         if not self.n_samples and self.data_filepath is None:
             problems.append("nothing to measure: neither --data_filepath nor --n_samples")
         if self.n_samples and self.suffix is not None and not self.suffix.strip():

@@ -85,10 +85,15 @@ def row_lengths(example: Example) -> list[int]:
     return [prompt + target] if prompt else [target + 1, target]
 
 
+def longest_rows(examples: Sequence[Example]) -> np.ndarray:
+    """Return the tokens of the longest row that each example makes."""
+    prompts, targets = _lengths(examples)
+    return np.where(prompts > 0, prompts + targets, targets + 1)
+
+
 def longest_row(examples: Sequence[Example]) -> int:
     """Return the tokens of the longest row that any example makes."""
-    prompts, targets = _lengths(examples)
-    return int(np.where(prompts > 0, prompts + targets, targets + 1).max())
+    return int(longest_rows(examples).max())
 
 
 def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,8 @@ def generate(
     the seed and on a prompt's place in the list. Raises InputError when prefix, prompt and output
     together exceed the model's positions, and RunError when logits are not finite.
     """
+    if isinstance(prompts, str):
+        raise InputError("prompts must be a list of texts, not one text")
     return list(stream(model, tokenizer, prompts, prefix, seed, batch_size, DecodeConfig(**decode)))
 
 
@@ -104,10 +106,7 @@ def generate_ids(
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
-    longest = max(map(len, rows), default=0)
-    prefix_len = 0 if prefix is None else prefix.shape[2]
-    what = f"--max_output_len and the longest prompt of {longest}"
-    model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
+    check_prompts(model, tokenizer, rows, prefix, decode)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
     batch_size = min(batch_size, len(rows))
@@ -136,6 +135,20 @@ def generate_ids(
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
         for row, length in zip(made, lengths_made, strict=False):
             yield row[:length].tolist()
+
+
+def check_prompts(
+    model: BaseModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    prefix: Prefix | None,
+    decode: DecodeConfig,
+) -> None:
+    """Check that prefix, prompts and output have room in the model's positions. Raises InputError."""
+    longest = max(map(len, prompts), default=0)
+    prefix_len = 0 if prefix is None else prefix.shape[2]
+    what = f"--max_output_len and the longest prompt of {longest}"
+    model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))

@@ -147,6 +147,8 @@ def _examples_of(line: bytes, where: str, chunking: Chunking) -> Iterator[Exampl
     tokenizer, record = chunking.tokenizer, _parse(line, where)
     if record is None:
         return
+    if "text" in record and not record.keys().isdisjoint({"prompt", "completion"}):
+        raise InputError(f"{where}: has `text` as well as `prompt` or `completion`: which of them is meant?")
     if "completion" in record and "prompt" in record:
         prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
         if not (target := tokenizer.encode(completion)):

@@ -15,6 +15,7 @@ from jaxprefix.data import (
     UpdatePlan,
     fitting_shape,
     longest_row,
+    longest_rows,
     make_batch,
     make_packed_batch,
     packed_shapes,
@@ -25,6 +26,7 @@ from jaxprefix.models.attention import check_attention
 from jaxprefix.recipe import Recipe
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
+from jaxprefix.tokenizer import Tokenizer
 
 
 class Inputs(NamedTuple):
@@ -44,9 +46,16 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    longest = max(longest_row(train_set), longest_row(dev_set))
-    base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest, "the longest row")
+    longest = max(longest_of(part, base.tokenizer) for part in (train_set, dev_set))
+    base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest[0], "the longest row", longest[1])
     return Inputs(base, train_set, dev_set, update_plan(config, recipe, len(train_set)), examples.skipped)
+
+
+def longest_of(examples: Sequence[Example], tokenizer: Tokenizer) -> tuple[int, str]:
+    """Return the tokens of the longest row, and the beginning of its text."""
+    lengths = longest_rows(examples)
+    prompt, target = examples[int(lengths.argmax())]
+    return int(lengths.max()), tokenizer.decode([*prompt, *target][:40])
 
 
 def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan:

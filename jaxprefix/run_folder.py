@@ -24,6 +24,9 @@ MAY_CHANGE_ON_RESUME = {
     "overwrite",
     "output_dir",
     "save_name",
+    "filename_note",
+    "bf16",  # dtype tells
+    "fp16",
     "data_filepath",  # its content may not: data_sha256
     "save_log",
     "log_every_n_steps",
@@ -59,9 +62,11 @@ def only_writer(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     with file:
-        yield
-        with contextlib.suppress(OSError):  # a folder that has become read-only keeps it, unlocked
-            path.unlink()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that has become read-only keeps it, unlocked
+                path.unlink()
 
 
 def _locked(path: Path) -> IO[str]:
@@ -135,8 +140,11 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def suffix_of(folder: Path | None) -> str | None:
-    """Return the suffix that a run was trained with; None for anything but a run's folder."""
-    suffix = None if folder is None else _read_description(folder).get("suffix")
+    """Return the suffix that a run was trained with; None for anything but a run's folder, or the `prefix/` in one."""
+    if folder is None:
+        return None
+    description = _read_description(folder) or _read_description(folder.absolute().parent)
+    suffix = description.get("suffix")
     return suffix if isinstance(suffix, str) else None
 
 
@@ -163,13 +171,20 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     earlier = _read_description(folder)
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
+    settings, earlier = _flat(description), _flat(earlier)
     changed = [
         f"{field}: was {earlier.get(field)!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
-        for field, value in description.items()
+        for field, value in settings.items()
         if not _may_follow(field, earlier.get(field), value)
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)
+
+
+def _flat(description: dict[str, Any]) -> dict[str, Any]:
+    """Put the fields of the base model, one of which may differ, among the others."""
+    base = description.get("base")
+    return description | ({"base": None} | base if isinstance(base, dict) else {})
 
 
 def _may_follow(field: str, earlier: Any, now: Any) -> bool:

@@ -132,7 +132,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
-        open_shared_folder(config, description, stack)
+        lock_shared_folder(config, stack)
         if has_checkpoint(config) != resuming:  # nobody else writes from here on
             raise InputError(f"{config.run_dir}: another process saved a checkpoint meanwhile; repeat the command")
         if config.writes:
@@ -149,6 +149,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
                     f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has "
                     f"{inputs.plan.n_updates}; raise --n_training_steps or --n_epochs"
                 )
+        open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
         log = RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first())
@@ -281,14 +282,23 @@ def look_at_folder(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     return description
 
 
-def open_shared_folder(config: TrainConfig, description: dict[str, Any], stack: contextlib.ExitStack) -> None:
-    """Let the first process open the run's folder, locked as long as the stack lasts, and the others see it."""
+def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
+    """Let the first process lock the run's folder, as long as the stack lasts."""
+
+    def lock_folder() -> None:
+        if is_first() and config.writes:
+            stack.enter_context(only_writer(config.run_dir))
+
+    agree("lock the run's folder", lock_folder)
+
+
+def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:
+    """Let the first process open the run's folder, and the others see it."""
     if not config.writes:
         return
 
     def open_folder() -> None:
         if is_first():
-            stack.enter_context(only_writer(config.run_dir))
             open_run_folder(config, description)
 
     agree("open the run's folder", open_folder)

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ def test_a_suffix_that_cannot_be_learnt(capsys):
     assert (
         "suffix ' 鬱': UNKNOWN to this tokenizer, cannot be learnt" in report(capsys, GOLDEN_BASE, "--suffix", " 鬱")[1]
     )
+
+
+def test_a_blank_suffix(capsys):
+    lines = report(capsys, GOLDEN_BASE, "--suffix", "　")[1]
+    assert "suffix '\\u3000': BLANK to this tokenizer, no sentence can end with it" in lines
+
+
+def test_weights_that_are_missing_and_a_run_that_is_nowhere_end_the_check(capsys, tmp_path):
+    base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    code, lines, err = report(capsys, base)
+    assert (code, lines) == (2, [])
+    assert "no weights; expected" in err
+    code, _, err = report(capsys, GOLDEN_BASE, "--checkpoint_path", str(tmp_path / "nowhere"))
+    assert (code, err) == (2, f"error: {tmp_path / 'nowhere'}: no such file or folder\n")
 
 
 def test_what_would_stop_a_run_ends_the_check(capsys):

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +116,11 @@ def test_all_wrong_settings_are_named_at_once(capsys, tmp_path):
 def test_wrong_decode_settings(capsys):
     command = ["generate", *BASE, "--prompt", "a", "--top_p", "1.5", "--temperature", "0", "--top_k", "-1"]
     fails(
-        capsys, command, "--top_p must be between 0 and 1", "--temperature must be at least 1e-06", "--top_k must not"
+        capsys,
+        command,
+        "--top_p must be between 0 and 1",
+        "--temperature must be finite and at least 1e-06",
+        "--top_k must not",
     )
 
 
@@ -213,6 +219,33 @@ def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
     fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")
     fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
+
+
+def test_evaluate_checks_prompts_before_it_measures_the_loss(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxprefix.evaluate.dev_loss", lambda *_: pytest.fail("measured"))
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--max_output_len", "600"]
+    fails(capsys, ["evaluate", *BASE, *options], "--max_output_len and the longest prompt", "512 positions")
+
+
+def test_paths_that_the_system_refuses(capsys, tmp_path):
+    refused = str(tmp_path / ("a" * 300))
+    commands = [
+        ["generate", "--pretrained_model_dir", refused, "--prompt", "a"],
+        ["generate", *BASE, "--prefix_checkpoint_path", refused, "--prompt", "a"],
+        ["check", *BASE, "--data_filepath", refused],
+        ["check", *BASE, "--checkpoint_path", refused],
+        [*train_flags(tmp_path), "--checkpoint_path", refused],
+        ["convert", refused, str(tmp_path / "a.npy")],
+    ]
+    for command in commands:
+        fails(capsys, command, f"error: {refused}: ", "File name too long")
+
+
+def test_the_command_to_try_can_be_pasted(capsys, tmp_path):
+    assert main(train_flags(tmp_path, save_name="a run", n_training_steps=1)) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:2] == ["jaxprefix", "generate"]
+    assert Path(command[command.index("--prefix_checkpoint_path") + 1]).is_dir()
 
 
 def test_seeds_have_a_limit(capsys, tmp_path):

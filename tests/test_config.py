@@ -14,6 +14,7 @@ from tests.runs import run_config
     [
         ({"n_epochs": 0}, "--n_epochs must be positive, is 0"),
         ({"max_lr": float("nan")}, "--max_lr must be positive, is nan"),
+        ({"max_lr": float("inf")}, "--max_lr must be finite"),
         ({"grad_clip": -1.0}, "--grad_clip must not be negative, is -1.0"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be at least 0 and below 1, is 1.0"),
         ({"max_lr": 1e-7}, "--min_lr 1e-06 is above --max_lr 1e-07"),
@@ -41,7 +42,7 @@ def test_train(changes, message):
         ({"max_output_len": 0}, "--max_output_len must be positive, is 0"),
         ({"top_p": 1.5}, "--top_p must be between 0 and 1, is 1.5"),
         ({"top_k": -1}, "--top_k must not be negative, is -1"),
-        ({"temperature": 0.0}, "--temperature must be positive, is 0.0"),
+        ({"temperature": 0.0}, "--temperature must be finite and at least 1e-06, is 0.0"),
     ],
 )
 def test_decoding(changes, message):
@@ -50,12 +51,22 @@ def test_decoding(changes, message):
     assert str(error.value) == f"decoding:\n  - {message}"
 
 
+def test_names_that_python_does_not_check():
+    config = DecodeConfig()
+    for name in ("decode_method", "recipe"):
+        object.__setattr__(config, name, "beam")
+    with pytest.raises(InputError) as error:
+        config.__post_init__()
+    assert "decode_method must be one of nucleus, sample, greedy; is 'beam'" in str(error.value)
+    assert "recipe must be one of default, rinna; is 'beam'" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"compare": True}, "--compare needs --prefix_checkpoint_path"),
         ({"prompt": ["a"], "prompt_file": Path("prompts.txt")}, "--prompt and --prompt_file exclude each other"),
-        ({"batch_size": 0}, "--batch_size must be positive, --seed between 0 and 4294967296"),
+        ({"batch_size": 0}, "--batch_size must be positive, --seed at least 0 and below 4294967296"),
     ],
 )
 def test_generate(changes, message):
@@ -69,7 +80,7 @@ def test_generate(changes, message):
     [
         ({"batch_size": 0}, "--batch_size must be positive, is 0"),
         ({"n_samples": -1}, "--n_samples must not be negative, is -1"),
-        ({"seed": -1}, "--seed must be between 0 and 4294967296, is -1"),
+        ({"seed": -1}, "--seed must be at least 0 and below 4294967296, is -1"),
         ({"n_samples": 0}, "nothing to measure: neither --data_filepath nor --n_samples"),
         ({"suffix": " "}, "--suffix is blank, so there is no suffix rate; --n_samples 0 skips it"),
     ],

@@ -140,6 +140,7 @@ def test_batch_is_padded_right_and_below(tokenizer):
         ("{not json", "line 2: not a line of JSON"),
         ("[1]", "line 2: expected a JSON object, found list"),
         ('{"body": "a"}', "line 2: has neither `text` nor `prompt` and `completion`"),
+        ('{"text": "a", "prompt": "b"}', "line 2: has `text` as well as `prompt` or `completion`"),
         ('{"text": 5}', "line 2: `text` must be a string, found int"),
         ('{"prompt": "a", "completion": ""}', "line 2: `completion` is empty"),
         (r'{"text": "\ud800"}', "line 2: `text` holds half a surrogate pair"),

@@ -43,6 +43,11 @@ def test_a_batch_of_different_lengths_equals_full_forwards(model, tokenizer, wit
     assert made == [slow_greedy(model, prompt, prefix, 12, tokenizer.eos_id) for prompt in PROMPTS]
 
 
+def test_one_text_is_no_list_of_prompts(model, tokenizer):
+    with pytest.raises(InputError, match="prompts must be a list of texts"):
+        generate(model, tokenizer, "朝の")
+
+
 def test_order_of_prompts_does_not_matter(model, tokenizer):
     forward = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
     assert ids_of(model, tokenizer, PROMPTS[::-1], decode=GREEDY) == forward[::-1]

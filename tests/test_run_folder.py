@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.config import Compute
-from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder
+from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder, suffix_of
 from tests.runs import run_config
 
 
@@ -43,11 +43,43 @@ def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
         check_run_folder(resumed, describe_run(resumed, {}))
 
 
-def test_a_run_may_be_renamed(tmp_path):
+def test_of_another_base_only_what_differs_is_told(tmp_path):
     config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {"base_model": "a", "n_layer": "3"}))
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(InputError) as error:
+        check_run_folder(resumed, describe_run(resumed, {"base_model": "b", "n_layer": "3"}))
+    assert str(error.value).split("\n  - ")[1:] == ["base_model: was 'a', now 'b'"]
+
+
+def test_the_flags_of_a_type_are_synonyms_on_resuming_too(tmp_path):
+    config = run_config(tmp_path, bf16=True)
+    open_run_folder(config, describe_run(config, {}))
+    resumed = run_config(tmp_path, dtype="bfloat16", resume=True)
+    check_run_folder(resumed, describe_run(resumed, {}))
+    resumed = run_config(tmp_path, fp16=True, resume=True)
+    with pytest.raises(InputError, match="dtype: was 'bfloat16', now 'float16'"):
+        check_run_folder(resumed, describe_run(resumed, {}))
+
+
+def test_the_prefix_in_a_run_has_its_suffix(tmp_path):
+    config = run_config(tmp_path, suffix="！")
+    open_run_folder(config, describe_run(config, {}))
+    assert suffix_of(config.run_dir / "prefix") == suffix_of(config.run_dir) == "！"
+    assert suffix_of(tmp_path) is suffix_of(None) is None
+
+
+def test_a_run_that_fails_leaves_no_lock(tmp_path):
+    with pytest.raises(ValueError, match="a fault"), only_writer(tmp_path / "run"):
+        raise ValueError("a fault")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_may_be_renamed(tmp_path):
+    config = run_config(tmp_path, filename_note="note")
     open_run_folder(config, describe_run(config, {}))
     config.run_dir.rename(tmp_path / "renamed")
-    resumed = dataclasses.replace(config, save_name="renamed", resume=True)
+    resumed = dataclasses.replace(config, save_name="renamed", filename_note="", resume=True)
     check_run_folder(resumed, describe_run(resumed, {}))
 
 

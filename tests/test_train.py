@@ -250,7 +250,9 @@ def test_four_devices_give_the_curve_of_one(tmp_path, mesh):
 
 
 def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):
-    with pytest.raises(InputError, match=r"prefix of 500 \+ the longest row, 63 tokens, .* 512 positions"):
+    with pytest.raises(
+        InputError, match=r"prefix of 500 \+ the longest row, 63 tokens, .* 512 positions; it begins with 'ただ、"
+    ):
         train(run_config(tmp_path, prefix_seq_len=500))
     assert not any(tmp_path.iterdir()), "nothing is written for a run that cannot start"
 

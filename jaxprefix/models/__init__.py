@@ -42,6 +42,8 @@ def load_model(
     everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
     computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
     """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"dtype must be float32, bfloat16 or float16, is {dtype!r}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     _check_depth(folder, config)
@@ -111,6 +113,12 @@ def weight_table(config: ModelConfig) -> Table:
     """Return the table of a model's weight files; a tied head may stand in them, and is dropped."""
     rules = _TABLES[config.model_type]
     return rules.TABLE | ({rules.HEAD: None} if config.tied_head else {})
+
+
+def check_weights(folder: Path, config: ModelConfig) -> None:
+    """Compare the names and shapes of a folder's weights with the model's; none is read. Raises InputError."""
+    _check_depth(folder, config)
+    next(_stream(folder, config, weight_shapes(config)))
 
 
 def _check_depth(folder: Path, config: ModelConfig) -> None:

@@ -76,15 +76,15 @@ class ModelConfig:
         """Positions that exist: n_positions, or as far as dynamic scaling reaches."""
         return int(self.n_positions * self.rotary_factor) if self.rotary_scaling == "dynamic" else self.n_positions
 
-    def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str) -> None:
+    def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:
         """Check that all ids and positions exist, since gathers on the device clamp silently.
 
-        `n_pieces` is the tokenizer's, `longest` the tokens of `what`. Raises InputError.
+        `n_pieces` is the tokenizer's, `longest` the tokens of `what`, which begins with a text. Raises InputError.
         """
         if prefix_len + longest > self.max_positions:
             raise InputError(
                 f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
-                f"{self.max_positions} positions"
+                f"{self.max_positions} positions" + (f"; it begins with {begins!r}" if begins else "")
             )
         if n_pieces > self.vocab_size:
             raise InputError(

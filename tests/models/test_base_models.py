@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.errors import InputError
+from jaxprefix import load_model
 from jaxprefix.models import attention, gpt2, gpt_neox
 from tests.arrays import random_prefix
 from tests.base_folders import with_config
@@ -91,6 +93,11 @@ def test_cached_decode_equals_full_forward(model, with_prefix):
 def test_padding_on_the_right_changes_nothing(model):
     padded = jnp.pad(TOKENS, ((0, 0), (0, 8)), constant_values=3)
     np.testing.assert_allclose(model(padded)[0][:, :24], model(TOKENS)[0], rtol=0, atol=MODEL)
+
+
+def test_other_types_are_refused(base_folder):
+    with pytest.raises(InputError, match="dtype must be float32, bfloat16 or float16, is 'int8'"):
+        load_model(base_folder, "int8")
 
 
 def test_bfloat16_stays_close_to_float32(base_folder, model):
