@@ -17,7 +17,8 @@ parity: .venv/parity        ## every stage against PyTorch and DeepSpeed; writes
 	.venv/bin/python -m pytest -q -m deepspeed
 
 errors: .venv/dev           ## which test triggers which error message; writes docs/errors.md
-	.venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal --record-errors .pytest_cache/errors.jsonl
+	.venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal --ignore=tests/test_errors.py \
+		--record-errors=.pytest_cache/errors.jsonl
 	.venv/bin/python -m tests.errors .pytest_cache/errors.jsonl
 
 torture: .venv/dev          ## kills, lost hosts, long use, damage, 21,000 broken inputs: docs/reliability.md
