@@ -68,6 +68,12 @@ def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim
     return fit(PrefixEncoder(base.config, prefix_seq_len, input_dim, hidden_dim, seed), target)
 
 
+@jax.jit
+def prefix_of(encoder: Encoder) -> Prefix:
+    """Return the prefix that an encoder makes: by one program, instead of one for each operation."""
+    return encoder()
+
+
 @jax.jit(static_argnums=1)
 def base_keys_values(base: BaseModel, prefix_seq_len: int) -> Prefix:
     """Return the keys (after rotary) and values of the base model on token ids 0 … P−1, in float32."""

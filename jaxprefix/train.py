@@ -34,7 +34,7 @@ from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, load_model
-from jaxprefix.prefix import Encoder, Prefix, base_identity, save_prefix
+from jaxprefix.prefix import Encoder, Prefix, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import (
     CHECKPOINTS,
@@ -220,7 +220,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             run.log.point("train", progress.n_done, epoch, **values)
             window = LossMeter(recipe)
         for epoch in ended:
-            prefix = state.encoder()
+            prefix = prefix_of(state.encoder)
             dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh)
             metrics = dev_loss(run.base, prefix, dev, recipe, run.mesh)
             run.log.point("dev", progress.n_done, epoch, **metrics)
@@ -247,7 +247,7 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
     """Tell which examples of an update have a loss that is not finite, or all if each alone has one that is."""
     numbers = [number for batch in run.inputs.plan.micro_batches(update - 1) for number in batch]
     examples = [run.inputs.train_set[number] for number in numbers]
-    tokenizer, prefix = run.inputs.base.tokenizer, state.encoder()
+    tokenizer, prefix = run.inputs.base.tokenizer, prefix_of(state.encoder)
     lines, offending = [], []
     for number, (prompt, target), alone in zip(
         numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True

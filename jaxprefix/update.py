@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -44,6 +45,7 @@ class LearningRate(NamedTuple):
     """From the first step to the end of the decay; warmup is a part of it."""
     steps_per_update: Float[Array, ""]
 
+    @jax.jit  # one program for a log line, instead of one for each operation
     def __call__(self, n_done: Int[Array, ""] | int) -> Float[Array, ""]:
         """Return the rate after so many updates."""
         step = n_done * self.steps_per_update
@@ -61,7 +63,8 @@ def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> Learni
     n_steps = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
     floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
     counts = (config.n_warmup_steps, n_steps, recipe.schedule_steps_per_update)
-    return LearningRate(*map(jnp.float32, (config.max_lr, floor, *counts)))
+    numbers = np.array([config.max_lr, floor, *counts], np.float32)
+    return LearningRate(*map(jnp.asarray, numbers))
 
 
 def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
