@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
@@ -197,7 +196,7 @@ def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
     ]
     if problems:
         raise InputError.all(f"{where}: does not fit this run:", problems)
-    return jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in expected])
+    return jax.tree.unflatten(jax.tree.structure(like), [jax.device_put(arrays[name]) for name in expected])
 
 
 def named(state: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import DecodeConfig
+from jaxprefix.config import SEED_LIMIT, DecodeConfig
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
@@ -39,8 +39,11 @@ class BatchTiming(NamedTuple):
 class Sampling(NamedTuple):
     """The numbers that are inputs of the compiled loop: other ones compile nothing anew."""
 
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
+    temperature: Float[Array, ""] | float
+    top_p: Float[Array, ""] | float
+    seed: Int[Array, ""] | np.uint32 = np.uint32(0)
+    place: Int[Array, ""] | int = 0
+    """Of the first row in the list of prompts: a row's random numbers come from the seed and its place."""
 
 
 class DecodeState(NamedTuple):
@@ -109,8 +112,9 @@ def generate_ids(
     check_prompts(model, tokenizer, rows, prefix, decode)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
+    if not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")
     batch_size = min(batch_size, len(rows))
-    sampling = Sampling(jnp.float32(decode.temperature), jnp.float32(decode.top_p))
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)
     for first in range(0, len(rows), batch_size or 1):
         group = rows[first : first + batch_size]
@@ -121,10 +125,8 @@ def generate_ids(
             tokens[index, : len(ids)] = ids
             lengths[index] = len(ids)
         started = time.perf_counter()
-        places = jnp.arange(first, first + batch_size)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
-        inputs = (jnp.asarray(tokens), jnp.asarray(lengths), keys, sampling)
-        made, finite = jax.device_get(_decode(model, prefix, *inputs, tokenizer.eos_id, program))
+        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), first)
+        made, finite = jax.device_get(_decode(model, prefix, tokens, lengths, sampling, tokenizer.eos_id, program))
         if not finite:
             advice = "; take --dtype bfloat16" if model.embed.weight.dtype == jnp.float16 else ""
             raise RunError(
@@ -157,7 +159,6 @@ def _decode(
     prefix: Prefix | None,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    keys: Array,
     sampling: Sampling,
     eos_id: int,
     decode: DecodeConfig,
@@ -182,6 +183,8 @@ def _decode(
     positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding reaches no further
     hidden, written = model.hidden(tokens, None, cache, slots, positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
+
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), sampling.place + jnp.arange(n_rows))
 
     def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)

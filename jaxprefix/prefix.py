@@ -139,7 +139,7 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
         )
     if folded.shape[0] >= config.n_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")
-    return jnp.asarray(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
+    return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
 
 
 def save_prefix(folder: Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -64,7 +64,7 @@ def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> Learni
     floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
     counts = (config.n_warmup_steps, n_steps, recipe.schedule_steps_per_update)
     numbers = np.array([config.max_lr, floor, *counts], np.float32)
-    return LearningRate(*map(jnp.asarray, numbers))
+    return LearningRate(*map(jax.device_put, numbers))
 
 
 def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:

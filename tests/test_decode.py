@@ -61,6 +61,8 @@ def test_batch_size_does_not_matter(golden_model, tokenizer):
     assert ids_of(golden_model, tokenizer, []) == []
     with pytest.raises(InputError, match="batch_size must be at least 1, is 0"):
         ids_of(golden_model, tokenizer, [], batch_size=0)
+    with pytest.raises(InputError, match="seed must be at least 0 and below 4294967296, is -1"):
+        ids_of(golden_model, tokenizer, [], seed=-1)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer, tmp_path):

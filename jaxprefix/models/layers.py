@@ -26,7 +26,7 @@ def unloaded(*shape: int) -> nnx.Param:
 
 def drawn(numbers: np.ndarray) -> nnx.Param:
     """A weight of the prefix encoder as it starts; rounded by NumPy, which has nothing to compile."""
-    return nnx.Param(jnp.asarray(numbers.astype(np.float32)))
+    return nnx.Param(jax.device_put(numbers.astype(np.float32)))
 
 
 class Linear(nnx.Module):
