@@ -52,8 +52,8 @@ def prompts(folder: Path, n_rows: int) -> np.ndarray:
 def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
     """Return a function that decodes once, and returns the new ids of every row."""
     from jaxprefix import load_model, load_prefix, load_tokenizer
-    from jaxprefix.config import DecodeConfig
     from jaxprefix.decode import generate_ids
+    from jaxprefix.inference import DecodeConfig
 
     model = load_model(folder, dtype)
     prefix = load_prefix(folder / "prefix", model.config)

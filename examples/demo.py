@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import jaxprefix
-from jaxprefix.config import DecodeConfig, TrainConfig
+from jaxprefix.config import TrainConfig
 from jaxprefix.decode import stream
 from jaxprefix.evaluate import suffix_rate
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import tyro
 
 from convert.errors import InputError, PlainError, RunError
-from jaxprefix.config import CheckConfig, ConvertConfig, EvaluateConfig, GenerateConfig, TrainConfig, cache_folder
+from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig, cache_folder
+from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _less_memory(settings: GenerateConfig | EvaluateConfig) -> str:
+def _less_memory(settings: InferenceConfig) -> str:
     needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
     needed += [f"--max_seq_len {settings.max_seq_len}"] if isinstance(settings, EvaluateConfig) else []
     return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
@@ -128,7 +129,7 @@ def _generate(config: GenerateConfig) -> int:
     return 0
 
 
-def _load(config: GenerateConfig | EvaluateConfig) -> tuple[Any, Any, Any]:
+def _load(config: InferenceConfig) -> tuple[Any, Any, Any]:
     """Return the base model, its tokenizer, and the prefix or None."""
     from jaxprefix.base_folder import open_base
     from jaxprefix.models import load_model

@@ -1,4 +1,4 @@
-"""The settings of every command, as frozen dataclasses; tyro makes the command line from them.
+"""The settings of train, check and convert, as frozen dataclasses; tyro makes the command line from them.
 
 Flag names and defaults are the original's wherever it has the flag.
 """
@@ -7,18 +7,16 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import tyro
 
 from convert.errors import InputError
 from jaxprefix.launch import HostsConfig
-from jaxprefix.recipe import RECIPES, RecipeName
+from jaxprefix.recipe import RecipeName
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
-LEAST_TEMPERATURE = 1e-6
-"""Less would make float32 logits infinite, or be 0."""
 
 
 def cache_folder() -> Path:
@@ -27,7 +25,6 @@ def cache_folder() -> Path:
 
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]
-DecodeMethod = Literal["nucleus", "sample", "greedy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,136 +207,6 @@ class CheckConfig(TrainConfig):
     """JSON Lines to look at, as in training."""
     save_name: str = "check"
     """Has no part in a check."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeConfig:
-    """How text is generated. Hashable: a compiled decoding loop belongs to one."""
-
-    decode_method: DecodeMethod = "nucleus"
-    """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
-    max_output_len: int = 128
-    """Most tokens to generate for a prompt."""
-    top_p: float = 0.95
-    """nucleus: probability mass to keep; 0 switches it off."""
-    top_k: int = 50
-    """nucleus: most tokens to keep; 0 keeps all."""
-    temperature: float = 1.0
-    """sample and nucleus: divides the logits."""
-    recipe: RecipeName = "default"
-    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0, evaluate
-    chunks and averages so."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.decode_method not in get_args(DecodeMethod):
-            methods = ", ".join(get_args(DecodeMethod))
-            problems.append(f"decode_method must be one of {methods}; is {self.decode_method!r}")
-        if self.recipe not in RECIPES:
-            problems.append(f"recipe must be one of {', '.join(RECIPES)}; is {self.recipe!r}")
-        if self.max_output_len < 1:
-            problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
-        if not 0 <= self.top_p <= 1:
-            problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
-        if self.top_k < 0:
-            problems.append(f"--top_k must not be negative, is {self.top_k}")
-        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
-            problems.append(f"--temperature must be finite and at least {LEAST_TEMPERATURE}, is {self.temperature}")
-        if problems:
-            raise InputError.all("decoding:", problems)
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """Continue prompts with a base model and a trained prefix. Without a prompt, asks for one line after another."""
-
-    pretrained_model_dir: str
-    """Base model: a folder in the hub's layout, or a hub id."""
-    prefix_checkpoint_path: Path | None = None
-    """Run folder, adapter folder or prefix file; leave it out for the plain base model."""
-    prompt: list[str] = dataclasses.field(default_factory=list)
-    """One or more texts to continue."""
-    prompt_file: Path | None = None
-    """File with one prompt a line."""
-    compare: bool = False
-    """Show the plain base model's continuation beside the prefix's."""
-    json: bool = False
-    """Print one JSON object per prompt."""
-    timing: bool = False
-    """Tell on stderr how many tokens were made a second, by batch: the first one of a shape is compiled."""
-    seed: int = 42
-    """Seed of the sampling."""
-    model_type: Literal["gpt-neox", "gpt"] | None = None
-    """Architecture of the base model; config.json tells it, and must agree if it is given."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    prefix_seq_len: int | None = None
-    """Prefix length to expect; the prefix file knows its own."""
-    batch_size: int = 16
-    """Prompts to continue at a time."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the base model's weights and activations."""
-    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
-
-    def __post_init__(self) -> None:
-        if self.compare and self.prefix_checkpoint_path is None:
-            raise InputError("generate: --compare needs --prefix_checkpoint_path")
-        if self.prompt and self.prompt_file:
-            raise InputError("generate: --prompt and --prompt_file exclude each other")
-        if self.batch_size < 1 or not 0 <= self.seed < SEED_LIMIT:
-            raise InputError(f"generate: --batch_size must be positive, --seed at least 0 and below {SEED_LIMIT}")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
-    """Measure loss and ppl on a file, and the share of generated sentences that end with the suffix."""
-
-    pretrained_model_dir: str
-    """Base model: a folder in the hub's layout, or a hub id."""
-    model_type: Literal["gpt-neox", "gpt"] | None = None
-    """Architecture of the base model; config.json tells it, and must agree if it is given."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    prefix_checkpoint_path: Path | None = None
-    """Run folder, adapter folder or prefix file; leave it out to measure the plain base model alone."""
-    data_filepath: Path | None = None
-    """JSON Lines to compute loss and ppl on, as in training."""
-    suffix: str | None = None
-    """The task's suffix; unless given that of the run folder, or else " 😃"."""
-    max_seq_len: int = 64
-    """Longest chunk of a `text` document, in tokens."""
-    skip_bad_lines: bool = False
-    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
-    batch_size: int = 16
-    """Examples, or prompts, per batch."""
-    prompt_file: Path | None = None
-    """File with one prompt a line, to sample from; without it, samples start from nothing."""
-    n_samples: int = 100
-    """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
-    seed: int = 42
-    """Seed of the sampling."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the base model's weights and activations."""
-    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"--{name} must be positive, is {getattr(self, name)}"
-            for name in ("max_seq_len", "batch_size")
-            if getattr(self, name) < 1
-        ]
-        if self.n_samples < 0:
-            problems.append(f"--n_samples must not be negative, is {self.n_samples}")
-        if not 0 <= self.seed < SEED_LIMIT:
-            problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
-        if not self.n_samples and self.data_filepath is None:
-            problems.append("nothing to measure: neither --data_filepath nor --n_samples")
-        if self.n_samples and self.suffix is not None and not self.suffix.strip():
-            problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
-        if problems:
-            raise InputError.all("evaluate:", problems)
 
 
 @dataclasses.dataclass(frozen=True)

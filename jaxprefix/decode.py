@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import SEED_LIMIT, DecodeConfig
+from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
 from jaxprefix.prefix import Prefix

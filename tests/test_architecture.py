@@ -29,6 +29,7 @@ FLOORS = [
     {"examples"},
     {"lines"},
     {"tokenizer"},
+    {"inference"},
     {"config", "hub", "devices"},
     {"recipe", "launch"},
 ]

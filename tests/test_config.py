@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute, DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.config import Compute
+from jaxprefix.inference import DecodeConfig, EvaluateConfig, GenerateConfig
 from tests.runs import run_config
 
 
@@ -66,13 +67,13 @@ def test_names_that_python_does_not_check():
     [
         ({"compare": True}, "--compare needs --prefix_checkpoint_path"),
         ({"prompt": ["a"], "prompt_file": Path("prompts.txt")}, "--prompt and --prompt_file exclude each other"),
-        ({"batch_size": 0}, "--batch_size must be positive, --seed at least 0 and below 4294967296"),
+        ({"batch_size": 0}, "--batch_size must be positive, is 0"),
     ],
 )
 def test_generate(changes, message):
     with pytest.raises(InputError) as error:
         GenerateConfig("base", **changes)
-    assert str(error.value) == f"generate: {message}"
+    assert str(error.value) == f"generate:\n  - {message}"
 
 
 @pytest.mark.parametrize(

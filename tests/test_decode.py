@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
-from jaxprefix.config import Compute, DecodeConfig
+from jaxprefix.config import Compute
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
+from jaxprefix.inference import DecodeConfig
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 

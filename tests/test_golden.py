@@ -10,10 +10,10 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.config import DecodeConfig
 from jaxprefix.data import longest_row, make_batch
 from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES

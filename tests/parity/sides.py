@@ -30,10 +30,11 @@ import torch_ref.train
 from convert.prefix import to_folded
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.checkpoint import Checkpoints, from_names
-from jaxprefix.config import ConvertConfig, DecodeConfig, TrainConfig
+from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
 from jaxprefix.data import IGNORED, Batch, epoch_order, longest_row, make_batch, split_examples
 from jaxprefix.examples import Chunking, Example, read_examples
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS
 from tests.parity.cases import (

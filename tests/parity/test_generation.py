@@ -4,9 +4,10 @@ import torch
 
 from convert.prefix import read_prefix
 from jaxprefix import load_prefix
-from jaxprefix.config import ConvertConfig, DecodeConfig
+from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.decode import generate_ids
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
 from tests.parity.runs import reference_run, started_encoder

@@ -8,8 +8,8 @@ import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 
 from jaxprefix import load_prefix
-from jaxprefix.config import DecodeConfig
 from jaxprefix.decode import generate_ids
+from jaxprefix.inference import DecodeConfig
 from jaxprefix.prefix import save_prefix
 from tests.arrays import random_prefix
 from tests.tolerances import MODEL

@@ -1,0 +1,142 @@
+"""The settings of `jaxprefix generate` and `evaluate`, as frozen dataclasses; tyro makes the command line from them."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import tyro
+
+from convert.errors import InputError
+from jaxprefix.config import SEED_LIMIT
+from jaxprefix.recipe import RECIPES, RecipeName
+
+LEAST_TEMPERATURE = 1e-6
+"""Less would make float32 logits infinite, or be 0."""
+DecodeMethod = Literal["nucleus", "sample", "greedy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How text is generated. Hashable: a compiled decoding loop belongs to one."""
+
+    decode_method: DecodeMethod = "nucleus"
+    """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
+    max_output_len: int = 128
+    """Most tokens to generate for a prompt."""
+    top_p: float = 0.95
+    """nucleus: probability mass to keep; 0 switches it off."""
+    top_k: int = 50
+    """nucleus: most tokens to keep; 0 keeps all."""
+    temperature: float = 1.0
+    """sample and nucleus: divides the logits."""
+    recipe: RecipeName = "default"
+    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0, evaluate
+    chunks and averages so."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.decode_method not in get_args(DecodeMethod):
+            methods = ", ".join(get_args(DecodeMethod))
+            problems.append(f"decode_method must be one of {methods}; is {self.decode_method!r}")
+        if self.recipe not in RECIPES:
+            problems.append(f"recipe must be one of {', '.join(RECIPES)}; is {self.recipe!r}")
+        if self.max_output_len < 1:
+            problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
+        if not 0 <= self.top_p <= 1:
+            problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
+        if self.top_k < 0:
+            problems.append(f"--top_k must not be negative, is {self.top_k}")
+        if not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            problems.append(f"--temperature must be finite and at least {LEAST_TEMPERATURE}, is {self.temperature}")
+        if problems:
+            raise InputError.all("decoding:", problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceConfig:
+    """What generating and evaluating have in common."""
+
+    pretrained_model_dir: str
+    """Base model: a folder in the hub's layout, or a hub id."""
+    prefix_checkpoint_path: Path | None = None
+    """Run folder, adapter folder or prefix file; leave it out for the plain base model alone."""
+    prompt_file: Path | None = None
+    """File with one prompt a line."""
+    json: bool = False
+    """Print JSON: an object per prompt, or one that holds all measures."""
+    seed: int = 42
+    """Seed of the sampling."""
+    model_type: Literal["gpt-neox", "gpt"] | None = None
+    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    batch_size: int = 16
+    """Prompts, or examples, at a time."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the base model's weights and activations."""
+    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with these settings."""
+        if self.batch_size < 1:
+            yield f"--batch_size must be positive, is {self.batch_size}"
+        if not 0 <= self.seed < SEED_LIMIT:
+            yield f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig(InferenceConfig):
+    """Continue prompts with a base model and a trained prefix. Without a prompt, asks for one line after another."""
+
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    """One or more texts to continue."""
+    compare: bool = False
+    """Show the plain base model's continuation beside the prefix's."""
+    timing: bool = False
+    """Tell on stderr how many tokens were made a second, by batch: the first one of a shape is compiled."""
+    prefix_seq_len: int | None = None
+    """Prefix length to expect; the prefix file knows its own."""
+
+    def __post_init__(self) -> None:
+        problems = [*self.problems()]
+        if self.compare and self.prefix_checkpoint_path is None:
+            problems.append("--compare needs --prefix_checkpoint_path")
+        if self.prompt and self.prompt_file:
+            problems.append("--prompt and --prompt_file exclude each other")
+        if problems:
+            raise InputError.all("generate:", problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(InferenceConfig):
+    """Measure loss and ppl on a file, and the share of generated sentences that end with the suffix.
+
+    Sentences are sampled behind the prompts of --prompt_file, or from nothing.
+    """
+
+    data_filepath: Path | None = None
+    """JSON Lines to compute loss and ppl on, as in training."""
+    suffix: str | None = None
+    """The task's suffix; unless given that of the run folder, or else " 😃"."""
+    max_seq_len: int = 64
+    """Longest chunk of a `text` document, in tokens."""
+    skip_bad_lines: bool = False
+    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
+    n_samples: int = 100
+    """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
+    decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
+
+    def __post_init__(self) -> None:
+        problems = [*self.problems()]
+        if self.max_seq_len < 1:
+            problems.append(f"--max_seq_len must be positive, is {self.max_seq_len}")
+        if self.n_samples < 0:
+            problems.append(f"--n_samples must not be negative, is {self.n_samples}")
+        if not self.n_samples and self.data_filepath is None:
+            problems.append("nothing to measure: neither --data_filepath nor --n_samples")
+        if self.n_samples and self.suffix is not None and not self.suffix.strip():
+            problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
+        if problems:
+            raise InputError.all("evaluate:", problems)
