@@ -80,6 +80,7 @@ def test_generate(changes, message):
     ("changes", "message"),
     [
         ({"batch_size": 0}, "--batch_size must be positive, is 0"),
+        ({"max_seq_len": 0}, "--max_seq_len must be positive, is 0"),
         ({"n_samples": -1}, "--n_samples must not be negative, is -1"),
         ({"seed": -1}, "--seed must be at least 0 and below 4294967296, is -1"),
         ({"n_samples": 0}, "nothing to measure: neither --data_filepath nor --n_samples"),
