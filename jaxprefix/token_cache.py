@@ -38,6 +38,8 @@ CACHED_BYTES = 2**22
 """Smaller files are tokenized anew each time: that takes a second or two."""
 BLOCK_BYTES = 2**22
 """What a process tokenizes at a time."""
+ABANDONED_SECONDS = 600
+"""Whoever makes an entry writes to it every few seconds."""
 
 
 def load_examples(path: Path, chunking: Chunking) -> Examples:
@@ -51,9 +53,7 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
-            with _making(folder) as alone:
-                if alone:
-                    _remove_unfinished(folder)
+            with _making(folder):
                 if (examples := _open(folder)) is None:
                     examples = _make(path, chunking, folder)
     except OSError as error:
@@ -65,7 +65,8 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
 
 def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-unfinished-") as unfinished:
+    _remove_abandoned(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
         _tokenize(path, chunking, Path(unfinished))
         if _key(path, chunking) != folder.name:
             raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
@@ -75,25 +76,24 @@ def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
     return _open(folder)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes have left of an entry."""
-    for unfinished in folder.parent.glob(f"{folder.name}-unfinished-*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _remove_abandoned(tokens: Path) -> None:
+    """Remove what killed processes have left: that which nobody has written to for long."""
+    for unfinished in tokens.glob("unfinished-*"):
+        with contextlib.suppress(OSError):  # it may be finished at this moment
+            newest = max(path.stat().st_mtime for path in (unfinished, *unfinished.rglob("*")))
+            if time.time() - newest > ABANDONED_SECONDS:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _making(folder: Path) -> Iterator[bool]:
-    """Wait until no other process is making the same entry; give whether this is sure: some file systems lack locks."""
+def _making(folder: Path) -> Iterator[None]:
+    """Wait until no other process is making the same entry, where the file system has locks."""
     path = cache_folder() / "locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
+        with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            alone = False
-        else:
-            alone = True
-        yield alone
+        yield
 
 
 def _key(path: Path, chunking: Chunking) -> str:

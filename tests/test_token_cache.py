@@ -177,6 +177,11 @@ def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch
     assert list((cache_folder() / "tokens").iterdir()) == []
 
 
+def data_of(path, content):
+    path.write_text(content)
+    return path
+
+
 WAITING_FOREVER = """
 import sys, time
 from pathlib import Path
@@ -196,7 +201,7 @@ if __name__ == "__main__":
 """
 
 
-def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path):
+def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path, monkeypatch):
     script = tmp_path / "waiting.py"
     script.write_text(WAITING_FOREVER)
     command = [sys.executable, script, data]
@@ -206,6 +211,10 @@ def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path):
     main.kill()
     main.communicate()  # until all helpers have closed it, too
     assert len(list((cache_folder() / "tokens").iterdir())) == 1
+    with pytest.raises(InputError, match="line 1"):
+        load_examples(data_of(tmp_path / "bad.jsonl", "[" * 2000), Chunking(tokenizer))
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1, "it may be at work"
+    monkeypatch.setattr(token_cache, "ABANDONED_SECONDS", 0)
     assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
     (entry,) = (cache_folder() / "tokens").iterdir()
     assert "unfinished" not in entry.name
