@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
 from jaxprefix.data import Batch, n_labels, split_examples
 from jaxprefix.devices import devices
-from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inputs import longest_of, update_plan
+from jaxprefix.examples import Chunking, Example, Examples
+from jaxprefix.inputs import check_rows, update_plan
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
@@ -41,7 +41,8 @@ def check(config: CheckConfig) -> Iterator[str]:
         raise InputError(f"{config.checkpoint_path}: no such file or folder")
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
-    longest = (config.max_seq_len + 1, "")
+    n_columns = config.max_seq_len + 1
+    parts: tuple[Sequence[Example], ...] = ()
     if config.data_filepath is not None:
         recipe = RECIPES[config.recipe]
         chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
@@ -50,11 +51,13 @@ def check(config: CheckConfig) -> Iterator[str]:
         yield from examples.skipped.report(config.data_filepath)
         parts = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
         update_plan(config, recipe, len(parts[0]))
-        longest = max(longest_of(part, tokenizer) for part in parts)
     yield describe_suffix(config.suffix, tokenizer)
-    model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, longest[0], "the longest row", longest[1])
-    yield f"positions: prefix {config.prefix_seq_len} + longest row {longest[0]} of {model.max_positions:,}"
-    yield describe_memory(config, model, longest[0])
+    if parts:
+        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, *parts)
+    else:
+        model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
+    yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
+    yield describe_memory(config, model, n_columns)
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:

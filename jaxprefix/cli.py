@@ -178,7 +178,7 @@ def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.decode import check_prompts, stream
     from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
     from jaxprefix.examples import Chunking
-    from jaxprefix.inputs import longest_of
+    from jaxprefix.inputs import check_rows
     from jaxprefix.recipe import RECIPES
     from jaxprefix.run_folder import suffix_of
     from jaxprefix.token_cache import load_examples
@@ -195,16 +195,14 @@ def _evaluate(config: EvaluateConfig) -> int:
     print(f"suffix: {suffix!r}", file=sys.stderr)
     if prompts and not generated_suffix.strip():
         raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
-    for way in ways.values():
-        check_prompts(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], way, config.decode)
+    check_prompts(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], prefix, config.decode)
     if config.data_filepath is not None:
         chunking = Chunking(tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         for line in examples.skipped.report(config.data_filepath):
             print(line, file=sys.stderr)
         prefix_len = 0 if prefix is None else prefix.shape[2]
-        longest, begins = longest_of(examples, tokenizer)
-        model.config.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
+        check_rows(model.config, tokenizer, prefix_len, examples)
         for way, values in report.items():
             batches = dev_batches(examples, tokenizer, config.batch_size)
             values |= dev_loss(model, ways[way], batches, recipe)

@@ -109,8 +109,8 @@ def generate_ids(
     timings: list[BatchTiming] | None = None,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
+    check_prompts(model, tokenizer, prompts, prefix, decode)
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
-    check_prompts(model, tokenizer, rows, prefix, decode)
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
     if not 0 <= seed < SEED_LIMIT:
@@ -147,8 +147,8 @@ def check_prompts(
     prefix: Prefix | None,
     decode: DecodeConfig,
 ) -> None:
-    """Check that prefix, prompts and output have room in the model's positions. Raises InputError."""
-    longest = max(map(len, prompts), default=0)
+    """Check that prefix, prompts (an empty one is bos) and output have room in the positions. Raises InputError."""
+    longest = max((len(prompt) or 1 for prompt in prompts), default=0)
     prefix_len = 0 if prefix is None else prefix.shape[2]
     what = f"--max_output_len and the longest prompt of {longest}"
     model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)

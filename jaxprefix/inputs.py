@@ -23,6 +23,7 @@ from jaxprefix.data import (
 )
 from jaxprefix.examples import Chunking, Example, Skipped
 from jaxprefix.models.attention import check_attention
+from jaxprefix.models.config import ModelConfig
 from jaxprefix.recipe import Recipe
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
@@ -46,16 +47,21 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    longest = max(longest_of(part, base.tokenizer) for part in (train_set, dev_set))
-    base.config.check_fit(base.tokenizer.vocab_size, config.prefix_seq_len, longest[0], "the longest row", longest[1])
+    check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
     return Inputs(base, train_set, dev_set, update_plan(config, recipe, len(train_set)), examples.skipped)
 
 
-def longest_of(examples: Sequence[Example], tokenizer: Tokenizer) -> tuple[int, str]:
-    """Return the tokens of the longest row, and the beginning of its text."""
+def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:
+    """Check that the examples' longest row has room behind the prefix, and return its tokens.
+
+    Raises InputError that tells the beginning of its text.
+    """
+    examples = max(parts, key=longest_row)
     lengths = longest_rows(examples)
     prompt, target = examples[int(lengths.argmax())]
-    return int(lengths.max()), tokenizer.decode([*prompt, *target][:40])
+    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths.max())
+    model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
+    return longest
 
 
 def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan:

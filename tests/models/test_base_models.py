@@ -101,8 +101,6 @@ def test_other_types_are_refused(base_folder):
 
 
 def test_bfloat16_stays_close_to_float32(base_folder, model):
-    from jaxprefix import load_model
-
     prefix = random_prefix(model.config)
     half, _ = load_model(base_folder, "bfloat16")(TOKENS, prefix)
     whole, _ = model(TOKENS, prefix)
