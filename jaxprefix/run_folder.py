@@ -28,6 +28,9 @@ MAY_CHANGE_ON_RESUME = {
     "bf16",  # dtype tells
     "fp16",
     "data_filepath",  # its content may not: data_sha256
+    "pretrained_model_dir",  # its weights may not
+    "revision",
+    "base_model",
     "save_log",
     "log_every_n_steps",
     "checkpoint_every_n_steps",

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.errors import InputError
+from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, n_labels
@@ -33,7 +34,7 @@ from jaxprefix.hosts import Vote, Watchdog, agree, first_says, is_first, joined,
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import within_memory
-from jaxprefix.models import BaseModel, load_model
+from jaxprefix.models import BaseModel, fingerprint, load_model
 from jaxprefix.prefix import Encoder, Prefix, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import (
@@ -118,7 +119,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
-    description = agree("check the run's folder", lambda: look_at_folder(config, identity))
+    description = agree("check the run's folder", lambda: look_at_folder(config, inputs.base, identity))
     place = base_sharding(mesh, inputs.base.config.n_head)
     wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
     base = agree("load the base", lambda: load_model(*wanted))
@@ -273,11 +274,11 @@ def has_checkpoint(config: TrainConfig) -> bool:
     return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
 
 
-def look_at_folder(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
+def look_at_folder(config: TrainConfig, base: BaseFolder, identity: dict[str, str]) -> dict[str, Any]:
     """Let the first process refuse a folder that the run cannot have, before minutes go by; return its description."""
     if not (is_first() and config.writes):
         return {}
-    description = describe_run(config, base)
+    description = describe_run(config, identity | {"weights": fingerprint(base.path, base.config)})
     check_run_folder(config, description)
     return description
 

@@ -187,6 +187,18 @@ class TestResuming:
         assert "resumed after update 4" in (config.run_dir / "log.txt").read_text()
         same_end(config, finished)
 
+    def test_a_base_model_may_move_and_may_not_change(self, finished, tmp_path):
+        shutil.copytree(finished.run_dir, tmp_path / "run")
+        shutil.copytree(GOLDEN_BASE, tmp_path / "moved")
+        config = run_config(tmp_path, resume=True, n_epochs=3, pretrained_model_dir=str(tmp_path / "moved"))
+        assert train(config).n_done == 12
+        path = tmp_path / "moved" / "model.safetensors"
+        weights = load_file(path)
+        weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"] += 1e-3
+        save_file(weights, path)
+        with pytest.raises(InputError, match=r"other settings:\n  - weights: was '\w{64}', now '\w{64}'$"):
+            train(config)
+
     def test_metrics_that_were_damaged_are_not_guessed(self, finished, tmp_path):
         shutil.copytree(finished.run_dir, tmp_path / "run")
         metrics = tmp_path / "run" / "metrics.jsonl"

@@ -45,11 +45,11 @@ def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
 
 def test_of_another_base_only_what_differs_is_told(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {"base_model": "a", "n_layer": "3"}))
+    open_run_folder(config, describe_run(config, {"weights": "a", "n_layer": "3"}))
     resumed = dataclasses.replace(config, resume=True)
     with pytest.raises(InputError) as error:
-        check_run_folder(resumed, describe_run(resumed, {"base_model": "b", "n_layer": "3"}))
-    assert str(error.value).split("\n  - ")[1:] == ["base_model: was 'a', now 'b'"]
+        check_run_folder(resumed, describe_run(resumed, {"weights": "b", "n_layer": "3"}))
+    assert str(error.value).split("\n  - ")[1:] == ["weights: was 'a', now 'b'"]
 
 
 def test_the_flags_of_a_type_are_synonyms_on_resuming_too(tmp_path):

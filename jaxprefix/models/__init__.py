@@ -1,7 +1,9 @@
 """Frozen base models: Flax NNX modules whose weights come from a folder in the hub's layout."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -119,6 +121,18 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     """Compare the names and shapes of a folder's weights with the model's; none is read. Raises InputError."""
     _check_depth(folder, config)
     next(_stream(folder, config, weight_shapes(config)))
+
+
+def fingerprint(folder: Path, config: ModelConfig) -> str:
+    """Return a checksum of the first row of each weight: training changes it, copying or another file format does not.
+
+    It reads a thousandth of the weights. Raises InputError.
+    """
+    digest = hashlib.sha256()
+    for path, weight in sorted(_stream(folder, config, weight_shapes(config)), key=itemgetter(0)):
+        row = weight.read((slice(0, 1), *[slice(None)] * (len(weight.shape) - 1)))
+        digest.update(path.encode() + row.astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _check_depth(folder: Path, config: ModelConfig) -> None:

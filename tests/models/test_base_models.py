@@ -1,13 +1,18 @@
 """Properties that hold for any correct prefix, and settings that must not go unnoticed when wrong."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
 from jaxprefix import load_model
-from jaxprefix.models import attention, gpt2, gpt_neox
+from jaxprefix.models import attention, fingerprint, gpt2, gpt_neox
+from jaxprefix.models.config import read_model_config
 from tests.arrays import random_prefix
 from tests.base_folders import with_config
 from tests.tolerances import MODEL
@@ -107,3 +112,15 @@ def test_bfloat16_stays_close_to_float32(base_folder, model):
     assert half.dtype == jnp.float32
     difference = jax.nn.softmax(half) - jax.nn.softmax(whole)
     assert 0 < jnp.abs(difference).mean() < 1e-3
+
+
+def test_a_fingerprint_is_of_the_weights_whatever_their_file(base_folder, tmp_path):
+    config = read_model_config(base_folder)
+    weights = load_file(base_folder / "model.safetensors")
+    shutil.copy(base_folder / "config.json", tmp_path)
+    torch.save({name: torch.from_numpy(weight) for name, weight in weights.items()}, tmp_path / "pytorch_model.bin")
+    found = fingerprint(base_folder, config)
+    assert fingerprint(tmp_path, config) == found
+    for name, weight in weights.items():
+        save_file(weights | {name: weight + np.float32(1e-3)}, tmp_path / "model.safetensors")
+        assert fingerprint(tmp_path, config) != found, name
