@@ -43,6 +43,11 @@ class Batch(NamedTuple):
     packing: Packing | None = None
     """For packed rows, the texts in them."""
 
+    @property
+    def n_labels(self) -> int:
+        """Positions that have a part in the loss."""
+        return int((self.labels != IGNORED).sum())
+
 
 def split_examples(
     examples: Sequence[Example], n_train: int, n_dev: int, path: Path

@@ -71,17 +71,17 @@ def dev_loss(
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": its exponential} over the batches, computed where the base lies."""
-    meter, in_flight = LossMeter(recipe), deque[tuple[Array, Array]]()
+    meter, in_flight = LossMeter(recipe), deque[tuple[Array, int]]()
 
     def settle(n_left: int) -> None:
         while len(in_flight) > n_left:
-            total, n_tokens = in_flight.popleft()
-            meter.add(float(total) / int(n_tokens), int(n_tokens))
+            total, n_labels = in_flight.popleft()
+            meter.add(float(total) / n_labels, n_labels)
 
     for batch in batches:
         rows = (batch.tokens, batch.labels)
         rows = rows if mesh is None else spread(rows, split_rows(mesh, axis=0))
-        in_flight.append(_batch_loss(base, prefix, *rows, mesh))
+        in_flight.append((_batch_loss(base, prefix, *rows, mesh), batch.n_labels))
         settle(n_left=1)
     settle(n_left=0)
     return meter.means()
@@ -90,7 +90,7 @@ def dev_loss(
 @functools.partial(jax.jit, static_argnames="mesh")
 def _batch_loss(
     base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"], mesh: Mesh | None
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
+) -> Float[Array, ""]:
     base = base if mesh is None else with_embedded_rows(base, mesh)
     return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)
 

@@ -29,7 +29,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
     """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then."""
     stop = StopRequest()
 
@@ -42,7 +42,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     try:
         yield stop
     except KeyboardInterrupt as error:
-        raise RunError("a second signal ended the run at once; --resume goes on from its newest checkpoint") from error
+        raise RunError(f"a second signal ended the run at once; {what_is_left(config)}") from error
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

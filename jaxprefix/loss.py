@@ -16,22 +16,16 @@ CPU_BLOCK = 2048
 """Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
 
 
+@jax.custom_vjp
 def next_token_loss(
     hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Return the cross entropy in nats summed over all labels that are not IGNORED, and their number.
+) -> Float[Array, ""]:
+    """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
     Columns are taken in chunks of about CHUNK_TOKENS tokens a device, a chunk without a label is skipped. The head is
     frozen: its gradient is not computed, and the hidden states' is computed along with the loss, so that no
     logits wait for a backward pass.
     """
-    return _summed_loss(hidden, head, labels), (labels != IGNORED).sum()
-
-
-@jax.custom_vjp
-def _summed_loss(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
-) -> Float[Array, ""]:
     return _over_chunks(hidden, head, labels, with_gradient=False)[0]
 
 
@@ -49,7 +43,7 @@ def _backward(residual: tuple[Float[Array, "B T D"]], factor: Float[Array, ""]) 
     return (gradient * factor).astype(gradient.dtype), None, None
 
 
-_summed_loss.defvjp(_forward, _backward)
+next_token_loss.defvjp(_forward, _backward)
 
 
 def _over_chunks(

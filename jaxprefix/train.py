@@ -19,7 +19,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED, n_labels
+from jaxprefix.data import n_labels
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.faults import (
     FiniteGuard,
@@ -138,7 +138,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             raise InputError(f"{config.run_dir}: another process saved a checkpoint meanwhile; repeat the command")
         if config.writes:
             stack.enter_context(within_disk(config))
-        stop = stack.enter_context(stop_on_signal())
+        stop = stack.enter_context(stop_on_signal(config))
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
             arrays, saved = checkpoints.read()
@@ -198,7 +198,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             run.watchdog.progress()
 
     while batch is not None:
-        n_tokens = int((batch.labels != IGNORED).sum())
+        n_tokens = batch.n_labels
         state, outcome = run.update(state, run.rate, run.base, spread(batch, split_rows(run.mesh)))
         in_flight.append((outcome, n_tokens))
         batch = next(batches, None)  # laid out while the device is at work

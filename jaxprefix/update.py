@@ -111,7 +111,7 @@ def loss_and_gradient(
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
             hidden, _ = base.hidden(tokens, prefix, packing=packing)
-            return next_token_loss(hidden, base.head_weight, labels)[0] * weight * scale
+            return next_token_loss(hidden, base.head_weight, labels) * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 

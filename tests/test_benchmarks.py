@@ -152,7 +152,7 @@ def compiled_train_step(n_tokens):
 
 
 def summed_loss(base, prefix, tokens, labels):
-    return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)[0]
+    return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)
 
 
 def flops(compiled) -> float:

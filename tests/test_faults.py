@@ -251,7 +251,9 @@ class TestSignals:
         with monkeypatch.context() as patch:
             at_update(patch, 6, twice)
             assert main(["train", *flags_of(config)]) == 1
-        assert "error: a second signal ended the run at once" in capsys.readouterr().err
+        newest = config.run_dir / "checkpoints" / "4"
+        ending = f"error: a second signal ended the run at once; the last good checkpoint is {newest}, --resume goes on"
+        assert ending in capsys.readouterr().err
         train(run_config(tmp_path, resume=True))
         same_end(config, finished)
 

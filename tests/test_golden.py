@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.data import longest_row, make_batch
+from jaxprefix.data import IGNORED, longest_row, make_batch
 from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.inference import DecodeConfig
@@ -45,10 +45,8 @@ def batch(tokenizer):
 
 
 def mean_loss(encoder, model, batch):
-    total, n_labels = next_token_loss(
-        model.hidden(jnp.asarray(batch.tokens), encoder())[0], model.head_weight, jnp.asarray(batch.labels)
-    )
-    return total / n_labels
+    hidden, _ = model.hidden(jnp.asarray(batch.tokens), encoder())
+    return next_token_loss(hidden, model.head_weight, jnp.asarray(batch.labels)) / (batch.labels != IGNORED).sum()
 
 
 def test_chunks_and_tokens(tokenizer):

@@ -205,7 +205,7 @@ def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
     other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
 
     def loss(prefix, model):
-        return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)[0]
+        return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)
 
     forward = jax.jit(lambda model: model(TOKENS, prefix))
     for ours, expected in zip(*map(jax.tree.leaves, (forward(other), forward(model))), strict=True):

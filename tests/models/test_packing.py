@@ -50,7 +50,7 @@ def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
 def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, model, tokenizer, packed):
     def loss(prefix, model, batch):
         hidden, _ = model.hidden(batch.tokens, prefix, packing=batch.packing)
-        return next_token_loss(hidden, model.head_weight, batch.labels)[0]
+        return next_token_loss(hidden, model.head_weight, batch.labels)
 
     prefix = random_prefix(model.config)
     padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 16))
