@@ -23,6 +23,8 @@ PARAMETERS = (
 )
 """Names in the original's state dict; weights are [out, in] on both sides."""
 ENCODER = "encoder.{name}"
+DIRECT = "encoder.folded"
+"""In the place of an encoder, the prefix itself."""
 MOMENTS = {"exp_avg": "moments.1.0.mu.{name}", "exp_avg_sq": "moments.1.0.nu.{name}"}
 SCALE = ["loss_scale", "loss_scale.n_good"]
 STEPS = ("moments.1.0.count", "moments.1.2.count")
@@ -76,6 +78,8 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
     Raises InputError naming what `source` lacks, and OSError.
     """
     torch = import_torch(f"writing {path}")
+    if DIRECT in arrays:
+        raise InputError(f"{source}: trained with --prefix_hidden_dim 0, without an encoder; convert its prefix alone")
     rules = (ENCODER, *MOMENTS.values())
     expected = [rule.format(name=name) for rule in rules for name in PARAMETERS] + list(STEPS)
     problems = [f"missing {key}" for key in expected if key not in arrays]

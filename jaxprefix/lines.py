@@ -1,7 +1,9 @@
 """The lines of a data file from anyone: plain or gzip by name, each of bounded length, none changed while read."""
 
 import codecs
+import functools
 import gzip
+import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +49,20 @@ def read_lines(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if _state(path) != before:
         raise InputError(f"{path}: changed while it was read; copy it, or wait until it is finished")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a data file. A process reads it once, unless it changes. Raises InputError."""
+    try:
+        return _sha256(path, _state(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@functools.lru_cache
+def _sha256(path: Path, state: tuple[int, int, int] | None) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _skip_mark(file: gzip.GzipFile | BinaryIO, path: Path) -> None:

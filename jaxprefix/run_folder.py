@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import IO, Any
 from convert.errors import InputError
 from convert.files import replacing
 from jaxprefix.config import TrainConfig
+from jaxprefix.lines import sha256_of
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +93,7 @@ def _locked(path: Path) -> IO[str]:
 
 def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     """Return what config.json says of a run; `base` describes its base model."""
-    return {**_plain(config), "data_sha256": _sha256(config.data_filepath), "base": base}
+    return {**_plain(config), "data_sha256": sha256_of(config.data_filepath), "base": base}
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
@@ -214,8 +214,3 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _plain(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -30,7 +30,7 @@ from rich.progress import Progress
 from convert.errors import InputError, RunError
 from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
-from jaxprefix.lines import read_lines
+from jaxprefix.lines import read_lines, sha256_of
 
 FORMAT = 2
 """Raised when examples change that the same file and settings make."""
@@ -98,12 +98,7 @@ def _making(folder: Path) -> Iterator[None]:
 
 def _key(path: Path, chunking: Chunking) -> str:
     tokenizer, *settings = chunking
-    try:
-        with path.open("rb") as file:
-            contents = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    parts = (FORMAT, contents, tokenizer.fingerprint, *settings)
+    parts = (FORMAT, sha256_of(path), tokenizer.fingerprint, *settings)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import gzip
+import hashlib
 import itertools
 import json
 import re
@@ -9,9 +10,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import lines
-from jaxprefix.data import (
-    rows_of,
-)
+from jaxprefix.data import rows_of
 from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
 from jaxprefix.recipe import RECIPES, Recipe
 
@@ -227,3 +226,17 @@ def test_a_disk_that_fails_while_a_file_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(gzip, "open", fail)
     with pytest.raises(InputError, match=r"d.jsonl.gz: cannot be read \(Input/output error\)"):
         list(lines.read_lines(tmp_path / "d.jsonl.gz"))
+
+
+def test_a_files_hash_is_of_what_it_holds_now(tmp_path, monkeypatch):
+    path = tmp_path / "d.jsonl"
+    path.write_text("one")
+    assert lines.sha256_of(path) == hashlib.sha256(b"one").hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None)  # it is not read a second time
+        assert lines.sha256_of(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_text("other")
+    assert lines.sha256_of(path) == hashlib.sha256(b"other").hexdigest()
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        lines.sha256_of(path)
