@@ -6,18 +6,19 @@ signal stopped, with a checkpoint, exits with 128 and the signal's number: 130 f
 
 import gc
 import json
+import math
 import os
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig, cache_folder
-from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig
+from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig, read_prompts
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -96,15 +97,20 @@ def _train(config: TrainConfig) -> int:
 
 
 def _generate(config: GenerateConfig) -> int:
-    from jaxprefix.decode import BatchTiming, stream
+    from jaxprefix.decode import BatchTiming, check_prompts, stream
+    from jaxprefix.models import load_model
+    from jaxprefix.prefix import open_with_prefix
 
-    prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else None)
-    model, tokenizer, prefix = _load(config)
+    prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
+    (folder, model_config, tokenizer), prefix = open_with_prefix(config)
     if config.prefix_seq_len is not None and prefix is not None and config.prefix_seq_len != prefix.shape[2]:
         raise InputError(
             f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
             f"{config.prefix_seq_len}"
         )
+    prefix_len = 0 if prefix is None else prefix.shape[2]
+    check_prompts(model_config, tokenizer, map(tokenizer.encode, prompts), prefix_len, config.decode)
+    model = load_model(folder, config.dtype, config=model_config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
 
     def answer(prompts: list[str]) -> None:
@@ -129,19 +135,6 @@ def _generate(config: GenerateConfig) -> int:
     return 0
 
 
-def _load(config: InferenceConfig) -> tuple[Any, Any, Any]:
-    """Return the base model, its tokenizer, and the prefix or None."""
-    from jaxprefix.base_folder import open_base
-    from jaxprefix.models import load_model
-    from jaxprefix.prefix import load_prefix
-
-    folder, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    model = load_model(folder, config.dtype, config=model_config)
-    if config.prefix_checkpoint_path is None:
-        return model, tokenizer, None
-    return model, tokenizer, load_prefix(config.prefix_checkpoint_path, model.config, tokenizer)
-
-
 def _as_text(result: dict[str, str]) -> str:
     text = result["prompt"] + result["continuation"]
     if "continuation_without_prefix" not in result:
@@ -163,58 +156,15 @@ def prompt_loop() -> Iterator[str]:
             return
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; blank lines are left out."""
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
-    if not prompts:
-        raise InputError(f"{path}: holds no prompt")
-    return prompts
-
-
 def _evaluate(config: EvaluateConfig) -> int:
-    from jaxprefix.decode import check_prompts, stream
-    from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
-    from jaxprefix.examples import Chunking
-    from jaxprefix.inputs import check_rows
-    from jaxprefix.recipe import RECIPES
-    from jaxprefix.run_folder import suffix_of
-    from jaxprefix.token_cache import load_examples
+    from jaxprefix.evaluation import evaluate
 
-    recipe = RECIPES[config.decode.recipe]
-    prompts = read_prompts(config.prompt_file) if config.prompt_file else [""]
-    prompts = [prompts[i % len(prompts)] for i in range(config.n_samples)]
-    model, tokenizer, prefix = _load(config)
-    ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
-    report: dict[str, dict[str, float | int]] = {way: {} for way in ways}
-    known = (config.suffix, suffix_of(config.prefix_checkpoint_path), TrainConfig.suffix)
-    suffix = next(suffix for suffix in known if suffix is not None)
-    generated_suffix = tokenizer.decode(tokenizer.encode(suffix))  # in which signs may have become others
-    print(f"suffix: {suffix!r}", file=sys.stderr)
-    if prompts and not generated_suffix.strip():
-        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
-    check_prompts(model, tokenizer, [tokenizer.encode(prompt) for prompt in prompts], prefix, config.decode)
-    if config.data_filepath is not None:
-        chunking = Chunking(tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
-        examples = load_examples(config.data_filepath, chunking)
-        for line in examples.skipped.report(config.data_filepath):
-            print(line, file=sys.stderr)
-        prefix_len = 0 if prefix is None else prefix.shape[2]
-        check_rows(model.config, tokenizer, prefix_len, examples)
-        for way, values in report.items():
-            batches = dev_batches(examples, tokenizer, config.batch_size)
-            values |= dev_loss(model, ways[way], batches, recipe)
-    if prompts:
-        for way, values in report.items():
-            texts = stream(model, tokenizer, prompts, ways[way], config.seed, config.batch_size, config.decode)
-            values |= suffix_rate(list(texts), generated_suffix)
-    if config.json:
-        print(json.dumps(report))
-        return 0
-    for way, values in report.items():
-        print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+    for way, values in (report := evaluate(config)).items():
+        if not config.json:
+            print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+    if config.json:  # which has no infinity
+        finite = {way: {k: v if math.isfinite(v) else None for k, v in row.items()} for way, row in report.items()}
+        print(json.dumps(finite))
     return 0
 
 

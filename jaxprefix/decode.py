@@ -1,4 +1,4 @@
-"""Continue prompts: one compiled prefill, one compiled decoding loop, a cache of static size.
+"""Continue prompts: prefill and decoding loop in one compiled program, a cache of static size.
 
 Rows of different lengths are padded on the right. A row's next token goes into the slot behind its own
 last one, so the padding's keys are overwritten before a query could see them.
@@ -7,7 +7,7 @@ last one, so the padding's keys are overwritten before a query could see them.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
+from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import Tokenizer
@@ -42,8 +43,8 @@ class Sampling(NamedTuple):
 
     temperature: Float[Array, ""] | float
     top_p: Float[Array, ""] | float
-    seed: Int[Array, ""] | np.uint32 = np.uint32(0)
-    place: Int[Array, ""] | int = 0
+    seed: Int[Array, ""] | np.uint32
+    place: Int[Array, ""] | int
     """Of the first row in the list of prompts: a row's random numbers come from the seed and its place."""
 
 
@@ -55,7 +56,7 @@ class DecodeState(NamedTuple):
     slots: Int[Array, "B"]  # where it goes in the cache, of which the prefix takes the first slots
     made: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
-    finite: Bool[Array, ""]  # all logits so far
+    finite: Bool[Array, ""]  # all logits so far, of rows that had not stopped
     cache: Cache
 
 
@@ -109,7 +110,7 @@ def generate_ids(
     timings: list[BatchTiming] | None = None,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
-    check_prompts(model, tokenizer, prompts, prefix, decode)
+    check_prompts(model.config, tokenizer, prompts, 0 if prefix is None else prefix.shape[2], decode)
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
@@ -129,10 +130,7 @@ def generate_ids(
         sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), first)
         made, finite = jax.device_get(_decode(model, prefix, tokens, lengths, sampling, tokenizer.eos_id, program))
         if not finite:
-            advice = "; take --dtype bfloat16" if model.embed.weight.dtype == jnp.float16 else ""
-            raise RunError(
-                f"the model's logits are not finite: its numbers grow beyond {model.embed.weight.dtype}{advice}"
-            )
+            raise RunError(f"the model's logits are not finite: {grown_beyond(model.embed.weight.dtype.name)}")
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
         if timings is not None:
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
@@ -141,17 +139,17 @@ def generate_ids(
 
 
 def check_prompts(
-    model: BaseModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    prefix: Prefix | None,
-    decode: DecodeConfig,
+    config: ModelConfig, tokenizer: Tokenizer, prompts: Iterable[Sequence[int]], prefix_len: int, decode: DecodeConfig
 ) -> None:
     """Check that prefix, prompts (an empty one is bos) and output have room in the positions. Raises InputError."""
-    longest = max((len(prompt) or 1 for prompt in prompts), default=0)
-    prefix_len = 0 if prefix is None else prefix.shape[2]
-    what = f"--max_output_len and the longest prompt of {longest}"
-    model.config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
+    if longest := max((len(prompt) or 1 for prompt in prompts), default=0):
+        what = f"--max_output_len and the longest prompt of {longest}"
+        config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
+
+
+def grown_beyond(dtype: str) -> str:
+    """Tell what makes a model's numbers infinite, and what helps."""
+    return f"its numbers grow beyond {dtype}" + ("; take --dtype bfloat16" if dtype == "float16" else "")
 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))
@@ -202,21 +200,23 @@ def _decode(
         tokens = pick(logits, state.n_made)
         stopped = state.stopped | (tokens == eos_id)
         made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
-        finite = state.finite & are_finite(logits)
+        finite = state.finite & (are_finite(logits) | state.stopped).all()
         return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, finite, cache)
 
     logits = model.logits(last)
     first = pick(logits, jnp.int32(0))
     made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
-    stopped = (first == eos_id) | (lengths == 0)
-    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, are_finite(logits), written)
+    no_prompt = lengths == 0
+    finite = (are_finite(logits) | no_prompt).all()
+    stopped = (first == eos_id) | no_prompt
+    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, finite, written)
     state = jax.lax.while_loop(going_on, step, state)
     return state.made, state.finite
 
 
-def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, ""]:
-    """Tell it by the largest of each row, which choosing takes anyway: NaN and ∞ do not hide there."""
-    return jnp.isfinite(logits.max(axis=-1)).all()
+def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Tell it of each row by its largest, which choosing takes anyway: NaN and ∞ do not hide there."""
+    return jnp.isfinite(logits.max(axis=-1))
 
 
 def choose_tokens(

@@ -13,13 +13,13 @@ from jaxprefix.config import SEED_LIMIT
 from jaxprefix.recipe import RECIPES, RecipeName
 
 LEAST_TEMPERATURE = 1e-6
-"""Less would make float32 logits infinite, or be 0."""
+"""Little enough to be greedy; much less would divide by 0."""
 DecodeMethod = Literal["nucleus", "sample", "greedy"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How text is generated. Hashable: a compiled decoding loop belongs to one."""
+    """How text is generated. Hashable: a compiled program belongs to one, whatever its temperature and top_p."""
 
     decode_method: DecodeMethod = "nucleus"
     """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
@@ -140,3 +140,14 @@ class EvaluateConfig(InferenceConfig):
             problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
         if problems:
             raise InputError.all("evaluate:", problems)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt a line; blank lines are left out."""
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from error
+    if not prompts:
+        raise InputError(f"{path}: holds no prompt")
+    return prompts

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
+from jaxprefix.base_folder import BaseFolder, open_base
+from jaxprefix.inference import InferenceConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig
@@ -140,6 +142,16 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
     if folded.shape[0] >= config.n_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")
     return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
+
+
+def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
+    """Open the base model of generating or evaluating, and load its prefix; neither waits for weights to be read.
+
+    Raises InputError.
+    """
+    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    path = config.prefix_checkpoint_path
+    return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
 
 
 def save_prefix(folder: Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it prints, and how it fails."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -200,7 +201,9 @@ def test_evaluate_takes_the_suffix_of_the_run_as_generated_texts_have_it(capsys,
     run = tmp_path / "run"
     convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
     (run / "config.json").write_text(json.dumps({"data_sha256": "", "suffix": "！"}))
-    monkeypatch.setattr("jaxprefix.decode.stream", lambda *_: iter(["楽しい!寒い。"]))  # the tokenizer makes ！ that
+    monkeypatch.setattr(
+        "jaxprefix.evaluation.stream", lambda *_: iter(["楽しい!寒い。"])
+    )  # the tokenizer makes ！ that
     options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--json"]
 
     def report(*more: str) -> dict:
@@ -221,10 +224,33 @@ def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp
     fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
 
 
-def test_evaluate_checks_prompts_before_it_measures_the_loss(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxprefix.evaluate.dev_loss", lambda *_: pytest.fail("measured"))
-    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--max_output_len", "600"]
-    fails(capsys, ["evaluate", *BASE, *options], "--max_output_len and the longest prompt", "512 positions")
+def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, monkeypatch):
+    for room in ("models", "evaluation"):
+        monkeypatch.setattr(f"jaxprefix.{room}.load_model", lambda *_, **__: pytest.fail("loaded"))
+    data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
+    prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
+    fails(capsys, ["evaluate", *BASE, *data, "--max_output_len", "600"], "longest prompt of 1, 601 tokens", "positions")
+    fails(capsys, ["evaluate", *BASE, "--data_filepath", prefix[1]], "none.weight: no such data file")
+    fails(capsys, ["generate", *BASE, *prompt], "--max_output_len and the longest prompt", "512 positions")
+    for command in (["evaluate"], ["generate", "--prompt", "a"]):
+        fails(capsys, [*command, *BASE, *prefix], "none.weight: no such prefix file or folder")
+
+
+def test_evaluate_without_samples_needs_no_room_for_them(capsys):
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--max_output_len", "600"]
+    assert main(["evaluate", *BASE, *options]) == 0
+    assert capsys.readouterr().out.startswith("without_prefix: loss ")
+
+
+def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--json"]
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": 800.0, "ppl": math.inf})
+    assert main(["evaluate", *BASE, *options]) == 0
+    assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": math.nan, "ppl": math.nan})
+    assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
+    message = "error: the loss without prefix is nan: its numbers grow beyond float16; take --dtype bfloat16"
+    assert message in capsys.readouterr().err
 
 
 def test_paths_that_the_system_refuses(capsys, tmp_path):

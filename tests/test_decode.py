@@ -17,6 +17,7 @@ from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
+SEED = np.uint32(0)
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
 
 
@@ -102,6 +103,16 @@ def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
     assert len({len(row) for row in cut}) > 1
 
 
+def test_what_follows_eos_in_a_row_is_nobodys_fault(tokenizer, golden_model):
+    made = ids_of(golden_model, tokenizer, PROMPTS, decode=GREEDY)
+    stopping = dataclasses.replace(tokenizer, eos_id=made[0][3])
+    expected = ids_of(golden_model, stopping, PROMPTS, decode=GREEDY)
+    assert any(len(row) == 12 for row in expected), "some go on"
+    broken = jax.tree.map(lambda weight: weight, golden_model)
+    broken.embed.weight[...] = broken.embed.weight[...].at[stopping.eos_id].set(jnp.nan)
+    assert ids_of(broken, stopping, PROMPTS, decode=GREEDY) == expected
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about the cache on a CPU")
 @pytest.mark.parametrize(
     ("dtype", "cached"), [("float32", jnp.float32), ("bfloat16", jnp.float32), ("float16", jnp.float16)]
@@ -162,7 +173,7 @@ def test_nucleus(top_k, top_p, drop_crossing, kept):
     "logits", [[1.0, 3.0, 2.0, 3.0], [3.0, 3.0, 3.0], [-np.inf, -np.inf], [2.0, np.inf, 0.0], [np.nan, np.nan]]
 )
 def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
-    keys, unused = jax.random.split(jax.random.key(0), 2), Sampling(jnp.float32(1), jnp.float32(1))
+    keys, unused = jax.random.split(jax.random.key(0), 2), Sampling(jnp.float32(1), jnp.float32(1), SEED, 0)
     chosen = choose_tokens(jnp.asarray([logits, logits[::-1]]), keys, GREEDY, unused)
     np.testing.assert_array_equal(chosen, [np.argmax(logits), np.argmax(logits[::-1])])
 
@@ -170,7 +181,7 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
 def test_samples_come_from_the_nucleus():
     keys = jax.random.split(jax.random.key(0), 4000)
     shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))
-    sampling = Sampling(jnp.float32(1), jnp.float32(0.7))
+    sampling = Sampling(jnp.float32(1), jnp.float32(0.7), SEED, 0)
     tokens = choose_tokens(shuffled, keys, DecodeConfig(top_k=3), sampling)
     np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, [0, 0.625, 0, 0.375], atol=0.03)
 
@@ -180,7 +191,7 @@ def test_samples_follow_the_softmax_and_the_temperature():
     logits = jnp.broadcast_to(LOGITS, (4000, 4))
     for temperature in (1.0, 2.0):
         decode = DecodeConfig(decode_method="sample", temperature=temperature)
-        sampling = Sampling(jnp.float32(temperature), jnp.float32(1))
+        sampling = Sampling(jnp.float32(temperature), jnp.float32(1), SEED, 0)
         shares = np.bincount(choose_tokens(logits, keys, decode, sampling), minlength=4) / 4000
         np.testing.assert_allclose(shares, jax.nn.softmax(LOGITS[0] / temperature), atol=0.03)
 

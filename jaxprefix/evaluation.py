@@ -1,0 +1,64 @@
+"""What `jaxprefix evaluate` does: reads and checks what is quick to read, then measures with and without the prefix."""
+
+import math
+import sys
+
+from convert.errors import InputError, RunError
+from jaxprefix.config import TrainConfig
+from jaxprefix.decode import check_prompts, grown_beyond, stream
+from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
+from jaxprefix.examples import Chunking, Examples
+from jaxprefix.inference import EvaluateConfig, read_prompts
+from jaxprefix.inputs import check_rows
+from jaxprefix.models import load_model
+from jaxprefix.prefix import open_with_prefix
+from jaxprefix.recipe import RECIPES
+from jaxprefix.run_folder import suffix_of
+from jaxprefix.token_cache import load_examples
+
+Report = dict[str, dict[str, float | int]]
+"""Measures by name, for the base model with the prefix and without it."""
+
+
+def evaluate(config: EvaluateConfig) -> Report:
+    """Measure what the settings ask for.
+
+    Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
+    """
+    base, prefix = open_with_prefix(config)
+    prefix_len = 0 if prefix is None else prefix.shape[2]
+    recipe = RECIPES[config.decode.recipe]
+    known = (config.suffix, suffix_of(config.prefix_checkpoint_path), TrainConfig.suffix)
+    suffix = next(suffix for suffix in known if suffix is not None)
+    print(f"suffix: {suffix!r}", file=sys.stderr)
+
+    prompts, generated_suffix = [], ""
+    if config.n_samples:
+        given = read_prompts(config.prompt_file) if config.prompt_file else [""]
+        prompts = [given[i % len(given)] for i in range(config.n_samples)]
+        generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # in which signs may have become others
+        if not generated_suffix.strip():
+            raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
+        check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix_len, config.decode)
+    examples: Examples | None = None
+    if config.data_filepath is not None:
+        chunking = Chunking(base.tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
+        examples = load_examples(config.data_filepath, chunking)
+        for line in examples.skipped.report(config.data_filepath):
+            print(line, file=sys.stderr)
+        check_rows(base.config, base.tokenizer, prefix_len, examples)
+
+    model = load_model(base.path, config.dtype, config=base.config)
+    ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
+    report: Report = {way: {} for way in ways}
+    if examples is not None:
+        for way, values in report.items():
+            values |= dev_loss(model, ways[way], dev_batches(examples, base.tokenizer, config.batch_size), recipe)
+            if not math.isfinite(values["loss"]):
+                raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {grown_beyond(config.dtype)}")
+    if prompts:
+        for way, values in report.items():
+            options = (config.seed, config.batch_size, config.decode)
+            texts = stream(model, base.tokenizer, prompts, ways[way], *options)
+            values |= suffix_rate(list(texts), generated_suffix)
+    return report
