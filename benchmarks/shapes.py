@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-import convert.table
+from convert.table import write_weights
 
 if TYPE_CHECKING:
     from jaxprefix.models.config import ModelConfig
@@ -83,9 +83,6 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
             centre = np.float32(path.endswith("norm.weight"))
             yield path, np.resize((centre + np.roll(numbers, index * N_NUMBERS // len(shapes))).astype(stored), shape)
 
-    shard_bytes, convert.table.SHARD_BYTES = convert.table.SHARD_BYTES, -(-n_bytes * 103 // 100) // n_shards
-    try:
-        convert.table.write_weights(folder, weight_table(model), model.n_layer, weights())
-    finally:
-        convert.table.SHARD_BYTES = shard_bytes
+    shard_bytes = -(-n_bytes * 103 // 100) // n_shards
+    write_weights(folder, weight_table(model), model.n_layer, weights(), shard_bytes)
     return folder

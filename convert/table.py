@@ -17,8 +17,6 @@ from convert.errors import InputError
 from convert.files import save_safetensors
 from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, TransposedWeight, stored_weights
 
-SHARD_BYTES = 5 * 10**9
-
 Rule = str | tuple[str, Literal["transpose"]] | None
 Table = Mapping[str, Rule]
 
@@ -73,10 +71,12 @@ def check_depth(folder: Path, table: Table, n_layer: int, optional_prefix: str =
         raise InputError(f"{folder}: config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}")
 
 
-def write_weights(folder: Path, table: Table, n_layer: int, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+def write_weights(
+    folder: Path, table: Table, n_layer: int, weights: Iterable[tuple[str, np.ndarray]], shard_bytes: int = 5 * 10**9
+) -> None:
     """Write (our path, array) pairs under their hub names: the inverse of `stream_weights`, with the arrays' own types.
 
-    More than SHARD_BYTES go into several files with an index, as transformers writes them. Raises OSError.
+    More than `shard_bytes` go into several files with an index, as transformers writes them. Raises OSError.
     """
     names = {path_of(rule): (name, isinstance(rule, tuple)) for name, rule in expand(table, n_layer).items() if rule}
     shards: list[list[str]] = []
@@ -89,7 +89,7 @@ def write_weights(folder: Path, table: Table, n_layer: int, weights: Iterable[tu
     shard: dict[str, np.ndarray] = {}
     total = 0
     for path, array in weights:
-        if shard and sum(weight.nbytes for weight in shard.values()) + array.nbytes > SHARD_BYTES:
+        if shard and sum(weight.nbytes for weight in shard.values()) + array.nbytes > shard_bytes:
             flush(shard)
             shard = {}
         name, transposed = names[path]

@@ -1,18 +1,20 @@
 """What `jaxprefix convert` does: tells by content what the source is, checks it, and writes the target."""
 
+from typing import Any
+
 import numpy as np
 
 from convert.errors import InputError
 from convert.files import check_free
 from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
 from convert.torch_files import is_torch_file, load_torch
-from convert.training_state import STEPS, is_training_state, read_training_state, write_training_state
+from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from jaxprefix.base_folder import open_base
-from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import base_identity, load_prefix
-from jaxprefix.run_folder import CHECKPOINTS, is_run_folder, only_writer
+from jaxprefix.run_folder import CHECKPOINTS, check_takes_state, is_run_folder, only_writer
 
 BASE_CONFIG = "config.json"
 TRAINING_STATE = ".pt"
@@ -32,6 +34,9 @@ def convert(config: ConvertConfig) -> str:
     if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
         return _training_state_in(config)
     if (source / BASE_CONFIG).is_file() and not is_run_folder(source):
+        if config.pretrained_model_dir is not None:
+            raise InputError(f"{source}: is a base model, for which --pretrained_model_dir has no use")
+        _check_folder_name(config, "a base model, which becomes a folder")
         copy_base_model(str(source), target)
         return f"{target}: base model, weights bit-identical to {source}"
     return _convert_prefix(config)
@@ -72,11 +77,9 @@ def _training_state_out(config: ConvertConfig) -> str:
 
 def _training_state_in(config: ConvertConfig) -> str:
     """From a torch file to the newest checkpoint of a run folder, from which --resume goes on."""
-    if config.target.suffix in PREFIX_FILES:
-        raise InputError(
-            f"{config.source}: is a training state, which becomes a run folder, not a {config.target.suffix} file; "
-            "train --resume goes on from there and keeps a prefix"
-        )
+    resume = "; train --resume goes on from there and keeps a prefix"
+    _check_folder_name(config, "a training state, which becomes a run folder", resume)
+    check_takes_state(config.target)
     arrays = read_training_state(config.source)
     _check_width(config, arrays)
     if STEPS[0] not in arrays:
@@ -84,12 +87,21 @@ def _training_state_in(config: ConvertConfig) -> str:
     n_done = int(arrays[STEPS[0]])
     folder = config.target / CHECKPOINTS
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
-        resumed = newest_checkpoint(folder) is not None
-        progress = checkpoints.read()[1] if resumed else {"n_done": 0, "best_dev_loss": None}
-        if int(progress["n_done"] or 0) >= n_done:
+        earlier: dict[str, np.ndarray] = {}
+        progress: dict[str, Any] = {"n_done": 0, "best_dev_loss": None}
+        if newest_checkpoint(folder) is not None:
+            earlier, progress = checkpoints.read()
+        from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
+        if progress["n_done"] >= n_done:
             raise InputError(f"{folder}: has a checkpoint of update {progress['n_done']}, the source is of {n_done}")
         checkpoints.save(n_done, arrays, {**progress, "n_done": n_done, "window": []})
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
+
+
+def _check_folder_name(config: ConvertConfig, what: str, advice: str = "") -> None:
+    """Refuse a folder under the name of a prefix file."""
+    if (suffix := config.target.suffix) in PREFIX_FILES:
+        raise InputError(f"{config.source}: is {what}, not a {suffix} file{advice}")
 
 
 def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:

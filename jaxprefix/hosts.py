@@ -107,7 +107,7 @@ def wait_for_all(name: str) -> None:
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
-    """Do on every process what may fail on one of them; if it does, all raise InputError, the others naming which.
+    """Do on every process what may fail on one of them; it raises its own error then, the others InputError naming it.
 
     `name` stands for this attempt alone.
     """
@@ -116,7 +116,7 @@ def agree(name: str, attempt: Callable[[], Result]) -> Result:
     failure = None
     try:
         result = attempt()
-    except InputError as error:
+    except (PlainError, OSError) as error:
         failure = error
     wait_for_all(name)
     failed = multihost_utils.process_allgather(np.array(failure is not None))

@@ -139,8 +139,8 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
             f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, "
             f"this: {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
         )
-    if folded.shape[0] >= config.n_positions:
-        raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.n_positions} positions")
+    if folded.shape[0] >= config.max_positions:
+        raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.max_positions} positions")
     return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
 
 

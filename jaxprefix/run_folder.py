@@ -106,13 +106,10 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     with _within(folder):
         if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
-        elif not config.resume and folder.is_dir() and not (config.overwrite and _read_description(folder)):
-            unfinished = f"{CONFIG_FILE}.tmp"  # of a run that was killed while it began
-            if any(path.name != unfinished for path in folder.iterdir()):
-                advice = (
-                    "is no run of ours" if config.overwrite else "use --resume, --overwrite, or another --save_name"
-                )
-                raise InputError(f"{folder}: is not empty; {advice}")
+        elif config.overwrite and folder.is_dir() and _content(folder) and not is_run_folder(folder):
+            raise InputError(f"{folder}: is not empty; is no run of ours")
+        elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
+            raise InputError(f"{folder}: is not empty; use --resume, --overwrite, or another --save_name")
 
 
 def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
@@ -124,7 +121,7 @@ def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     check_run_folder(config, description)
     with _within(folder):
         if config.overwrite and folder.is_dir():
-            shutil.rmtree(folder)
+            _empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write_description(folder, description)
 
@@ -165,9 +162,32 @@ def check_base(run_dir: Path, base: dict[str, str]) -> None:
         raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
 
 
+def check_takes_state(folder: Path) -> None:
+    """Check that a training state from elsewhere may go into a folder: a run's, or one of its own.
+
+    Raises InputError.
+    """
+    if folder.exists() and not (folder.is_dir() and (_content(folder) <= {CHECKPOINTS} or is_run_folder(folder))):
+        raise InputError(f"{folder}: is neither a run's folder nor an empty one")
+
+
 def _is_converted(folder: Path) -> bool:
     """Tell whether the folder holds a training state from elsewhere (`jaxprefix convert`) and nothing of a run yet."""
-    return folder.is_dir() and [path.name for path in folder.iterdir()] == [CHECKPOINTS]
+    return folder.is_dir() and _content(folder) == {CHECKPOINTS}
+
+
+def _content(folder: Path) -> set[str]:
+    """Return the names in a folder, but for what a run leaves that was killed while it began."""
+    return {path.name for path in folder.iterdir()} - {f"{CONFIG_FILE}.tmp"}
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a run's folder, its config.json last: if this is cut short, it is still known as a run's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
@@ -178,7 +198,7 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     changed = [
         f"{field}: was {earlier.get(field)!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
         for field, value in settings.items()
-        if not _may_follow(field, earlier.get(field), value)
+        if field in earlier and not _may_follow(field, earlier[field], value)  # or a version before ours began it
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)

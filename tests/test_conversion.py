@@ -1,6 +1,7 @@
 """`jaxprefix convert`: prefixes, base models and training states, there and back."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -15,7 +16,7 @@ from convert import gpt_neox, table
 from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
 from convert.weights import weight_files
-from jaxprefix import load_model
+from jaxprefix import load_model, models
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
@@ -119,11 +120,11 @@ def test_a_cache_of_different_rows_is_no_prefix():
         from_dynamic_cache(different)
 
 
-@pytest.mark.parametrize("shard_bytes", [table.SHARD_BYTES, 120_000], ids=["one file", "shards"])
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 120_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_base_model_there_and_back_is_bit_identical(tmp_path, monkeypatch, dtype, shard_bytes):
     source = make_base_folder(tmp_path / "base")
-    monkeypatch.setattr(table, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(models, "write_weights", functools.partial(table.write_weights, shard_bytes=shard_bytes))
     weights = {name: array.astype(dtype) for name, array in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors")
     copy = converted(source, tmp_path / "copy")
@@ -205,6 +206,9 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
     np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=1e-6)
     with pytest.raises(InputError, match="has a checkpoint of update 12, the source is of 6"):
         converted(tmp_path / "state.pt", tmp_path / "run")
+    train(other := run_config(tmp_path, "other", prefix_seq_len=3, n_training_steps=1))
+    with pytest.raises(InputError, match=r"encoder.prefix_wte.weight: expected shape \(3, 10\), found \(10, 10\)"):
+        converted(tmp_path / "state.pt", other.run_dir)
 
 
 def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
@@ -266,3 +270,37 @@ def test_a_prefix_trained_directly_has_no_training_state(tmp_path):
     train(config)
     with pytest.raises(InputError, match="run: trained with --prefix_hidden_dim 0, without an encoder; convert its pr"):
         convert(ConvertConfig(config.run_dir, tmp_path / "state.pt"))
+
+
+def test_a_training_state_goes_into_no_strangers_folder(tmp_path):
+    state = {"encoder": ENCODER, "optimizer": {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}}
+    torch.save(state, tmp_path / "state.pt")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "prompts.txt").touch()
+    for target in ("texts", "texts/prompts.txt"):
+        with pytest.raises(InputError, match=f"{target}: is neither a run's folder nor an empty one"):
+            converted(tmp_path / "state.pt", tmp_path / target)
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["prompts.txt"]
+
+
+def test_a_base_model_becomes_a_folder(tmp_path):
+    with pytest.raises(InputError, match=r"is a base model, which becomes a folder, not a .weight file"):
+        converted(GOLDEN_BASE, tmp_path / "base.weight")
+    with pytest.raises(InputError, match="is a base model, for which --pretrained_model_dir has no use"):
+        converted(GOLDEN_BASE, tmp_path / "base", GOLDEN_BASE)
+
+
+def test_a_copy_that_fails_can_be_repeated(tmp_path):
+    source = make_base_folder(tmp_path / "base")
+    weights = load_file(source / "model.safetensors")
+    last = max(weights)
+    save_file(weights | {last: weights[last] * np.float32(np.nan)}, source / "model.safetensors")
+    for _ in range(2):
+        with pytest.raises(InputError, match="holds numbers that are not finite"):
+            converted(source, tmp_path / "copy")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    (tmp_path / "copy.tmp").mkdir()
+    (tmp_path / "copy.tmp" / "mine").touch()
+    with pytest.raises(InputError, match=r"copy\.tmp: is not an empty folder"):
+        converted(source, tmp_path / "copy")
+    assert (tmp_path / "copy.tmp" / "mine").exists()

@@ -94,3 +94,32 @@ def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "_locked", lambda path: (_ for _ in ()).throw(BlockingIOError()))
     with pytest.raises(InputError, match="is in use by another process"), only_writer(tmp_path / "run"):
         pass
+
+
+def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    (config.run_dir / "checkpoints").mkdir()
+    (config.run_dir / "zz.txt").touch()
+    again = dataclasses.replace(config, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            open_run_folder(again, {"data_sha256": ""})
+    open_run_folder(again, {"data_sha256": ""})
+    assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
+
+
+def test_a_converted_state_can_be_resumed_though_its_first_run_was_killed_early(tmp_path):
+    config = run_config(tmp_path, resume=True)
+    (config.run_dir / "checkpoints").mkdir(parents=True)
+    (config.run_dir / "config.json.tmp").write_text("{")
+    open_run_folder(config, {})
+    assert {path.name for path in config.run_dir.iterdir()} == {"checkpoints", "config.json"}
+
+
+def test_a_run_of_an_earlier_version_does_not_know_every_setting(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {"n_layer": "3"}))
+    resumed = dataclasses.replace(config, resume=True)
+    check_run_folder(resumed, describe_run(resumed, {"n_layer": "3", "weights": "a"}))

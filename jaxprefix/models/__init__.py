@@ -13,7 +13,7 @@ from flax import nnx
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
-from convert.files import check_free
+from convert.files import check_free, replacing
 from convert.table import Table, check_depth, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, Index, StoredWeight
@@ -95,9 +95,10 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
         if path.suffix in (".json", ".model", ".vocab", ".txt") and path.name not in (SHARD_INDEX, TORCH_INDEX)
     ]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
-    write_weights(target, weight_table(config), config.n_layer, whole)
-    for path in filter(Path.is_file, beside):
-        shutil.copy(path, target / path.name)
+    with replacing(target) as unfinished:
+        write_weights(unfinished, weight_table(config), config.n_layer, whole)
+        for path in filter(Path.is_file, beside):
+            shutil.copy(path, unfinished / path.name)
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
@@ -124,13 +125,13 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
-    """Return a checksum of the first row of each weight: training changes it, copying or another file format does not.
+    """Return a checksum of each matrix's first row and each vector: training changes them, another file does not.
 
     It reads a thousandth of the weights. Raises InputError.
     """
     digest = hashlib.sha256()
     for path, weight in sorted(_stream(folder, config, weight_shapes(config)), key=itemgetter(0)):
-        row = weight.read((slice(0, 1), *[slice(None)] * (len(weight.shape) - 1)))
+        row = weight.read((slice(0, 1), slice(None)) if len(weight.shape) == 2 else None)
         digest.update(path.encode() + row.astype("<f4").tobytes())
     return digest.hexdigest()
 
