@@ -90,10 +90,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
         f"data: {len(examples):,} examples, {n_labels(examples).sum():,} tokens with a loss; lengths from "
         f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
     )
-    if tokenizer.unk_id is not None:
-        unknown = examples.count_of(tokenizer.unk_id)
-        n_examples = int((unknown > 0).sum())
-        yield f"unknown tokens: {unknown.sum():,} ({unknown.sum() / lengths.sum():.2%}), in {n_examples:,} examples"
+    yield from examples.report_unknown(tokenizer.unk_id)
 
 
 def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _less_memory(settings: InferenceConfig) -> str:
     needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
-    needed += [f"--max_seq_len {settings.max_seq_len}"] if isinstance(settings, EvaluateConfig) else []
+    needed += ["--max_seq_len"] if isinstance(settings, EvaluateConfig) else []
     return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
 
 
@@ -109,13 +109,16 @@ def _generate(config: GenerateConfig) -> int:
             f"{config.prefix_seq_len}"
         )
     prefix_len = 0 if prefix is None else prefix.shape[2]
-    check_prompts(model_config, tokenizer, map(tokenizer.encode, prompts), prefix_len, config.decode)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    check_prompts(model_config, tokenizer, ids, prefix_len, config.decode)
+    if n_unknown := sum(tokenizer.unk_id in row for row in ids):
+        print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
     model = load_model(folder, config.dtype, config=model_config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
 
-    def answer(prompts: list[str]) -> None:
+    def answer(prompts: list[str], place: int = 0) -> None:
         timings: list[BatchTiming] = []
-        options = (config.seed, config.batch_size, config.decode, timings)
+        options = (config.seed, config.batch_size, config.decode, timings, place)
         streams = [stream(model, tokenizer, prompts, way, *options) for way in ways.values()]
         for prompt, *made in zip(prompts, *streams, strict=True):
             result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
@@ -127,9 +130,9 @@ def _generate(config: GenerateConfig) -> int:
     if prompts:
         answer(prompts)
         return 0
-    for prompt in prompt_loop():
+    for place, prompt in enumerate(prompt_loop()):
         try:
-            answer([prompt])
+            answer([prompt], place)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
     return 0

@@ -49,9 +49,7 @@ class Batch(NamedTuple):
         return int((self.labels != IGNORED).sum())
 
 
-def split_examples(
-    examples: Sequence[Example], n_train: int, n_dev: int, path: Path
-) -> tuple[Sequence[Example], Sequence[Example]]:
+def split_examples(examples: Examples, n_train: int, n_dev: int, path: Path) -> tuple[Examples, Examples]:
     """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
     if len(examples) < n_train + n_dev:
         raise InputError(

@@ -90,10 +90,14 @@ def stream(
     batch_size: int,
     decode: DecodeConfig,
     timings: list[BatchTiming] | None = None,
+    place: int = 0,
 ) -> Iterator[str]:
-    """Yield what `generate` returns, a batch of prompts at a time; append to `timings` what each took."""
+    """Yield what `generate` returns, a batch of prompts at a time; append to `timings` what each took.
+
+    `place` is that of the first prompt, if the list is the end of a longer one.
+    """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings)
+    made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, place)
     for prompt, made in zip(ids, made_ids, strict=True):
         # Decoded behind the prompt, so that a space at the seam is kept.
         yield tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
@@ -108,6 +112,7 @@ def generate_ids(
     batch_size: int = 16,
     decode: DecodeConfig = DecodeConfig(),
     timings: list[BatchTiming] | None = None,
+    place: int = 0,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     check_prompts(model.config, tokenizer, prompts, 0 if prefix is None else prefix.shape[2], decode)
@@ -127,7 +132,7 @@ def generate_ids(
             tokens[index, : len(ids)] = ids
             lengths[index] = len(ids)
         started = time.perf_counter()
-        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), first)
+        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), place + first)
         made, finite = jax.device_get(_decode(model, prefix, tokens, lengths, sampling, tokenizer.eos_id, program))
         if not finite:
             raise RunError(f"the model's logits are not finite: {grown_beyond(model.embed.weight.dtype.name)}")

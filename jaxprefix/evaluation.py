@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import TypeVar
 
 from convert.errors import InputError, RunError
 from jaxprefix.config import TrainConfig
@@ -13,11 +14,12 @@ from jaxprefix.inputs import check_rows
 from jaxprefix.models import load_model
 from jaxprefix.prefix import open_with_prefix
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import suffix_of
+from jaxprefix.run_folder import setting_of
 from jaxprefix.token_cache import load_examples
 
 Report = dict[str, dict[str, float | int]]
 """Measures by name, for the base model with the prefix and without it."""
+Setting = TypeVar("Setting", str, int)
 
 
 def evaluate(config: EvaluateConfig) -> Report:
@@ -28,8 +30,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     base, prefix = open_with_prefix(config)
     prefix_len = 0 if prefix is None else prefix.shape[2]
     recipe = RECIPES[config.decode.recipe]
-    known = (config.suffix, suffix_of(config.prefix_checkpoint_path), TrainConfig.suffix)
-    suffix = next(suffix for suffix in known if suffix is not None)
+    suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)
     print(f"suffix: {suffix!r}", file=sys.stderr)
 
     prompts, generated_suffix = [], ""
@@ -42,7 +43,7 @@ def evaluate(config: EvaluateConfig) -> Report:
         check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix_len, config.decode)
     examples: Examples | None = None
     if config.data_filepath is not None:
-        chunking = Chunking(base.tokenizer, suffix, config.max_seq_len, recipe, config.skip_bad_lines)
+        chunking = Chunking(base.tokenizer, suffix, max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         for line in examples.skipped.report(config.data_filepath):
             print(line, file=sys.stderr)
@@ -62,3 +63,9 @@ def evaluate(config: EvaluateConfig) -> Report:
             texts = stream(model, base.tokenizer, prompts, ways[way], *options)
             values |= suffix_rate(list(texts), generated_suffix)
     return report
+
+
+def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
+    """Return a setting as it is given, or else that of the prefix's run, or else train's default."""
+    known = (getattr(config, name), setting_of(config.prefix_checkpoint_path, name), getattr(TrainConfig, name))
+    return next(value for value in known if isinstance(value, kind))

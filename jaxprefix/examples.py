@@ -100,6 +100,13 @@ class Examples(Sequence[Example]):
         places = np.flatnonzero(self._tokens == token)
         return np.searchsorted(places, self._ends) - np.searchsorted(places, self._starts)
 
+    def report_unknown(self, unk_id: int | None) -> Iterator[str]:
+        """Yield how many tokens the tokenizer does not know, if it has an id for them."""
+        if unk_id is not None:
+            unknown, n_tokens = self.count_of(unk_id), (self._ends - self._starts).sum()
+            share, n_examples = unknown.sum() / n_tokens, int((unknown > 0).sum())
+            yield f"unknown tokens: {unknown.sum():,} ({share:.2%}), in {n_examples:,} examples"
+
     @property
     def target_lengths(self) -> np.ndarray:
         """Tokens of each target."""

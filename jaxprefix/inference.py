@@ -120,8 +120,8 @@ class EvaluateConfig(InferenceConfig):
     """JSON Lines to compute loss and ppl on, as in training."""
     suffix: str | None = None
     """The task's suffix; unless given that of the run folder, or else " 😃"."""
-    max_seq_len: int = 64
-    """Longest chunk of a `text` document, in tokens."""
+    max_seq_len: int | None = None
+    """Longest chunk of a `text` document, in tokens; unless given that of the run folder, or else 64."""
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     n_samples: int = 100
@@ -130,7 +130,7 @@ class EvaluateConfig(InferenceConfig):
 
     def __post_init__(self) -> None:
         problems = [*self.problems()]
-        if self.max_seq_len < 1:
+        if self.max_seq_len is not None and self.max_seq_len < 1:
             problems.append(f"--max_seq_len must be positive, is {self.max_seq_len}")
         if self.n_samples < 0:
             problems.append(f"--n_samples must not be negative, is {self.n_samples}")

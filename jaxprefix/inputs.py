@@ -21,7 +21,7 @@ from jaxprefix.data import (
     packed_shapes,
     split_examples,
 )
-from jaxprefix.examples import Chunking, Example, Skipped
+from jaxprefix.examples import Chunking, Example, Examples, Skipped
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.recipe import Recipe
@@ -34,8 +34,8 @@ class Inputs(NamedTuple):
     """What a run reads before it starts, checked."""
 
     base: BaseFolder
-    train_set: Sequence[Example]
-    dev_set: Sequence[Example]
+    train_set: Examples
+    dev_set: Examples
     plan: UpdatePlan
     skipped: Skipped
 

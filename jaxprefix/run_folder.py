@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from convert.errors import InputError
 from convert.files import replacing
+from convert.untrusted import member, read_object
 from jaxprefix.config import TrainConfig
 from jaxprefix.lines import sha256_of
 
@@ -139,13 +140,11 @@ def is_run_folder(folder: Path) -> bool:
     return bool(_read_description(folder))
 
 
-def suffix_of(folder: Path | None) -> str | None:
-    """Return the suffix that a run was trained with; None for anything but a run's folder, or the `prefix/` in one."""
+def setting_of(folder: Path | None, name: str) -> Any:
+    """Return a setting that a run was trained with; None for anything but a run's folder, or the `prefix/` in one."""
     if folder is None:
         return None
-    description = _read_description(folder) or _read_description(folder.absolute().parent)
-    suffix = description.get("suffix")
-    return suffix if isinstance(suffix, str) else None
+    return (_read_description(folder) or _read_description(folder.absolute().parent)).get(name)
 
 
 def check_base(run_dir: Path, base: dict[str, str]) -> None:
@@ -223,12 +222,12 @@ def _write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    """Return a run's config.json, empty when there is none or it is not one of ours."""
+    """Return a run's config.json, empty when there is none or it is not one of ours; it may come from a stranger."""
     try:
-        description = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        description = read_object(member(folder, CONFIG_FILE))
+    except InputError:
         return {}
-    return description if isinstance(description, dict) and "data_sha256" in description else {}
+    return description if "data_sha256" in description else {}
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

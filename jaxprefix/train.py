@@ -315,6 +315,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
+    yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
     yield from inputs.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):

@@ -182,6 +182,22 @@ def test_the_prompt_loop_answers_line_by_line():
     assert "error: prefix of 10 + --max_output_len and the longest prompt" in result.stderr
 
 
+def test_prompts_with_unknown_tokens_are_warned_of(capsys):
+    assert main(["generate", *BASE, "--prompt", "🦀", "朝の", *GREEDY]) == 0
+    assert "WARNING: 1 prompt(s) hold what the tokenizer does not know" in capsys.readouterr().err
+
+
+def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
+    (tmp_path / "prompts.txt").write_text("朝の\n朝の\n朝の")
+    command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, "--max_output_len", "12"]
+    listed = subprocess.run(
+        [*command, "--prompt_file", tmp_path / "prompts.txt"], capture_output=True, text=True, check=True
+    )
+    typed = subprocess.run(command, input="朝の\n朝の\n朝の", capture_output=True, text=True, check=True)
+    assert typed.stdout == listed.stdout
+    assert len(set(typed.stdout.splitlines())) == 3
+
+
 def test_evaluate_with_and_without_prefix(capsys, tmp_path):
     (tmp_path / "prompts.txt").write_text("朝の\n猫が\n")
     options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--prompt_file", str(tmp_path / "prompts.txt")]
@@ -197,10 +213,11 @@ def test_evaluate_with_and_without_prefix(capsys, tmp_path):
     assert capsys.readouterr().out.startswith("without_prefix:")
 
 
-def test_evaluate_takes_the_suffix_of_the_run_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
+def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
     run = tmp_path / "run"
     convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
-    (run / "config.json").write_text(json.dumps({"data_sha256": "", "suffix": "！"}))
+    settings = {"data_sha256": "", "suffix": "！", "max_seq_len": 20}
+    (run / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr(
         "jaxprefix.evaluation.stream", lambda *_: iter(["楽しい!寒い。"])
     )  # the tokenizer makes ！ that
@@ -210,11 +227,15 @@ def test_evaluate_takes_the_suffix_of_the_run_as_generated_texts_have_it(capsys,
         assert main(["evaluate", *BASE, *options, *more]) == 0
         return json.loads(capsys.readouterr().out)["with_prefix"]
 
-    of_run, told = report("--prefix_checkpoint_path", str(run)), report(*PREFIX, "--suffix", "！")
+    of_run, told = (
+        report("--prefix_checkpoint_path", str(run)),
+        report(*PREFIX, "--suffix", "！", "--max_seq_len", "20"),
+    )
     assert of_run == told
     assert of_run["suffix_rate"] == 1 / 2
-    assert report(*PREFIX)["loss"] != told["loss"]
-    (run / "config.json").write_text(json.dumps({"data_sha256": "", "suffix": ""}))
+    for other in (["--suffix", "！"], ["--max_seq_len", "20"]):
+        assert report(*PREFIX, *other)["loss"] != told["loss"]
+    (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
     fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
 
 

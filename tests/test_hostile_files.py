@@ -13,14 +13,15 @@ from safetensors.numpy import save_file
 
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from convert.untrusted import member
+from convert.untrusted import JSON_BYTES, member
 from jaxprefix import lines, load_model, load_prefix
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.models.config import read_model_config
+from jaxprefix.run_folder import check_base, setting_of
 from tests.base_folders import make_base_folder
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip
 from tests.hostile.prefixes import adapter
-from tests.hostile.registry import HOSTILE, PREFIX
+from tests.hostile.registry import DEEP, HOSTILE, PREFIX
 
 SECONDS, BYTES = 2, 100 * 2**20
 """What a refusal may take of a processor and of memory; the promise is 500 MB."""
@@ -88,6 +89,31 @@ def test_a_prefix_with_one_number_that_is_not_finite(tmp_path, kind, value):
         save_file({"prompt_embeddings": array}, path)
     with pytest.raises(InputError, match="holds 1 numbers that are not finite"):
         read_prefix(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"data_sha256": ' + DEEP + b"}",
+        b'{"data_sha256": "", "suffix": "a", "suffix": "b"}',
+        b'{"data_sha256": "", "suffix": "' + b"a" * JSON_BYTES + b'"}',
+        None,
+    ],
+    ids=["deep", "doubled", "long", "a link out of its folder"],
+)
+def test_a_run_folder_with_a_hostile_config_is_none(tmp_path, content):
+    path = tmp_path / "run" / "config.json"
+    path.parent.mkdir()
+    if content is None:
+        (tmp_path / "outside.json").write_text('{"data_sha256": "", "suffix": "a"}')
+        path.symlink_to(tmp_path / "outside.json")
+    else:
+        path.write_bytes(content)
+    with bounded():
+        assert setting_of(path.parent, "suffix") is None
+        assert setting_of(path.parent / "prefix", "suffix") is None
+        with pytest.raises(InputError, match=r"no run, config\.json is missing or damaged"):
+            check_base(path.parent, {})
 
 
 def test_a_gzip_bomb_of_lines(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.config import Compute
-from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder, suffix_of
+from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder, setting_of
 from tests.runs import run_config
 
 
@@ -62,11 +62,11 @@ def test_the_flags_of_a_type_are_synonyms_on_resuming_too(tmp_path):
         check_run_folder(resumed, describe_run(resumed, {}))
 
 
-def test_the_prefix_in_a_run_has_its_suffix(tmp_path):
+def test_the_prefix_in_a_run_has_its_settings(tmp_path):
     config = run_config(tmp_path, suffix="！")
     open_run_folder(config, describe_run(config, {}))
-    assert suffix_of(config.run_dir / "prefix") == suffix_of(config.run_dir) == "！"
-    assert suffix_of(tmp_path) is suffix_of(None) is None
+    assert setting_of(config.run_dir / "prefix", "suffix") == setting_of(config.run_dir, "suffix") == "！"
+    assert setting_of(tmp_path, "suffix") is setting_of(None, "suffix") is None
 
 
 def test_a_run_that_fails_leaves_no_lock(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -301,7 +302,9 @@ def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
 def test_an_unknown_suffix_is_warned_of(tmp_path):
     config = run_config(tmp_path, suffix=" 🦀", n_training_steps=1)
     train(config)
-    assert "WARNING: the suffix ' 🦀' holds an unknown token" in (config.run_dir / "log.txt").read_text()
+    log = (config.run_dir / "log.txt").read_text()
+    assert "WARNING: the suffix ' 🦀' holds an unknown token" in log
+    assert re.search(r"unknown tokens: \d+ \(\d+\.\d\d%\), in 14 examples", log), "one for each sentence"
 
 
 def test_without_saving_nothing_is_written(tmp_path):

@@ -170,6 +170,8 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     problems: list[str] = []
     fields = _FIELDS[architecture]
     values = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
+    if values.get("rotary_scaling", "default") != "default":
+        values["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
     for field, (spellings, supported) in _FIXED[architecture].items():
         if (found := _lookup(raw, spellings, supported, problems)) != supported:
             problems.append(f"{field} {found!r} is not supported, only {supported!r}")

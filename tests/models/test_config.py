@@ -31,6 +31,7 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         ({"rotary_pct": 0.25} | NEW, "contradiction: rotary_pct = 0.25, rope_parameters.partial_rotary_factor = 0.5"),
         ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'"),
         ({"model_type": "gpt_neox_japanese"}, "model_type is 'gpt_neox_japanese'"),

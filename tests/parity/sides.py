@@ -33,7 +33,7 @@ from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
 from jaxprefix.data import IGNORED, Batch, epoch_order, longest_row, make_batch, split_examples
-from jaxprefix.examples import Chunking, Example, read_examples
+from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference import DecodeConfig
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS
@@ -90,7 +90,7 @@ class Ours:
 
     @functools.cached_property
     def _batches(self) -> list[Batch]:
-        train_set, _ = split_examples(self.chunks, N_TRAIN, N_DEV, self.data)
+        train_set, _ = split_examples(Examples.of(self.chunks), N_TRAIN, N_DEV, self.data)
         batches = []
         for chosen in batched(epoch_order(N_TRAIN, SEED, 0).tolist()):
             group = [train_set[i] for i in chosen]
