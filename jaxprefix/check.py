@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, n_labels, split_examples
+from jaxprefix.data import Batch, labels_of_each, split_examples
 from jaxprefix.devices import devices
 from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.inputs import check_rows, update_plan
@@ -87,7 +87,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
     lengths = examples.prompt_lengths + examples.target_lengths
     shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
-        f"data: {len(examples):,} examples, {n_labels(examples).sum():,} tokens with a loss; lengths from "
+        f"data: {len(examples):,} examples, {labels_of_each(examples).sum():,} tokens with a loss; lengths from "
         f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
     )
     yield from examples.report_unknown(tokenizer.unk_id)

@@ -70,33 +70,26 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
 
 
-def n_labels(examples: Sequence[Example]) -> np.ndarray:
+def labels_of_each(examples: Sequence[Example]) -> np.ndarray:
     """Return the number of labels in all rows of each example: the target and eos, twice without a prompt."""
     prompts, targets = _lengths(examples)
     return np.where(prompts > 0, targets + 1, 2 * targets + 1)
 
 
-def n_tokens(examples: Sequence[Example]) -> np.ndarray:
-    """Return the tokens of all rows of each example."""
+def row_lengths(examples: Sequence[Example]) -> np.ndarray:
+    """Return the tokens of both rows of each example, [examples, 2]; where a prompt makes it one, the second has 0."""
     prompts, targets = _lengths(examples)
-    return np.where(prompts > 0, prompts + targets, 2 * targets + 1)
-
-
-def row_lengths(example: Example) -> list[int]:
-    """Return the tokens of each row that an example makes."""
-    prompt, target = map(len, example)
-    return [prompt + target] if prompt else [target + 1, target]
-
-
-def longest_rows(examples: Sequence[Example]) -> np.ndarray:
-    """Return the tokens of the longest row that each example makes."""
-    prompts, targets = _lengths(examples)
-    return np.where(prompts > 0, prompts + targets, targets + 1)
+    return np.stack([np.where(prompts > 0, prompts + targets, targets + 1), np.where(prompts > 0, 0, targets)], axis=1)
 
 
 def longest_row(examples: Sequence[Example]) -> int:
     """Return the tokens of the longest row that any example makes."""
-    return int(longest_rows(examples).max())
+    return int(row_lengths(examples).max())
+
+
+def rows_of_each(examples: Sequence[Example]) -> int:
+    """Return the rows that an example makes at most: one if all have prompts."""
+    return 2 if row_lengths(examples)[:, 1].any() else 1
 
 
 def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
@@ -178,14 +171,14 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
-    texts_of_each = 1 if (_lengths(examples)[0] > 0).all() else 2
-    n_texts = -(-n_examples * texts_of_each // n_rows)
-    lengths = [[_lengths_of([examples[i] for i in batch]) for batch in batches] for batches in sample]
+    n_texts = -(-n_examples * rows_of_each(examples) // n_rows)
+    both_rows = row_lengths(examples)
+    lengths = [[_without_zeros(both_rows[batch]) for batch in batches] for batches in sample]
     needed = np.array([max(max(_loads(t, pack_rows(t, n_rows, n_texts))) for t in texts) for texts in lengths])
     longest = np.array([max(map(max, texts)) for texts in lengths])
     if len(sample) > SAMPLED_UPDATES:
-        longest_of_all = longest_row(examples)
-        at_most = min(n_texts * longest_of_all, int(np.sort(n_tokens(examples))[-n_examples:].sum()))
+        longest_of_all = int(both_rows.max())
+        at_most = min(n_texts * longest_of_all, int(np.sort(both_rows.sum(axis=1))[-n_examples:].sum()))
     else:
         longest_of_all, at_most = int(longest.max()), int(needed.max())
 
@@ -206,12 +199,12 @@ def _rounded(columns: float | int) -> int:
 
 def fitting_shape(shapes: Sequence[PackedShape], groups: Sequence[Sequence[Example]]) -> PackedShape:
     """Return the first shape that holds all micro-batches of an update."""
-    lengths = [_lengths_of(group) for group in groups if group]
+    lengths = [_without_zeros(row_lengths(group)) for group in groups if group]
     return next(shape for shape in shapes if all(map(shape.holds, lengths)))
 
 
-def _lengths_of(examples: Sequence[Example]) -> list[int]:
-    return [length for example in examples for length in row_lengths(example)]
+def _without_zeros(lengths: np.ndarray) -> list[int]:
+    return lengths[lengths > 0].tolist()
 
 
 @dataclasses.dataclass(frozen=True)

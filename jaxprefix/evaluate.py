@@ -2,15 +2,17 @@
 
 import functools
 import math
+import operator
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.data import Batch, longest_row, make_batch
+from jaxprefix.data import Batch, longest_row, make_batch, rows_of_each
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import next_token_loss
@@ -21,32 +23,42 @@ from jaxprefix.sharding import rows_on, split_rows, with_embedded_rows
 from jaxprefix.tokenizer import Tokenizer
 
 
+class LossSums(NamedTuple):
+    """Sums over batches."""
+
+    n_batches: int = 0
+    n_labels: int = 0
+    loss: float = 0.0
+    """Of all labels."""
+    mean_loss: float = 0.0
+    """Of each batch's mean, and of its ppl."""
+    mean_ppl: float = 0.0
+    seconds: float = 0.0
+
+
 class LossMeter:
-    """Averages losses over batches, by tokens; or plainly, as the original does (`average_batch_means`).
+    """Averages losses over batches, by labels; or plainly, as the original does (`average_batch_means`)."""
 
-    `items` holds (mean loss, tokens, seconds) of every batch.
-    """
-
-    def __init__(self, recipe: Recipe, items: Iterable[Sequence[float | int]] = ()):
-        self.items = [tuple(item) for item in items]
+    def __init__(self, recipe: Recipe, sums: Iterable[Any] = ()):
+        self.sums = LossSums(*sums)
         self._plain = recipe.average_batch_means
 
-    def add(self, loss: float, n_tokens: int, seconds: float = 0.0) -> None:
+    def add(self, loss: float, n_labels: int, seconds: float = 0.0) -> None:
         """Take in a batch's mean loss, its number of labels and how long it took."""
-        self.items.append((loss, n_tokens, seconds))
+        batch = LossSums(1, n_labels, loss * n_labels, loss, _exp(loss), seconds)
+        self.sums = LossSums(*map(operator.add, self.sums, batch))
 
     def means(self) -> dict[str, float]:
-        """Return loss (nats per token) and ppl."""
-        losses, n_tokens, _ = zip(*self.items, strict=True)
+        """Return loss (nats per label) and ppl."""
+        sums = self.sums
         if self._plain:
-            return {"loss": sum(losses) / len(losses), "ppl": sum(map(_exp, losses)) / len(losses)}
-        loss = sum(loss * n for loss, n in zip(losses, n_tokens, strict=True)) / sum(n_tokens)
-        return {"loss": loss, "ppl": _exp(loss)}
+            return {"loss": sums.mean_loss / sums.n_batches, "ppl": sums.mean_ppl / sums.n_batches}
+        return {"loss": sums.loss / sums.n_labels, "ppl": _exp(sums.loss / sums.n_labels)}
 
     @property
     def tokens_per_s(self) -> float:
         """Labels per second over the batches."""
-        return sum(n for _, n, _ in self.items) / max(sum(seconds for _, _, seconds in self.items), 1e-9)
+        return self.sums.n_labels / max(self.sums.seconds, 1e-9)
 
 
 def _exp(loss: float) -> float:
@@ -57,7 +69,8 @@ def dev_batches(
     examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | None = None
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
-    n_rows = 2 * batch_size if mesh is None else rows_on(mesh, 2 * batch_size)
+    n_rows = rows_of_each(examples) * batch_size
+    n_rows = n_rows if mesh is None else rows_on(mesh, n_rows)
     n_columns = longest_row(examples)
     for first in range(0, len(examples), batch_size):
         yield make_batch(examples[first : first + batch_size], tokenizer, n_rows, n_columns)

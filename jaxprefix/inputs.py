@@ -12,13 +12,15 @@ from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
     Batch,
+    PackedShape,
     UpdatePlan,
     fitting_shape,
     longest_row,
-    longest_rows,
     make_batch,
     make_packed_batch,
     packed_shapes,
+    row_lengths,
+    rows_of_each,
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
@@ -57,7 +59,7 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
     Raises InputError that tells the beginning of its text.
     """
     examples = max(parts, key=longest_row)
-    lengths = longest_rows(examples)
+    lengths = row_lengths(examples).max(axis=1)
     prompt, target = examples[int(lengths.argmax())]
     begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths.max())
     model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
@@ -83,18 +85,25 @@ def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan
     return plan
 
 
+def batch_shapes(
+    config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh
+) -> list[PackedShape] | tuple[int, int]:
+    """Return the shapes of a run's micro-batches, ascending if they are packed; or else their rows and columns."""
+    if config.packing:
+        return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
+    return rows_on(mesh, rows_of_each(train_set) * config.batch_size), longest_row(train_set)
+
+
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
     """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
-    plan, tokenizer, n_columns = inputs.plan, inputs.base.tokenizer, longest_row(inputs.train_set)
-    n_rows, shapes = rows_on(mesh, 2 * config.batch_size), []
-    if config.packing:
-        shapes = packed_shapes(inputs.train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
+    plan, tokenizer = inputs.plan, inputs.base.tokenizer
+    shapes = batch_shapes(config, inputs.train_set, plan, mesh)
     for number in range(first, plan.n_updates):
         groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
-        if shapes:
+        if isinstance(shapes, tuple):
+            parts = [make_batch(group, tokenizer, *shapes) for group in groups]
+        else:
             shape = fitting_shape(shapes, groups)
             parts = [make_packed_batch(group, tokenizer, shape) for group in groups]
-        else:
-            parts = [make_batch(group, tokenizer, n_rows, n_columns) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import n_labels
+from jaxprefix.data import labels_of_each
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.faults import (
     FiniteGuard,
@@ -80,7 +80,8 @@ class Progress:
 
     n_done: int = 0
     best_dev_loss: float | None = None
-    window: list[Any] = dataclasses.field(default_factory=list)
+    window: Sequence[float | int] = ()
+    """`LossSums` since the last log point."""
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
 
@@ -186,21 +187,21 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         """Wait until only n_left updates are in flight."""
         nonlocal clock
         while len(in_flight) > n_left:
-            outcome, n_tokens = in_flight.popleft()
+            outcome, n_labels = in_flight.popleft()
             loss, before, clock = float(outcome.loss), clock, time.monotonic()
             number = progress.n_done - len(in_flight)
             if fault := guard.fault(number, loss, float(outcome.gradient_norm)):
                 if run.checkpoints:
                     run.checkpoints.finish()
                 raise not_finite(fault, config, offending_examples(run, state, number))
-            window.add(loss, n_tokens, clock - before)
+            window.add(loss, n_labels, clock - before)
             run.log.progress(number, loss, window.tokens_per_s)
             run.watchdog.progress()
 
     while batch is not None:
-        n_tokens = batch.n_labels
+        n_labels = batch.n_labels
         state, outcome = run.update(state, run.rate, run.base, spread(batch, split_rows(run.mesh)))
-        in_flight.append((outcome, n_tokens))
+        in_flight.append((outcome, n_labels))
         batch = next(batches, None)  # laid out while the device is at work
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
@@ -227,7 +228,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             run.log.point("dev", progress.n_done, epoch, **metrics)
             keep_best(run, prefix, metrics["loss"], progress)
         if run.checkpoints and saving:
-            save(run, state, dataclasses.replace(progress, window=window.items, n_skipped=guard.n_skipped))
+            save(run, state, dataclasses.replace(progress, window=window.sums, n_skipped=guard.n_skipped))
         if saving:
             clock = time.monotonic()  # evaluating and saving is not training
             run.watchdog.progress()
@@ -311,10 +312,10 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
-    n_tokens = int(n_labels(inputs.train_set).sum())
+    n_labels = labels_of_each(inputs.train_set).sum()
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
-    yield f"data: {plan.n_examples:,} examples, {n_tokens:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
+    yield f"data: {plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
     yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
     yield from inputs.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"

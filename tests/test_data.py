@@ -9,17 +9,18 @@ from jaxprefix.data import (
     PackedShape,
     UpdatePlan,
     fitting_shape,
+    labels_of_each,
     longest_row,
     make_batch,
     make_packed_batch,
-    n_labels,
-    n_tokens,
     pack_rows,
     packed_shapes,
+    row_lengths,
     rows_of,
+    rows_of_each,
     split_examples,
 )
-from jaxprefix.examples import Example
+from jaxprefix.examples import Example, Examples
 
 
 def test_rows_of_an_example_without_prompt():
@@ -38,8 +39,11 @@ def test_loss_of_a_prompt_is_on_the_completion_only():
 @pytest.mark.parametrize("example", [Example([], [10, 11]), Example([7, 8], [10, 11, 12])])
 def test_counts_agree_with_the_rows(example):
     rows = rows_of(example, 1, 2)
-    assert n_labels([example])[0] == sum(label != IGNORED for _, labels in rows for label in labels)
-    assert longest_row([example]) == max(len(inputs) for inputs, _ in rows)
+    assert labels_of_each([example])[0] == sum(label != IGNORED for _, labels in rows for label in labels)
+    lengths = [len(inputs) for inputs, _ in rows]
+    assert row_lengths([example]).tolist() == [lengths if len(rows) == 2 else [*lengths, 0]]
+    assert longest_row([example]) == max(lengths)
+    assert rows_of_each([example]) == len(rows)
 
 
 def test_batch_is_padded_right_and_below(tokenizer):
@@ -50,8 +54,10 @@ def test_batch_is_padded_right_and_below(tokenizer):
 
 
 def test_split_takes_both_ends(tmp_path):
-    examples = [Example([], [i]) for i in range(10)]
-    assert split_examples(examples, 6, 3, tmp_path) == (examples[:6], examples[7:])
+    examples = Examples.of(Example([], [i]) for i in range(10))
+    train_set, dev_set = split_examples(examples, 6, 3, tmp_path)
+    assert [*train_set] == [Example([], [i]) for i in range(6)]
+    assert [*dev_set] == [Example([], [i]) for i in range(7, 10)]
     with pytest.raises(InputError, match="makes 10 examples"):
         split_examples(examples, 8, 3, tmp_path)
 
@@ -149,7 +155,7 @@ def test_packed_shapes_are_few_and_hold_every_batch(monkeypatch):
         for batches in updates:
             groups = [[examples[i] for i in batch] for batch in batches]
             assert fitting_shape(shapes, groups).n_rows == n_rows
-    most = max(n_tokens([examples[i] for i in batch]).sum() for batches in updates for batch in batches)
+    most = max(row_lengths([examples[i] for i in batch]).sum() for batches in updates for batch in batches)
     assert packed_shapes(examples, iter(updates), 1)[-1].n_columns < most + 8, "no room for what the run does not make"
     worst = [examples[i] for i in sorted(range(300), key=lambda i: -len(examples[i].target))[:4]]
     monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", 1)

@@ -15,7 +15,7 @@ import pytest
 from convert.errors import InputError, RunError
 from jaxprefix import token_cache
 from jaxprefix.config import cache_folder
-from jaxprefix.data import longest_row, n_labels, n_tokens, row_lengths
+from jaxprefix.data import labels_of_each, longest_row, row_lengths
 from jaxprefix.examples import Chunking, Example, Examples, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
@@ -262,7 +262,7 @@ def test_examples_are_a_sequence_with_views_for_slices():
     assert same(examples[-2:][1:], listed[2:])
     assert examples[-1] == listed[-1]
     for part, expected in ((examples, listed), (examples[1:], listed[1:])):
-        np.testing.assert_array_equal(n_tokens(part), [sum(row_lengths(example)) for example in expected])
-        np.testing.assert_array_equal(n_labels(part), n_labels(expected))
+        np.testing.assert_array_equal(row_lengths(part), row_lengths(expected))
+        np.testing.assert_array_equal(labels_of_each(part), labels_of_each(expected))
         assert longest_row(part) == longest_row(expected)
     np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
