@@ -149,9 +149,8 @@ def write_prefix(folder: Path, shape: str) -> None:
     write_adapter(folder, folded, config.n_layer, config.n_head, {})
 
 
-def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> list[list[str]]:
-    """Return a line of the table for each way and number of rows."""
-    bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
+def rows_of_table(results: dict[str, list[dict[str, Any]]], steps_per_s: float) -> list[list[str]]:
+    """Return a line of the table for each way and number of rows; steps_per_s is the limit of each row."""
     lines = []
     for name, runs in results.items():
         way, n_rows = name.split(":")
@@ -164,7 +163,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], n_bytes: int) -> lis
                 n_rows,
                 f"{speed:.1f}",
                 f"{ratio(ours, runs, 'tokens_per_s'):.2f}",
-                f"{speed / int(n_rows) * n_bytes / bandwidth:.2f}",
+                f"{speed / int(n_rows) / steps_per_s:.2f}",
                 gib(max(largest(runs, "peak_bytes"), largest(runs, "device_peak_bytes"))),
                 "yes" if same else "no",
             ]
@@ -199,7 +198,7 @@ def main() -> None:
     setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
     limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
     title = f"{flags.shape}, {setting}, {turns(flags.times, 'decodings', flags.alone)}. The limit: {limit}"
-    text = table(header, rows_of_table(results, n_bytes))
+    text = table(header, rows_of_table(results, bandwidth / n_bytes))
     publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
 
 

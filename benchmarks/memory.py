@@ -39,15 +39,14 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
 
     from jaxprefix.check import compiled_update
 
-    n_examples = flags.rows // 2  # an example makes two rows
     compute = Compute(remat=flags.remat)
     names = (flags.shape, Path(), flags.shape)
-    config = TrainConfig(*names, batch_size=n_examples, dtype=flags.dtype, mesh=flags.measure, compute=compute)
+    config = TrainConfig(*names, dtype=flags.dtype, mesh=flags.measure, compute=compute)
     n_devices = math.prod((config.mesh_sizes or {}).values())
     jax.config.update("jax_num_cpu_devices", n_devices)
     started = time.perf_counter()
     with h100s(n_devices) if flags.gpu else contextlib.nullcontext():
-        compiled = compiled_update(config, model_config(SHAPES[flags.shape]), flags.tokens)
+        compiled = compiled_update(config, model_config(SHAPES[flags.shape]), (flags.rows, flags.tokens))
     analysis = compiled.memory_analysis()
     parts = {
         "arguments": analysis.argument_size_in_bytes,

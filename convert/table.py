@@ -52,23 +52,14 @@ def stream_weights(
         if path and weight.shape != tuple(shapes[path]):
             found_shape, expected = _as_stored(weight), _as_stored(weight, shapes[path])
             problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
+    if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
+        problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
 
     for name, weight in found.items():
         if path := path_of(rules[name]):
             yield path, FiniteWeight(weight, f"{folder}: weight {name}")
-
-
-def check_depth(folder: Path, table: Table, n_layer: int, optional_prefix: str = "") -> None:
-    """Check that the last layer that config.json asks for is in the files, before a model of that depth is described.
-
-    Raises InputError.
-    """
-    last = {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}
-    stored = {name for name, _ in stored_weights(folder)}
-    if not last & (stored | {optional_prefix + name for name in stored}):
-        raise InputError(f"{folder}: config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}")
 
 
 def write_weights(

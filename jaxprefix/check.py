@@ -2,22 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.errors import InputError
 from jaxprefix.base_folder import open_base
+from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, labels_of_each, split_examples
+from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, split_examples
 from jaxprefix.devices import devices
-from jaxprefix.examples import Chunking, Example, Examples
-from jaxprefix.inputs import check_rows, update_plan
+from jaxprefix.examples import Chunking, Examples
+from jaxprefix.inputs import batch_shapes, check_rows, update_plan
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
@@ -41,23 +42,31 @@ def check(config: CheckConfig) -> Iterator[str]:
         raise InputError(f"{config.checkpoint_path}: no such file or folder")
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
-    n_columns = config.max_seq_len + 1
-    parts: tuple[Sequence[Example], ...] = ()
+    train_set: Examples | None = None
     if config.data_filepath is not None:
         recipe = RECIPES[config.recipe]
         chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
-        parts = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-        update_plan(config, recipe, len(parts[0]))
+        sizes = (config.train_data_size, config.dev_data_size)
+        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
+        plan = update_plan(config, recipe, len(train_set))
     yield describe_suffix(config.suffix, tokenizer)
-    if parts:
-        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, *parts)
-    else:
+    if train_set is None:
+        n_columns = config.max_seq_len + 1
         model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
+    else:
+        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
-    yield describe_memory(config, model, n_columns)
+    if config.hosts.several:
+        yield "memory: not told for several hosts, whose devices are not seen from one"
+        return
+    mesh = make_mesh(config.mesh_sizes)
+    if train_set is None:
+        yield describe_memory(config, model, (rows_on(mesh, 2 * config.batch_size), n_columns))
+    else:
+        yield describe_memory(config, model, batch_shapes(config, train_set, plan, mesh)[-1])
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
@@ -103,43 +112,43 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
     return f"suffix {suffix!r}: {len(ids)} token(s)"
 
 
-def describe_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> str:
+def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> str:
     """Tell what an update needs on each device."""
-    weights, work = training_memory(config, model, n_columns)
+    weights, work = training_memory(config, model, shape)
     n_devices = len(devices())
+    rows = f"{'packed' if isinstance(shape, PackedShape) else 'padded'} to {shape[0]} rows × {shape[1]} tokens"
     return (
-        f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples in {config.dtype}, each of "
-        f"{n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
+        f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples, {rows}, in {config.dtype}, "
+        f"each of {n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
     )
 
 
-def training_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> tuple[int, int]:
+def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
     """Return the bytes that an update needs on each device: (weights and state, work), by the compiler's account.
 
     Only models of two and three layers are compiled; each further layer adds what the third did.
     """
     if model.n_layer <= 3:
-        return compiled_memory(config, model, n_columns)
-    two, three = (compiled_memory(config, dataclasses.replace(model, n_layer=n), n_columns) for n in (2, 3))
+        return compiled_memory(config, model, shape)
+    two, three = (compiled_memory(config, dataclasses.replace(model, n_layer=n), shape) for n in (2, 3))
     state, work = (int(b + (model.n_layer - 3) * (b - a)) for a, b in zip(two, three, strict=True))
     return state, work
 
 
-def compiled_memory(config: TrainConfig, model: ModelConfig, n_columns: int) -> tuple[int, int]:
+def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
     """Return the same of the model as it is, from an update compiled for shapes."""
-    analysis = compiled_update(config, model, n_columns).memory_analysis()
+    analysis = compiled_update(config, model, shape).memory_analysis()
     assert analysis is not None
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
-def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> jax.stages.Compiled:
-    """Compile an update of rows of n_columns tokens for shapes on the config's mesh: no weight is made."""
+def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
+    """Compile an update for shapes on the config's mesh: no weight is made."""
     mesh = make_mesh(config.mesh_sizes)
     place = base_sharding(mesh, model.n_head)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(name, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(path_name(path), leaf.shape))
 
     def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         first = layers[0]
@@ -161,7 +170,18 @@ def compiled_update(config: TrainConfig, model: ModelConfig, n_columns: int) -> 
 
     everywhere = (jax.eval_shape(start, base), rate)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
-    shape = (config.n_accum_steps, rows_on(mesh, 2 * config.batch_size), n_columns)
-    rows: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_rows(mesh))
     update: Any = make_update(optimizer_of, recipe, mesh)
-    return update.lower(state, rate, base, Batch(rows, rows)).compile()
+    return update.lower(state, rate, base, abstract_batch(config, mesh, shape)).compile()
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:
+    """Return the batch of an update with shapes for arrays."""
+
+    def rows(*axes: int) -> Any:
+        return jax.ShapeDtypeStruct((config.n_accum_steps, *axes), jnp.int32, sharding=split_rows(mesh))
+
+    n_rows, n_columns = shape[:2]
+    packing = None
+    if isinstance(shape, PackedShape):
+        packing = Packing(rows(n_rows, shape.n_texts, shape.n_slots), rows(n_rows, n_columns))
+    return Batch(rows(n_rows, n_columns), rows(n_rows, n_columns), packing)

@@ -45,14 +45,14 @@ class SaveError(RunError):
 class Checkpoints:
     """The checkpoints of one run, newest two kept. Saving goes on in the background; leaving `with` waits for it.
 
-    With `create` the run is the caller's: what a killed run left unfinished is removed, as is what it left beyond the
+    With `writing` the run is the caller's: what a killed run left unfinished is removed, as is what it left beyond the
     newest two, and a damaged checkpoint is put aside. Without, nothing is written.
     """
 
-    def __init__(self, folder: Path, create: bool = True):
+    def __init__(self, folder: Path, writing: bool = True):
         self.folder = folder.absolute()
-        self._writing = create
-        if not create and not self.folder.is_dir():
+        self._writing = writing
+        if not writing and not self.folder.is_dir():
             raise InputError(f"{folder}: no such folder of checkpoints")
 
     def __enter__(self) -> "Checkpoints":
@@ -201,10 +201,12 @@ def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
 
 def named(state: Any) -> dict[str, Any]:
     """Return the leaves of a pytree by their paths, joined by dots."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
-        for path, leaf in jax.tree.leaves_with_path(state)
-    }
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def path_name(path: Any) -> str:
+    """Join a leaf's path by dots; a weight's ends in what holds its array, which is left out."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _stored_array(folder: Path, name: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from jaxprefix.base_folder import open_base
 from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
-from jaxprefix.prefix import base_identity, load_prefix
+from jaxprefix.prefix import base_identity, check_prefix
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state, is_run_folder, only_writer
 
 BASE_CONFIG = "config.json"
@@ -47,7 +47,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
     folded, base = read_prefix(source)
     if config.pretrained_model_dir is not None:
         _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, weights=False)
-        load_prefix(source, model_config, tokenizer)
+        check_prefix(source, folded, base, model_config, tokenizer)
         base = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
         write_weight(target, folded)
@@ -68,7 +68,7 @@ def _training_state_out(config: ConvertConfig) -> str:
     """From a run's newest checkpoint to a torch file."""
     if newest_checkpoint(config.source / CHECKPOINTS) is None:
         raise InputError(f"{config.source}: no run folder with a checkpoint, whose training state could be written")
-    with Checkpoints(config.source / CHECKPOINTS, create=False) as checkpoints:
+    with Checkpoints(config.source / CHECKPOINTS, writing=False) as checkpoints:
         arrays, progress = checkpoints.read()
     _check_width(config, arrays)
     write_training_state(config.target, arrays, config.source)

@@ -139,6 +139,10 @@ class PackedShape(NamedTuple):
         return max(lengths) <= self.n_slots and max(_loads(lengths, rows)) <= self.n_columns
 
 
+Shape = PackedShape | tuple[int, int]
+"""Of a batch: packed, or rows and columns."""
+
+
 def _loads(lengths: Sequence[int], rows: list[list[int]]) -> list[int]:
     return [sum(lengths[text] for text in row) for row in rows]
 
@@ -197,10 +201,10 @@ def _rounded(columns: float | int) -> int:
     return -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
-def fitting_shape(shapes: Sequence[PackedShape], groups: Sequence[Sequence[Example]]) -> PackedShape:
+def fitting_shape(shapes: Sequence[Shape], groups: Sequence[Sequence[Example]]) -> Shape:
     """Return the first shape that holds all micro-batches of an update."""
     lengths = [_without_zeros(row_lengths(group)) for group in groups if group]
-    return next(shape for shape in shapes if all(map(shape.holds, lengths)))
+    return next(s for s in shapes if not isinstance(s, PackedShape) or all(map(s.holds, lengths)))
 
 
 def _without_zeros(lengths: np.ndarray) -> list[int]:

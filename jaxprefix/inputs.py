@@ -13,6 +13,7 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
     Batch,
     PackedShape,
+    Shape,
     UpdatePlan,
     fitting_shape,
     longest_row,
@@ -85,13 +86,11 @@ def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan
     return plan
 
 
-def batch_shapes(
-    config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh
-) -> list[PackedShape] | tuple[int, int]:
-    """Return the shapes of a run's micro-batches, ascending if they are packed; or else their rows and columns."""
+def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
+    """Return the shapes of a run's micro-batches, ascending; unpacked ones have the same."""
     if config.packing:
         return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
-    return rows_on(mesh, rows_of_each(train_set) * config.batch_size), longest_row(train_set)
+    return [(rows_on(mesh, rows_of_each(train_set) * config.batch_size), longest_row(train_set))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
@@ -101,9 +100,9 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
     for number in range(first, plan.n_updates):
         groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
-        if isinstance(shapes, tuple):
-            parts = [make_batch(group, tokenizer, *shapes) for group in groups]
-        else:
-            shape = fitting_shape(shapes, groups)
+        shape = fitting_shape(shapes, groups)
+        if isinstance(shape, PackedShape):
             parts = [make_packed_batch(group, tokenizer, shape) for group in groups]
+        else:
+            parts = [make_batch(group, tokenizer, *shape) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)

@@ -6,6 +6,7 @@ What is trained is an encoder, a module that returns the prefix [L, 2, P, N, H] 
 What is kept is the prefix alone, folded to [P, L·2·N·H].
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> di
     return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
 
 
+def differing_fields(found: Mapping[str, str], base: Mapping[str, str]) -> list[str]:
+    """Say in what a `base_identity` that a file holds, or a part of one, differs from that of a base at hand."""
+    return [
+        f"{field}: made for {found[field]}, this base has {value}"
+        for field, value in base.items()
+        if field != "base_model" and found.get(field, value) != value
+    ]
+
+
 def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
     """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a base model's config.
 
@@ -126,13 +136,19 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
     field in which the file's base model differs from this one (with a tokenizer given, that too).
     """
     folded, header = read_prefix(Path(path))
-    mine = base_identity(config, tokenizer)
-    differing = [
-        f"{field}: made for {header[field]}, this base has {value}"
-        for field, value in mine.items()
-        if field != "base_model" and header.get(field, value) != value
-    ]
-    if differing:
+    check_prefix(path, folded, header, config, tokenizer)
+    return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
+
+
+def check_prefix(
+    path: str | Path,
+    folded: np.ndarray,
+    header: Mapping[str, str],
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Check that a prefix file's content is for a base model. Raises InputError."""
+    if differing := differing_fields(header, base_identity(config, tokenizer)):
         raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
     if folded.shape[1] != config.folded_width:
         raise InputError(
@@ -141,7 +157,6 @@ def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | No
         )
     if folded.shape[0] >= config.max_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.max_positions} positions")
-    return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
 
 
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:

@@ -17,6 +17,7 @@ from convert.files import replacing
 from convert.untrusted import member, read_object
 from jaxprefix.config import TrainConfig
 from jaxprefix.lines import sha256_of
+from jaxprefix.prefix import differing_fields
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -152,12 +153,7 @@ def check_base(run_dir: Path, base: dict[str, str]) -> None:
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
         raise InputError(f"{run_dir}: no run, {CONFIG_FILE} is missing or damaged")
-    differing = [
-        f"{field}: made for {earlier.get(field)}, this base has {value}"
-        for field, value in base.items()
-        if field != "base_model" and earlier.get(field) != value
-    ]
-    if differing:
+    if differing := differing_fields(earlier, base):
         raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
 
 

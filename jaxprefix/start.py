@@ -33,7 +33,7 @@ def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.nd
         if path.is_file():
             return None
         check_base(path, base)
-        return Checkpoints(path / CHECKPOINTS, create=False)
+        return Checkpoints(path / CHECKPOINTS, writing=False)
 
     checkpoints = agree("find the earlier run", find)
     if checkpoints is None:

@@ -148,7 +148,7 @@ def test_the_largest_array_of_a_program():
 
 
 def compiled_train_step(n_tokens):
-    return compiled_update(TrainConfig("base", Path(), "run", batch_size=4), MODEL, n_tokens)  # makes 8 rows
+    return compiled_update(TrainConfig("base", Path(), "run"), MODEL, (8, n_tokens))
 
 
 def summed_loss(base, prefix, tokens, labels):

@@ -2,14 +2,21 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
 
-from jaxprefix.check import compiled_memory, training_memory
+import jaxprefix.check as check_module
+from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
 from jaxprefix.cli import main
-from jaxprefix.config import CheckConfig, Compute
+from jaxprefix.config import CheckConfig, Compute, TrainConfig
+from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
+from jaxprefix.recipe import RECIPES
+from jaxprefix.sharding import make_mesh
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.runs import run_config
 
 SMALL_BASE = Path(__file__).parent.parent / "data" / "small_base"
 
@@ -33,7 +40,8 @@ def test_report_on_the_small_base(capsys):
     assert lines[4] == "unknown tokens: 32 (0.10%), in 24 examples"
     assert lines[5] == "suffix ' 😃': 1 token(s)"
     assert lines[6] == "positions: prefix 10 + longest row 65 of 512"
-    assert lines[7].startswith("memory for an update of 4 × 1 examples in float32, each of 1 device(s): 0.01 GiB")
+    update = "memory for an update of 4 × 1 examples, packed to 1 rows × 520 tokens, in float32"
+    assert lines[7].startswith(f"{update}, each of 1 device(s): 0.01 GiB")
 
 
 def test_report_on_a_bpe_folder(capsys, tmp_path):
@@ -77,12 +85,35 @@ def test_what_would_stop_a_run_ends_the_check(capsys):
     assert "prefix of 500 + the longest row, 65 tokens, is more than the base model's 512 positions" in err
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_memory_is_that_of_the_largest_batch_of_the_run(monkeypatch, tmp_path, packing):
+    accounts, batches = [], []
+    monkeypatch.setattr(
+        check_module, "compiled_update", lambda *given: accounts.append(given) or compiled_update(*given)
+    )
+    flags = {**vars(run_config(tmp_path, packing=packing, n_accum_steps=2))}
+    list(check_module.check(CheckConfig(**flags)))
+    inputs = read_inputs(config := TrainConfig(**flags), RECIPES["default"])
+    for batch in update_batches(config, inputs, make_mesh(), 0):
+        batches.append(jax.tree.map(np.shape, tuple(batch)))
+    (_, _, shape), *_ = accounts
+    expected = jax.tree.map(lambda array: array.shape, tuple(abstract_batch(config, make_mesh(), shape)))
+    assert expected == max(batches)
+
+
+def test_memory_of_several_hosts_is_not_told(capsys):
+    several = ("--num_processes", 2, "--process_id", 0, "--coordinator_address", "a:1", "--mesh", "data=2,fsdp=8")
+    code, lines, _ = report(capsys, GOLDEN_BASE, *several)
+    assert code == 0
+    assert lines[-1] == "memory: not told for several hosts, whose devices are not seen from one"
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(scan_layers):
     config = CheckConfig(str(GOLDEN_BASE), bf16=True, n_accum_steps=2, compute=Compute(scan_layers=scan_layers))
     model = dataclasses.replace(read_model_config(GOLDEN_BASE), n_layer=6)
-    guessed = training_memory(config, model, 65)
-    whole = compiled_memory(config, model, 65)
+    guessed = training_memory(config, model, (8, 65))
+    whole = compiled_memory(config, model, (8, 65))
     assert guessed[0] == pytest.approx(whole[0], rel=0.01)
     assert guessed[1] == pytest.approx(whole[1], rel=0.05)
 

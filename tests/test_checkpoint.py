@@ -33,8 +33,8 @@ def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
-def read(folder, create=True):
-    with Checkpoints(folder, create) as checkpoints:
+def read(folder, writing=True):
+    with Checkpoints(folder, writing) as checkpoints:
         arrays, progress = checkpoints.read()
     return {name: array.tolist() for name, array in arrays.items()}, progress
 
@@ -193,7 +193,7 @@ def test_all_damaged_is_refused_and_nothing_is_moved(folder):
 
 def test_reading_anothers_run_moves_nothing(folder):
     (folder / "8" / "progress" / "progress.json").unlink()
-    assert read(folder, create=False) == content_of(4)
+    assert read(folder, writing=False) == content_of(4)
     assert {path.name for path in folder.iterdir()} == {"4", "8"}
 
 
@@ -201,7 +201,7 @@ def test_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
         read(tmp_path)
     with pytest.raises(InputError, match="no such folder of checkpoints"):
-        read(tmp_path / "nowhere", create=False)
+        read(tmp_path / "nowhere", writing=False)
 
 
 def test_two_are_kept_and_what_a_killed_run_left_goes(folder):
@@ -216,7 +216,7 @@ def test_what_a_killed_run_had_no_time_to_remove_goes(folder, tmp_path):
     with Checkpoints(shutil.copytree(folder, tmp_path / "later")) as checkpoints:
         checkpoints.save(12, CONTENT[8], PROGRESS[8])
     shutil.copytree(tmp_path / "later" / "12", folder / "12")
-    assert read(folder, create=False) == content_of(8)
+    assert read(folder, writing=False) == content_of(8)
     assert len(list(folder.iterdir())) == 3
     assert read(folder) == content_of(8)
     assert {path.name for path in folder.iterdir()} == {"8", "12"}

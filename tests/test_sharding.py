@@ -146,7 +146,7 @@ sizes = {"n_embd": 128, "n_inner": 512, "n_head": 4, "vocab_size": 440}
 for remat in ("elementwise", "block"):
     config = run_config(Path(), mesh="fsdp=8", compute=Compute(remat=remat))
     models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
-    fewer, more = (compiled_update(config, model, 64) for model in models)
+    fewer, more = (compiled_update(config, model, (8, 64)) for model in models)
     needed = (update.memory_analysis().temp_size_in_bytes for update in (more, fewer))
     gathers = (update.as_text().count(" all-gather(") for update in (more, fewer))
     print(*((of_4 - of_2) / 2 for of_4, of_2 in (needed, gathers)))
@@ -179,7 +179,7 @@ sizes = {"n_embd": 1024, "n_inner": 4096, "n_head": 16, "vocab_size": 512}
 config = run_config(Path(), mesh="tensor=8", dtype="bfloat16")
 with h100s(8):
     models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
-    fewer, more = (compiled_update(config, model, 512).as_text() for model in models)
+    fewer, more = (compiled_update(config, model, (8, 512)).as_text() for model in models)
 for dtype in ("bf16", "f32"):
     shapes = re.compile(rf"= [(]*{dtype}\\[([\\d,]+)\\].* all-reduce(?:-start)?\\(")
     of_4, of_2 = (sum(math.prod(eval(shape + ",")) for shape in shapes.findall(update)) for update in (more, fewer))

@@ -14,7 +14,7 @@ from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
 from convert.files import check_free, replacing
-from convert.table import Table, check_depth, stream_weights, write_weights
+from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, Index, StoredWeight
 from jaxprefix.config import Compute
@@ -48,7 +48,6 @@ def load_model(
         raise InputError(f"dtype must be float32, bfloat16 or float16, is {dtype!r}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
-    _check_depth(folder, config)
     graph, abstract = nnx.split(abstract_model(config, compute))
     places = nnx.to_flat_state(abstract)
     leaves = {".".join(map(str, path)): leaf for path, leaf in places}
@@ -88,7 +87,6 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     folder = resolve_folder(dir_or_hub_id)
     config = read_model_config(folder, name=dir_or_hub_id)
     check_free(target)
-    _check_depth(folder, config)
     beside = [
         member(folder, path.name)
         for path in folder.iterdir()
@@ -120,7 +118,6 @@ def weight_table(config: ModelConfig) -> Table:
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
     """Compare the names and shapes of a folder's weights with the model's; none is read. Raises InputError."""
-    _check_depth(folder, config)
     next(_stream(folder, config, weight_shapes(config)))
 
 
@@ -134,10 +131,6 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
         row = weight.read((slice(0, 1), slice(None)) if len(weight.shape) == 2 else None)
         digest.update(path.encode() + row.astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-def _check_depth(folder: Path, config: ModelConfig) -> None:
-    check_depth(folder, weight_table(config), config.n_layer, _TABLES[config.model_type].OPTIONAL_PREFIX)
 
 
 def _stream(
