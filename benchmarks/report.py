@@ -172,8 +172,10 @@ def publish(name: str, text: str, results: Any) -> Path:
     print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    arguments = [Path(argument).name for argument in sys.argv[1:]]
     path.write_text(
-        json.dumps({"machine": about, "table": text, "results": results}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"machine": about, "arguments": arguments, "table": text, "results": results}, indent=1) + "\n",
+        encoding="utf-8",
     )
     return path
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from jaxprefix.decode import generate
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jaxprefix.prefix import load_prefix
     from jaxprefix.tokenizer import load_tokenizer
 
-__all__ = ["InputError", "generate", "load_model", "load_prefix", "load_tokenizer"]
+__all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer"]
 
 _ROOMS = {"generate": "decode", "load_model": "models", "load_prefix": "prefix", "load_tokenizer": "tokenizer"}
 

@@ -142,15 +142,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         stop = stack.enter_context(stop_on_signal(config))
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
-            arrays, saved = checkpoints.read()
-            if state.loss_scale is not None:  # a training state from PyTorch has none
-                arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
-            state, progress = from_names(state, arrays, checkpoints.folder), Progress(**saved)
-            if progress.n_done >= inputs.plan.n_updates and progress.best_dev_loss is None:
-                raise InputError(
-                    f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has "
-                    f"{inputs.plan.n_updates}; raise --n_training_steps or --n_epochs"
-                )
+            state, progress = restored(config, checkpoints, state, inputs.plan.n_updates)
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
@@ -168,6 +160,22 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")
     return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, stopped_by)
+
+
+def restored(
+    config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
+) -> tuple[TrainState, Progress]:
+    """Return what the newest checkpoint holds, `state` being of its shapes; InputError if the run has no more to do."""
+    arrays, saved = checkpoints.read()
+    if state.loss_scale is not None:  # a training state from PyTorch has none
+        arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
+    progress = Progress(**saved)
+    if progress.n_done >= n_updates and progress.best_dev_loss is None:
+        raise InputError(
+            f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has {n_updates}; "
+            "raise --n_training_steps or --n_epochs"
+        )
+    return from_names(state, arrays, checkpoints.folder), progress
 
 
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:

@@ -157,7 +157,7 @@ class Ours:
 
     @property
     def folded(self) -> np.ndarray:
-        with Checkpoints(self.run_dir / CHECKPOINTS, create=False) as checkpoints:
+        with Checkpoints(self.run_dir / CHECKPOINTS, writing=False) as checkpoints:
             arrays, _ = checkpoints.read()
         trained = from_names({"encoder": self.encoder}, arrays, self.run_dir)["encoder"]
         return np.asarray(to_folded(trained()))

@@ -44,7 +44,7 @@ def error_of(config: TrainConfig, disturb: Callable[[], None], *flags: str) -> s
 
 def last_good(config: TrainConfig, error: str) -> int:
     """Load the checkpoint that an error names as the last good one."""
-    with Checkpoints(config.run_dir / "checkpoints", create=False) as checkpoints:
+    with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
         _, progress = checkpoints.read()
     [named] = re.findall(r"the last good (?:one|checkpoint) is (?:.*/)?(\d+)", error)
     assert progress["n_done"] == int(named), error

@@ -126,7 +126,7 @@ def same_end(config: TrainConfig, whole: TrainConfig) -> None:
 
 def newest_state(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
     """Read the newest checkpoint of a run."""
-    with Checkpoints(config.run_dir / "checkpoints", create=False) as checkpoints:
+    with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
         return checkpoints.read()
 
 
