@@ -32,7 +32,7 @@ def expand(table: Table, n_layer: int) -> dict[str, Rule]:
 
 def stream_weights(
     folder: Path, table: Table, n_layer: int, shapes: Mapping[str, tuple[int, ...]], optional_prefix: str = ""
-) -> Iterator[tuple[str, StoredWeight]]:
+) -> Iterator[tuple[str, FiniteWeight]]:
     """Yield (our path, weight to read) for every weight of the folder.
 
     `shapes` maps each of our paths to the shape the model expects; rules for other paths do not count.

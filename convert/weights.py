@@ -1,13 +1,16 @@
 """The weight files of a hub folder: safetensors or torch's, whole or in shards, read tensor by tensor.
 
-A tensor is opened, read and let go of again, so that nothing but what the caller keeps stays in memory.
+A tensor is mapped, copied and let go of again, so that nothing but what the caller keeps stays in memory.
 """
 
 import dataclasses
+import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,7 +30,10 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 BLOCK = 2**16
 """Numbers that are checked at a time: as many as stay in a core's cache."""
 
-_NUMPY_TYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64"}
+_NUMPY_TYPES = {
+    **{"BOOL": "bool", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4"},
+    **{"U64": "<u8", "I64": "<i8", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"},
+}
 
 Index = tuple[slice, ...] | None
 """A part of a weight; None is all of it."""
@@ -41,7 +47,7 @@ class StoredWeight(Protocol):
         """Axes."""
 
     def read(self, index: Index) -> np.ndarray:
-        """Return a part of it, in the type it is stored in."""
+        """Return a part of it, in the type it is stored in. It may lie in the file, which is mapped as long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +55,16 @@ class SafetensorsWeight:
     """A tensor of a safetensors file."""
 
     path: Path
-    name: str
+    dtype: np.dtype
     shape: tuple[int, ...]
+    start: int
+    """Its first byte in the file."""
 
     def read(self, index: Index) -> np.ndarray:
-        """Map the file, copy the part, unmap: pages that stay mapped would count as memory."""
-        with _open(self.path) as file:
-            return file.get_slice(self.name)[index] if index else file.get_tensor(self.name)
+        """Map the file, until nothing holds the part any more: what stays mapped would count as memory."""
+        with self.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(self.shape, self.dtype, mapped, self.start)[index or ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +79,8 @@ class TorchWeight:
         return self.array.shape
 
     def read(self, index: Index) -> np.ndarray:
-        """Copy the part."""
-        return np.array(self.array[index or ...])
+        """Return the part."""
+        return self.array[index or ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,7 @@ class TransposedWeight:
 
 @dataclasses.dataclass(frozen=True)
 class FiniteWeight:
-    """A tensor whose numbers are checked as they are read."""
+    """A tensor that is copied to memory, and whose numbers are checked, as it is read."""
 
     stored: StoredWeight
     name: str
@@ -103,14 +112,29 @@ class FiniteWeight:
         """Axes."""
         return self.stored.shape
 
-    def read(self, index: Index) -> np.ndarray:
-        """Return the part. Raises InputError when it holds NaN, infinity, or no floating-point numbers."""
-        part = self.stored.read(index)
-        if part.dtype.name not in FLOATS:
-            raise InputError(f"{self.name}: holds numbers of type {part.dtype}; supported: {', '.join(FLOATS)}")
+    def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
+        """Return the part in its own type, or another.
+
+        Raises InputError when it holds NaN, infinity, no floating-point numbers, or what the other type does not.
+        """
+        stored = self.stored.read(index)
+        if stored.dtype.name not in FLOATS:
+            raise InputError(f"{self.name}: holds numbers of type {stored.dtype}; supported: {', '.join(FLOATS)}")
+        part = page_copy(stored, stored.dtype if dtype is None else np.dtype(dtype))
         if not is_finite(part):
+            if part.dtype != stored.dtype and is_finite(stored):
+                most, advice = ml_dtypes.finfo(part.dtype).max, "; take --dtype bfloat16" if dtype == "float16" else ""
+                raise InputError(f"{self.name}: holds numbers beyond {most}, the largest of {dtype}{advice}")
             raise InputError(f"{self.name}: holds numbers that are not finite; the file is damaged or badly converted")
         return part
+
+
+def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Copy an array to pages of its own: so aligned, JAX takes it over on a CPU, and would otherwise copy it again."""
+    copy = np.ndarray(array.shape, dtype, mmap.mmap(-1, max(array.size * dtype.itemsize, 1)))
+    with np.errstate(over="ignore"):
+        np.copyto(copy, array, casting="unsafe")
+    return copy
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -156,16 +180,15 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, SafetensorsWeight], dict[str, str]]:
     """Return a safetensors file's tensors, not yet read, and its metadata. Raises InputError."""
+    header, start = _safetensors_header(path)
+    metadata = header.pop("__metadata__", None) or {}
     weights: dict[str, SafetensorsWeight] = {}
-    with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118
-            stored = file.get_slice(name)
-            if stored.get_dtype() not in _NUMPY_TYPES:
-                raise InputError(
-                    f"{path}: {name} holds numbers of type {stored.get_dtype()}, which numpy does not have"
-                )
-            weights[name] = SafetensorsWeight(path, name, tuple(stored.get_shape()))
-        return weights, dict(file.metadata() or {})
+    for name, about in header.items():
+        if about["dtype"] not in _NUMPY_TYPES:
+            raise InputError(f"{path}: {name} holds numbers of type {about['dtype']}, which numpy does not have")
+        dtype, first = np.dtype(_NUMPY_TYPES[about["dtype"]]), start + about["data_offsets"][0]
+        weights[name] = SafetensorsWeight(path, dtype, tuple(about["shape"]), first)
+    return weights, metadata
 
 
 def _shards(index: Path) -> set[str]:
@@ -178,15 +201,18 @@ def _shards(index: Path) -> set[str]:
     return shards
 
 
-def _open(path: Path) -> safe_open:
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return a safetensors file's header, which the library has found to fit the file, and where it ends."""
     try:
         with path.open("rb") as file:
             n_header = int.from_bytes(file.read(8), "little")
-        if n_header > HEADER_BYTES:
-            raise InputError(
-                f"{path}: not a readable safetensors file (its header claims {n_header:,} bytes, more than the "
-                f"{HEADER_BYTES:,} that are read)"
-            )
-        return safe_open(path, framework="numpy")
+            if n_header > HEADER_BYTES:
+                raise InputError(
+                    f"{path}: not a readable safetensors file (its header claims {n_header:,} bytes, more than the "
+                    f"{HEADER_BYTES:,} that are read)"
+                )
+            header = file.read(n_header)
+        with safe_open(path, framework="numpy"):
+            return json.loads(header), 8 + n_header
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error

@@ -82,7 +82,7 @@ def with_norm_weights_of(weight, tmp_path):
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"final_norm.weight: holds numbers beyond 65504.0, .* take --dtype bfloat16"):
+    with pytest.raises(InputError, match=r"layer_norm.weight: holds numbers beyond 65504.0, .* take --dtype bfloat16"):
         load_model(with_norm_weights_of(-1e5, tmp_path), "float16")
 
 

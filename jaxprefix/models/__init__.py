@@ -1,13 +1,14 @@
 """Frozen base models: Flax NNX modules whose weights come from a folder in the hub's layout."""
 
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 
 from convert import gpt2 as gpt2_table
@@ -16,8 +17,9 @@ from convert.errors import InputError
 from convert.files import check_free, replacing
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
-from convert.weights import SHARD_INDEX, TORCH_INDEX, Index, StoredWeight
+from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight
 from jaxprefix.config import Compute
+from jaxprefix.devices import on_a_cpu
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
@@ -27,6 +29,8 @@ from jaxprefix.models.stack import stacked
 BaseModel = GPTNeoX | GPT2
 _CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
 _TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
+READERS = 4
+"""Weights that are read at a time: most of the time goes into new pages of memory, or waiting for the disk."""
 
 
 def load_model(
@@ -53,30 +57,22 @@ def load_model(
     leaves = {".".join(map(str, path)): leaf for path, leaf in places}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    for path, weight in _stream(folder, config, shapes):
+    on_host = on_a_cpu() or dtype == "float16"  # whose range is checked there; a GPU turns one type into another faster
+
+    def place(path: str, weight: FiniteWeight) -> None:
         sharding = sharding_of(path, weight.shape) if sharding_of else first_device
-        read = _fitting_float16(weight.read, f"{folder}: {path}") if dtype == "float16" else weight.read
-        stored = jax.make_array_from_callback(weight.shape, sharding, read)
-        leaves[path] = leaves[path].replace(stored.astype(dtype))
+        read = functools.partial(weight.read, dtype=dtype if on_host else None)
+        placed = jax.make_array_from_callback(weight.shape, sharding, read)
+        leaves[path] = leaves[path].replace(placed.astype(dtype))
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(place, *zip(*_stream(folder, config, shapes), strict=True)))
     flat = {path: leaf for (path, _), leaf in zip(places, leaves.values(), strict=True)}
     model = nnx.merge(graph, nnx.from_flat_state(flat))
     if compute.scan_layers:
         del leaves
         model.layers = stacked(model.layers)
     return model
-
-
-def _fitting_float16(read: Callable[[Index], np.ndarray], name: str) -> Callable[[Index], np.ndarray]:
-    """Return a function that reads the same, and raises InputError for numbers that would become infinite."""
-    most = np.finfo(np.float16).max
-
-    def checked(index: Index) -> np.ndarray:
-        part = read(index)
-        if part.dtype != np.float16 and max(part.max(), -part.min()) > most:  # float16's own are compared slowly
-            raise InputError(f"{name}: holds numbers beyond {most}, float16's largest; take --dtype bfloat16")
-        return part
-
-    return checked
 
 
 def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
@@ -135,6 +131,6 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
 
 def _stream(
     folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, StoredWeight]]:
+) -> Iterator[tuple[str, FiniteWeight]]:
     prefix = _TABLES[config.model_type].OPTIONAL_PREFIX
     return stream_weights(folder, weight_table(config), config.n_layer, shapes, prefix)

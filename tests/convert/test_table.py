@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.gpt_neox import TABLE
 from convert.table import expand
+from convert.weights import page_copy
 from jaxprefix import load_model
 from tests.base_folders import make_base_folder
 
@@ -94,6 +96,32 @@ def test_half_precision_on_disk(folder, stored):
     model = load_model(folder)
     assert model.embed.weight.dtype == jnp.float32
     assert load_model(folder, "bfloat16").embed.weight.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("stored", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_weight_becomes_another_type_as_it_is_read(folder, stored, dtype):
+    rewrite(folder, lambda weights: weights.update({name: w.astype(stored) for name, w in weights.items()}))
+    path = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+    expected = load_file(folder / "model.safetensors")[path].astype(dtype)
+    found = load_model(folder, dtype).layers[1].mlp.up.weight
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(found[...]).view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 7e4), ("float32", 1e300), ("bfloat16", 3.4e38)])
+def test_numbers_that_another_type_does_not_have_are_told(folder, dtype, value):
+    def enlarge(weights):
+        weights["embed_out.weight"] = np.full(weights["embed_out.weight"].shape, -value, np.float64)
+
+    rewrite(folder, enlarge)
+    with pytest.raises(InputError, match=rf"embed_out.weight: holds numbers beyond \S+, the largest of {dtype}"):
+        load_model(folder, dtype)
+
+
+def test_jax_takes_what_is_read_as_it_is():
+    copy = page_copy(np.ones((3, 5)).T, np.dtype(np.float32))
+    assert jax.device_put(copy).unsafe_buffer_pointer() == copy.ctypes.data
 
 
 def test_a_truncated_file_is_refused(folder):
