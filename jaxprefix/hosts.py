@@ -5,12 +5,13 @@ together, so that the folder of runs must be one that all of them share.
 """
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ PATIENCE_SECONDS = 3600
 """How long the others wait while one is at something slow of its own, like downloading the base model."""
 VISIBLE_SECONDS = 60
 """How long a network file system may hide a file that another host wrote."""
+
+SETTINGS_BYTES = 2**16
+"""Room for what processes compare."""
 
 Result = TypeVar("Result")
 
@@ -131,6 +135,20 @@ def first_says(answer: np.ndarray | bool) -> np.ndarray:
     """Return the first process's answer everywhere: files appear on the other hosts a little later."""
     answer = np.asarray(answer)
     return np.asarray(multihost_utils.broadcast_one_to_all(answer)) if jax.process_count() > 1 else answer
+
+
+def check_same(settings: Mapping[str, Any]) -> None:
+    """Check that this process has the first one's settings, all processes at once. Raises InputError naming the others.
+
+    A run of several would otherwise go on, with something of each, or wait for ever.
+    """
+    if jax.process_count() == 1:
+        return
+    own, padded = json.dumps(settings).encode(), np.zeros(SETTINGS_BYTES, np.uint8)
+    padded[: len(own)] = np.frombuffer(own, np.uint8)
+    first = json.loads(first_says(padded).tobytes().rstrip(b"\0"))
+    if differing := [f"{k}: there {first.get(k)!r}, here {v!r}" for k, v in settings.items() if first.get(k) != v]:
+        raise InputError.all("differs from process 0 in:", differing)
 
 
 def anywhere(flag: bool) -> bool:

@@ -30,6 +30,7 @@ MAY_CHANGE_ON_RESUME = {
     "bf16",  # dtype tells
     "fp16",
     "data_filepath",  # its content may not: data_sha256
+    "checkpoint_path",  # is not read again
     "pretrained_model_dir",  # its weights may not
     "revision",
     "base_model",
@@ -41,6 +42,16 @@ MAY_CHANGE_ON_RESUME = {
     "compute",
     "mesh",
 }
+OF_EACH_HOST = {
+    "hosts",
+    "output_dir",
+    "pretrained_model_dir",
+    "revision",
+    "base_model",
+    "data_filepath",
+    "checkpoint_path",
+}
+"""What the processes of a run may spell differently, mostly paths: of data and base, checksums tell."""
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
@@ -96,6 +107,11 @@ def _locked(path: Path) -> IO[str]:
 def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     """Return what config.json says of a run; `base` describes its base model."""
     return {**_plain(config), "data_sha256": sha256_of(config.data_filepath), "base": base}
+
+
+def common_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Return what must be the same on all processes of a run."""
+    return {field: value for field, value in _flat(description).items() if field not in OF_EACH_HOST}
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.errors import InputError
-from jaxprefix.base_folder import BaseFolder
 from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import labels_of_each
@@ -30,7 +29,7 @@ from jaxprefix.faults import (
     stop_on_signal,
     within_disk,
 )
-from jaxprefix.hosts import Vote, Watchdog, agree, first_says, is_first, joined, see, spread
+from jaxprefix.hosts import Vote, Watchdog, agree, check_same, first_says, is_first, joined, see, spread
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import within_memory
@@ -41,6 +40,7 @@ from jaxprefix.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     check_run_folder,
+    common_settings,
     describe_run,
     only_writer,
     open_run_folder,
@@ -120,7 +120,11 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
-    description = agree("check the run's folder", lambda: look_at_folder(config, inputs.base, identity))
+    description = agree(
+        "describe the run", lambda: describe_run(config, identity | {"weights": fingerprint(*inputs.base[:2])})
+    )
+    agree("have process 0's settings", lambda: check_same(common_settings(description)))
+    agree("check the run's folder", lambda: look_at_folder(config, description))
     place = base_sharding(mesh, inputs.base.config.n_head)
     wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
     base = agree("load the base", lambda: load_model(*wanted))
@@ -283,13 +287,10 @@ def has_checkpoint(config: TrainConfig) -> bool:
     return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
 
 
-def look_at_folder(config: TrainConfig, base: BaseFolder, identity: dict[str, str]) -> dict[str, Any]:
-    """Let the first process refuse a folder that the run cannot have, before minutes go by; return its description."""
-    if not (is_first() and config.writes):
-        return {}
-    description = describe_run(config, identity | {"weights": fingerprint(base.path, base.config)})
-    check_run_folder(config, description)
-    return description
+def look_at_folder(config: TrainConfig, description: dict[str, Any]) -> None:
+    """Let the first process refuse a folder that the run cannot have, before minutes go by."""
+    if is_first() and config.writes:
+        check_run_folder(config, description)
 
 
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:

@@ -101,6 +101,23 @@ def test_what_fails_on_one_ends_both(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
+    config = run_config(tmp_path)
+    first, last = (tmp_path / "data.jsonl"), config.data_filepath.read_text().splitlines(keepends=True)
+    first.write_text("".join([*last[1:], last[0]]))
+    one, other = documented_flags()
+    pair = [start(config, *one), start(config, *other, "--data_filepath", str(first), "--seed", "7")]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot have process 0's settings; its own error tells why" in errors[0]
+    assert re.fullmatch(
+        r"error: differs from process 0 in:\n  - seed: there 42, here 7\n  - data_sha256: there '\w+', here '\w+'\n",
+        errors[1],
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.slow
 def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
     config, places = run_config(tmp_path), (undisturbed[0].run_dir, tmp_path / "nowhere")
     pair = [
