@@ -129,20 +129,23 @@ def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -
         save_safetensors({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, base)
 
 
-def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1) -> Any:
+def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1, dtype: Any = None) -> Any:
     """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
 
+    `dtype` is the model's (torch's), float32 unless given. Raises InputError when the prefix has no such layers and heads.
     Hand it over as `model(tokens, past_key_values=cache)`, from transformers 5.24 on `cache=cache`; a model writes into
     its cache, so make one for each call.
     """
     torch = torch_files.import_torch("making a DynamicCache")
     from transformers import DynamicCache
 
+    if folded.shape[1] % (2 * n_layer * n_head):
+        raise InputError(f"{folded.shape[1]} numbers per position are not those of {n_layer} layers and {n_head} heads")
     cache = DynamicCache()
     layered = to_layers(folded, n_layer, n_head, folded.shape[1] // (2 * n_layer * n_head))
     for index, keys_values in enumerate(layered.transpose(0, 1, 3, 2, 4)):  # [2, N, P, H]
         rows = np.repeat(keys_values[:, None], batch_size, axis=1)
-        cache.update(*torch.from_numpy(np.ascontiguousarray(rows)), index)
+        cache.update(*torch.from_numpy(np.ascontiguousarray(rows)).to(dtype or torch.float32), index)
     return cache
 
 

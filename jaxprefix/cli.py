@@ -108,9 +108,8 @@ def _generate(config: GenerateConfig) -> int:
             f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
             f"{config.prefix_seq_len}"
         )
-    prefix_len = 0 if prefix is None else prefix.shape[2]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    check_prompts(model_config, tokenizer, ids, prefix_len, config.decode)
+    check_prompts(model_config, tokenizer, ids, prefix, config.decode)
     if n_unknown := sum(tokenizer.unk_id in row for row in ids):
         print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
     model = load_model(folder, config.dtype, config=model_config)

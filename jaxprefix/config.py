@@ -14,6 +14,7 @@ import tyro
 from convert.errors import InputError
 from jaxprefix.launch import HostsConfig
 from jaxprefix.recipe import RecipeName
+from jaxprefix.settings import check_types
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -37,6 +38,9 @@ class Compute:
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
     """Compile one layer for all: compiles faster and runs slower, for models of very many layers."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "computing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +137,7 @@ class TrainConfig:
     hosts: tyro.conf.OmitArgPrefixes[HostsConfig] = HostsConfig()
 
     def __post_init__(self) -> None:
+        check_types(self, "train")
         positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
@@ -223,3 +228,6 @@ class ConvertConfig:
     """Base model that the source must fit; needed to write an adapter folder unless the source tells its shape."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "convert")

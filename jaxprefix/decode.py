@@ -115,11 +115,11 @@ def generate_ids(
     place: int = 0,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
-    check_prompts(model.config, tokenizer, prompts, 0 if prefix is None else prefix.shape[2], decode)
+    check_prompts(model.config, tokenizer, prompts, prefix, decode)
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
-    if not 0 <= seed < SEED_LIMIT:
+    if not (isinstance(seed, int) and 0 <= seed < SEED_LIMIT):
         raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")
     batch_size = min(batch_size, len(rows))
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)
@@ -144,9 +144,14 @@ def generate_ids(
 
 
 def check_prompts(
-    config: ModelConfig, tokenizer: Tokenizer, prompts: Iterable[Sequence[int]], prefix_len: int, decode: DecodeConfig
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Sequence[int]],
+    prefix: Prefix | None,
+    decode: DecodeConfig,
 ) -> None:
     """Check that prefix, prompts (an empty one is bos) and output have room in the positions. Raises InputError."""
+    prefix_len = config.prefix_length(prefix)
     if longest := max((len(prompt) or 1 for prompt in prompts), default=0):
         what = f"--max_output_len and the longest prompt of {longest}"
         config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
@@ -173,7 +178,7 @@ def _decode(
     are in `sampling`.
     """
     config, n_rows = model.config, tokens.shape[0]
-    prefix_len = 0 if prefix is None else prefix.shape[2]
+    prefix_len = config.prefix_length(prefix)
     cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
     dtype = model.embed.weight.dtype
     if dtype == jnp.bfloat16 and on_a_cpu():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxprefix.data import Batch, longest_row, make_batch, rows_of_each
 from jaxprefix.examples import Example
@@ -92,20 +92,18 @@ def dev_loss(
             meter.add(float(total) / n_labels, n_labels)
 
     for batch in batches:
-        rows = (batch.tokens, batch.labels)
-        rows = rows if mesh is None else spread(rows, split_rows(mesh, axis=0))
-        in_flight.append((_batch_loss(base, prefix, *rows, mesh), batch.n_labels))
+        arrays = batch if mesh is None else spread(batch, split_rows(mesh, axis=0))
+        in_flight.append((_batch_loss(base, prefix, arrays, mesh), batch.n_labels))
         settle(n_left=1)
     settle(n_left=0)
     return meter.means()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _batch_loss(
-    base: BaseModel, prefix: Prefix | None, tokens: Int[Array, "B T"], labels: Int[Array, "B T"], mesh: Mesh | None
-) -> Float[Array, ""]:
+def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
     base = base if mesh is None else with_embedded_rows(base, mesh)
-    return next_token_loss(base.hidden(tokens, prefix)[0], base.head_weight, labels)
+    hidden, _ = base.hidden(batch.tokens, prefix, packing=batch.packing)
+    return next_token_loss(hidden, base.head_weight, batch.labels)
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.

@@ -28,7 +28,6 @@ def evaluate(config: EvaluateConfig) -> Report:
     Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
     """
     base, prefix = open_with_prefix(config)
-    prefix_len = 0 if prefix is None else prefix.shape[2]
     recipe = RECIPES[config.decode.recipe]
     suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)
     print(f"suffix: {suffix!r}", file=sys.stderr)
@@ -40,14 +39,14 @@ def evaluate(config: EvaluateConfig) -> Report:
         generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # in which signs may have become others
         if not generated_suffix.strip():
             raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
-        check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix_len, config.decode)
+        check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix, config.decode)
     examples: Examples | None = None
     if config.data_filepath is not None:
         chunking = Chunking(base.tokenizer, suffix, max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
         for line in examples.skipped.report(config.data_filepath):
             print(line, file=sys.stderr)
-        check_rows(base.config, base.tokenizer, prefix_len, examples)
+        check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
 
     model = load_model(base.path, config.dtype, config=base.config)
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}

@@ -30,8 +30,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then."""
+    """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then.
+
+    Outside of a program's main thread Python hands out no signals: nothing is noted there.
+    """
     stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def handle(number: int, frame: Any) -> None:
         if stop.received is not None:

@@ -4,24 +4,24 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import tyro
 
 from convert.errors import InputError
 from jaxprefix.config import SEED_LIMIT
-from jaxprefix.recipe import RECIPES, RecipeName
+from jaxprefix.recipe import RecipeName
+from jaxprefix.settings import check_types
 
 LEAST_TEMPERATURE = 1e-6
 """Little enough to be greedy; much less would divide by 0."""
-DecodeMethod = Literal["nucleus", "sample", "greedy"]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How text is generated. Hashable: a compiled program belongs to one, whatever its temperature and top_p."""
 
-    decode_method: DecodeMethod = "nucleus"
+    decode_method: Literal["nucleus", "sample", "greedy"] = "nucleus"
     """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
     max_output_len: int = 128
     """Most tokens to generate for a prompt."""
@@ -36,12 +36,8 @@ class DecodeConfig:
     chunks and averages so."""
 
     def __post_init__(self) -> None:
+        check_types(self, "decoding")
         problems = []
-        if self.decode_method not in get_args(DecodeMethod):
-            methods = ", ".join(get_args(DecodeMethod))
-            problems.append(f"decode_method must be one of {methods}; is {self.decode_method!r}")
-        if self.recipe not in RECIPES:
-            problems.append(f"recipe must be one of {', '.join(RECIPES)}; is {self.recipe!r}")
         if self.max_output_len < 1:
             problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
         if not 0 <= self.top_p <= 1:
@@ -79,7 +75,8 @@ class InferenceConfig:
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
     def problems(self) -> Iterator[str]:
-        """Yield what is wrong with these settings."""
+        """Yield what is wrong with these settings, if they are of their types."""
+        check_types(self, "generate or evaluate")
         if self.batch_size < 1:
             yield f"--batch_size must be positive, is {self.batch_size}"
         if not 0 <= self.seed < SEED_LIMIT:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from convert.errors import InputError
+from jaxprefix.settings import check_types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class HostsConfig:
     """Without an update, an evaluation or a checkpoint for so long, a process ends: another one hangs."""
 
     def __post_init__(self) -> None:
+        check_types(self, "train")
         problems = []
         named = ("coordinator_address", "num_processes", "process_id")
         missing = [f"--{name}" for name in named if getattr(self, name) is None]

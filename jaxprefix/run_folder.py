@@ -124,8 +124,12 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     with _within(folder):
         if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
-        elif config.overwrite and folder.is_dir() and _content(folder) and not is_run_folder(folder):
-            raise InputError(f"{folder}: is not empty; is no run of ours")
+        elif config.overwrite and folder.is_dir() and _content(folder):
+            if not is_run_folder(folder):
+                raise InputError(f"{folder}: is not empty; is no run of ours")
+            for used in (config.data_filepath, config.checkpoint_path, config.pretrained_model_dir):
+                if used is not None and Path(used).resolve().is_relative_to(folder.resolve()):
+                    raise InputError(f"{used}: --overwrite would delete it; copy it to another place")
         elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
             raise InputError(f"{folder}: is not empty; use --resume, --overwrite, or another --save_name")
 

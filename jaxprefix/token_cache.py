@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -50,6 +51,8 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     """
     if not path.is_file() or path.stat().st_size * (8 if path.suffix == ".gz" else 1) < CACHED_BYTES:
         return read_examples(path, chunking)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself finds it out
+        raise InputError("a helper runs the program that it is to help; put it under `if __name__ == '__main__':`")
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
@@ -140,7 +143,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     progress = Progress(console=Console(stderr=True), transient=True)
     bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
     with (entry / "tokens.bin").open("wb") as file, progress:
-        for part_bytes, part in _in_order(path, chunking, n_cores):
+        for part_bytes, part in _in_order(path, chunking, n_cores, unfinished / "job.pickle"):
             tokens, part_ends, part_prompts = part.arrays
             file.write(tokens.astype(dtype).tobytes())
             ends.append(part_ends + n_tokens)
@@ -175,10 +178,14 @@ def _blocks(path: Path) -> Iterator[Block]:
     yield Block(first_line, lines, n_bytes)
 
 
-def _in_order(path: Path, chunking: Chunking, n_processes: int) -> Iterator[tuple[int, Examples]]:
-    """Yield, for every block of a file, its length and the examples that a process made of it."""
+def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> Iterator[tuple[int, Examples]]:
+    """Yield, for every block of a file, its length and the examples that a process made of it.
+
+    What all of them need goes through the file `job`: a pipe that a process does not read would block when it is full.
+    """
+    job.write_bytes(pickle.dumps((path, chunking)))
     processes = concurrent.futures.ProcessPoolExecutor(
-        n_processes, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(path, chunking)
+        n_processes, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(job,)
     )
     with processes:
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
@@ -195,17 +202,17 @@ def _made(examples: concurrent.futures.Future[Examples]) -> Examples:
         return examples.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            "a process that tokenizes was killed; perhaps there is too little memory for one a core"
+            "a process that tokenizes ended too early: it has said why, or was killed, perhaps for want of memory"
         ) from error
 
 
 _job: tuple[Path, Chunking]
 
 
-def _prepare(path: Path, chunking: Chunking) -> None:
+def _prepare(job: Path) -> None:
     """Give a process what all its blocks need."""
     global _job
-    _job = path, chunking
+    _job = pickle.loads(job.read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its helpers
     threading.Thread(target=_end_with_the_main_process, daemon=True).start()
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convert.errors import InputError
+from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import labels_of_each
@@ -174,6 +176,9 @@ def restored(
     if state.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress = Progress(**saved)
+    if progress.best_dev_loss is not None and not first_says((config.run_dir / RUN_SUBFOLDER).is_dir()):
+        progress.best_dev_loss = None
+        print(f"WARNING: {config.run_dir / RUN_SUBFOLDER}: is gone; the best from here on is kept", file=sys.stderr)
     if progress.n_done >= n_updates and progress.best_dev_loss is None:
         raise InputError(
             f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has {n_updates}; "
@@ -279,7 +284,7 @@ def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None
         progress.best_dev_loss = loss
         if run.config.save_model and is_first():
             check_still_there(run.config)
-            save_prefix(run.config.run_dir / "prefix", prefix, run.inputs.base.config, run.inputs.base.tokenizer)
+            save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, run.inputs.base.config, run.inputs.base.tokenizer)
 
 
 def has_checkpoint(config: TrainConfig) -> bool:

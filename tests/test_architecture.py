@@ -32,6 +32,7 @@ FLOORS = [
     {"inference"},
     {"config", "hub", "devices"},
     {"recipe", "launch"},
+    {"settings"},
 ]
 
 

@@ -48,7 +48,7 @@ def data(tmp_path):
 def in_this_process(monkeypatch):
     """Starting processes takes seconds; what is tested here is what becomes of their work."""
 
-    def in_order(path, chunking, _):
+    def in_order(path, chunking, *_):
         for block in token_cache._blocks(path):
             yield block.n_bytes, make_examples(block.lines, path, block.first_line, chunking)
 
@@ -182,6 +182,30 @@ def data_of(path, content):
     return path
 
 
+WITHOUT_GUARD = """
+import sys
+from pathlib import Path
+from jaxprefix import token_cache
+from jaxprefix.examples import Chunking
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+token_cache.CACHED_BYTES = 1
+token_cache.load_examples(Path(sys.argv[1]), Chunking(load_tokenizer(GOLDEN_BASE)))
+"""
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_program_that_its_helpers_would_run_again_is_told(data, tmp_path, from_file):
+    (script := tmp_path / "script.py").write_text(WITHOUT_GUARD)
+    command = [sys.executable, script if from_file else "-", data]
+    options = {"env": os.environ | {"PYTHONPATH": os.getcwd()}, "capture_output": True, "text": True, "timeout": 60}
+    result = subprocess.run(command, input="" if from_file else WITHOUT_GUARD, **options)
+    assert result.returncode == 1
+    assert ("put it under `if __name__ == '__main__':`" if from_file else "<stdin>") in result.stderr
+    assert "RunError: a process that tokenizes ended too early: it has said why" in result.stderr
+
+
 WAITING_FOREVER = """
 import sys, time
 from pathlib import Path
@@ -230,7 +254,7 @@ def killed(block):
 
 def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "_tokenize_block", killed)
-    with pytest.raises(RunError, match="a process that tokenizes was killed"):
+    with pytest.raises(RunError, match="a process that tokenizes ended too early"):
         load_examples(data, Chunking(tokenizer))
 
 

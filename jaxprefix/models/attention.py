@@ -34,9 +34,9 @@ CUDNN_MULTIPLE = 128
 """Of so many slots rows are made a multiple for cuDNN, whose kernels work in such tiles; JAX does not ask for it."""
 
 
-def positions_of(slots: Int[Array, "B T"], prefix: Float[Array, "L 2 P N H"] | None) -> Int[Array, "B T"]:
+def positions_of(slots: Int[Array, "B T"], prefix_len: int) -> Int[Array, "B T"]:
     """Turn each token's index in its text into its position behind the prefix."""
-    return slots if prefix is None else slots + prefix.shape[2]
+    return slots + prefix_len
 
 
 def own_slots(rows: Shaped[Array, "B T *rest"], packing: Packing | None = None) -> Int[Array, "B T"]:

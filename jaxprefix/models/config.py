@@ -76,6 +76,19 @@ class ModelConfig:
         """Positions that exist: n_positions, or as far as dynamic scaling reaches."""
         return int(self.n_positions * self.rotary_factor) if self.rotary_scaling == "dynamic" else self.n_positions
 
+    def prefix_length(self, prefix: Any) -> int:
+        """Return a prefix's P, 0 for None. Raises InputError for anything that is no prefix of this model."""
+        if prefix is None:
+            return 0
+        n_layer, n_head, head_dim = self.n_layer, self.n_head, self.head_dim
+        shape: tuple[int, ...] = getattr(prefix, "shape", ())
+        if len(shape) != 5 or (*shape[:2], *shape[3:]) != (n_layer, 2, n_head, head_dim):
+            found = f"one of {list(shape)}" if shape else type(prefix).__name__
+            raise InputError(
+                f"a prefix of this model is an array [{n_layer}, 2, P, {n_head}, {head_dim}], found {found}"
+            )
+        return int(shape[2])
+
     def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:
         """Check that all ids and positions exist, since gathers on the device clamp silently.
 

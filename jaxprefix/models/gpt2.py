@@ -116,8 +116,9 @@ class GPT2(nnx.Module):
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
+        prefix_len = self.config.prefix_length(prefix)
         if positions is None:
-            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
+            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix_len)
         x = self.embed(tokens) + self.embed_positions(positions)
         x, written = run_layers(self.layers, x, prefix, cache, (slots, packing), self.compute.remat == "block")
         return self.final_norm(x), written

@@ -125,8 +125,9 @@ class GPTNeoX(nnx.Module):
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Everything before the head: the last layer's output after the final norm."""
+        prefix_len = self.config.prefix_length(prefix)
         if positions is None:
-            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix)
+            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix_len)
         shared = (rotary_cos_sin(unpack(positions, packing), self.config), slots, packing)
         x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written

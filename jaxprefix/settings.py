@@ -1,0 +1,31 @@
+"""What all settings have in common: each is of its field's type, where Python code gives them, too."""
+
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from typeguard import TypeCheckError, check_type
+
+from convert.errors import InputError
+
+
+def check_types(settings: Any, what: str) -> None:
+    """Check the fields of a dataclass, as the command line does for itself; a path may be given as a str.
+
+    Raises InputError that lists those which are of another type, or not among a field's choices.
+    """
+    problems = []
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        value, choices = getattr(settings, name), typing.get_args(kind)
+        if isinstance(value, str) and Path in (kind, *choices):
+            object.__setattr__(settings, name, Path(value))
+            continue
+        try:
+            check_type(value, kind)
+        except TypeCheckError:
+            if typing.get_origin(kind) is Literal:
+                problems.append(f"--{name} must be one of {', '.join(choices)}; is {value!r}")
+            else:
+                problems.append(f"--{name} must be of type {getattr(kind, '__name__', kind)}, is {value!r}")
+    if problems:
+        raise InputError.all(f"{what}:", problems)
