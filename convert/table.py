@@ -1,8 +1,8 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-A rule `(path, "transpose")` exchanges the two axes. Names and shapes are compared from the file headers
-before any weight is read, and every disagreement is reported in one error. The same table, read
-backwards, writes a checkpoint.
+A rule `(path, "transpose")` exchanges the two axes, `(path, "again")` is a copy's, which may be there. Names and
+shapes are compared from the file headers before any weight is read, and every disagreement is reported in one error.
+The same table, read backwards, writes a checkpoint.
 """
 
 import json
@@ -17,8 +17,10 @@ from convert.errors import InputError
 from convert.files import save_safetensors
 from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, TransposedWeight, stored_weights
 
-Rule = str | tuple[str, Literal["transpose"]] | None
+Rule = str | tuple[str, Literal["transpose", "again"]] | None
 Table = Mapping[str, Rule]
+COMPARED_ROWS = 64
+"""By which a copy is told from another weight."""
 
 
 def expand(table: Table, n_layer: int) -> dict[str, Rule]:
@@ -43,10 +45,11 @@ def stream_weights(
     found: dict[str, StoredWeight] = {}
     for stored_name, weight in stored_weights(folder):
         name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
-        found[name] = TransposedWeight(weight) if isinstance(rules.get(name), tuple) else weight
+        found[name] = TransposedWeight(weight) if _kind(rules.get(name)) == "transpose" else weight
 
     problems = [f"unknown weight {name}" for name in sorted(found) if name not in rules]
-    problems += [f"missing weight {name}" for name, rule in rules.items() if rule and name not in found]
+    wanted = {name: rule for name, rule in rules.items() if rule and _kind(rule) != "again"}
+    problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():
         path = path_of(rules.get(name))
         if path and weight.shape != tuple(shapes[path]):
@@ -54,11 +57,19 @@ def stream_weights(
             problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
     if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
+    if not problems:
+        of_path = {path_of(rule): name for name, rule in wanted.items()}
+        copies = [(name, of_path[path_of(rules[name])]) for name in found if _kind(rules[name]) == "again"]
+        problems += [
+            f"{copy} is not {name}, to which config.json ties it"
+            for copy, name in copies
+            if not _agree(found, copy, name)
+        ]
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
 
     for name, weight in found.items():
-        if path := path_of(rules[name]):
+        if path := path_of(wanted.get(name)):
             yield path, FiniteWeight(weight, f"{folder}: weight {name}")
 
 
@@ -69,7 +80,8 @@ def write_weights(
 
     More than `shard_bytes` go into several files with an index, as transformers writes them. Raises OSError.
     """
-    names = {path_of(rule): (name, isinstance(rule, tuple)) for name, rule in expand(table, n_layer).items() if rule}
+    rules = {name: rule for name, rule in expand(table, n_layer).items() if rule and _kind(rule) != "again"}
+    names = {path_of(rule): (name, _kind(rule) == "transpose") for name, rule in rules.items()}
     shards: list[list[str]] = []
 
     def flush(shard: dict[str, np.ndarray]) -> None:
@@ -102,6 +114,17 @@ def write_weights(
 def path_of(rule: Rule) -> str | None:
     """Return our path in a rule."""
     return rule[0] if isinstance(rule, tuple) else rule
+
+
+def _kind(rule: Rule) -> str | None:
+    return rule[1] if isinstance(rule, tuple) else None
+
+
+def _agree(weights: Mapping[str, StoredWeight], *names: str) -> bool:
+    """Tell whether two weights agree in some rows of theirs."""
+    one, other = (weights[name] for name in names)
+    rows = (slice(None, None, max(1, one.shape[0] // COMPARED_ROWS)),)
+    return np.array_equal(one.read(rows), other.read(rows))
 
 
 def _in_layer(rule: Rule, layer: int) -> Rule:

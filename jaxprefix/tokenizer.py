@@ -5,6 +5,7 @@ SentencePiece models are never rebuilt on another backend: that changes ids (an 
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from convert.untrusted import member, read_object
 from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES, TOKENIZERS_FILE, resolve_folder
 
 NEWLINE_PIECE = "<NL>"
+PROBE = "Hello, World!  朝の市場は、１２３ x2.5\nÀ 😃"
+"""A text by whose ids tokenizers with the same pieces are told from each other."""
 
 
 class SentencePiece:
@@ -108,6 +111,14 @@ class TokenizersFile:
         """Return a piece's id."""
         return self.backend.token_to_id(piece)
 
+    def content(self) -> bytes:
+        """Return what decides the ids of texts, however the file spells it: transformers saves it otherwise."""
+        model = json.loads(self.backend.to_str())["model"]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
+        tokens = self.backend.get_vocab(with_added_tokens=True)
+        parts = (model.get("vocab"), merges, tokens, self.backend.encode(PROBE, add_special_tokens=False).ids)
+        return json.dumps(parts, sort_keys=True).encode()
+
 
 Vocabulary = SentencePiece | TokenizersFile
 
@@ -121,8 +132,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     fingerprint: str
-    """First 16 hex digits of the SHA-256 of the tokenizer's file and of what others add to it: two tokenizers agree if
-    these do."""
+    """First 16 hex digits of the SHA-256 of the tokenizer and of what other files add to it: two agree if these do."""
 
     @property
     def vocab_size(self) -> int:
@@ -165,7 +175,8 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
     if bos_id is None or eos_id is None:
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
-    fingerprint = hashlib.sha256(path.read_bytes() + vocabulary.additions.encode()).hexdigest()[:16]
+    content = vocabulary.content() if isinstance(vocabulary, TokenizersFile) else path.read_bytes()
+    fingerprint = hashlib.sha256(content + vocabulary.additions.encode()).hexdigest()[:16]
     return Tokenizer(vocabulary, bos_id, eos_id, eos_id if pad_id is None else pad_id, fingerprint)
 
 

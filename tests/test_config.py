@@ -1,12 +1,14 @@
 """Settings that cannot be meant, each with what is said of it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute
+from jaxprefix.config import Compute, ConvertConfig
 from jaxprefix.inference import DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.launch import HostsConfig
 from tests.runs import run_config
 
 
@@ -52,14 +54,33 @@ def test_decoding(changes, message):
     assert str(error.value) == f"decoding:\n  - {message}"
 
 
-def test_names_that_python_does_not_check():
-    config = DecodeConfig()
-    for name in ("decode_method", "recipe"):
-        object.__setattr__(config, name, "beam")
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        (DecodeConfig(), "decode_method", "beam", "--decode_method must be one of nucleus, sample, greedy; is 'beam'"),
+        (DecodeConfig(), "recipe", "beam", "--recipe must be one of default, rinna; is 'beam'"),
+        (DecodeConfig(), "top_k", 5.0, "--top_k must be of type int, is 5.0"),
+        (Compute(), "remat", "full", "--remat must be one of elementwise, block; is 'full'"),
+        (run_config(Path()), "mesh", {"fsdp": 8}, "--mesh must be of type str | None, is {'fsdp': 8}"),
+        (run_config(Path()), "batch_size", 2.5, "--batch_size must be of type int, is 2.5"),
+        (HostsConfig(), "num_processes", "2", "--num_processes must be of type int | None, is '2'"),
+        (ConvertConfig(Path(), Path()), "revision", 3, "--revision must be of type str | None, is 3"),
+        (EvaluateConfig("base"), "n_samples", None, "--n_samples must be of type int, is None"),
+    ],
+)
+def test_types_that_python_does_not_check(config, name, value, message):
+    config = dataclasses.replace(config)
+    object.__setattr__(config, name, value)
     with pytest.raises(InputError) as error:
         config.__post_init__()
-    assert "decode_method must be one of nucleus, sample, greedy; is 'beam'" in str(error.value)
-    assert "recipe must be one of default, rinna; is 'beam'" in str(error.value)
+    assert str(error.value).split("\n  - ")[1:] == [message]
+
+
+def test_a_path_may_be_a_str():
+    config = run_config(Path())
+    object.__setattr__(config, "data_filepath", "data.jsonl")
+    config.__post_init__()
+    assert config.data_filepath == Path("data.jsonl")
 
 
 @pytest.mark.parametrize(

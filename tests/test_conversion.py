@@ -109,6 +109,11 @@ def test_dynamic_cache_there_and_back():
         for part, index in ((cache.layers[layer].keys, 2 * layer), (cache.layers[layer].values, 2 * layer + 1)):
             assert torch.equal(part, expected[index].expand(2, -1, -1, -1))
     np.testing.assert_array_equal(from_dynamic_cache(cache), folded)
+    halved = to_dynamic_cache(folded, n_layer=3, n_head=4, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN_BASE, dtype=torch.bfloat16)
+    assert model(torch.tensor([[5, 6]]), past_key_values=halved).logits.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="384 numbers per position are not those of 5 layers and 4 heads"):
+        to_dynamic_cache(folded, n_layer=5, n_head=4)
 
 
 def test_a_cache_of_different_rows_is_no_prefix():

@@ -167,6 +167,25 @@ def test_byte_level_bpe_is_that_of_transformers(bpe_folder):
         assert tokenizer.decode(ids) == text.replace("<extra>", "")
 
 
+def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    found = load_tokenizer(folder).fingerprint
+    assert found == load_tokenizer(bpe_folder).fingerprint
+    content = json.loads((folder / "tokenizer.json").read_text())
+    pairs = content["model"]["merges"]
+    spelled = {
+        **content,
+        "truncation": None,
+        "model": {**content["model"], "merges": [" ".join(pair) for pair in pairs]},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(spelled, indent=1))
+    assert load_tokenizer(folder).fingerprint == found
+    others = ({"model": {**content["model"], "merges": pairs[::-1]}}, {"normalizer": {"type": "Lowercase"}})
+    for other in others:
+        (folder / "tokenizer.json").write_text(json.dumps(content | other))
+        assert load_tokenizer(folder).fingerprint != found
+
+
 def test_a_broken_tokenizer_json_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": 5}')
     with pytest.raises(InputError, match=r"tokenizer.json: not a tokenizer.json"):

@@ -8,7 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -327,3 +330,35 @@ def test_a_packed_run_compiles_at_most_four_shapes(tmp_path):
     assert len({(batch.tokens.shape, batch.packing.columns.shape) for batch in batches}) <= 4
     padded = update_batches(dataclasses.replace(config, packing=False), inputs, make_mesh(), 0)
     assert sum(b.labels.size for b in batches) < 0.95 * sum(b.labels.size for b in padded)
+
+
+def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
+    config = run_config(tmp_path, packing=True)
+    inputs = read_inputs(config, RECIPES[config.recipe])
+    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, make_mesh(), 0)))
+    examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
+    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4))
+    assert dev_loss(golden_model, None, [batch]) == pytest.approx(expected, rel=LOSS)
+
+
+def test_a_run_in_a_thread_hears_no_signals(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, run_config(tmp_path, n_training_steps=1)).result().finished
+
+
+def test_what_a_run_uses_is_not_overwritten(finished, tmp_path):
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    data = shutil.copy(finished.data_filepath, tmp_path / "run")
+    for used in ({"data_filepath": Path(data)}, {"checkpoint_path": tmp_path / "run"}):
+        with pytest.raises(InputError, match="--overwrite would delete it; copy it to another place"):
+            train(run_config(tmp_path, overwrite=True, **used))
+    assert Path(data).is_file()
+
+
+def test_a_best_prefix_that_is_gone_is_made_anew(finished, tmp_path, capsys):
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "prefix")
+    config = run_config(tmp_path, resume=True, n_epochs=3, checkpoint_path=tmp_path / "not read any more")
+    assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
+    assert f"WARNING: {config.run_dir / 'prefix'}: is gone" in capsys.readouterr().err
+    assert read_prefix(config.run_dir)[0].shape == (10, 384)

@@ -107,9 +107,9 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weight_table(config: ModelConfig) -> Table:
-    """Return the table of a model's weight files; a tied head may stand in them, and is dropped."""
+    """Return the table of a model's weight files; a tied head may stand in them, and is the embedding again."""
     rules = _TABLES[config.model_type]
-    return rules.TABLE | ({rules.HEAD: None} if config.tied_head else {})
+    return rules.TABLE | ({rules.HEAD: ("embed.weight", "again")} if config.tied_head else {})
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:

@@ -184,6 +184,20 @@ def test_gpt2_without_its_prefix_and_with_its_tied_head_and_buffers(tmp_path):
     np.testing.assert_array_equal(forward(folder), expected)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox"])
+def test_a_tied_head_that_is_another_is_refused(tmp_path, model_type):
+    folder = make_base_folder(tmp_path / "base", model_type=model_type, tie_word_embeddings=True)
+    (embedding,) = (
+        name for name in load_file(folder / "model.safetensors") if name.endswith(("wte.weight", "embed_in.weight"))
+    )
+    head = {"gpt2": "lm_head.weight", "gpt_neox": "embed_out.weight"}[model_type]
+    rewrite(folder, lambda weights: weights.update({head: weights[embedding].copy()}))
+    np.testing.assert_array_equal(load_model(folder).head_weight, load_file(folder / "model.safetensors")[embedding])
+    rewrite(folder, lambda weights: weights.update({head: weights[embedding] * np.float32(1.001)}))
+    with pytest.raises(InputError, match=rf"{head} is not \S*{embedding}, to which config.json ties it"):
+        load_model(folder)
+
+
 def test_a_bias_that_the_config_denies_is_left_over(tmp_path):
     folder = make_base_folder(tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())

@@ -126,3 +126,20 @@ def test_a_fingerprint_is_of_the_weights_whatever_their_file(base_folder, tmp_pa
         changed[(0, 0) if weight.ndim == 2 else -1] += np.float32(1e-3)
         save_file(weights | {name: changed}, tmp_path / "model.safetensors")
         assert fingerprint(tmp_path, config) != found, name
+
+
+@pytest.mark.parametrize(
+    "change", [lambda prefix: prefix[1:], lambda prefix: prefix[..., 1:], lambda prefix: prefix[0]]
+)
+def test_a_prefix_of_another_model_is_refused(model, change):
+    prefix = change(random_prefix(model.config))
+    with pytest.raises(InputError, match=rf"is an array \[{model.config.n_layer}, 2, P, 4, 16\], found one of \[.*, "):
+        model.config.prefix_length(prefix)
+    if prefix.ndim == 5:
+        with pytest.raises(InputError, match="a prefix of this model is an array"):
+            model(TOKENS, prefix=prefix)
+
+
+def test_a_path_is_no_prefix(model):
+    with pytest.raises(InputError, match="found str"):
+        model.config.prefix_length("runs/smile")
