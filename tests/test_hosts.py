@@ -1,5 +1,6 @@
 """Two processes with two devices each make one run: by the lines of docs/launch.md, and by SLURM's variables."""
 
+import json
 import os
 import queue
 import re
@@ -192,6 +193,16 @@ def second_of_two(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(hosts, "wait_for_all", lambda name: None)
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_settings_that_differ_are_named(monkeypatch):
+    there = json.dumps({"seed": 42, "suffix": " 😃", "mesh": None}).encode()
+    padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
+    monkeypatch.setattr(hosts, "first_says", lambda own: padded)
+    hosts.check_same({"seed": 42, "suffix": " 😃", "mesh": None})
+    with pytest.raises(InputError, match=r"differs from process 0 in:\n  - seed: there 42, here 7$"):
+        hosts.check_same({"seed": 7, "suffix": " 😃", "mesh": None})
 
 
 @pytest.fixture

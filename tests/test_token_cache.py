@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import gzip
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -204,6 +205,12 @@ def test_a_program_that_its_helpers_would_run_again_is_told(data, tmp_path, from
     assert result.returncode == 1
     assert ("put it under `if __name__ == '__main__':`" if from_file else "<stdin>") in result.stderr
     assert "RunError: a process that tokenizes ended too early: it has said why" in result.stderr
+
+
+def test_a_helper_that_runs_the_program_again_ends(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(InputError, match="put it under `if __name__ == '__main__':`"):
+        load_examples(data, Chunking(tokenizer))
 
 
 WAITING_FOREVER = """
