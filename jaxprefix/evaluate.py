@@ -103,7 +103,7 @@ def dev_loss(
 def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
     base = base if mesh is None else with_embedded_rows(base, mesh)
     hidden, _ = base.hidden(batch.tokens, prefix, packing=batch.packing)
-    return next_token_loss(hidden, base.head_weight, batch.labels)
+    return next_token_loss(hidden, base.head_weight, batch.labels, 1 if mesh is None else mesh.size)
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.

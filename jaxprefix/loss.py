@@ -1,5 +1,6 @@
 """Next-token cross entropy without all logits in memory; the scale of float16 losses. Legend: `models/attention.py`."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
-from jaxprefix.devices import alone_on_a_cpu, devices, on_a_cpu
+from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models.layers import inner, matmul, product
 
 CHUNK_TOKENS = 2048
@@ -16,29 +17,31 @@ CPU_BLOCK = 2048
 """Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def next_token_loss(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], n_devices: int = 1
 ) -> Float[Array, ""]:
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
-    Columns are taken in chunks of about CHUNK_TOKENS tokens a device, a chunk without a label is skipped. The head is
-    frozen: its gradient is not computed, and the hidden states' is computed along with the loss, so that no
-    logits wait for a backward pass.
+    Columns are taken in chunks of about CHUNK_TOKENS tokens of each of the n_devices that the rows lie on, a chunk
+    without a label is skipped. The head is frozen: its gradient is not computed, and the hidden states' is computed
+    along with the loss, so that no logits wait for a backward pass.
     """
-    return _over_chunks(hidden, head, labels, with_gradient=False)[0]
+    return _over_chunks(hidden, head, labels, n_devices, with_gradient=False)[0]
 
 
 def _forward(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"]
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], n_devices: int
 ) -> tuple[Float[Array, ""], tuple[Float[Array, "B T D"]]]:
-    total, gradients = _over_chunks(hidden, head, labels, with_gradient=True)
+    total, gradients = _over_chunks(hidden, head, labels, n_devices, with_gradient=True)
     assert gradients is not None
     gradient = jnp.moveaxis(gradients, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
     return total, (gradient[:, : hidden.shape[1]],)
 
 
-def _backward(residual: tuple[Float[Array, "B T D"]], factor: Float[Array, ""]) -> tuple[Array, None, None]:
+def _backward(
+    n_devices: int, residual: tuple[Float[Array, "B T D"]], factor: Float[Array, ""]
+) -> tuple[Array, None, None]:
     (gradient,) = residual
     return (gradient * factor).astype(gradient.dtype), None, None
 
@@ -47,7 +50,11 @@ next_token_loss.defvjp(_forward, _backward)
 
 
 def _over_chunks(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], labels: Int[Array, "B T"], with_gradient: bool
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    n_devices: int,
+    with_gradient: bool,
 ) -> tuple[Float[Array, ""], Float[Array, "chunks B C D"] | None]:
     def compute(chunk: tuple[Array, Array]) -> tuple[Array, Array | None]:
         return _chunk_loss(chunk[0], head, chunk[1], with_gradient)
@@ -62,7 +69,7 @@ def _over_chunks(
             loss, gradient = compute(chunk)
         return total + loss, gradient
 
-    return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels))
+    return jax.lax.scan(add, jnp.float32(0), _in_chunks(hidden, labels, n_devices))
 
 
 def _chunk_loss(
@@ -116,10 +123,10 @@ def _softmax_over_vocabulary(
     return highest + jnp.log(total), expected if expected is None else expected / total[..., None]
 
 
-def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"]) -> tuple[Array, Array]:
+def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], n_devices: int) -> tuple[Array, Array]:
     """Cut the columns into chunks: [chunks, B, C, D] and [chunks, B, C]; rows stay whole, and where they are."""
     n_rows, n_columns, width = hidden.shape
-    n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * len(devices())))
+    n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * n_devices))
     chunk = -(-n_columns // n_chunks)
     padding = chunk * n_chunks - n_columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

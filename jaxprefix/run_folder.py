@@ -21,28 +21,7 @@ from jaxprefix.prefix import differing_fields
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-MAY_CHANGE_ON_RESUME = {
-    "resume",
-    "overwrite",
-    "output_dir",
-    "save_name",
-    "filename_note",
-    "bf16",  # dtype tells
-    "fp16",
-    "data_filepath",  # its content may not: data_sha256
-    "checkpoint_path",  # is not read again
-    "pretrained_model_dir",  # its weights may not
-    "revision",
-    "base_model",
-    "save_log",
-    "log_every_n_steps",
-    "checkpoint_every_n_steps",
-    "checkpoint_every_minutes",
-    "hosts",
-    "compute",
-    "mesh",
-}
-OF_EACH_HOST = {
+PLACES = {
     "hosts",
     "output_dir",
     "pretrained_model_dir",
@@ -51,7 +30,21 @@ OF_EACH_HOST = {
     "data_filepath",
     "checkpoint_path",
 }
-"""What the processes of a run may spell differently, mostly paths: of data and base, checksums tell."""
+"""Where things lie, which each process of a run may spell in its way. Weights and data have checksums."""
+MAY_CHANGE_ON_RESUME = PLACES | {
+    "resume",
+    "overwrite",
+    "save_name",
+    "filename_note",
+    "bf16",  # dtype tells
+    "fp16",
+    "save_log",
+    "log_every_n_steps",
+    "checkpoint_every_n_steps",
+    "checkpoint_every_minutes",
+    "compute",
+    "mesh",
+}
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 
@@ -111,7 +104,7 @@ def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
 
 def common_settings(description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
-    return {field: value for field, value in _flat(description).items() if field not in OF_EACH_HOST}
+    return {field: value for field, value in _flat(description).items() if field not in PLACES}
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:

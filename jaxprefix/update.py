@@ -100,6 +100,7 @@ def loss_and_gradient(
     Inside, the loss is multiplied by `scale`, so that float16 gradients do not vanish.
     """
     prefix, pull_back = jax.vjp(lambda encoder: encoder(), encoder)
+    n_devices = 1 if mesh is None else mesh.size
     if mesh is not None:
         prefix = jax.lax.with_sharding_constraint(prefix, split_heads(mesh, base.config.n_head))
     counts = (batch.labels != IGNORED).sum(axis=(1, 2))
@@ -111,7 +112,7 @@ def loss_and_gradient(
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
             hidden, _ = base.hidden(tokens, prefix, packing=packing)
-            return next_token_loss(hidden, base.head_weight, labels) * weight * scale
+            return next_token_loss(hidden, base.head_weight, labels, n_devices) * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 

@@ -5,7 +5,7 @@ import pytest
 
 import jaxprefix.loss
 from jaxprefix.data import IGNORED
-from jaxprefix.loss import CPU_BLOCK, next_token_loss
+from jaxprefix.loss import CPU_BLOCK, _in_chunks, next_token_loss
 from tests.arrays import normals
 from tests.tolerances import FUNCTION
 
@@ -37,6 +37,14 @@ def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block,
     np.testing.assert_allclose(loss, expected, rtol=FUNCTION)
     np.testing.assert_allclose(gradient, expected_gradient, atol=FUNCTION * float(abs(expected_gradient).max()))
     np.testing.assert_allclose(next_token_loss(*batch), expected, rtol=FUNCTION)
+
+
+@pytest.mark.parametrize(("n_devices", "n_chunks"), [(1, 16), (4, 4), (99, 1)])
+def test_chunks_are_of_so_many_tokens_a_device(monkeypatch, n_devices, n_chunks):
+    monkeypatch.setattr(jaxprefix.loss, "CHUNK_TOKENS", 32)
+    hidden, labels = jnp.zeros((8, 64, 4)), jnp.zeros((8, 64), jnp.int32)
+    of_hidden, of_labels = _in_chunks(hidden, labels, n_devices)
+    assert len(of_hidden) == len(of_labels) == n_chunks
 
 
 def test_logits_far_apart_do_not_overflow(batch, monkeypatch):

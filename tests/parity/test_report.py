@@ -99,7 +99,9 @@ FAULTS = {
         lambda: replaced(
             update,
             "next_token_loss",
-            lambda loss: lambda h, head, labels: loss(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels)),
+            lambda loss: (
+                lambda h, head, labels, *n: loss(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels), *n)
+            ),
         ),
     ),
     "gradient of the prefix values lost": ("gradients", lambda: replaced(gpt_neox, "attend", gradient_of_values_lost)),
