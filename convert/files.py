@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,29 +15,45 @@ from convert.errors import InputError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, for a file or a folder, which takes its place when the block ends well.
+    """Give a temporary path beside `path`, which takes its place when the block ends well, on the disk by then.
 
-    A file is on the disk by then, and after a failure nothing is left of either.
+    After a failure nothing is left of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if temporary.is_dir():
-        check_free(temporary)
     try:
         yield temporary
-        if temporary.is_file():
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Let the block write files into a free folder, which after a failure is as it was. Raises InputError."""
+    check_free(folder)
+    existed = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                path.unlink()
+            if not existed:
+                folder.rmdir()
         raise
 
 
 def check_free(folder: Path) -> None:
-    """Raise InputError if a folder that is to be written holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise InputError if a folder that is to be written holds something already, but for what a killed copy left."""
+    if folder.exists() and not (
+        folder.is_dir() and all(re.fullmatch(r"\d+\.tmp", path.name) for path in folder.iterdir())
+    ):
         raise InputError(f"{folder}: is not an empty folder")
 
 

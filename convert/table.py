@@ -1,7 +1,8 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
 A rule `(path, "transpose")` exchanges the two axes, `(path, "again")` is a copy's, which may be there. Names and
-shapes are compared from the file headers before any weight is read, and every disagreement is reported in one error.
+shapes are compared from the file headers before weights are read, but for some rows of copies, and every disagreement
+is reported in one error.
 The same table, read backwards, writes a checkpoint.
 """
 
@@ -124,7 +125,7 @@ def _agree(weights: Mapping[str, StoredWeight], *names: str) -> bool:
     """Tell whether two weights agree in some rows of theirs."""
     one, other = (weights[name] for name in names)
     rows = (slice(None, None, max(1, one.shape[0] // COMPARED_ROWS)),)
-    return np.array_equal(one.read(rows), other.read(rows))
+    return np.array_equal(one.read(rows), other.read(rows), equal_nan=True)  # what is not finite is told as such
 
 
 def _in_layer(rule: Rule, layer: int) -> Rule:

@@ -112,6 +112,12 @@ class FiniteWeight:
         """Axes."""
         return self.stored.shape
 
+    @property
+    def first_row(self) -> Index:
+        """The part that lies first in the file: a row of a matrix, or a column of one whose axes are exchanged."""
+        row = (slice(0, 1), *[slice(None)] * (len(self.shape) - 1))
+        return None if len(row) < 2 else row[::-1] if isinstance(self.stored, TransposedWeight) else row
+
     def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
         """Return the part in its own type, or another.
 
@@ -131,7 +137,8 @@ class FiniteWeight:
 
 def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Copy an array to pages of its own: so aligned, JAX takes it over on a CPU, and would otherwise copy it again."""
-    copy = np.ndarray(array.shape, dtype, mmap.mmap(-1, max(array.size * dtype.itemsize, 1)))
+    pages = mmap.mmap(-1, max(array.size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.ndarray(array.shape, dtype, pages)
     with np.errstate(over="ignore"):
         np.copyto(copy, array, casting="unsafe")
     return copy

@@ -6,6 +6,7 @@ last one, so the padding's keys are overwritten before a query could see them.
 
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -119,7 +120,7 @@ def generate_ids(
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
-    if not (isinstance(seed, int) and 0 <= seed < SEED_LIMIT):
+    if not 0 <= operator.index(seed) < SEED_LIMIT:
         raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")
     batch_size = min(batch_size, len(rows))
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)

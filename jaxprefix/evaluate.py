@@ -43,6 +43,16 @@ class LossMeter:
         self.sums = LossSums(*sums)
         self._plain = recipe.average_batch_means
 
+    @classmethod
+    def of(cls, recipe: Recipe, window: Sequence[Any]) -> "LossMeter":
+        """Go on from the sums that a checkpoint holds; an earlier version's held the batches themselves."""
+        if not any(isinstance(item, list) for item in window):
+            return cls(recipe, window)
+        meter = cls(recipe)
+        for item in window:
+            meter.add(*item)
+        return meter
+
     def add(self, loss: float, n_labels: int, seconds: float = 0.0) -> None:
         """Take in a batch's mean loss, its number of labels and how long it took."""
         batch = LossSums(1, n_labels, loss * n_labels, loss, _exp(loss), seconds)

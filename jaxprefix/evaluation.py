@@ -66,5 +66,7 @@ def evaluate(config: EvaluateConfig) -> Report:
 
 def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
     """Return a setting as it is given, or else that of the prefix's run, or else train's default."""
-    known = (getattr(config, name), setting_of(config.prefix_checkpoint_path, name), getattr(TrainConfig, name))
-    return next(value for value in known if isinstance(value, kind))
+    given, found = getattr(config, name), setting_of(config.prefix_checkpoint_path, name)
+    if given is None and found is not None and (type(found) is not kind or (isinstance(found, int) and found < 1)):
+        raise InputError(f"{config.prefix_checkpoint_path}: its config.json has {name} {found!r}")
+    return next(value for value in (given, found, getattr(TrainConfig, name)) if value is not None)

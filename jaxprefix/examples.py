@@ -22,6 +22,10 @@ class Example(NamedTuple):
     target: list[int]
 
 
+SCANNED = 2**24
+"""Tokens that are looked at together: of a mapped file, no more is in memory."""
+
+
 class Chunking(NamedTuple):
     """How lines become examples."""
 
@@ -97,7 +101,11 @@ class Examples(Sequence[Example]):
 
     def count_of(self, token: int) -> np.ndarray:
         """Return how often a token stands in each example."""
-        places = np.flatnonzero(self._tokens == token)
+        first, last = (int(self._starts[0]), int(self._ends[-1])) if len(self) else (0, 0)
+        blocks = ((start, self._tokens[start : min(start + SCANNED, last)]) for start in range(first, last, SCANNED))
+        places = np.concatenate(
+            [np.empty(0, int), *(start + np.flatnonzero(block == token) for start, block in blocks)]
+        )
         return np.searchsorted(places, self._ends) - np.searchsorted(places, self._starts)
 
     def report_unknown(self, unk_id: int | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from convert.errors import InputError
 from convert.files import replacing
 from convert.untrusted import member, read_object
+from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.lines import sha256_of
 from jaxprefix.prefix import differing_fields
@@ -102,9 +103,13 @@ def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     return {**_plain(config), "data_sha256": sha256_of(config.data_filepath), "base": base}
 
 
-def common_settings(description: dict[str, Any]) -> dict[str, Any]:
+def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
-    return {field: value for field, value in _flat(description).items() if field not in PLACES}
+    settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
+    earlier = config.checkpoint_path
+    return (
+        settings if earlier is None or not earlier.is_file() else {**settings, "checkpoint_sha256": sha256_of(earlier)}
+    )
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
@@ -203,10 +208,13 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)
+    may_change = MAY_CHANGE_ON_RESUME - (
+        {"checkpoint_path"} if newest_checkpoint(folder / CHECKPOINTS) is None else set()
+    )
     changed = [
         f"{field}: was {earlier.get(field)!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
         for field, value in settings.items()
-        if field in earlier and not _may_follow(field, earlier[field], value)  # or a version before ours began it
+        if field in earlier.keys() - may_change and not _may_follow(field, earlier[field], value)
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)
@@ -219,10 +227,10 @@ def _flat(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_follow(field: str, earlier: Any, now: Any) -> bool:
-    """Tell whether a resumed run may have another value of a setting."""
+    """Tell whether a resumed run may have this value of a setting that matters."""
     if field in MAY_GROW_ON_RESUME and isinstance(earlier, int):
         return now >= earlier
-    return field in MAY_CHANGE_ON_RESUME or earlier == now
+    return bool(earlier == now)
 
 
 def _write_description(folder: Path, description: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from convert.errors import InputError
 
 
 def check_types(settings: Any, what: str) -> None:
-    """Check the fields of a dataclass, as the command line does for itself; a path may be given as a str.
+    """Check the fields of a dataclass, as the command line does for itself; a str is a path, too.
 
     Raises InputError that lists those which are of another type, or not among a field's choices.
     """
@@ -18,10 +18,12 @@ def check_types(settings: Any, what: str) -> None:
     for name, kind in typing.get_type_hints(type(settings)).items():
         value, choices = getattr(settings, name), typing.get_args(kind)
         if isinstance(value, str) and Path in (kind, *choices):
-            object.__setattr__(settings, name, Path(value))
-            continue
+            value = Path(value)
+        elif hasattr(value, "item"):  # one of NumPy's numbers
+            value = value.item()
+        object.__setattr__(settings, name, value)
         try:
-            check_type(value, kind)
+            check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
             if typing.get_origin(kind) is Literal:
                 problems.append(f"--{name} must be one of {', '.join(choices)}; is {value!r}")

@@ -82,7 +82,7 @@ class Progress:
 
     n_done: int = 0
     best_dev_loss: float | None = None
-    window: Sequence[float | int] = ()
+    window: Sequence[Any] = ()
     """`LossSums` since the last log point."""
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
@@ -125,7 +125,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     description = agree(
         "describe the run", lambda: describe_run(config, identity | {"weights": fingerprint(*inputs.base[:2])})
     )
-    agree("have process 0's settings", lambda: check_same(common_settings(description)))
+    agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
     agree("check the run's folder", lambda: look_at_folder(config, description))
     place = base_sharding(mesh, inputs.base.config.n_head)
     wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
@@ -171,17 +171,21 @@ def train_jointly(config: TrainConfig) -> TrainResult:
 def restored(
     config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
 ) -> tuple[TrainState, Progress]:
-    """Return what the newest checkpoint holds, `state` being of its shapes; InputError if the run has no more to do."""
+    """Return what the newest checkpoint holds, `state` being of its shapes.
+
+    Raises InputError when no update is left that could make a prefix.
+    """
     arrays, saved = checkpoints.read()
     if state.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
-    progress = Progress(**saved)
-    if progress.best_dev_loss is not None and not first_says((config.run_dir / RUN_SUBFOLDER).is_dir()):
+    progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
+    if progress.best_dev_loss is not None and not first_says(best.is_dir()):
         progress.best_dev_loss = None
-        print(f"WARNING: {config.run_dir / RUN_SUBFOLDER}: is gone; the best from here on is kept", file=sys.stderr)
+        if is_first():
+            print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)
     if progress.n_done >= n_updates and progress.best_dev_loss is None:
         raise InputError(
-            f"{config.run_dir}: is after update {progress.n_done} without a dev loss, and the run has {n_updates}; "
+            f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
             "raise --n_training_steps or --n_epochs"
         )
     return from_names(state, arrays, checkpoints.folder), progress
@@ -193,7 +197,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
     """
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    window = LossMeter(recipe, progress.window)
+    window = LossMeter.of(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
     vote, guard = Vote(run.mesh), FiniteGuard(config, progress.n_skipped)

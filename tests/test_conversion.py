@@ -225,7 +225,7 @@ def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
     converted(state, tmp_path / "again")
     with pytest.raises(InputError, match="does not fit this run"):
         train(run_config(tmp_path, "again", dtype="float16", prefix_seq_len=3, resume=True))
-    with pytest.raises(InputError, match=r"after update 1 without a dev loss, and the run has 1; raise"):
+    with pytest.raises(InputError, match=r"after update 1 without a best prefix, and the run has 1; raise"):
         train(run_config(tmp_path, "again", dtype="float16", n_training_steps=1, resume=True))
     assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
 
@@ -304,8 +304,3 @@ def test_a_copy_that_fails_can_be_repeated(tmp_path):
         with pytest.raises(InputError, match="holds numbers that are not finite"):
             converted(source, tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-    (tmp_path / "copy.tmp").mkdir()
-    (tmp_path / "copy.tmp" / "mine").touch()
-    with pytest.raises(InputError, match=r"copy\.tmp: is not an empty folder"):
-        converted(source, tmp_path / "copy")
-    assert (tmp_path / "copy.tmp" / "mine").exists()

@@ -1,6 +1,8 @@
 """Files from strangers, each made to do harm: refused in little time and memory, nothing run, nothing written."""
 
 import contextlib
+import json
+import re
 import shutil
 import socket
 import time
@@ -15,10 +17,14 @@ from convert.errors import InputError
 from convert.prefix import read_prefix
 from convert.untrusted import JSON_BYTES, member
 from jaxprefix import lines, load_model, load_prefix
+from jaxprefix.config import ConvertConfig
+from jaxprefix.conversion import convert
+from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.inference import EvaluateConfig
 from jaxprefix.models.config import read_model_config
 from jaxprefix.run_folder import check_base, setting_of
-from tests.base_folders import make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip
 from tests.hostile.prefixes import adapter
 from tests.hostile.registry import DEEP, HOSTILE, PREFIX
@@ -114,6 +120,21 @@ def test_a_run_folder_with_a_hostile_config_is_none(tmp_path, content):
         assert setting_of(path.parent / "prefix", "suffix") is None
         with pytest.raises(InputError, match=r"no run, config\.json is missing or damaged"):
             check_base(path.parent, {})
+
+
+@pytest.mark.parametrize("setting", [{"max_seq_len": 0}, {"max_seq_len": -5}, {"max_seq_len": True}, {"suffix": ["a"]}])
+def test_a_run_folder_with_absurd_settings(tmp_path, setting):
+    prefix = save_run(tmp_path / "run", setting)
+    config = EvaluateConfig(str(GOLDEN_BASE), prefix, data_filepath=GOLDEN / "documents.jsonl", n_samples=0)
+    (name, value), *_ = setting.items()
+    with bounded(), pytest.raises(InputError, match=re.escape(f"run: its config.json has {name} {value!r}")):
+        evaluate(config)
+
+
+def save_run(folder, settings):
+    convert(ConvertConfig(GOLDEN / "forward.weight", folder / "prefix", str(GOLDEN_BASE)))
+    (folder / "config.json").write_text(json.dumps({"data_sha256": "", **settings}))
+    return folder
 
 
 def test_a_gzip_bomb_of_lines(tmp_path, monkeypatch):

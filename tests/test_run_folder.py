@@ -8,7 +8,14 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.config import Compute
-from jaxprefix.run_folder import check_run_folder, describe_run, only_writer, open_run_folder, setting_of
+from jaxprefix.run_folder import (
+    check_run_folder,
+    common_settings,
+    describe_run,
+    only_writer,
+    open_run_folder,
+    setting_of,
+)
 from tests.runs import run_config
 
 
@@ -123,3 +130,21 @@ def test_a_run_of_an_earlier_version_does_not_know_every_setting(tmp_path):
     open_run_folder(config, describe_run(config, {"n_layer": "3"}))
     resumed = dataclasses.replace(config, resume=True)
     check_run_folder(resumed, describe_run(resumed, {"n_layer": "3", "weights": "a"}))
+
+
+def test_an_encoder_to_start_from_may_be_gone_once_a_checkpoint_is_there(tmp_path):
+    config = run_config(tmp_path, checkpoint_path=tmp_path / "earlier")
+    open_run_folder(config, describe_run(config, {}))
+    resumed = run_config(tmp_path, resume=True)
+    with pytest.raises(InputError, match=r"checkpoint_path: was '.*earlier', now None"):
+        check_run_folder(resumed, describe_run(resumed, {}))
+    (config.run_dir / "checkpoints" / "4").mkdir(parents=True)
+    check_run_folder(resumed, describe_run(resumed, {}))
+
+
+def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
+    (tmp_path / "state.pt").write_text("an encoder")
+    config = run_config(tmp_path, checkpoint_path=tmp_path / "state.pt")
+    settings = common_settings(config, describe_run(config, {}))
+    (tmp_path / "state.pt").write_text("another encoder")
+    assert common_settings(config, describe_run(config, {})) != settings

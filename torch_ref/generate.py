@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(Path(flags.pretrained_model_dir))
     prefix = load_prefix(Path(flags.prefix_checkpoint_path), base) if flags.prefix_checkpoint_path else None
     if prefix is not None and prefix.shape[3] != flags.prefix_seq_len:
-        raise ValueError(f"{flags.prefix_checkpoint_path}: has {prefix.shape[3]} positions, not --prefix_seq_len")
+        raise ValueError(f"{flags.prefix_checkpoint_path}: has {prefix.shape[3]} positions, not {flags.prefix_seq_len}")
     while True:
         try:
             prompt = input("> " if sys.stdin.isatty() else "")

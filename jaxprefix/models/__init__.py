@@ -14,12 +14,11 @@ from flax import nnx
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
-from convert.files import check_free, replacing
+from convert.files import filling
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight
 from jaxprefix.config import Compute
-from jaxprefix.devices import on_a_cpu
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
@@ -57,13 +56,11 @@ def load_model(
     leaves = {".".join(map(str, path)): leaf for path, leaf in places}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
-    on_host = on_a_cpu() or dtype == "float16"  # whose range is checked there; a GPU turns one type into another faster
 
     def place(path: str, weight: FiniteWeight) -> None:
         sharding = sharding_of(path, weight.shape) if sharding_of else first_device
-        read = functools.partial(weight.read, dtype=dtype if on_host else None)
-        placed = jax.make_array_from_callback(weight.shape, sharding, read)
-        leaves[path] = leaves[path].replace(placed.astype(dtype))
+        read = functools.partial(weight.read, dtype=dtype)
+        leaves[path] = leaves[path].replace(jax.make_array_from_callback(weight.shape, sharding, read))
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(place, *zip(*_stream(folder, config, shapes), strict=True)))
@@ -82,17 +79,16 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     """
     folder = resolve_folder(dir_or_hub_id)
     config = read_model_config(folder, name=dir_or_hub_id)
-    check_free(target)
     beside = [
         member(folder, path.name)
         for path in folder.iterdir()
         if path.suffix in (".json", ".model", ".vocab", ".txt") and path.name not in (SHARD_INDEX, TORCH_INDEX)
     ]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
-    with replacing(target) as unfinished:
-        write_weights(unfinished, weight_table(config), config.n_layer, whole)
+    with filling(target):
+        write_weights(target, weight_table(config), config.n_layer, whole)
         for path in filter(Path.is_file, beside):
-            shutil.copy(path, unfinished / path.name)
+            shutil.copy(path, target / path.name)
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
@@ -113,19 +109,18 @@ def weight_table(config: ModelConfig) -> Table:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compare the names and shapes of a folder's weights with the model's; none is read. Raises InputError."""
+    """Compare the names and shapes of a folder's weights with the model's; of a copy, some rows. Raises InputError."""
     next(_stream(folder, config, weight_shapes(config)))
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """Return a checksum of each matrix's first row and each vector: training changes them, another file does not.
 
-    It reads a thousandth of the weights. Raises InputError.
+    Rows are those of the file. Raises InputError.
     """
     digest = hashlib.sha256()
     for path, weight in sorted(_stream(folder, config, weight_shapes(config)), key=itemgetter(0)):
-        row = weight.read((slice(0, 1), slice(None)) if len(weight.shape) == 2 else None)
-        digest.update(path.encode() + row.astype("<f4").tobytes())
+        digest.update(path.encode() + weight.read(weight.first_row, "float32").astype("<f4").tobytes())
     return digest.hexdigest()
 
 

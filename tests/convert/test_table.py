@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.gpt_neox import TABLE
 from convert.table import expand
-from convert.weights import page_copy
+from convert.weights import FiniteWeight
 from jaxprefix import load_model
 from tests.base_folders import make_base_folder
 
@@ -119,9 +119,17 @@ def test_numbers_that_another_type_does_not_have_are_told(folder, dtype, value):
         load_model(folder, dtype)
 
 
-def test_jax_takes_what_is_read_as_it_is():
-    copy = page_copy(np.ones((3, 5)).T, np.dtype(np.float32))
-    assert jax.device_put(copy).unsafe_buffer_pointer() == copy.ctypes.data
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a GPU has memory of its own")
+def test_jax_takes_what_is_read_as_it_is(folder, monkeypatch):
+    read, copies = FiniteWeight.read, []
+    monkeypatch.setattr(
+        FiniteWeight, "read", lambda *given, **named: copies.append(read(*given, **named)) or copies[-1]
+    )
+    for dtype in ("float32", "bfloat16"):
+        copies.clear()
+        model = load_model(folder, dtype)
+        taken = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(model)}
+        assert taken == {copy.ctypes.data for copy in copies}
 
 
 def test_a_truncated_file_is_refused(folder):
@@ -195,6 +203,18 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path, model_type):
     np.testing.assert_array_equal(load_model(folder).head_weight, load_file(folder / "model.safetensors")[embedding])
     rewrite(folder, lambda weights: weights.update({head: weights[embedding] * np.float32(1.001)}))
     with pytest.raises(InputError, match=rf"{head} is not \S*{embedding}, to which config.json ties it"):
+        load_model(folder)
+
+
+def test_a_tied_embedding_that_is_damaged_is_told_as_such(tmp_path):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2")
+
+    def damage(weights):
+        weights["transformer.wte.weight"][0, 0] = np.nan
+        weights["lm_head.weight"] = weights["transformer.wte.weight"].copy()
+
+    rewrite(folder, damage)
+    with pytest.raises(InputError, match=r"wte.weight: holds numbers that are not finite"):
         load_model(folder)
 
 

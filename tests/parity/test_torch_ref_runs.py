@@ -219,7 +219,7 @@ def test_prompt_loop(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("今日は")
-    with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not --prefix_seq_len"):
+    with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not 3"):
         generate.main([*flags, "--prefix_seq_len", "3"])
     with pytest.raises(ValueError, match="is gpt_neox, not --model_type gpt"):
         generate.main([*flags, "--model_type", "gpt"])

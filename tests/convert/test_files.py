@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+import os
+
+import pytest
+
+from convert.errors import InputError
+from convert.files import filling, replacing
+
+
+def interrupted_after(write, text):
+    write(text)
+    raise KeyboardInterrupt
+
+
+def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+        assert not (tmp_path / "a").exists()
+    assert synced == [(tmp_path / "a").stat().st_ino]
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_nothing_is_left_of_a_file_that_fails(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a") as temporary:
+        interrupted_after(temporary.write_text, "half of")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_that_cannot_be_filled_is_as_it_was(tmp_path, exists):
+    folder = tmp_path / "a" if exists else tmp_path / "b"
+    (tmp_path / "a").mkdir()
+    with pytest.raises(KeyboardInterrupt), filling(folder):
+        interrupted_after((folder / "1.tmp").write_text, "half of")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert not any((tmp_path / "a").iterdir())
+
+
+def test_what_a_killed_copy_left_is_in_nobodys_way(tmp_path, monkeypatch):
+    (tmp_path / "1.tmp").touch()
+    monkeypatch.chdir(tmp_path)
+    with filling(tmp_path.relative_to(tmp_path)):
+        (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
+        pass
