@@ -180,13 +180,7 @@ def _decode(
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
-    cache_shape = (n_rows, config.n_head, prefix_len + tokens.shape[1] + decode.max_output_len, config.head_dim)
-    dtype = model.embed.weight.dtype
-    if dtype == jnp.bfloat16 and on_a_cpu():
-        dtype = jnp.float32  # twice the memory; the compiler would turn the cache into float32 and back for every token
-    cache = empty_cache(config.n_layer, cache_shape, dtype)
-    if prefix is not None:
-        cache = fill_cache(cache, prefix)
+    cache = cache_behind(prefix, model, n_rows, tokens.shape[1] + decode.max_output_len)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
     slots = prefix_len + own_slots(tokens)
     ends = jnp.maximum(lengths - 1, 0)[:, None]
@@ -223,6 +217,16 @@ def _decode(
     state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, finite, written)
     state = jax.lax.while_loop(going_on, step, state)
     return state.made, state.finite
+
+
+def cache_behind(prefix: Prefix | None, model: BaseModel, n_rows: int, n_tokens: int) -> Cache:
+    """Return a cache with the prefix in front, and room for so many tokens of each row."""
+    config, dtype = model.config, model.embed.weight.dtype
+    if dtype == jnp.bfloat16 and on_a_cpu():
+        dtype = jnp.float32  # twice the memory; the compiler would turn the cache into float32 and back for every token
+    shape = (n_rows, config.n_head, config.prefix_length(prefix) + n_tokens, config.head_dim)
+    cache = empty_cache(config.n_layer, shape, dtype)
+    return cache if prefix is None else fill_cache(cache, prefix)
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:

@@ -1,22 +1,38 @@
-"""What training starts from: an encoder fitted to the base model, or another run's. Legend: `models/attention.py`."""
+"""What training starts from: an encoder fitted to the base model, another run's, or the run's own checkpoint."""
 
-from collections.abc import Mapping
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from convert.errors import InputError
+from convert.prefix import RUN_SUBFOLDER
 from convert.training_state import read_training_state
-from jaxprefix.checkpoint import Checkpoints, from_names
+from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
-from jaxprefix.hosts import agree
+from jaxprefix.hosts import agree, first_says, is_first
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DirectPrefix, Encoder, load_prefix, new_encoder
 from jaxprefix.run_folder import CHECKPOINTS, check_base
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is, besides its arrays."""
+
+    n_done: int = 0
+    best_dev_loss: float | None = None
+    window: Sequence[Any] = ()
+    """`LossSums` since the last log point."""
+    n_skipped: int = 0
+    """Updates that float16 has skipped in a row."""
 
 
 def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.ndarray] | None:
@@ -80,3 +96,26 @@ def start_encoder(
     if earlier is None:  # the original's: a torch file with the encoder's state
         earlier = read_training_state(config.checkpoint_path)
     return from_names(like, earlier, config.checkpoint_path)["encoder"]
+
+
+def restored(
+    config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
+) -> tuple[TrainState, Progress]:
+    """Return what the newest checkpoint holds, `state` being of its shapes.
+
+    Raises InputError when no update is left that could make a prefix.
+    """
+    arrays, saved = checkpoints.read()
+    if state.loss_scale is not None:  # a training state from PyTorch has none
+        arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
+    progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
+    if progress.best_dev_loss is not None and not first_says(best.is_dir()):
+        progress.best_dev_loss = None
+        if is_first():
+            print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)
+    if progress.n_done >= n_updates and progress.best_dev_loss is None:
+        raise InputError(
+            f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
+            "raise --n_training_steps or --n_epochs"
+        )
+    return from_names(state, arrays, checkpoints.folder), progress

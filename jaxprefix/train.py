@@ -4,21 +4,19 @@ import contextlib
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from convert.errors import InputError
 from convert.prefix import RUN_SUBFOLDER
-from jaxprefix.checkpoint import Checkpoints, from_names, named, newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import labels_of_each
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
@@ -33,10 +31,9 @@ from jaxprefix.faults import (
 )
 from jaxprefix.hosts import Vote, Watchdog, agree, check_same, first_says, is_first, joined, see, spread
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
-from jaxprefix.loss import LossScale
 from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, fingerprint, load_model
-from jaxprefix.prefix import Encoder, Prefix, base_identity, prefix_of, save_prefix
+from jaxprefix.prefix import Encoder, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import (
     CHECKPOINTS,
@@ -49,7 +46,7 @@ from jaxprefix.run_folder import (
 )
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, split_rows
-from jaxprefix.start import earlier_arrays, start_state
+from jaxprefix.start import Progress, earlier_arrays, restored, start_state
 from jaxprefix.update import (
     LearningRate,
     Outcome,
@@ -74,18 +71,6 @@ class Run(NamedTuple):
     log: RunLog
     checkpoints: Checkpoints | None
     watchdog: Watchdog
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run is, besides its arrays."""
-
-    n_done: int = 0
-    best_dev_loss: float | None = None
-    window: Sequence[Any] = ()
-    """`LossSums` since the last log point."""
-    n_skipped: int = 0
-    """Updates that float16 has skipped in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,29 +153,6 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, stopped_by)
 
 
-def restored(
-    config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
-) -> tuple[TrainState, Progress]:
-    """Return what the newest checkpoint holds, `state` being of its shapes.
-
-    Raises InputError when no update is left that could make a prefix.
-    """
-    arrays, saved = checkpoints.read()
-    if state.loss_scale is not None:  # a training state from PyTorch has none
-        arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
-    progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
-    if progress.best_dev_loss is not None and not first_says(best.is_dir()):
-        progress.best_dev_loss = None
-        if is_first():
-            print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)
-    if progress.n_done >= n_updates and progress.best_dev_loss is None:
-        raise InputError(
-            f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
-            "raise --n_training_steps or --n_epochs"
-        )
-    return from_names(state, arrays, checkpoints.folder), progress
-
-
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:
     """Make the updates that are left; log, evaluate and save where due. Moves `progress` on.
 
@@ -236,18 +198,10 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         settle(n_left=0 if logging or saving else 1)
 
         if logging:
-            applied, values = n_applied(state), window.means()
-            values |= {"lr": float(run.rate(max(applied - 1, 0))), "tokens_per_s": window.tokens_per_s}
-            if state.loss_scale is not None:
-                values["skipped"] = progress.n_done - applied
-            run.log.point("train", progress.n_done, epoch, **values)
+            log_training(run, state, progress.n_done, epoch, window)
             window = LossMeter(recipe)
         for epoch in ended:
-            prefix = prefix_of(state.encoder)
-            dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, run.mesh)
-            metrics = dev_loss(run.base, prefix, dev, recipe, run.mesh)
-            run.log.point("dev", progress.n_done, epoch, **metrics)
-            keep_best(run, prefix, metrics["loss"], progress)
+            evaluate(run, state, progress, epoch)
         if run.checkpoints and saving:
             save(run, state, dataclasses.replace(progress, window=window.sums, n_skipped=guard.n_skipped))
         if saving:
@@ -256,6 +210,29 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         if stopping and batch is not None:
             return Signals(verdict)
     return None
+
+
+def log_training(run: Run, state: TrainState, n_done: int, epoch: int, window: LossMeter) -> None:
+    """Write a point of the log: means over the updates since the last one."""
+    applied, values = n_applied(state), window.means()
+    values |= {"lr": float(run.rate(max(applied - 1, 0))), "tokens_per_s": window.tokens_per_s}
+    if state.loss_scale is not None:
+        values["skipped"] = n_done - applied
+    run.log.point("train", n_done, epoch, **values)
+
+
+def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
+    """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
+    prefix, inputs = prefix_of(state.encoder), run.inputs
+    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh)
+    metrics = dev_loss(run.base, prefix, dev, RECIPES[run.config.recipe], run.mesh)
+    run.log.point("dev", progress.n_done, epoch, **metrics)
+    loss = metrics["loss"]
+    if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
+        progress.best_dev_loss = loss
+        if run.config.save_model and is_first():
+            check_still_there(run.config)
+            save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, inputs.base.config, inputs.base.tokenizer)
 
 
 def save(run: Run, state: TrainState, progress: Progress) -> None:
@@ -280,15 +257,6 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
             offending.append(lines[-1])
         run.watchdog.progress()
     return offending or lines
-
-
-def keep_best(run: Run, prefix: Prefix, loss: float, progress: Progress) -> None:
-    """Save the prefix if its dev loss is the lowest so far."""
-    if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
-        progress.best_dev_loss = loss
-        if run.config.save_model and is_first():
-            check_still_there(run.config)
-            save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, run.inputs.base.config, run.inputs.base.tokenizer)
 
 
 def has_checkpoint(config: TrainConfig) -> bool:

@@ -82,6 +82,7 @@ ON_EVERY_MESH = """
 import json, sys
 from pathlib import Path
 import jax
+from convert.weights import FiniteWeight
 from jaxprefix.models import load_model
 from jaxprefix.sharding import base_sharding, make_mesh
 from jaxprefix.train import train
@@ -91,7 +92,13 @@ settings = json.loads(sys.argv[2])
 for data, fsdp, tensor in json.loads(sys.argv[3]):
     mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
     train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, **settings))
-base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh({"fsdp": 8}), 4))
+read, n_read = FiniteWeight.read, []
+FiniteWeight.read = lambda *given: n_read.append(1) or read(*given)
+for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 8}):
+    n_read.clear()
+    base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh(sizes), 4))
+    n_parts = [len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in jax.tree.leaves(base)]
+    assert len(n_read) == sum(n_parts) and max(n_parts) == sizes["fsdp"], "a part is read once"
 print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base)))
 """
 

@@ -1,6 +1,5 @@
 """Frozen base models: Flax NNX modules whose weights come from a folder in the hub's layout."""
 
-import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from convert import gpt2 as gpt2_table
@@ -17,7 +17,7 @@ from convert.errors import InputError
 from convert.files import filling
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
-from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight
+from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index
 from jaxprefix.config import Compute
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
@@ -59,7 +59,13 @@ def load_model(
 
     def place(path: str, weight: FiniteWeight) -> None:
         sharding = sharding_of(path, weight.shape) if sharding_of else first_device
-        read = functools.partial(weight.read, dtype=dtype)
+        parts: dict[str, np.ndarray] = {}  # several devices may hold the same one
+
+        def read(index: Index) -> np.ndarray:
+            if (key := str(index)) not in parts:
+                parts[key] = weight.read(index, dtype)
+            return parts[key]
+
         leaves[path] = leaves[path].replace(jax.make_array_from_callback(weight.shape, sharding, read))
 
     with ThreadPoolExecutor(READERS) as pool:
