@@ -84,7 +84,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
         state, outcome = compiled_update(state, rate, base, batches[number])
         return outcome.loss.block_until_ready
 
-    n_useful = [int((batch.labels != IGNORED).sum()) for batch in batches]
+    n_useful = [batch.n_labels for batch in batches]
     return Training(n_useful, _one_of_each([batch.tokens.shape for batch in batches]), update)
 
 
@@ -101,7 +101,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int]]:
         group = [examples[i] for i in plan.micro_batches(number)[0]]
         batch = make_batch(group, tokenizer, 2 * len(group), longest_row(group))
         batches.append((torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()))
-        n_useful.append(int((batch.labels != IGNORED).sum()))
+        n_useful.append(batch.n_labels)
     return batches, n_useful
 
 

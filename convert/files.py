@@ -37,16 +37,21 @@ def filling(folder: Path) -> Iterator[None]:
     """Let the block write files into a free folder, which after a failure is as it was. Raises InputError."""
     check_free(folder)
     existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for path in folder.iterdir():
-                path.unlink()
+            _clear(folder)
             if not existed:
                 folder.rmdir()
         raise
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def check_free(folder: Path) -> None:

@@ -2,8 +2,7 @@
 
 A rule `(path, "transpose")` exchanges the two axes, `(path, "again")` is a copy's, which may be there. Names and
 shapes are compared from the file headers before weights are read, but for some rows of copies, and every disagreement
-is reported in one error.
-The same table, read backwards, writes a checkpoint.
+is reported in one error. The same table, read backwards, writes a checkpoint.
 """
 
 import json

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.data import Batch, longest_row, make_batch, rows_of_each
+from jaxprefix.data import Batch, make_batch, row_lengths, rows_of_each
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import next_token_loss
@@ -31,27 +31,22 @@ class LossSums(NamedTuple):
     loss: float = 0.0
     """Of all labels."""
     mean_loss: float = 0.0
-    """Of each batch's mean, and of its ppl."""
+    """Of the batches' means."""
     mean_ppl: float = 0.0
+    """Of the batches' ppl."""
     seconds: float = 0.0
 
 
 class LossMeter:
     """Averages losses over batches, by labels; or plainly, as the original does (`average_batch_means`)."""
 
-    def __init__(self, recipe: Recipe, sums: Iterable[Any] = ()):
-        self.sums = LossSums(*sums)
-        self._plain = recipe.average_batch_means
-
-    @classmethod
-    def of(cls, recipe: Recipe, window: Sequence[Any]) -> "LossMeter":
+    def __init__(self, recipe: Recipe, window: Sequence[Any] = ()):
         """Go on from the sums that a checkpoint holds; an earlier version's held the batches themselves."""
-        if not any(isinstance(item, list) for item in window):
-            return cls(recipe, window)
-        meter = cls(recipe)
-        for item in window:
-            meter.add(*item)
-        return meter
+        self._plain = recipe.average_batch_means
+        batches = [item for item in window if isinstance(item, list)]
+        self.sums = LossSums(*([] if batches else window))
+        for batch in batches:
+            self.add(*batch)
 
     def add(self, loss: float, n_labels: int, seconds: float = 0.0) -> None:
         """Take in a batch's mean loss, its number of labels and how long it took."""
@@ -79,9 +74,9 @@ def dev_batches(
     examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | None = None
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
-    n_rows = rows_of_each(examples) * batch_size
+    lengths = row_lengths(examples)
+    n_rows, n_columns = rows_of_each(lengths) * batch_size, int(lengths.max())
     n_rows = n_rows if mesh is None else rows_on(mesh, n_rows)
-    n_columns = longest_row(examples)
     for first in range(0, len(examples), batch_size):
         yield make_batch(examples[first : first + batch_size], tokenizer, n_rows, n_columns)
 

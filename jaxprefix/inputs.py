@@ -16,7 +16,6 @@ from jaxprefix.data import (
     Shape,
     UpdatePlan,
     fitting_shape,
-    longest_row,
     make_batch,
     make_packed_batch,
     packed_shapes,
@@ -59,10 +58,10 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
 
     Raises InputError that tells the beginning of its text.
     """
-    examples = max(parts, key=longest_row)
-    lengths = row_lengths(examples).max(axis=1)
-    prompt, target = examples[int(lengths.argmax())]
-    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths.max())
+    lengths = [row_lengths(part).max(axis=1) for part in parts]
+    which = int(np.argmax([of_part.max() for of_part in lengths]))
+    prompt, target = parts[which][int(lengths[which].argmax())]
+    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths[which].max())
     model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
     return longest
 
@@ -90,7 +89,8 @@ def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: Update
     """Return the shapes of a run's micro-batches, ascending; unpacked ones have the same."""
     if config.packing:
         return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
-    return [(rows_on(mesh, rows_of_each(train_set) * config.batch_size), longest_row(train_set))]
+    lengths = row_lengths(train_set)
+    return [(rows_on(mesh, rows_of_each(lengths) * config.batch_size), int(lengths.max()))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

@@ -106,10 +106,9 @@ def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
 def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
     settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
-    earlier = config.checkpoint_path
-    return (
-        settings if earlier is None or not earlier.is_file() else {**settings, "checkpoint_sha256": sha256_of(earlier)}
-    )
+    if config.checkpoint_path is not None and config.checkpoint_path.is_file():
+        settings["checkpoint_sha256"] = sha256_of(config.checkpoint_path)
+    return settings
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
@@ -208,13 +207,13 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)
-    may_change = MAY_CHANGE_ON_RESUME - (
-        {"checkpoint_path"} if newest_checkpoint(folder / CHECKPOINTS) is None else set()
-    )
+    compared = earlier.keys() - MAY_CHANGE_ON_RESUME  # what an earlier version did not know is not among them
+    if newest_checkpoint(folder / CHECKPOINTS) is None:  # the run starts over, from there
+        compared |= earlier.keys() & {"checkpoint_path"}
     changed = [
-        f"{field}: was {earlier.get(field)!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
+        f"{field}: was {earlier[field]!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
         for field, value in settings.items()
-        if field in earlier.keys() - may_change and not _may_follow(field, earlier[field], value)
+        if field in compared and not _may_follow(field, earlier[field], value)
     ]
     if changed:
         raise InputError.all(f"{folder}: cannot be resumed with other settings:", changed)

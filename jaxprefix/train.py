@@ -159,7 +159,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
     """
     config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    window = LossMeter.of(recipe, progress.window)
+    window = LossMeter(recipe, progress.window)
     batches = update_batches(config, inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
     vote, guard = Vote(run.mesh), FiniteGuard(config, progress.n_skipped)

@@ -107,3 +107,14 @@ def base_folder(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(base_folder):
     return load_model(base_folder)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """An uninterrupted run of 8 updates in 2 epochs."""
+    from jaxprefix.train import train  # late: what is imported here has no types checked
+    from tests.runs import run_config
+
+    config = run_config(tmp_path_factory.mktemp("runs"))
+    assert train(config).finished
+    return config

@@ -1,7 +1,6 @@
 """The command line as a user meets it: what it prints, and how it fails."""
 
 import json
-import math
 import os
 import re
 import shlex
@@ -12,12 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxprefix.cli import main
-from jaxprefix.config import ConvertConfig
-from jaxprefix.conversion import convert
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
 
@@ -198,55 +194,8 @@ def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
     assert len(set(typed.stdout.splitlines())) == 3
 
 
-def test_evaluate_with_and_without_prefix(capsys, tmp_path):
-    (tmp_path / "prompts.txt").write_text("朝の\n猫が\n")
-    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--prompt_file", str(tmp_path / "prompts.txt")]
-    options += ["--n_samples", "6", "--batch_size", "4", "--max_output_len", "30"]
-    assert main(["evaluate", *BASE, *PREFIX, *options, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report.keys() == {"with_prefix", "without_prefix"}
-    for values in report.values():
-        assert values.keys() == {"loss", "ppl", "sentences", "suffix_rate"}
-        assert values["ppl"] == pytest.approx(np.exp(values["loss"]))
-    assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
-    assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
-    assert capsys.readouterr().out.startswith("without_prefix:")
-
-
-def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
-    settings = {"data_sha256": "", "suffix": "！", "max_seq_len": 20}
-    (run / "config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(
-        "jaxprefix.evaluation.stream", lambda *_: iter(["楽しい!寒い。"])
-    )  # the tokenizer makes ！ that
-    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--json"]
-
-    def report(*more: str) -> dict:
-        assert main(["evaluate", *BASE, *options, *more]) == 0
-        return json.loads(capsys.readouterr().out)["with_prefix"]
-
-    of_run, told = (
-        report("--prefix_checkpoint_path", str(run)),
-        report(*PREFIX, "--suffix", "！", "--max_seq_len", "20"),
-    )
-    assert of_run == told
-    assert of_run["suffix_rate"] == 1 / 2
-    for other in (["--suffix", "！"], ["--max_seq_len", "20"]):
-        assert report(*PREFIX, *other)["loss"] != told["loss"]
-    (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
-    fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
-
-
-def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
-    data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
-    fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")
-    fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
-
-
 def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, monkeypatch):
-    for room in ("models", "evaluation"):
+    for room in ("evaluation", "models"):  # the other way round, evaluation would be imported with what models has then
         monkeypatch.setattr(f"jaxprefix.{room}.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
     prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
@@ -255,23 +204,6 @@ def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, 
     fails(capsys, ["generate", *BASE, *prompt], "--max_output_len and the longest prompt", "512 positions")
     for command in (["evaluate"], ["generate", "--prompt", "a"]):
         fails(capsys, [*command, *BASE, *prefix], "none.weight: no such prefix file or folder")
-
-
-def test_evaluate_without_samples_needs_no_room_for_them(capsys):
-    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--max_output_len", "600"]
-    assert main(["evaluate", *BASE, *options]) == 0
-    assert capsys.readouterr().out.startswith("without_prefix: loss ")
-
-
-def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
-    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--json"]
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": 800.0, "ppl": math.inf})
-    assert main(["evaluate", *BASE, *options]) == 0
-    assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": math.nan, "ppl": math.nan})
-    assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
-    message = "error: the loss without prefix is nan: its numbers grow beyond float16; take --dtype bfloat16"
-    assert message in capsys.readouterr().err
 
 
 def test_paths_that_the_system_refuses(capsys, tmp_path):
@@ -298,10 +230,6 @@ def test_the_command_to_try_can_be_pasted(capsys, tmp_path):
 def test_seeds_have_a_limit(capsys, tmp_path):
     for command in (["generate", *BASE, "--prompt", "a"], ["evaluate", *BASE], train_flags(tmp_path)):
         fails(capsys, [*command, "--seed", "9" * 23], "--seed")
-
-
-def test_evaluate_refuses_a_blank_suffix(capsys):
-    fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
 
 
 def test_hub_id_is_fetched_through_the_cache(monkeypatch, tmp_path):

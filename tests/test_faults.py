@@ -35,14 +35,6 @@ from tests.runs import CACHE_ALL, flags_of, losses_of, metrics_of, run_config
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An undisturbed run of 8 updates in 2 epochs."""
-    config = run_config(tmp_path_factory.mktemp("runs"))
-    train(config)
-    return config
-
-
 def same_end(config, finished) -> None:
     np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
     assert losses_of(config.run_dir) == losses_of(finished.run_dir)

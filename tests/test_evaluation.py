@@ -1,0 +1,81 @@
+"""`jaxprefix evaluate`: what it measures, whose settings it takes, what it refuses."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxprefix.cli import main
+from jaxprefix.config import ConvertConfig
+from jaxprefix.conversion import convert
+from tests.base_folders import GOLDEN, GOLDEN_BASE
+from tests.test_cli import BASE, PREFIX, data_file, fails
+
+
+def test_evaluate_with_and_without_prefix(capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("朝の\n猫が\n")
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--prompt_file", str(tmp_path / "prompts.txt")]
+    options += ["--n_samples", "6", "--batch_size", "4", "--max_output_len", "30"]
+    assert main(["evaluate", *BASE, *PREFIX, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report.keys() == {"with_prefix", "without_prefix"}
+    for values in report.values():
+        assert values.keys() == {"loss", "ppl", "sentences", "suffix_rate"}
+        assert values["ppl"] == pytest.approx(np.exp(values["loss"]))
+    assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
+    assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
+    assert capsys.readouterr().out.startswith("without_prefix:")
+
+
+def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
+    settings = {"data_sha256": "", "suffix": "！", "max_seq_len": 20}
+    (run / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr(
+        "jaxprefix.evaluation.stream", lambda *_: iter(["楽しい!寒い。"])
+    )  # the tokenizer makes ！ that
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--json"]
+
+    def report(*more: str) -> dict:
+        assert main(["evaluate", *BASE, *options, *more]) == 0
+        return json.loads(capsys.readouterr().out)["with_prefix"]
+
+    of_run, told = (
+        report("--prefix_checkpoint_path", str(run)),
+        report(*PREFIX, "--suffix", "！", "--max_seq_len", "20"),
+    )
+    assert of_run == told
+    assert of_run["suffix_rate"] == 1 / 2
+    for other in (["--suffix", "！"], ["--max_seq_len", "20"]):
+        assert report(*PREFIX, *other)["loss"] != told["loss"]
+    (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
+    fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
+
+
+def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
+    data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
+    fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")
+    fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
+
+
+def test_evaluate_without_samples_needs_no_room_for_them(capsys):
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--max_output_len", "600"]
+    assert main(["evaluate", *BASE, *options]) == 0
+    assert capsys.readouterr().out.startswith("without_prefix: loss ")
+
+
+def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
+    options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--json"]
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": 800.0, "ppl": math.inf})
+    assert main(["evaluate", *BASE, *options]) == 0
+    assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": math.nan, "ppl": math.nan})
+    assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
+    message = "error: the loss without prefix is nan: its numbers grow beyond float16; take --dtype bfloat16"
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_a_blank_suffix(capsys):
+    fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")

@@ -1,0 +1,65 @@
+"""What a run starts from: another run's encoder, a prefix file, its own checkpoint."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from convert.prefix import read_prefix
+from jaxprefix.train import train
+from tests.base_folders import make_base_folder
+from tests.runs import losses_of, run_config
+from tests.tolerances import LOSS
+
+
+def test_a_run_can_start_from_another_runs_encoder(finished, tmp_path):
+    config = run_config(tmp_path, checkpoint_path=finished.run_dir, n_training_steps=1, max_lr=1e-9, min_lr=0.0)
+    train(config)
+    assert losses_of(config.run_dir, "dev") == pytest.approx(losses_of(finished.run_dir, "dev")[-1:], rel=LOSS)
+
+
+def test_a_direct_prefix_can_start_from_a_prefix_file(finished, tmp_path):
+    changes = {"prefix_hidden_dim": 0, "n_training_steps": 1, "max_lr": 1e-9, "min_lr": 0.0}
+    config = run_config(tmp_path, checkpoint_path=finished.run_dir / "prefix", **changes)
+    train(config)
+    np.testing.assert_allclose(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_seq_len": 20}, r"encoder.prefix_wte.weight: expected shape \(20, 10\), found \(10, 10\)"),
+        ({"prefix_hidden_dim": 7}, r"encoder.prefix_mlp.0.bias: expected shape \(7,\), found \(10,\)"),
+        ({"prefix_hidden_dim": 0, "prefix_seq_len": 5}, "has prefix length 10, not --prefix_seq_len 5"),
+        ({"base": {"vocab_size": 500}}, "vocab_size: made for 440, this base has 500"),
+    ],
+)
+def test_another_runs_encoder_must_fit(finished, tmp_path, changes, message):
+    changes = dict(changes)
+    if base := changes.pop("base", None):
+        changes["pretrained_model_dir"] = str(make_base_folder(tmp_path / "base", **base))
+    with pytest.raises(InputError, match=message):
+        train(run_config(tmp_path, checkpoint_path=finished.run_dir, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_cannot_start_from_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"no run, config.json is missing or damaged"):
+        train(run_config(tmp_path, checkpoint_path=tmp_path))
+
+
+def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
+    direct = run_config(tmp_path, name="direct", prefix_hidden_dim=0, n_training_steps=1)
+    train(direct)
+    with pytest.raises(InputError, match=r"encoder.prefix_mlp.0.bias: expected shape \(10,\), found nothing"):
+        train(run_config(tmp_path, checkpoint_path=direct.run_dir))
+
+
+def test_a_best_prefix_that_is_gone_is_made_anew(finished, tmp_path, capsys):
+    shutil.copytree(finished.run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "prefix")
+    config = run_config(tmp_path, resume=True, n_epochs=3, checkpoint_path=tmp_path / "not read any more")
+    assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
+    assert f"WARNING: {config.run_dir / 'prefix'}: is gone" in capsys.readouterr().err
+    assert read_prefix(config.run_dir)[0].shape == (10, 384)
