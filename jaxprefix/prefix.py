@@ -120,7 +120,7 @@ def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> di
     return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
 
 
-def differing_fields(found: Mapping[str, str], base: Mapping[str, str]) -> list[str]:
+def differing_fields(found: Mapping[str, Any], base: Mapping[str, str]) -> list[str]:
     """Say in what a `base_identity` that a file holds, or a part of one, differs from that of a base at hand."""
     return [
         f"{field}: made for {found[field]}, this base has {value}"

@@ -170,7 +170,7 @@ def check_base(run_dir: Path, base: dict[str, str]) -> None:
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
         raise InputError(f"{run_dir}: no run, {CONFIG_FILE} is missing or damaged")
-    if differing := differing_fields(earlier, base):
+    if differing := differing_fields(dict.fromkeys(base) | earlier, base):  # a run has all fields
         raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
 
 

@@ -9,6 +9,7 @@ from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.config import Compute
 from jaxprefix.run_folder import (
+    check_base,
     check_run_folder,
     common_settings,
     describe_run,
@@ -148,3 +149,11 @@ def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
     settings = common_settings(config, describe_run(config, {}))
     (tmp_path / "state.pt").write_text("another encoder")
     assert common_settings(config, describe_run(config, {})) != settings
+
+
+def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {"n_layer": "3"}))
+    check_base(config.run_dir, {"n_layer": "3", "base_model": "renamed"})
+    with pytest.raises(InputError, match="n_head: made for None, this base has 4"):
+        check_base(config.run_dir, {"n_layer": "3", "n_head": "4"})
