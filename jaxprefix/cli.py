@@ -108,14 +108,13 @@ def _generate(config: GenerateConfig) -> int:
             f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
             f"{config.prefix_seq_len}"
         )
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    check_prompts(model_config, tokenizer, ids, prefix, config.decode)
-    if n_unknown := sum(tokenizer.unk_id in row for row in ids):
-        print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
+    check_prompts(model_config, tokenizer, map(tokenizer.encode, prompts), prefix, config.decode)
     model = load_model(folder, config.dtype, config=model_config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
 
     def answer(prompts: list[str], place: int = 0) -> None:
+        if n_unknown := sum(tokenizer.unk_id in tokenizer.encode(prompt) for prompt in prompts):
+            print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
         timings: list[BatchTiming] = []
         options = (config.seed, config.batch_size, config.decode, timings, place)
         streams = [stream(model, tokenizer, prompts, way, *options) for way in ways.values()]

@@ -39,6 +39,10 @@ def evaluate(config: EvaluateConfig) -> Report:
         generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # in which signs may have become others
         if not generated_suffix.strip():
             raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
+        if "\n" in generated_suffix.strip():
+            raise InputError(
+                f"the suffix {suffix!r} goes over lines, and no sentence does; --n_samples 0 skips its rate"
+            )
         check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix, config.decode)
     examples: Examples | None = None
     if config.data_filepath is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from convert.table import write_weights
@@ -65,6 +66,17 @@ def make_base_folder(folder: Path, seed: int = 0, std: float = 0.2, **config: ob
         centre = np.float32(path.endswith("norm.weight"))
         weights[path] = centre + np.float32(std) * random.standard_normal(shape, dtype=np.float32)
     write_weights(folder, weight_table(model_config), model_config.n_layer, weights.items())
+    return folder
+
+
+def make_bpe_folder(folder: Path) -> Path:
+    """Write a GPT-2 with a byte-level tokenizer.json, whose one special token is bos and eos."""
+    make_base_folder(folder, model_type="gpt2", vocab_size=512, eos_token_id=0, bos_token_id=0)
+    for name in TOKENIZER_FILES:
+        (folder / name).unlink()
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator(["今日は晴れ。"] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
+    backend.save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tokenizers
 
 import jaxprefix.check as check_module
 from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
@@ -15,7 +14,8 @@ from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.runs import run_config
 
 SMALL_BASE = Path(__file__).parent.parent / "data" / "small_base"
@@ -45,16 +45,11 @@ def test_report_on_the_small_base(capsys):
 
 
 def test_report_on_a_bpe_folder(capsys, tmp_path):
-    folder = make_base_folder(tmp_path / "bpe", model_type="gpt2", vocab_size=512, eos_token_id=0, bos_token_id=0)
-    for name in ("spiece.model", "tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).unlink()
-    backend = tokenizers.ByteLevelBPETokenizer()
-    backend.train_from_iterator(["今日は晴れ。"] * 9, vocab_size=300, special_tokens=["<|endoftext|>"])
-    backend.save(str(folder / "tokenizer.json"))
+    folder = make_bpe_folder(tmp_path / "bpe")
     code, lines, _ = report(capsys, folder)
     assert code == 0
     assert lines[0] == "base model: gpt2, 2 layers × 64, 4 heads of 16, gelu_new, tied head"
-    assert f"{backend.get_vocab_size()} pieces, padded to 512; bos 0, eos 0, pad 0, unknown none" in lines[2]
+    assert f"{load_tokenizer(folder).vocab_size} pieces, padded to 512; bos 0, eos 0, pad 0, unknown none" in lines[2]
     assert lines[3] == "suffix ' 😃': 5 token(s)"
 
 

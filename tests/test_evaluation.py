@@ -9,7 +9,7 @@ import pytest
 from jaxprefix.cli import main
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
-from tests.base_folders import GOLDEN, GOLDEN_BASE
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.test_cli import BASE, PREFIX, data_file, fails
 
 
@@ -79,3 +79,9 @@ def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
 
 def test_evaluate_refuses_a_blank_suffix(capsys):
     fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
+
+
+def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
+    base = ["evaluate", "--pretrained_model_dir", str(make_bpe_folder(tmp_path / "base")), "--n_samples", "2"]
+    fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' goes over lines")
+    assert main([*base, "--suffix", "\n😃\n", "--max_output_len", "8"]) == 0
