@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig, cache_folder
-from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig, read_prompts
+from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -97,64 +96,10 @@ def _train(config: TrainConfig) -> int:
 
 
 def _generate(config: GenerateConfig) -> int:
-    from jaxprefix.decode import BatchTiming, check_prompts, stream
-    from jaxprefix.models import load_model
-    from jaxprefix.prefix import open_with_prefix
+    from jaxprefix.generation import continue_prompts
 
-    prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
-    (folder, model_config, tokenizer), prefix = open_with_prefix(config)
-    if config.prefix_seq_len is not None and prefix is not None and config.prefix_seq_len != prefix.shape[2]:
-        raise InputError(
-            f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
-            f"{config.prefix_seq_len}"
-        )
-    check_prompts(model_config, tokenizer, map(tokenizer.encode, prompts), prefix, config.decode)
-    model = load_model(folder, config.dtype, config=model_config)
-    ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
-
-    def answer(prompts: list[str], place: int = 0) -> None:
-        if n_unknown := sum(tokenizer.unk_id in tokenizer.encode(prompt) for prompt in prompts):
-            print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
-        timings: list[BatchTiming] = []
-        options = (config.seed, config.batch_size, config.decode, timings, place)
-        streams = [stream(model, tokenizer, prompts, way, *options) for way in ways.values()]
-        for prompt, *made in zip(prompts, *streams, strict=True):
-            result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
-            print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
-        for n_rows, n_tokens, seconds in timings if config.timing else ():
-            speed = n_tokens / seconds
-            print(f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s", file=sys.stderr)
-
-    if prompts:
-        answer(prompts)
-        return 0
-    for place, prompt in enumerate(prompt_loop()):
-        try:
-            answer([prompt], place)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+    continue_prompts(config)
     return 0
-
-
-def _as_text(result: dict[str, str]) -> str:
-    text = result["prompt"] + result["continuation"]
-    if "continuation_without_prefix" not in result:
-        return text
-    return f"with prefix:    {text}\nwithout prefix: {result['prompt'] + result['continuation_without_prefix']}\n"
-
-
-def prompt_loop() -> Iterator[str]:
-    """Yield what the user types, a line at a time, until Ctrl-D or Ctrl-C."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
-    while True:
-        try:
-            yield input("> " if interactive else "")
-        except UnicodeDecodeError as error:
-            print(f"error: not a valid text ({error})", file=sys.stderr)
-        except (EOFError, KeyboardInterrupt):
-            return
 
 
 def _evaluate(config: EvaluateConfig) -> int:

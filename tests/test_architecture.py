@@ -18,7 +18,7 @@ MAY_NOT_IMPORT = {
 # A room imports only rooms of its own floor or of floors below it.
 FLOORS = [
     {"cli"},
-    {"train", "conversion", "check", "evaluation"},
+    {"train", "conversion", "check", "generation", "evaluation"},
     {"inputs", "faults", "start"},
     {"update", "decode", "evaluate", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding", "hosts", "memory"},

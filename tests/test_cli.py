@@ -196,7 +196,7 @@ def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
 
 
 def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, monkeypatch):
-    for room in ("evaluation", "models"):  # the other way round, evaluation would be imported with what models has then
+    for room in ("evaluation", "generation"):
         monkeypatch.setattr(f"jaxprefix.{room}.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
     prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
