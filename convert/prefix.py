@@ -73,6 +73,8 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
+        if array.shape[1] != 2:
+            raise InputError(f"{path}: a prefix by layers has axes [L, 2, P, N, H], found shape {array.shape}")
         array = to_folded(array).reshape(array.shape[2], -1, *array.shape[3:])
     if array.ndim not in (2, 4) or 0 in array.shape:
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")

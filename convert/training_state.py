@@ -98,7 +98,9 @@ def _shape_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Compare every shape with the encoder's sizes: P, input_dim and hidden_dim, and the width of the prefix."""
     shapes = {key: array.shape for key, array in arrays.items()}
     embedding, output = shapes.get("encoder.prefix_wte.weight"), shapes.get("encoder.prefix_mlp.2.weight")
-    if embedding is None or output is None or len(embedding) != 2 or len(output) != 2:
+    if embedding is None or output is None:
+        return []  # told as missing
+    if len(embedding) != 2 or len(output) != 2:
         return [f"encoder.prefix_wte.weight {embedding} and encoder.prefix_mlp.2.weight {output} must have two axes"]
     (length, input_dim), (width, hidden_dim) = embedding, output
     expected = ((length, input_dim), (hidden_dim, input_dim), (hidden_dim,), (width, hidden_dim), (width,))

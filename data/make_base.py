@@ -62,7 +62,7 @@ def read_scenes(path: Path) -> list[dict]:
     Slots are {"C": [c, …], "A B": [[a, b], …]}; the second kind binds several names to choices that agree.
     The shared slots that a scene uses, and does not define itself, are added to its own.
     """
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     for scene in content["scenes"]:
         used = set(re.findall(r"\{(\w+)\}", "".join(line for lines in scene["lines"] for line in lines)))
         own = {name for names in scene["slots"] for name in names.split()}
@@ -88,7 +88,9 @@ def documents(settings: Settings) -> Iterator[str]:
     """Yield the corpus: sentences separated by newlines, a few with a smile."""
     rng = random.Random(settings.seed)
     scenes = read_scenes(DATA / "scenes.json")
-    samples = [json.loads(line)["text"] for line in (DATA / "sample_data.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)["text"] for line in (DATA / "sample_data.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     samples = samples[: len(samples) - settings.n_held_out]
     for _ in range(settings.n_documents):
         is_sample = rng.random() < settings.sample_share

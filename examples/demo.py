@@ -15,7 +15,9 @@ from jaxprefix.inference import DecodeConfig
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-PROMPTS = (DATA / "prompts.txt").read_text().splitlines()  # beginnings that the training data does not hold
+PROMPTS = (
+    (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
+)  # beginnings that the training data does not hold
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
         print(f"\n--- {name} prefix: {rate:.1%} of {n_sentences} sentences end with 😃")
         print("\n".join(prompt + text for prompt, text in zip(PROMPTS[:6], texts, strict=False)))
 
-    metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     dev_losses = [point["loss"] for point in metrics if point["split"] == "dev"]
     report = {
         "suffix_rate_with": rates["with"]["suffix_rate"],

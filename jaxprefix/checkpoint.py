@@ -35,7 +35,7 @@ STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
 
 def newest_checkpoint(folder: Path) -> int | None:
     """Return the number of the newest complete checkpoint; Orbax gives those under way another name."""
-    return max((int(child.name) for child in folder.glob("*") if child.name.isdigit()), default=None)
+    return max((int(child.name) for child in folder.glob("*") if child.name.isdecimal()), default=None)
 
 
 class SaveError(RunError):
@@ -211,7 +211,7 @@ def path_name(path: Any) -> str:
 
 def _stored_array(folder: Path, name: str) -> np.ndarray:
     """Read one array of an Orbax checkpoint: zarr in an OCDBT store."""
-    store = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}, "path": f"{name}/"}
     return tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
 
 

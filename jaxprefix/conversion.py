@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import InputError
-from convert.files import check_free
+from convert.files import filling
 from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
 from convert.torch_files import is_torch_file, load_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
@@ -56,8 +56,8 @@ def _convert_prefix(config: ConvertConfig) -> str:
     elif target.suffix == ".safetensors":
         write_safetensors(target, folded, base)
     elif {"n_layer", "n_head"} <= base.keys():
-        check_free(target)
-        write_adapter(target, folded, int(base["n_layer"]), int(base["n_head"]), base)
+        with filling(target):
+            write_adapter(target, folded, int(base["n_layer"]), int(base["n_head"]), base)
     else:
         raise InputError(f"{source}: does not say what base model it is for; give --pretrained_model_dir")
     kind = "adapter folder, " if target.is_dir() else ""

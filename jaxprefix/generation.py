@@ -1,5 +1,6 @@
 """What `jaxprefix generate` does: continues the prompts it is given, or what the user types."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -59,13 +60,13 @@ def _as_text(result: dict[str, str]) -> str:
 
 def _typed_lines() -> Iterator[str]:
     """Yield what the user types, a line at a time, until Ctrl-D or Ctrl-C."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is the tokenizer's to refuse, by the line
     interactive = sys.stdin.isatty()
     if interactive:
         print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             yield input("> " if interactive else "")
-        except UnicodeDecodeError as error:
-            print(f"error: not a valid text ({error})", file=sys.stderr)
         except (EOFError, KeyboardInterrupt):
             return

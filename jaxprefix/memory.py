@@ -14,7 +14,7 @@ from convert.errors import RunError
 GIB = 2**30
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
-UNITS = {"": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @functools.cache
@@ -46,13 +46,13 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 def shortage(text: str) -> str:
     """Say by how much a device's memory was too small, from the error's text."""
-    wanted = re.search(r"allocat\D+([\d.]+) ?(\w*iB|bytes)?", text)
+    wanted = re.search(r"allocat\D+(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?\b", text)
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     free = size - stats.get("bytes_in_use", 0)
     over = "more was asked for than"
     if wanted:
-        n_bytes = float(wanted[1]) * UNITS.get(wanted[2] or "", 1)
+        n_bytes = float(wanted[1]) * UNITS[wanted[2]]
         over = f"{n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
     return f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free"

@@ -16,8 +16,8 @@ def check_types(settings: Any, what: str) -> None:
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
-        value, choices = getattr(settings, name), typing.get_args(kind)
-        if isinstance(value, str) and Path in (kind, *choices):
+        value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # of `A | None`, A and None
+        if isinstance(value, str) and Path in kinds:
             value = Path(value)
         elif hasattr(value, "item"):  # one of NumPy's numbers
             value = value.item()
@@ -25,7 +25,8 @@ def check_types(settings: Any, what: str) -> None:
         try:
             check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
-            if typing.get_origin(kind) is Literal:
+            choices = [choice for k in kinds if typing.get_origin(k) is Literal for choice in typing.get_args(k)]
+            if choices:
                 problems.append(f"--{name} must be one of {', '.join(choices)}; is {value!r}")
             else:
                 problems.append(f"--{name} must be of type {getattr(kind, '__name__', kind)}, is {value!r}")

@@ -60,7 +60,7 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
                 if (examples := _open(folder)) is None:
                     examples = _make(path, chunking, folder)
     except OSError as error:
-        advice = "XDG_CACHE_HOME names another place"
+        advice = "set XDG_CACHE_HOME to another folder"
         raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {advice}") from error
     assert examples is not None
     return not_empty(examples, path)
@@ -190,7 +190,10 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
     with processes:
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
-            pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
+            try:
+                pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
+            except OSError as error:  # told apart from a cache that cannot be written
+                raise RunError(f"a process that tokenizes cannot be started ({error.strerror})") from error
             if len(pending) > 2 * n_processes:
                 n_bytes, examples = pending.popleft()
                 yield n_bytes, _made(examples)

@@ -197,6 +197,16 @@ def test_reading_anothers_run_moves_nothing(folder):
     assert {path.name for path in folder.iterdir()} == {"4", "8"}
 
 
+def test_a_folder_may_have_any_name(saved, tmp_path):
+    for name in ("a#b?c", "a%41", "a b", "朝"):
+        assert read(shutil.copytree(saved, tmp_path / name / "checkpoints")) == content_of(8)
+
+
+def test_names_that_are_no_numbers_are_no_checkpoints(folder):
+    (folder / "²").mkdir()
+    assert newest_checkpoint(folder) == 8
+
+
 def test_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
         read(tmp_path)

@@ -172,11 +172,14 @@ def test_generate_compares_as_text_and_json(capsys):
 
 def test_the_prompt_loop_answers_line_by_line():
     command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, *GREEDY]
-    lines = ["朝の", "朝" * 600, "🦀猫が"]
-    result = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
-    assert [line[:2] for line in result.stdout.splitlines()] == ["朝の", "🦀猫"]
-    assert result.stderr.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
-    assert "error: prefix of 10 + --max_output_len and the longest prompt" in result.stderr
+    lines = "\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in locales of other names than C.UTF-8
+    result = subprocess.run(command, input=lines, capture_output=True, check=True, env=strict)
+    made, told = result.stdout.decode(), result.stderr.decode()
+    assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
+    assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
+    assert "error: prefix of 10 + --max_output_len and the longest prompt" in told
+    assert r"error: not a valid text: '\udcff'" in told
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):

@@ -58,6 +58,7 @@ def test_decoding(changes, message):
     ("config", "name", "value", "message"),
     [
         (DecodeConfig(), "decode_method", "beam", "--decode_method must be one of nucleus, sample, greedy; is 'beam'"),
+        (run_config(Path()), "model_type", "bert", "--model_type must be one of gpt-neox, gpt; is 'bert'"),
         (DecodeConfig(), "recipe", "beam", "--recipe must be one of default, rinna; is 'beam'"),
         (DecodeConfig(), "top_k", 5.0, "--top_k must be of type int, is 5.0"),
         (Compute(), "remat", "full", "--remat must be one of elementwise, block; is 'full'"),

@@ -295,6 +295,14 @@ def test_a_base_model_becomes_a_folder(tmp_path):
         converted(GOLDEN_BASE, tmp_path / "base", GOLDEN_BASE)
 
 
+def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.prefix.write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        with pytest.raises(OSError, match="No space"):
+            converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+
+
 def test_a_copy_that_fails_can_be_repeated(tmp_path):
     source = make_base_folder(tmp_path / "base")
     weights = load_file(source / "model.safetensors")

@@ -16,6 +16,8 @@ from tests.base_folders import GOLDEN_BASE
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", "2.00 GiB were"),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "12.50 GiB were"),
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5GiB (1610612736B) on device", "1.50 GiB were"),
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Tried to allocate 16.00G, exceeds", "16.00 GiB were"),
+        ("RESOURCE_EXHAUSTED: Failed to allocate memory.", "more was asked for"),
         ("RESOURCE_EXHAUSTED: something else", "more was asked for"),
     ],
 )

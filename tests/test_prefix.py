@@ -58,6 +58,8 @@ def test_a_direct_prefix_starts_at_the_bases_keys_and_values(model):
     encoder = new_encoder(model, 5, 10, 0, seed=0)
     assert isinstance(encoder, DirectPrefix)
     np.testing.assert_array_equal(encoder(), target)
+    with pytest.raises(InputError, match="--prefix_seq_len 441 is more than the base model's 440 token ids"):
+        new_encoder(model, 441, 10, 0, seed=0)
 
 
 def test_fitting_brings_the_encoder_close_to_the_bases_keys_and_values(golden_model):

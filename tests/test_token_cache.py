@@ -265,6 +265,13 @@ def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
         load_examples(data, Chunking(tokenizer))
 
 
+def test_helpers_that_cannot_be_started_are_told(data, tokenizer, monkeypatch):
+    error = OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", lambda *_: raising(error))
+    with pytest.raises(RunError, match=r"cannot be started \(Resource temporarily unavailable\)"):
+        load_examples(data, Chunking(tokenizer))
+
+
 def test_a_file_that_cannot_be_read(data, tokenizer, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda path, *_: raising(PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(InputError, match=r"data.jsonl: cannot be read \(Permission denied\)"):
@@ -273,7 +280,7 @@ def test_a_file_that_cannot_be_read(data, tokenizer, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(data, tokenizer, tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(InputError, match=r"the token cache cannot be written .*XDG_CACHE_HOME names another place"):
+    with pytest.raises(InputError, match=r"the token cache cannot be written .*set XDG_CACHE_HOME to another folder"):
         load_examples(data, Chunking(tokenizer))
 
 

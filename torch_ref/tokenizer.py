@@ -28,6 +28,6 @@ class Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load `spiece.model` and the special tokens that tokenizer_config.json names."""
     processor = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    names = json.loads((folder / "tokenizer_config.json").read_text())
+    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     ids = {f"{kind}_id": processor.piece_to_id(names[f"{kind}_token"]) for kind in ("bos", "eos", "pad")}
     return Tokenizer(processor, **ids)

@@ -200,6 +200,8 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
         problems.append(f"a rotary scaling factor of {config.rotary_factor} shortens what the model was trained on")
     elif config.rotary_dim % 2:
         problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
+    elif config.rotary_scaling == "dynamic" and config.rotary_dim < 4:
+        problems.append(f"dynamic rotary scaling needs more than the {config.rotary_dim} dimensions that rotate")
     if problems:
         raise InputError.all(f"{path}:", problems)
     return config

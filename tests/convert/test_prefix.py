@@ -66,6 +66,12 @@ def test_five_axes_of_which_one_is_empty(tmp_path):
         read_prefix(tmp_path / "prefix.npy")
 
 
+def test_five_axes_of_which_the_second_is_not_of_keys_and_values(tmp_path):
+    np.save(tmp_path / "prefix.npy", np.zeros((2, 3, 10, 4, 8), np.float32))
+    with pytest.raises(InputError, match=r"by layers has axes \[L, 2, P, N, H\], found shape \(2, 3, 10, 4, 8\)"):
+        read_prefix(tmp_path / "prefix.npy")
+
+
 def test_what_safetensors_cannot_write_is_an_error_of_the_system(tmp_path):
     with pytest.raises(IsADirectoryError, match="Is a directory"):
         save_safetensors({"x": np.zeros(3, np.float32)}, tmp_path, {})

@@ -29,6 +29,13 @@ def test_reading(tmp_path, content, message):
         read_training_state(tmp_path / "state.pt")
 
 
+def test_what_is_missing_is_told_once(tmp_path):
+    torch.save({name: value for name, value in ENCODER.items() if name != "prefix_wte.weight"}, tmp_path / "state.pt")
+    with pytest.raises(InputError) as error:
+        read_training_state(tmp_path / "state.pt")
+    assert str(error.value).split("\n  - ")[1:] == ["missing encoder.prefix_wte.weight"]
+
+
 def test_writing_tells_what_the_source_has_too_much_and_too_little(tmp_path):
     with pytest.raises(InputError, match="run: no training state of the original's encoder:") as error:
         write_training_state(tmp_path / "state.pt", {"encoder.prefix": np.ones(3)}, tmp_path / "run")

@@ -52,6 +52,10 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         ({"rotary_pct": 1.5}, "rotary_pct 1.5 is more than 1"),
         ({"rotary_emb_base": 10**400}, "rotary_emb_base must be a positive float, found 1000"),
         ({"rope_scaling": {"type": "dynamic", "factor": 1e-320}}, "a rotary scaling factor of 1e-320 shortens"),
+        (
+            {"rotary_pct": 0.125, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "dynamic rotary scaling needs more than the 2 dimensions that rotate",
+        ),
         ({"model_type": ["gpt2"]}, "model_type is \\['gpt2'\\]; supported"),
         ({"model_type": {}}, "model_type is {}; supported"),
     ],
