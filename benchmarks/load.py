@@ -74,7 +74,7 @@ def main() -> None:
         arguments = {way: ("--measure", way, "--folder", folder, "--dtype", flags.dtype) for way in WAYS}
         results = alternate(arguments, "benchmarks.load", flags.rounds)
     file_bytes = results["files"][0]["file_bytes"]
-    weights = file_bytes * np.dtype(_numpy_name(flags.dtype)).itemsize / np.dtype(_numpy_name(flags.disk)).itemsize
+    weights = file_bytes * np.dtype(flags.dtype).itemsize / np.dtype(flags.disk).itemsize
     read = median(results["files"], "seconds")
     rows = [
         [
@@ -88,10 +88,6 @@ def main() -> None:
     text = table(["load", "seconds", "× reading the files", "peak memory ÷ weights"], rows)
     title = f"{flags.shape}, {file_bytes / 1e9:.2f} GB of {flags.disk} in three files, loaded as {flags.dtype}"
     publish(f"load_{flags.shape}_{flags.disk}_{flags.dtype}", f"{title}\n\n{text}", results)
-
-
-def _numpy_name(dtype: str) -> str:
-    return "float16" if dtype == "bfloat16" else dtype  # of the same size
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,7 @@ def add_turns(parser: argparse.ArgumentParser) -> None:
 
 
 def turns(n_turns: int, what: str, n_rounds: int) -> str:
-    """Word it for a title."""
+    """Describe the turns, for a title."""
     return f"{n_rounds} rounds of {n_turns} {what}" if n_rounds else f"{n_turns} {what} in turn"
 
 
@@ -139,16 +140,10 @@ def machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    gpus = (
-        subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.splitlines()
-        if _has("nvidia-smi")
-        else []
-    )
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    gpus = []
+    if shutil.which(query[0]):
+        gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu or platform.processor(),
@@ -211,10 +206,6 @@ def descendants_memory() -> int:
     while grown := {process for process, parent in parents.items() if parent in family} - family:
         family |= grown
     return sum(held.get(process, 0) for process in family)
-
-
-def _has(program: str) -> bool:
-    return any((Path(folder) / program).is_file() for folder in os.environ["PATH"].split(os.pathsep))
 
 
 def _lines(path: str) -> list[str]:

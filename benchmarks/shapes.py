@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  gives NumPy bfloat16
 import numpy as np
 
 from convert.table import write_weights
@@ -73,10 +73,10 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
     for name in TOKENIZER_FILES:
         shutil.copy(SMALL_BASE / name, folder)
     model = read_model_config(folder)
-    stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    stored = np.dtype(dtype)
     numbers = np.float32(0.02) * np.random.default_rng(0).standard_normal(N_NUMBERS, dtype=np.float32)
     shapes = weight_shapes(model)
-    n_bytes = sum(int(np.prod(shape)) for shape in shapes.values()) * np.dtype(stored).itemsize
+    n_bytes = sum(int(np.prod(shape)) for shape in shapes.values()) * stored.itemsize
 
     def weights():
         for index, (path, shape) in enumerate(shapes.items()):

@@ -94,8 +94,15 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int]]:
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
     examples = read_examples(config.data_filepath, Chunking(tokenizer, max_seq_len=config.max_seq_len))
-    sizes = (config.train_data_size, config.batch_size, 1, 1, config.n_training_steps)
-    plan = UpdatePlan(*sizes, config.seed, carry_accumulation=False)
+    plan = UpdatePlan(
+        n_examples=config.train_data_size,
+        batch_size=config.batch_size,
+        n_accum_steps=1,
+        n_epochs=1,
+        n_training_steps=config.n_training_steps,
+        seed=config.seed,
+        carry_accumulation=False,
+    )
     batches, n_useful = [], []
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]

@@ -88,7 +88,6 @@ def write_weights(
         shards.append(list(shard))
         save_safetensors(shard, folder / f"{len(shards)}.tmp", {})
 
-    folder.mkdir(parents=True, exist_ok=True)
     shard: dict[str, np.ndarray] = {}
     total = 0
     for path, array in weights:

@@ -17,8 +17,8 @@ from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
 from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, split_examples
 from jaxprefix.devices import devices
-from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inputs import batch_shapes, check_rows, update_plan
+from jaxprefix.examples import Examples
+from jaxprefix.inputs import batch_shapes, check_rows, load_data, update_plan
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
@@ -28,7 +28,6 @@ from jaxprefix.models.stack import stacked
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
-from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
 from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
 
@@ -45,8 +44,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     train_set: Examples | None = None
     if config.data_filepath is not None:
         recipe = RECIPES[config.recipe]
-        chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
-        examples = load_examples(config.data_filepath, chunking)
+        examples = load_data(config, tokenizer, recipe)
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
         sizes = (config.train_data_size, config.dev_data_size)

@@ -156,13 +156,13 @@ class Checkpoints:
         folder = self.folder / str(step)
         try:
             record = json.loads((folder / PROGRESS / PROGRESS_FILE).read_bytes())
-            progress, sums = record["progress"], record["sha256"]
+            progress, sums, number = record["progress"], record["sha256"], record["step"]
             arrays = {name: _stored_array(folder / STATE, name) for name in sums if name != "progress"}
             found = {name: _sha256(value) for name, value in [*arrays.items(), ("progress", progress)]}
         except Exception as error:  # whatever damaged bytes make the readers raise
             raise _DamagedError(first_words(error)) from error
-        if record.get("step", step) != step:
-            raise _DamagedError(f"it is another one, number {record['step']}")
+        if number != step:
+            raise _DamagedError(f"it is another one, number {number}")
         if differing := [name for name in found if found[name] != sums.get(name)]:
             raise _DamagedError(f"what it holds of {differing[0]} is not what was saved")
         return arrays, progress

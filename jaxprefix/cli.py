@@ -105,12 +105,13 @@ def _generate(config: GenerateConfig) -> int:
 def _evaluate(config: EvaluateConfig) -> int:
     from jaxprefix.evaluation import evaluate
 
-    for way, values in (report := evaluate(config)).items():
-        if not config.json:
-            print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+    report = evaluate(config)
     if config.json:  # which has no infinity
         finite = {way: {k: v if math.isfinite(v) else None for k, v in row.items()} for way, row in report.items()}
         print(json.dumps(finite))
+        return 0
+    for way, values in report.items():
+        print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
     return 0
 
 

@@ -26,6 +26,7 @@ def cache_folder() -> Path:
 
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class TrainConfig:
     """Largest global norm of the gradient; 0 does not clip."""
     seed: int = 42
     """Seed of the encoder's start and of the data order."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     """Type of the base model's weights and activations, float16 with dynamic loss scaling; the prefix stays float32."""
     bf16: bool = False
     """Same as --dtype bfloat16."""
@@ -162,11 +163,11 @@ class TrainConfig:
             problems.append(f"--seed must be below {SEED_LIMIT}, is {self.seed}")
         if self.bf16 and self.fp16:
             problems.append("--bf16 and --fp16 exclude each other")
-        half = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
-        if self.dtype not in ("float32", half):
+        dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
+        if self.dtype not in ("float32", dtype):
             problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
-        object.__setattr__(self, "dtype", half)
-        if self.compute.attention == "cudnn" and half == "float32":
+        object.__setattr__(self, "dtype", dtype)
+        if self.compute.attention == "cudnn" and dtype == "float32":
             problems.append("--attention cudnn needs --dtype bfloat16 or float16")
         if self.resume and self.overwrite:
             problems.append("--resume and --overwrite exclude each other")
@@ -174,9 +175,7 @@ class TrainConfig:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
         if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
             problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
-        parts = [part.partition("=") for part in self.mesh.split(",")] if self.mesh is not None else []
-        known = {axis for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
-        if len(known) != len(parts):
+        if self.mesh is not None and self.mesh_sizes is None:
             problems.append(f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {self.mesh!r}")
         if problems:
             raise InputError.all("train:", problems)
@@ -193,10 +192,10 @@ class TrainConfig:
 
     @property
     def mesh_sizes(self) -> dict[str, int] | None:
-        """Devices along each axis that --mesh names."""
-        if self.mesh is None:
-            return None
-        return {axis: int(size) for axis, _, size in (part.partition("=") for part in self.mesh.split(","))}
+        """Devices along each axis that --mesh names; None without it."""
+        parts = [part.partition("=") for part in (self.mesh or "").split(",")]
+        sizes = {axis: int(size) for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
+        return sizes if len(sizes) == len(parts) else None
 
     @property
     def encoder_sizes(self) -> tuple[int, int, int]:
@@ -211,7 +210,7 @@ class CheckConfig(TrainConfig):
     data_filepath: Path | None = None  # type: ignore[assignment]
     """JSON Lines to look at, as in training."""
     save_name: str = "check"
-    """Has no part in a check."""
+    """Ignored."""
 
 
 @dataclasses.dataclass(frozen=True)

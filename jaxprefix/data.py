@@ -250,13 +250,9 @@ class UpdatePlan:
             return ((update + 1) * self.n_accum_steps - 1) // self.batches_per_epoch
         return update // self._updates_before_epoch(1)
 
-    def epochs_ending(self, n_done: int) -> list[int]:
-        """Return the epochs to evaluate once n_done updates are made; a run cut short ends its epoch too."""
-        first = self.epoch_of(n_done - 1)
-        ends = ((epoch, self._updates_before_epoch(epoch + 1)) for epoch in range(first, self.n_epochs))
-        reached = itertools.takewhile(lambda end: end[1] <= n_done, ends)
-        ending = [epoch for epoch, n_before in reached if n_before == n_done]
-        return ending or ([first] if n_done == self.n_updates else [])
+    def ends_epoch(self, n_done: int) -> bool:
+        """Tell whether the n_done-th update is the last of its epoch, or of the run."""
+        return n_done in (self._updates_before_epoch(self.epoch_of(n_done - 1) + 1), self.n_updates)
 
     def _updates_before_epoch(self, epoch: int) -> int:
         if self.carry_accumulation:

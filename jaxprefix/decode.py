@@ -122,9 +122,11 @@ def generate_ids(
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
     if not 0 <= operator.index(seed) < SEED_LIMIT:
         raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")
+    if not rows:
+        return
     batch_size = min(batch_size, len(rows))
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)
-    for first in range(0, len(rows), batch_size or 1):
+    for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
         width = -(-max(map(len, group)) // PROMPT_BUCKET) * PROMPT_BUCKET
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)

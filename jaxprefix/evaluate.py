@@ -41,12 +41,9 @@ class LossMeter:
     """Averages losses over batches, by labels; or plainly, as the original does (`average_batch_means`)."""
 
     def __init__(self, recipe: Recipe, window: Sequence[Any] = ()):
-        """Go on from the sums that a checkpoint holds; an earlier version's held the batches themselves."""
+        """Go on from the `LossSums` that a checkpoint holds."""
         self._plain = recipe.average_batch_means
-        batches = [item for item in window if isinstance(item, list)]
-        self.sums = LossSums(*([] if batches else window))
-        for batch in batches:
-            self.add(*batch)
+        self.sums = LossSums(*window)
 
     def add(self, loss: float, n_labels: int, seconds: float = 0.0) -> None:
         """Take in a batch's mean loss, its number of labels and how long it took."""

@@ -14,16 +14,15 @@ from jaxprefix.lines import LINE_BYTES, read_lines
 from jaxprefix.recipe import Recipe
 from jaxprefix.tokenizer import Tokenizer
 
+SCANNED = 2**24
+"""Tokens that are looked at together: of a mapped file, no more is in memory."""
+
 
 class Example(NamedTuple):
     """Token ids; the loss is on the target."""
 
     prompt: list[int]
     target: list[int]
-
-
-SCANNED = 2**24
-"""Tokens that are looked at together: of a mapped file, no more is in memory."""
 
 
 class Chunking(NamedTuple):
@@ -121,7 +120,7 @@ class Examples(Sequence[Example]):
         return self._ends - self._starts - self.prompt_lengths
 
 
-def read_examples(path: Path, chunking: Chunking) -> "Examples":
+def read_examples(path: Path, chunking: Chunking) -> Examples:
     """Read a JSON Lines file of `text` documents and `prompt` + `completion` pairs, in file order.
 
     A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
@@ -129,7 +128,7 @@ def read_examples(path: Path, chunking: Chunking) -> "Examples":
     return not_empty(make_examples(read_lines(path), path, 1, chunking), path)
 
 
-def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> "Examples":
+def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Examples:
     """Return the examples of some lines of a file, of which the first has the number first_line."""
     skipped = Skipped()
 
@@ -138,19 +137,19 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
         for number, line in enumerate(lines, start=first_line):
             bad = ""
             try:
-                yield from list(_examples_of(line, f"{path}, line {number}", chunking))
+                yield from list(_examples_of(line, f"{path}, line {number}", chunking))  # all of a line's, or none
             except InputError as error:
                 if not chunking.skip_bad_lines:
                     raise
                 bad = str(error).removeprefix(f"{path}, ")
-            skipped += Skipped(bool(bad), 1, bad)
+            skipped += Skipped(int(bad != ""), 1, bad)
 
     examples = Examples.of(of_each_line())
     examples.skipped = skipped
     return examples
 
 
-def not_empty(examples: "Examples", path: Path) -> "Examples":
+def not_empty(examples: Examples, path: Path) -> Examples:
     """Return a file's examples. Raises InputError if there are none."""
     if not examples:
         raise InputError("; ".join([f"{path}: holds no example", *examples.skipped.report(path)]))

@@ -9,7 +9,7 @@ from convert.errors import InputError
 from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference import GenerateConfig, read_prompts
 from jaxprefix.models import load_model
-from jaxprefix.prefix import open_with_prefix
+from jaxprefix.prefix import check_length, open_with_prefix
 
 
 def continue_prompts(config: GenerateConfig) -> None:
@@ -19,11 +19,8 @@ def continue_prompts(config: GenerateConfig) -> None:
     """
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     base, prefix = open_with_prefix(config)
-    if config.prefix_seq_len is not None and prefix is not None and config.prefix_seq_len != prefix.shape[2]:
-        raise InputError(
-            f"{config.prefix_checkpoint_path}: prefix length is {prefix.shape[2]}, --prefix_seq_len says "
-            f"{config.prefix_seq_len}"
-        )
+    if config.prefix_checkpoint_path and prefix is not None and config.prefix_seq_len is not None:
+        check_length(config.prefix_checkpoint_path, prefix, config.prefix_seq_len)
     encode = base.tokenizer.encode
     check_prompts(base.config, base.tokenizer, map(encode, prompts), prefix, config.decode)
     model = load_model(base.path, config.dtype, config=base.config)

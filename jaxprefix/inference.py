@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from convert.errors import InputError
-from jaxprefix.config import SEED_LIMIT
+from jaxprefix.config import SEED_LIMIT, DType
 from jaxprefix.recipe import RecipeName
 from jaxprefix.settings import check_types
 
@@ -70,7 +70,7 @@ class InferenceConfig:
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
     """Prompts, or examples, at a time."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 

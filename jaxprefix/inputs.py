@@ -46,11 +46,16 @@ def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together."""
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     check_attention(config.compute.attention, base.config.head_dim)
-    chunking = Chunking(base.tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
-    examples = load_examples(config.data_filepath, chunking)
+    examples = load_data(config, base.tokenizer, recipe)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
     return Inputs(base, train_set, dev_set, update_plan(config, recipe, len(train_set)), examples.skipped)
+
+
+def load_data(config: TrainConfig, tokenizer: Tokenizer, recipe: Recipe) -> Examples:
+    """Return the examples of the run's data file."""
+    chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
+    return load_examples(config.data_filepath, chunking)
 
 
 def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:

@@ -161,6 +161,12 @@ def check_prefix(
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.max_positions} positions")
 
 
+def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
+    """Raise InputError unless the prefix has the length that is expected."""
+    if prefix.shape[2] != prefix_seq_len:
+        raise InputError(f"{path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len {prefix_seq_len}")
+
+
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
     """Open the base model of generating or evaluating, and load its prefix; neither waits for weights to be read.
 

@@ -17,7 +17,7 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, first_says, is_first
 from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel
-from jaxprefix.prefix import DirectPrefix, Encoder, load_prefix, new_encoder
+from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_folder import CHECKPOINTS, check_base
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import TrainState
@@ -86,11 +86,7 @@ def start_encoder(
         return new_encoder(base, *config.encoder_sizes, config.seed)
     if config.prefix_hidden_dim == 0:
         prefix = load_prefix(config.checkpoint_path, base.config, tokenizer)
-        if prefix.shape[2] != config.prefix_seq_len:
-            raise InputError(
-                f"{config.checkpoint_path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len "
-                f"{config.prefix_seq_len}"
-            )
+        check_length(config.checkpoint_path, prefix, config.prefix_seq_len)
         return DirectPrefix(prefix)
     like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))}
     if earlier is None:  # the original's: a torch file with the encoder's state

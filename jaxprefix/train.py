@@ -107,21 +107,20 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
-    description = agree(
-        "describe the run", lambda: describe_run(config, identity | {"weights": fingerprint(*inputs.base[:2])})
-    )
+    weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
+    description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
     agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
     agree("check the run's folder", lambda: look_at_folder(config, description))
     place = base_sharding(mesh, inputs.base.config.n_head)
-    wanted = (inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
-    base = agree("load the base", lambda: load_model(*wanted))
+    load = functools.partial(load_model, inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
+    base = agree("load the base", load)
     rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
     optimizer_of = functools.partial(make_optimizer, config)
 
     resuming = has_checkpoint(config)
     earlier = None if resuming else earlier_arrays(config, identity)
-    wanted_state = (config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
-    state = agree("start the prefix", lambda: start_state(*wanted_state))
+    start = functools.partial(start_state, config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
+    state = agree("start the prefix", start)
 
     progress = Progress()
     with contextlib.ExitStack() as stack:
@@ -137,8 +136,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
-        log = RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first())
-        stack.enter_context(log)
+        log = stack.enter_context(RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first()))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
         if progress.n_done:
@@ -171,13 +169,14 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         nonlocal clock
         while len(in_flight) > n_left:
             outcome, n_labels = in_flight.popleft()
-            loss, before, clock = float(outcome.loss), clock, time.monotonic()
+            loss, started = float(outcome.loss), clock  # waits for the device
+            clock = time.monotonic()
             number = progress.n_done - len(in_flight)
             if fault := guard.fault(number, loss, float(outcome.gradient_norm)):
                 if run.checkpoints:
                     run.checkpoints.finish()
                 raise not_finite(fault, config, offending_examples(run, state, number))
-            window.add(loss, n_labels, clock - before)
+            window.add(loss, n_labels, clock - started)
             run.log.progress(number, loss, window.tokens_per_s)
             run.watchdog.progress()
 
@@ -188,26 +187,25 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         batch = next(batches, None)  # laid out while the device is at work
         epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
-        ended = inputs.plan.epochs_ending(progress.n_done)
+        epoch_ends = inputs.plan.ends_epoch(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
         verdict = vote.cast(stop.received or (Vote.SAVE if due else Vote.GO_ON))
-        stopping = verdict > Vote.SAVE
-        saving = ended or verdict or progress.n_done % config.checkpoint_every_n_steps == 0
+        saving = epoch_ends or verdict > Vote.GO_ON or progress.n_done % config.checkpoint_every_n_steps == 0
         saved_at = time.monotonic() if saving or due else saved_at
         settle(n_left=0 if logging or saving else 1)
 
         if logging:
             log_training(run, state, progress.n_done, epoch, window)
             window = LossMeter(recipe)
-        for epoch in ended:
+        if epoch_ends:
             evaluate(run, state, progress, epoch)
         if run.checkpoints and saving:
             save(run, state, dataclasses.replace(progress, window=window.sums, n_skipped=guard.n_skipped))
         if saving:
             clock = time.monotonic()  # evaluating and saving is not training
             run.watchdog.progress()
-        if stopping and batch is not None:
+        if verdict > Vote.SAVE and batch is not None:
             return Signals(verdict)
     return None
 

@@ -129,7 +129,7 @@ def test_prompt_file_without_prompts(capsys, tmp_path, name):
 
 def test_prefix_length_that_disagrees(capsys):
     command = ["generate", *BASE, *PREFIX, "--prompt", "a", "--prefix_seq_len", "20"]
-    fails(capsys, command, "prefix length is 10, --prefix_seq_len says 20")
+    fails(capsys, command, "has prefix length 10, not --prefix_seq_len 20")
 
 
 def test_the_original_flags_work_unchanged(tmp_path):

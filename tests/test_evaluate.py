@@ -52,5 +52,4 @@ def test_means_weigh_by_tokens_or_plainly():
     assert sound.means() == {"loss": 1.25, "ppl": np.exp(1.25)}
     assert plain.means() == pytest.approx({"loss": 1.5, "ppl": (np.exp(1) + np.exp(2)) / 2})
     assert sound.tokens_per_s == 10
-    for stored in (json.loads(json.dumps(sound.sums)), [[1.0, 30, 2.0], [2.0, 10, 2.0]]):
-        assert LossMeter(Recipe(), stored).sums == sound.sums
+    assert LossMeter(Recipe(), json.loads(json.dumps(sound.sums))).sums == sound.sums

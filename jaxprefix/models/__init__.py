@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
+from typing import get_args
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from convert.files import filling
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index
-from jaxprefix.config import Compute
+from jaxprefix.config import Compute, DType
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
@@ -47,8 +48,8 @@ def load_model(
     everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
     computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype must be float32, bfloat16 or float16, is {dtype!r}")
+    if dtype not in (dtypes := get_args(DType)):
+        raise InputError(f"dtype must be one of {', '.join(dtypes)}; is {dtype!r}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     graph, abstract = nnx.split(abstract_model(config, compute))

@@ -69,8 +69,8 @@ def write_cache(
     cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
-    n_rows, n_heads, n_tokens, _ = k.shape
-    slots = jnp.broadcast_to(jnp.arange(n_tokens), (n_rows, n_tokens)) if slots is None else slots
+    n_rows, n_heads, *_ = k.shape
+    slots = own_slots(heads_first(k)) if slots is None else slots
     places = jnp.arange(n_rows)[:, None, None], jnp.arange(n_heads)[:, None], slots[:, None]
     return cache[0].at[places].set(k), cache[1].at[places].set(v)
 

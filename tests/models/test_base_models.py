@@ -101,7 +101,7 @@ def test_padding_on_the_right_changes_nothing(model):
 
 
 def test_other_types_are_refused(base_folder):
-    with pytest.raises(InputError, match="dtype must be float32, bfloat16 or float16, is 'int8'"):
+    with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16; is 'int8'"):
         load_model(base_folder, "int8")
 
 
