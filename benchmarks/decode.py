@@ -53,7 +53,7 @@ def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Call
     """Return a function that decodes once, and returns the new ids of every row."""
     from jaxprefix import load_model, load_prefix, load_tokenizer
     from jaxprefix.decode import generate_ids
-    from jaxprefix.inference import DecodeConfig
+    from jaxprefix.inference_config import DecodeConfig
 
     model = load_model(folder, dtype)
     prefix = load_prefix(folder / "prefix", model.config)

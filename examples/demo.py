@@ -11,7 +11,7 @@ import jaxprefix
 from jaxprefix.config import TrainConfig
 from jaxprefix.decode import stream
 from jaxprefix.evaluate import suffix_rate
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"

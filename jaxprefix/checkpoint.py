@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.hosts import anywhere, first_says, is_first, see, wait_for_all
+from jaxprefix.hosts import anywhere, first_says, is_first, wait_for_all, wait_until_visible
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
@@ -147,7 +147,7 @@ class Checkpoints:
         steps = [step for step in first_says(padded).tolist() if step >= 0]
         for step in steps:
             with contextlib.suppress(InputError):  # then reading it tells
-                see(self.folder / str(step))
+                wait_until_visible(self.folder / str(step))
         self._manager.reload()  # it has listed them once, perhaps too early
         return steps
 

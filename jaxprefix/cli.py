@@ -17,7 +17,7 @@ import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig, cache_folder
-from jaxprefix.inference import EvaluateConfig, GenerateConfig, InferenceConfig
+from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]

@@ -87,7 +87,7 @@ def longest_row(examples: Sequence[Example]) -> int:
     return int(row_lengths(examples).max())
 
 
-def rows_of_each(lengths: np.ndarray) -> int:
+def max_rows_per_example(lengths: np.ndarray) -> int:
     """Return the rows that one of the examples of these `row_lengths` makes at most: one if all have prompts."""
     return 2 if lengths[:, 1].any() else 1
 
@@ -176,7 +176,7 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
     both_rows = row_lengths(examples)
-    n_texts = -(-n_examples * rows_of_each(both_rows) // n_rows)
+    n_texts = -(-n_examples * max_rows_per_example(both_rows) // n_rows)
     lengths = [[_without_zeros(both_rows[batch]) for batch in batches] for batches in sample]
     needed = np.array([max(max(_loads(t, pack_rows(t, n_rows, n_texts))) for t in texts) for texts in lengths])
     longest = np.array([max(map(max, texts)) for texts in lengths])

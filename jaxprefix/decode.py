@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from convert.errors import InputError, RunError
 from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
 from jaxprefix.models.config import ModelConfig
@@ -138,7 +138,7 @@ def generate_ids(
         sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), place + first)
         made, finite = jax.device_get(_decode(model, prefix, tokens, lengths, sampling, tokenizer.eos_id, program))
         if not finite:
-            raise RunError(f"the model's logits are not finite: {grown_beyond(model.embed.weight.dtype.name)}")
+            raise RunError(f"the model's logits are not finite: {overflow_hint(model.embed.weight.dtype.name)}")
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
         if timings is not None:
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
@@ -160,7 +160,7 @@ def check_prompts(
         config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
 
 
-def grown_beyond(dtype: str) -> str:
+def overflow_hint(dtype: str) -> str:
     """Tell what makes a model's numbers infinite, and what helps."""
     return f"its numbers grow beyond {dtype}" + ("; take --dtype bfloat16" if dtype == "float16" else "")
 

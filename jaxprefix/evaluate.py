@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.data import Batch, make_batch, row_lengths, rows_of_each
+from jaxprefix.data import Batch, make_batch, max_rows_per_example, row_lengths
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import next_token_loss
@@ -72,7 +72,7 @@ def dev_batches(
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
     lengths = row_lengths(examples)
-    n_rows, n_columns = rows_of_each(lengths) * batch_size, int(lengths.max())
+    n_rows, n_columns = max_rows_per_example(lengths) * batch_size, int(lengths.max())
     n_rows = n_rows if mesh is None else rows_on(mesh, n_rows)
     for first in range(0, len(examples), batch_size):
         yield make_batch(examples[first : first + batch_size], tokenizer, n_rows, n_columns)

@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from convert.errors import InputError, RunError
 from jaxprefix.config import TrainConfig
-from jaxprefix.decode import check_prompts, grown_beyond, stream
+from jaxprefix.decode import check_prompts, overflow_hint, stream
 from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
 from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inference import EvaluateConfig, read_prompts
+from jaxprefix.inference_config import EvaluateConfig, read_prompts
 from jaxprefix.inputs import check_rows
 from jaxprefix.models import load_model
 from jaxprefix.prefix import open_with_prefix
@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> Report:
         for way, values in report.items():
             values |= dev_loss(model, ways[way], dev_batches(examples, base.tokenizer, config.batch_size), recipe)
             if not math.isfinite(values["loss"]):
-                raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {grown_beyond(config.dtype)}")
+                raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
     if prompts:
         for way, values in report.items():
             options = (config.seed, config.batch_size, config.decode)

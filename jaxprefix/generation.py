@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from convert.errors import InputError
 from jaxprefix.decode import BatchTiming, check_prompts, stream
-from jaxprefix.inference import GenerateConfig, read_prompts
+from jaxprefix.inference_config import GenerateConfig, read_prompts
 from jaxprefix.models import load_model
 from jaxprefix.prefix import check_length, open_with_prefix
 

@@ -156,7 +156,7 @@ def anywhere(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
 
 
-def see(path: Path) -> None:
+def wait_until_visible(path: Path) -> None:
     """Wait until this process sees a file of the first one. Raises InputError when it does not."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():

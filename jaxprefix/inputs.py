@@ -18,9 +18,9 @@ from jaxprefix.data import (
     fitting_shape,
     make_batch,
     make_packed_batch,
+    max_rows_per_example,
     packed_shapes,
     row_lengths,
-    rows_of_each,
     split_examples,
 )
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
@@ -95,7 +95,7 @@ def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: Update
     if config.packing:
         return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
     lengths = row_lengths(train_set)
-    return [(rows_on(mesh, rows_of_each(lengths) * config.batch_size), int(lengths.max()))]
+    return [(rows_on(mesh, max_rows_per_example(lengths) * config.batch_size), int(lengths.max()))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

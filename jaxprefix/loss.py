@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
-from jaxprefix.models.layers import inner, matmul, product
+from jaxprefix.models.layers import einsum, matmul, vecdot
 
 CHUNK_TOKENS = 2048
 """Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
@@ -82,7 +82,7 @@ def _chunk_loss(
     counts = labels != IGNORED
     normaliser, expected = _softmax_over_vocabulary(hidden, head, with_gradient)
     target = head[jnp.where(counts, labels, 0)].astype(jnp.float32)
-    losses = normaliser - inner(hidden.astype(jnp.float32), target)
+    losses = normaliser - vecdot(hidden.astype(jnp.float32), target)
     if expected is not None:
         expected = jnp.where(counts[..., None], expected - target, 0).astype(hidden.dtype)
     return jnp.sum(losses, where=counts), expected
@@ -104,7 +104,7 @@ def _softmax_over_vocabulary(
         raised = jnp.maximum(highest, logits.max(axis=-1))
         weights, shrink = jnp.exp(logits - raised[..., None]), jnp.exp(highest - raised)
         if expected is not None:  # multiplied in the head's type, which in half precision is the faster one
-            expected = expected * shrink[..., None] + product("bcv,vd->bcd", weights.astype(head.dtype), block)
+            expected = expected * shrink[..., None] + einsum("bcv,vd->bcd", weights.astype(head.dtype), block)
         return raised, total * shrink + weights.sum(axis=-1), expected
 
     zeros = jnp.zeros(hidden.shape, jnp.float32)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
 from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.inference import InferenceConfig
+from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig

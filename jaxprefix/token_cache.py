@@ -195,14 +195,14 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
             except OSError as error:  # told apart from a cache that cannot be written
                 raise RunError(f"a process that tokenizes cannot be started ({error.strerror})") from error
             if len(pending) > 2 * n_processes:
-                n_bytes, examples = pending.popleft()
-                yield n_bytes, _made(examples)
-        yield from ((n_bytes, _made(examples)) for n_bytes, examples in pending)
+                n_bytes, future = pending.popleft()
+                yield n_bytes, _made(future)
+        yield from ((n_bytes, _made(future)) for n_bytes, future in pending)
 
 
-def _made(examples: concurrent.futures.Future[Examples]) -> Examples:
+def _made(future: concurrent.futures.Future[Examples]) -> Examples:
     try:
-        return examples.result()
+        return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
             "a process that tokenizes ended too early: it has said why, or was killed, perhaps for want of memory"

@@ -29,7 +29,7 @@ from jaxprefix.faults import (
     stop_on_signal,
     within_disk,
 )
-from jaxprefix.hosts import Vote, Watchdog, agree, check_same, first_says, is_first, joined, see, spread
+from jaxprefix.hosts import Vote, Watchdog, agree, check_same, first_says, is_first, joined, spread, wait_until_visible
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, fingerprint, load_model
@@ -288,7 +288,7 @@ def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None
             open_run_folder(config, description)
 
     agree("open the run's folder", open_folder)
-    agree("see the run's folder", lambda: see(config.run_dir / CONFIG_FILE))
+    agree("see the run's folder", lambda: wait_until_visible(config.run_dir / CONFIG_FILE))
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:

@@ -29,7 +29,7 @@ FLOORS = [
     {"examples"},
     {"lines"},
     {"tokenizer"},
-    {"inference"},
+    {"inference_config"},
     {"config", "hub", "devices"},
     {"recipe", "launch"},
     {"settings"},

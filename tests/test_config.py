@@ -7,7 +7,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix.config import Compute, ConvertConfig
-from jaxprefix.inference import DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.launch import HostsConfig
 from tests.runs import run_config
 

@@ -13,11 +13,11 @@ from jaxprefix.data import (
     longest_row,
     make_batch,
     make_packed_batch,
+    max_rows_per_example,
     pack_rows,
     packed_shapes,
     row_lengths,
     rows_of,
-    rows_of_each,
     split_examples,
 )
 from jaxprefix.examples import Example, Examples
@@ -43,7 +43,7 @@ def test_counts_agree_with_the_rows(example):
     lengths = [len(inputs) for inputs, _ in rows]
     assert row_lengths([example]).tolist() == [lengths if len(rows) == 2 else [*lengths, 0]]
     assert longest_row([example]) == max(lengths)
-    assert rows_of_each(row_lengths([example])) == len(rows)
+    assert max_rows_per_example(row_lengths([example])) == len(rows)
 
 
 def test_batch_is_padded_right_and_below(tokenizer):

@@ -12,7 +12,7 @@ from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 

@@ -21,7 +21,7 @@ from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
-from jaxprefix.inference import EvaluateConfig
+from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.models.config import read_model_config
 from jaxprefix.run_folder import check_base, setting_of
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder

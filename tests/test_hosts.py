@@ -227,7 +227,7 @@ def test_the_others_failure_is_told_here(second_of_two, monkeypatch):
 def test_a_folder_that_is_not_shared(second_of_two, monkeypatch, tmp_path):
     monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0)
     with pytest.raises(InputError, match="process 1 does not see what process 0 wrote; --output_dir must be a folder"):
-        hosts.see(tmp_path / "config.json")
+        hosts.wait_until_visible(tmp_path / "config.json")
 
 
 def test_no_cluster_is_found(monkeypatch):

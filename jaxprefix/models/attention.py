@@ -22,7 +22,7 @@ from convert.errors import InputError
 from jaxprefix.config import AttentionMethod
 from jaxprefix.data import Packing
 from jaxprefix.devices import own_device
-from jaxprefix.models.layers import inner, product
+from jaxprefix.models.layers import einsum, vecdot
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
@@ -200,22 +200,22 @@ def _masked(
 def _masked_forward(
     q: Array, k: Array, v: Array, visible: Array, scale: float
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    scores = product("bnth,bnsh->bnts", q, k) * scale
+    scores = einsum("bnth,bnsh->bnts", q, k) * scale
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf)).astype(v.dtype)
-    return product("bnts,bnsh->bnth", weights, v).astype(v.dtype), (q, k, v, weights)
+    return einsum("bnts,bnsh->bnth", weights, v).astype(v.dtype), (q, k, v, weights)
 
 
 def _masked_backward(
     scale: float, residuals: tuple[Array, Array, Array, Array], gradient: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, weights = residuals
-    towards_weights, wide = product("bnth,bnsh->bnts", gradient, v), weights.astype(jnp.float32)
+    towards_weights, wide = einsum("bnth,bnsh->bnts", gradient, v), weights.astype(jnp.float32)
     # Rounded weights do not sum to 1: undivided, what all values have in common would pull at q and k.
-    along = inner(wide, towards_weights) / wide.sum(axis=-1)
+    along = vecdot(wide, towards_weights) / wide.sum(axis=-1)
     towards_scores = (wide * (towards_weights - along[..., None])).astype(q.dtype)
-    towards_q = product("bnts,bnsh->bnth", towards_scores, k) * scale
-    towards_k = product("bnts,bnth->bnsh", towards_scores, q) * scale
-    towards_v = product("bnts,bnth->bnsh", weights, gradient)
+    towards_q = einsum("bnts,bnsh->bnth", towards_scores, k) * scale
+    towards_k = einsum("bnts,bnth->bnsh", towards_scores, q) * scale
+    towards_v = einsum("bnts,bnth->bnsh", weights, gradient)
     return towards_q.astype(q.dtype), towards_k.astype(k.dtype), towards_v.astype(v.dtype), None
 
 

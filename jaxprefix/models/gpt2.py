@@ -70,7 +70,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         heads, written = self.attention.heads(self.attention_norm(x), prefix, cache, slots, packing)
         x = x + self.attention.out(heads)
-        return x + self.mlp.down(self.mlp.inner(self.mlp_norm(x))), written
+        return x + self.mlp.down(self.mlp.activated(self.mlp_norm(x))), written
 
 
 class GPT2(nnx.Module):

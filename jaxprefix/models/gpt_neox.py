@@ -73,10 +73,10 @@ class Layer(nnx.Module):
         out, down = self.attention.out, self.mlp.down
         heads, written = self.attention.heads(self.attention_norm(x), prefix, cache, cos_sin, slots, packing)
         if self.parallel_residual:  # biases come last: devices that share the weights add up one array for both
-            both = out.product(heads) + down.product(self.mlp.inner(self.mlp_norm(x)))
+            both = out.without_bias(heads) + down.without_bias(self.mlp.activated(self.mlp_norm(x)))
             return x + down.with_bias(out.with_bias(both)), written
         x = x + out(heads)
-        return x + down(self.mlp.inner(self.mlp_norm(x))), written
+        return x + down(self.mlp.activated(self.mlp_norm(x))), written
 
 
 class GPTNeoX(nnx.Module):

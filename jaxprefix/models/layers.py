@@ -54,9 +54,9 @@ class FrozenLinear(nnx.Module):
         self.has_bias = bias
 
     def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
-        return self.with_bias(self.product(x))
+        return self.with_bias(self.without_bias(x))
 
-    def product(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+    def without_bias(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
         """Multiply alone."""
         return frozen_matmul(x, self.weight[...])
 
@@ -99,7 +99,7 @@ class MLP(nnx.Module):
         self.down = FrozenLinear(config.n_inner, config.n_embd)
         self.activation = config.activation
 
-    def inner(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    def activated(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """The activation, of which the backward pass keeps the input alone."""
         return jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation)
 
@@ -121,7 +121,7 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
     return wide.astype(x.dtype)
 
 
-def product(
+def einsum(
     subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*out"]:
     """Einsum of two arrays, accumulated in float32, returned in `dtype`; no GPU may round float32 factors to TF32."""
@@ -129,16 +129,16 @@ def product(
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
-def inner(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
+def vecdot(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
     """Inner products along the last axis, in float32; for a sum of products a CPU takes 20 times as long."""
-    return product("...n,...n->...", left, right)
+    return einsum("...n,...n->...", left, right)
 
 
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
     """x Wᵀ, accumulated and returned in float32."""
     n_rows = math.prod(x.shape[:-1])
     if n_rows > FEW_ROWS or not alone_on_a_cpu():
-        return product("...i,oi->...o", x, weight)
+        return einsum("...i,oi->...o", x, weight)
     return _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
 
 
@@ -149,9 +149,9 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
     and a barrier keeps the compiler from turning the product. In bfloat16 x Wᵀ is fast, from two rows on.
     """
     if x.dtype != jnp.bfloat16:
-        return jax.lax.optimization_barrier(product("oi,ri->or", weight, x)).T
+        return jax.lax.optimization_barrier(einsum("oi,ri->or", weight, x)).T
     rows = x if len(x) != 1 else jnp.broadcast_to(x, (2, x.shape[1]))
-    return product("ri,oi->ro", rows, weight)[: len(x)]
+    return einsum("ri,oi->ro", rows, weight)[: len(x)]
 
 
 def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
@@ -173,7 +173,7 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_i
     """
     if on_a_cpu():
         return _unfused(matmul(x, weight).astype(x.dtype))
-    return product("...i,oi->...o", x, weight, x.dtype)  # in which devices that share a weight add up their parts
+    return einsum("...i,oi->...o", x, weight, x.dtype)  # in which devices that share a weight add up their parts
 
 
 def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
@@ -182,8 +182,8 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
 
 def _frozen_backward(weight: Array, gradient: Array) -> tuple[Array, None]:
     if on_a_cpu():
-        return _unfused(product("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
-    return product("...o,oi->...i", gradient, weight, gradient.dtype), None
+        return _unfused(einsum("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
+    return einsum("...o,oi->...i", gradient, weight, gradient.dtype), None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
@@ -228,7 +228,7 @@ def _layer_norm_backward(eps: float, residuals: tuple[Array, Array], gradient: A
     x, weight = residuals
     normed, factor = _normalised(after(gradient, x), eps)
     towards_normed = gradient.astype(jnp.float32) * weight
-    along = inner(normed, towards_normed)[..., None] / x.shape[-1]
+    along = vecdot(normed, towards_normed)[..., None] / x.shape[-1]
     towards_x = (towards_normed - towards_normed.mean(axis=-1, keepdims=True) - normed * along) * factor
     return towards_x.astype(x.dtype), None, None
 

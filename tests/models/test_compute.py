@@ -18,7 +18,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matmul, product, rotate
+from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.arrays import normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -235,7 +235,7 @@ def test_caches_have_gradients_with_block_recomputation_too(base_folder, model):
 def test_a_gpu_may_not_round_float32_factors_to_tf32(dtype):
     factors = jnp.zeros((3, 4), dtype), jnp.zeros((5, 4), jnp.float32)
     for left, right in (factors, factors[::-1]):
-        lowered = jax.jit(lambda left, right: product("ri,oi->ro", left, right)).lower(left, right)
+        lowered = jax.jit(lambda left, right: einsum("ri,oi->ro", left, right)).lower(left, right)
         assert "precision = [HIGHEST, HIGHEST]" in lowered.as_text()
 
 

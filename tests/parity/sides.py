@@ -34,7 +34,7 @@ from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
 from jaxprefix.data import IGNORED, Batch, epoch_order, longest_row, make_batch, split_examples
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS
 from tests.parity.cases import (

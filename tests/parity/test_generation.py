@@ -7,7 +7,7 @@ from jaxprefix import load_prefix
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.decode import generate_ids
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
 from tests.parity.runs import reference_run, started_encoder

@@ -15,7 +15,7 @@ import transformers
 
 from jaxprefix import load_model
 from jaxprefix.decode import generate_ids
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import normals, random_prefix
 from tests.base_folders import make_base_folder, with_config
 from tests.tolerances import MODEL

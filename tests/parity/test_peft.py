@@ -9,7 +9,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 
 from jaxprefix import load_prefix
 from jaxprefix.decode import generate_ids
-from jaxprefix.inference import DecodeConfig
+from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.prefix import save_prefix
 from tests.arrays import random_prefix
 from tests.tolerances import MODEL
