@@ -1,4 +1,4 @@
-"""Decoding speed: greedy tokens per second behind a prefix, against PEFT on transformers' generate.
+"""Decoding speed: greedy tokens per second after a prefix, against PEFT on transformers' generate.
 
 python -m benchmarks.decode --shape 110m --rows 1 16 --new_tokens 128 --dtype float32
 

@@ -125,7 +125,7 @@ def tell_measured(flags: argparse.Namespace) -> None:
 def main() -> None:
     """Print the table, or one account as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, help="110m, and 20b with --abstract, unless given")
+    parser.add_argument("--shape", choices=SHAPES, help="default: 110m, with --abstract 20b")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
     parser.add_argument("--ways", nargs="+", default=["jaxprefix:float32", "torch_ref:float32", "peft:float32"])
     parser.add_argument("--updates", type=int, default=3)

@@ -76,7 +76,7 @@ def measure(sweep: str, points: list[int], shape: str, dtype: str, n_turns: int)
     best = dict.fromkeys(points, float("inf"))
     for _ in range(n_turns):
         for point, step in steps.items():
-            step()  # behind another point's, an update finds its memory cold
+            step()  # after another point's, an update finds its memory cold
             started = time.perf_counter()
             step()
             best[point] = min(best[point], time.perf_counter() - started)

@@ -4,7 +4,7 @@ python -m benchmarks.startup --shape 110m
 
 `jaxprefix train` with an empty cache of compiled programs, the same with what that run has left there, and
 `python -m torch_ref.train` without DeepSpeed. The end of the first update is when its log line appears; what comes
-behind it (evaluation, saving) is cut off.
+after it (evaluation, saving) is cut off.
 """
 
 import argparse

@@ -5,7 +5,7 @@ python -m benchmarks.train --shape 1.4b --tokens 2048 --ways jaxprefix:bfloat16 
 
 All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
 machine whose speed changes from minute to minute changes for all; ratios are medians over turns. Useful tokens are
-labels in the loss. The limit is 4N FLOPs a token at the rate at which products of the MLP's shape, one behind the
+labels in the loss. The limit is 4N FLOPs a token at the rate at which products of the MLP's shape, one after the
 other, run in the same process in the same turn.
 """
 
@@ -183,7 +183,7 @@ WAYS = {
 
 
 def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], float]:
-    """Return a function that measures the FLOP/s of an MLP's two matrix products, one pair behind the other."""
+    """Return a function that measures the FLOP/s of an MLP's two matrix products, pair after pair."""
     n_pairs = RATE_PRODUCTS // 2
     if way == "jaxprefix":
         import jax

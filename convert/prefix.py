@@ -134,7 +134,7 @@ def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1, dtype: Any = None) -> Any:
     """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
 
-    `dtype` is the model's, in torch; float32 unless given. Raises InputError for layers and heads of others.
+    `dtype` is the model's, in torch; by default float32. Raises InputError for layers and heads of others.
     Hand it over as `model(tokens, past_key_values=cache)`, from transformers 5.24 on `cache=cache`; a model writes into
     its cache, so make one for each call.
     """

@@ -1,8 +1,8 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-A rule `(path, "transpose")` exchanges the two axes, `(path, "again")` is a copy's, which may be there. Names and
-shapes are compared from the file headers before weights are read, but for some rows of copies, and every disagreement
-is reported in one error. The same table, read backwards, writes a checkpoint.
+A rule `(path, "transpose")` swaps the two axes, `(path, "again")` marks an optional copy of a weight in the table.
+Names and shapes come from the file headers, and every disagreement is reported in one error before any weight is read
+(except some rows, to compare copies). The same table, read backwards, writes a checkpoint.
 """
 
 import json
@@ -20,7 +20,7 @@ from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight
 Rule = str | tuple[str, Literal["transpose", "again"]] | None
 Table = Mapping[str, Rule]
 COMPARED_ROWS = 64
-"""By which a copy is told from another weight."""
+"""Rows compared to tell a copy from another weight."""
 
 
 def expand(table: Table, n_layer: int) -> dict[str, Rule]:

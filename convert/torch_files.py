@@ -176,7 +176,7 @@ def _load_zip(path: Path, checked: bool) -> Any:
 
 
 def _load_old(path: Path) -> Any:
-    """Read the format before torch 1.6: five pickles one behind the other, then every storage behind its size."""
+    """Read the format before torch 1.6: five pickles end to end, then every storage after its size."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(PICKLE_BYTES))
         _magic, _version, system, content, keys = (_next_pickle(head) for _ in range(5))

@@ -73,7 +73,7 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: Path) -> None:
-    """Write a checkpoint's arrays as a torch file, but for float16's loss scale, which starts anew on each side.
+    """Write a checkpoint's arrays as a torch file, except float16's loss scale, which each side starts itself.
 
     Raises InputError naming what `source` lacks, and OSError.
     """

@@ -47,7 +47,7 @@ class StoredWeight(Protocol):
         """Axes."""
 
     def read(self, index: Index) -> np.ndarray:
-        """Return a part of it, in the type it is stored in. It may lie in the file, which is mapped as long."""
+        """Return a part of it, in the type it is stored in. It may be a view of the file, which then stays mapped."""
 
 
 @dataclasses.dataclass(frozen=True)

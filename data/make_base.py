@@ -40,7 +40,7 @@ class Settings:
     n_held_out: int = 12
     """Sample documents at the end of the file that are left out."""
     smile_rate: float = 0.015
-    """Share of documents whose writer puts a 😃 behind nine sentences of ten: known, but rare."""
+    """Share of documents whose writer puts a 😃 after nine sentences of ten: known, but rare."""
     vocab_size: int = 4000
     """Pieces of the tokenizer."""
     n_layer: int = 4

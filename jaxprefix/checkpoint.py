@@ -27,7 +27,7 @@ from jaxprefix.hosts import anywhere, first_says, is_first, wait_for_all, wait_u
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
-"""That are looked at: more than KEPT are there only if removing them failed, or the run was killed before it could."""
+"""Checkpoints considered; more than KEPT exist only if removing failed, or the run was killed before it could."""
 MOST_WORDS = 200
 """Characters of another library's error that a message repeats."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
@@ -138,7 +138,7 @@ class Checkpoints:
         if not damaged:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
         problems = [f"{step}: {problem}" for step, problem in damaged.items()]
-        raise InputError.all(f"{self.folder}: every checkpoint is damaged; --overwrite starts the run anew:", problems)
+        raise InputError.all(f"{self.folder}: every checkpoint is damaged; --overwrite starts the run again:", problems)
 
     def _steps(self) -> list[int]:
         """The checkpoints that the first process sees, the newest first, once this one sees them too."""
@@ -222,7 +222,7 @@ def _sha256(value: np.ndarray | dict[str, Any]) -> str:
 
 
 def first_words(error: BaseException | None) -> str:
-    """Return the system's words in what an error says, or its beginning: TensorStore follows it up with pages."""
+    """Return the system's message if the error has an errno, else the start of its text; TensorStore's fills pages."""
     if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0] or type(error).__name__

@@ -1,7 +1,7 @@
 """The command line: jaxprefix train | generate | evaluate | convert | check.
 
-What a user can get wrong ends in plain lines on stderr and exit code 2, a run that fails in exit code 1. A run that a
-signal stopped, with a checkpoint, exits with 128 and the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+User errors print plain lines on stderr and exit with code 2; a run that fails exits with 1. A run stopped by a signal
+exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 import gc
@@ -66,7 +66,7 @@ def _less_memory(settings: InferenceConfig) -> str:
 
 
 def prepare_compiling() -> None:
-    """Let JAX keep programs in the user's cache folder, unless told another; give back what compiling leaves free."""
+    """Keep compiled programs in the user's cache folder, unless JAX has another; return memory that compiling frees."""
     import jax
 
     from jaxprefix.memory import trim_after_compiling
@@ -140,7 +140,7 @@ def _check(config: CheckConfig) -> int:
 
 def entry_point() -> None:
     """Run as a program."""
-    gc.set_threshold(100_000)  # a collection walks all that JAX keeps for good: a tenth of a warm start at Python's 700
+    gc.set_threshold(100_000)  # each collection walks all that JAX keeps alive: at Python's 700, a tenth of a start
     sys.exit(main())
 
 

@@ -81,7 +81,7 @@ class TrainConfig:
     n_accum_steps: int = 1
     """Micro-batches per update."""
     packing: bool = True
-    """Lay a batch's rows one behind the other instead of padding each: the same loss, fewer computed positions."""
+    """Lay a batch's rows end to end instead of padding each: the same loss, fewer computed positions."""
     n_training_steps: int = 50_000
     """Most updates to make."""
     n_epochs: int = 50
@@ -125,7 +125,7 @@ class TrainConfig:
     """Minutes between checkpoints, whichever comes first."""
     mesh: str | None = None
     """Devices by axis, as in data=2,fsdp=2,tensor=2: rows split over data and fsdp, weights over fsdp and tensor.
-    All devices are data unless given."""
+    Default: all devices are data."""
     save_model: bool = True
     """Save checkpoints and the best prefix."""
     save_log: bool = True

@@ -22,21 +22,24 @@ SAMPLED_UPDATES = 2000
 SHAPES = 4
 """Shapes of a run's packed batches."""
 COLUMN_STEPS = 20
-"""Quantiles of the columns that batches need, among which those of the shapes are."""
+"""Quantiles of the batches' column counts that are tried as widths of the shapes."""
 COLUMN_MULTIPLE = 8
 
 
 class Packing(NamedTuple):
-    """Where the texts of packed rows lie: two int32 indices that undo each other; beyond the end is nowhere."""
+    """Where the texts of packed rows lie: two int32 index arrays, each the inverse of the other.
+
+    An index one past the end means that nothing is there.
+    """
 
     columns: np.ndarray
-    """[rows, texts, slots]: the column of each text's tokens; the row's length where a text has ended."""
+    """[rows, texts, slots]: the column of each token; n_columns after the text's last one."""
     places: np.ndarray
-    """[rows, columns]: each token's place in texts × slots; their product where no text is."""
+    """[rows, columns]: each token's index into texts × slots, flattened; texts × slots for padding."""
 
 
 class Batch(NamedTuple):
-    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]."""
+    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]; JAX's inside compiled functions."""
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -62,7 +65,7 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     """Return the (inputs, labels) rows of an example: two without a prompt, one with.
 
     Without a prompt, one row starts at bos and one at the target's first token, so that the prefix learns
-    to work behind nothing and in the middle of a text.
+    to work at the beginning of a text and in its middle.
     """
     prompt, target = example
     if prompt:
@@ -148,7 +151,7 @@ def _loads(lengths: Sequence[int], rows: list[list[int]]) -> list[int]:
 
 
 def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: PackedShape) -> Batch:
-    """Lay the examples' rows one behind the other, padded on the right."""
+    """Lay the examples' rows end to end, padded on the right."""
     n_rows, n_columns, n_texts, n_slots = shape
     tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
     labels = np.full((n_rows, n_columns), IGNORED, np.int32)
@@ -169,9 +172,9 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
-    They ascend: with the numbers of columns that leave the fewest positions to padding, and the longest text of the
-    updates that take them. The last has room for all updates; for any batch that these examples can make, if there are
-    more updates than are looked at.
+    Shapes ascend. Their widths leave the least padding over the sampled updates; n_slots is the longest text of the
+    updates that use a shape. The last shape holds every update or, if there are more updates than are sampled, any
+    batch that these examples can make.
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)

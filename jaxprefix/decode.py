@@ -1,6 +1,6 @@
 """Continue prompts: prefill and decoding loop in one compiled program, a cache of static size.
 
-Rows of different lengths are padded on the right. A row's next token goes into the slot behind its own
+Rows of different lengths are padded on the right. A row's next token goes into the slot after its own
 last one, so the padding's keys are overwritten before a query could see them.
 """
 
@@ -40,7 +40,7 @@ class BatchTiming(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """The numbers that are inputs of the compiled loop: other ones compile nothing anew."""
+    """The numbers that are inputs of the compiled loop: changing them compiles nothing."""
 
     temperature: Float[Array, ""] | float
     top_p: Float[Array, ""] | float
@@ -100,7 +100,7 @@ def stream(
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, place)
     for prompt, made in zip(ids, made_ids, strict=True):
-        # Decoded behind the prompt, so that a space at the seam is kept.
+        # Decoded together with the prompt, so that a space at the seam is kept.
         yield tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
 
 

@@ -109,7 +109,7 @@ def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh |
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
-# A full stop needs a space behind it: 3.5 is no end.
+# A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS = "。！？!?", "」』）)"
 _SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 

@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     if config.n_samples:
         given = read_prompts(config.prompt_file) if config.prompt_file else [""]
         prompts = [given[i % len(given)] for i in range(config.n_samples)]
-        generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # in which signs may have become others
+        generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # normalisation may have changed it
         if not generated_suffix.strip():
             raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
         if "\n" in generated_suffix.strip():

@@ -69,7 +69,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
-        """Lay examples out one behind the other."""
+        """Lay examples out end to end."""
         tokens, ends, prompt_lengths = array("I"), array("Q"), array("I")
         for prompt, target in examples:
             tokens.extend(prompt)
@@ -95,7 +95,7 @@ class Examples(Sequence[Example]):
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What the constructor takes, of examples that are no slice."""
+        """The constructor's arrays; only meaningful when this is not a slice."""
         return self._tokens, self._ends, self.prompt_lengths
 
     def count_of(self, token: int) -> np.ndarray:

@@ -56,16 +56,16 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def within_disk(config: TrainConfig) -> Iterator[None]:
-    """Turn what can happen to an open run's folder into RunError: full, read-only, removed. The cause stays attached.
+    """Turn what can happen to an open run's folder (full, read-only, removed) into RunError, with the cause attached.
 
-    What threads of other libraries would print of it meanwhile, page after page, is cut to a line.
+    Meanwhile, what other libraries' threads would print about it is cut to a line.
     """
     thread_hook, hook = threading.excepthook, sys.unraisablehook
 
     def leave_out_closed_loops(failure: Any) -> None:
-        """When an array cannot be written, TensorStore tells of the others to an event loop that Orbax has closed.
+        """Drop "Event loop is closed": if one array cannot be written, TensorStore reports the others to Orbax's loop.
 
-        If it is not closed yet, asyncio's logger tells that nobody awaited them.
+        While that is still open, asyncio's logger reports them, hence its level.
         """
         if str(failure.exc_value) != "Event loop is closed":
             hook(failure)
@@ -111,7 +111,7 @@ def what_is_left(config: TrainConfig) -> str:
 
 
 def check_still_there(config: TrainConfig) -> None:
-    """Raise RunError when the run's folder is gone, instead of making half of it anew."""
+    """Raise RunError when the run's folder is gone, instead of making half of it again."""
     if not (config.run_dir / CONFIG_FILE).is_file():
         raise RunError(f"{config.run_dir}: vanished while the run was going on; nothing of it is left to resume")
 
@@ -120,8 +120,8 @@ def less_memory(config: TrainConfig) -> str:
     """Tell which flags of a run need less memory: those that it can be resumed with, and those of a new one."""
     same_run = ["--remat block"] if config.compute.remat != "block" else []
     same_run.append("more devices with --mesh fsdp=N")
-    new_run = [f"less than --batch_size {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
-    new_run.append(f"less than --max_seq_len {config.max_seq_len}")
+    new_run = [f"a --batch_size below {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
+    new_run.append(f"a --max_seq_len below {config.max_seq_len}")
     new_run += ["--dtype bfloat16"] if config.dtype == "float32" else []
     return (
         f"this run can take {' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the "

@@ -1,6 +1,6 @@
-"""One run of many processes, one or more on each host: they join, agree, and stop together. Alone, nothing of it acts.
+"""One run of many processes, one or more on each host: they join, agree, and stop together.
 
-Every process makes the same updates on its own devices. Files are written by the first one, and checkpoints by all
+With a single process nothing in here does anything. Every process makes the same updates on its own devices. Files are written by the first one, and checkpoints by all
 together, so that the folder of runs must be one that all of them share.
 """
 
@@ -111,9 +111,9 @@ def wait_for_all(name: str) -> None:
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
-    """Do on every process what may fail on one of them; it raises its own error then, the others InputError naming it.
+    """Run `attempt` on every process. If it fails on any, that one raises its own error, the others InputError.
 
-    `name` stands for this attempt alone.
+    `name` identifies the barrier and must be unique to the call.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -140,7 +140,7 @@ def first_says(answer: np.ndarray | bool) -> np.ndarray:
 def check_same(settings: Mapping[str, Any]) -> None:
     """Check that this process has the first one's settings, all processes at once. Raises InputError naming the others.
 
-    A run of several would otherwise go on, with something of each, or wait for ever.
+    Otherwise a run could mix settings, or wait for ever.
     """
     if jax.process_count() == 1:
         return
@@ -176,7 +176,7 @@ def spread(arrays: Any, sharding: Sharding) -> Any:
 class Vote:
     """Lets all processes do the same after the same update when one of them wishes it: the highest wish counts.
 
-    The devices gather the votes behind each update, and each outcome is read one update later, when the loop has waited
+    The devices gather the votes after each update, and each outcome is read one update later, when the loop has waited
     for that update anyway: nothing stands still for it.
     """
 

@@ -32,8 +32,8 @@ class DecodeConfig:
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
-    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0, evaluate
-    chunks and averages so."""
+    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0,
+    `evaluate` chunks documents and averages losses the original's way."""
 
     def __post_init__(self) -> None:
         check_types(self, "decoding")
@@ -110,15 +110,15 @@ class GenerateConfig(InferenceConfig):
 class EvaluateConfig(InferenceConfig):
     """Measure loss and ppl on a file, and the share of generated sentences that end with the suffix.
 
-    Sentences are sampled behind the prompts of --prompt_file, or from nothing.
+    Sentences are sampled after the prompts of --prompt_file, or from nothing.
     """
 
     data_filepath: Path | None = None
     """JSON Lines to compute loss and ppl on, as in training."""
     suffix: str | None = None
-    """The task's suffix; unless given that of the run folder, or else " 😃"."""
+    """The task's suffix. Default: the one the prefix was trained with, else " 😃"."""
     max_seq_len: int | None = None
-    """Longest chunk of a `text` document, in tokens; unless given that of the run folder, or else 64."""
+    """Longest chunk of a `text` document, in tokens. Default: that of the prefix's training, else 64."""
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     n_samples: int = 100

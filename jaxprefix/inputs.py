@@ -59,7 +59,7 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer, recipe: Recipe) -> Exam
 
 
 def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:
-    """Check that the examples' longest row has room behind the prefix, and return its tokens.
+    """Check that the examples' longest row has room after the prefix, and return its tokens.
 
     Raises InputError that tells the beginning of its text.
     """

@@ -11,7 +11,7 @@ class HostsConfig:
     """Which processes make a run together; this one alone unless something is given. See docs/launch.md."""
 
     distributed: bool = False
-    """One of many processes, which SLURM, Open MPI, Kubernetes or a TPU pod started: which one is found."""
+    """One of many processes that SLURM, Open MPI, Kubernetes or a TPU pod started; the flags below are detected."""
     coordinator_address: str | None = None
     """host:port at which process 0 awaits the others."""
     num_processes: int | None = None

@@ -61,12 +61,13 @@ def sha256_of(path: Path) -> str:
 
 @functools.lru_cache
 def _sha256(path: Path, state: tuple[int, int, int] | None) -> str:
+    """`state` is there for the cache: a changed file is another one."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _skip_mark(file: gzip.GzipFile | BinaryIO, path: Path) -> None:
-    """Go behind UTF-8's byte order mark, if the file begins with one."""
+    """Skip UTF-8's byte order mark, if the file begins with one."""
     start = file.read(len(codecs.BOM_UTF8))
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{path}: is UTF-16; save it as UTF-8")

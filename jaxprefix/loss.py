@@ -23,9 +23,9 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
-    Columns are taken in chunks of about CHUNK_TOKENS tokens of each of the n_devices that the rows lie on, a chunk
-    without a label is skipped. The head is frozen: its gradient is not computed, and the hidden states' is computed
-    along with the loss, so that no logits wait for a backward pass.
+    Columns are processed in chunks of about CHUNK_TOKENS tokens for each of the `n_devices` that share the rows; on a
+    CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states' is
+    computed along with the loss, so that no logits wait for a backward pass.
     """
     return _over_chunks(hidden, head, labels, n_devices, with_gradient=False)[0]
 
@@ -113,8 +113,8 @@ def _softmax_over_vocabulary(
     n_blocks, n_left = divmod(len(head), block_size)
 
     def add_one(index: Int[Array, ""], sums: Sums) -> Sums:
-        # A CPU's compiler slices no bfloat16 and would have a float32 copy of the head made before the loop: unless, by
-        # the barrier, the head is one that depends on the index.
+        # XLA's CPU backend cannot slice bfloat16 and would hoist a float32 copy of the whole head out of the loop; the
+        # barrier makes the head depend on the index, which prevents that.
         index, here = jax.lax.optimization_barrier((index, head))
         return add(jax.lax.dynamic_slice_in_dim(here, index * block_size, block_size), sums)
 

@@ -19,9 +19,9 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @functools.cache
 def trim_after_compiling(seconds: float = 0.1) -> None:
-    """From here on, give back to the system what compiling for at least so many seconds leaves free.
+    """After each compilation of at least `seconds`, return freed heap memory to the system (glibc only).
 
-    That is 50 to 150 MB, in pieces too small for the program's arrays, which would come on top. Only glibc can.
+    That is 50 to 150 MB, too fragmented for the program's arrays to reuse. Registers once per process.
     """
     library = ctypes.CDLL(None)
 

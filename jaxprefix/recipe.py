@@ -15,8 +15,8 @@ class Recipe:
     keep_blank_sentences: bool = False
     """Treat blank lines of a document as sentences."""
     keep_line_ends: bool = False
-    """Begin a document's first chunk with a newline, and keep the carriage returns of lines that end with both:
-    tokenizers that fold neither away have tokens for them."""
+    """Begin a document's first chunk with a newline and keep carriage returns at line ends, for tokenizers that do not
+    normalise them away."""
     schedule_steps_per_update: int = 1
     """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
     decay_over_requested_steps: bool = False
@@ -28,7 +28,7 @@ class Recipe:
     drop_crossing_token: bool = False
     """Nucleus sampling drops the token whose cumulative probability crosses top_p."""
     restart_gpt2_positions: bool = False
-    """GPT-2's generation numbers the prompt from 0 instead of P, and skips one number behind it."""
+    """GPT-2's generation numbers the prompt from 0 instead of P, and skips one number after it."""
 
 
 RECIPES = {

@@ -220,7 +220,7 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _flat(description: dict[str, Any]) -> dict[str, Any]:
-    """Put the fields of the base model, one of which may differ, among the others."""
+    """Replace `base` by its fields; its `model_type` stands for the setting, which only checks it."""
     base = description.get("base")
     return description | ({"base": None} | base if isinstance(base, dict) else {})
 

@@ -77,9 +77,9 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
 
 
 def with_embedded_rows(base: Base, mesh: Mesh | AbstractMesh) -> Base:
-    """Gather the embeddings' width, inside jit, so that hidden states are split by rows and not by their width.
+    """Gather the embeddings along their width, inside jit.
 
-    Left to itself, the partitioner keeps the split of the looked-up vectors, and every device computes all rows.
+    Otherwise the partitioner keeps looked-up vectors split by width, and every device computes all rows.
     """
     if mesh.shape["fsdp"] == 1:
         return base

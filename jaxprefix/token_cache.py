@@ -36,11 +36,11 @@ from jaxprefix.lines import read_lines, sha256_of
 FORMAT = 2
 """Raised when examples change that the same file and settings make."""
 CACHED_BYTES = 2**22
-"""Smaller files are tokenized anew each time: that takes a second or two. What is packed counts eightfold."""
+"""Smaller files are tokenized on every run, in a second or two. Compressed files count eightfold."""
 BLOCK_BYTES = 2**22
 """What a process tokenizes at a time."""
 ABANDONED_SECONDS = 600
-"""Whoever makes an entry writes to it every few seconds."""
+"""Unfinished entries untouched for this long are abandoned: their maker writes every few seconds."""
 
 
 def load_examples(path: Path, chunking: Chunking) -> Examples:
@@ -221,7 +221,7 @@ def _prepare(job: Path) -> None:
 
 
 def _end_with_the_main_process() -> None:
-    """A killed one ends nobody, and a helper would wait for its next block for good."""
+    """A killed main process cannot stop its helpers, which would wait for their next block for ever."""
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()

@@ -20,13 +20,13 @@ from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES,
 
 NEWLINE_PIECE = "<NL>"
 PROBE = "Hello, World!  朝の市場は、１２３ x2.5\nÀ 😃"
-"""A text by whose ids tokenizers with the same pieces are told from each other."""
+"""Its ids tell apart tokenizers that share a vocabulary but normalise or split differently."""
 
 
 class SentencePiece:
     """A SentencePiece model, with what a base model's folder adds to it.
 
-    `added` are tokens with ids behind the model's; texts are split at them first. Where the vocabulary has
+    `added` are tokens with ids after the model's; texts are split at them first. Where the vocabulary has
     the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token. `additions`
     names what is not the model's own.
     """

@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 class LearningRate(NamedTuple):
-    """Linear warmup, linear decay. Its numbers are inputs of the compiled update: other ones compile nothing anew."""
+    """Linear warmup, linear decay. Its numbers are inputs of the compiled update: changing them compiles nothing."""
 
     highest: Float[Array, ""]
     floor: Float[Array, ""]
@@ -68,7 +68,7 @@ def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> Learni
 
 
 def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay on all but biases, behind clipping by the global norm."""
+    """Clip by the global norm, then AdamW with decoupled weight decay on all but biases."""
     adamw = optax.adamw(
         rate,
         b1=config.adam_beta1,

@@ -257,7 +257,7 @@ def cell(text: str) -> str:
 
 
 def page(messages: list[Message], tests: dict[Key, str]) -> str:
-    """The page with its tables made anew, one for each file; `tests` goes by file and cell."""
+    """The page with its tables made again, one for each file; `tests` goes by file and cell."""
     lines: list[str] = []
     for module in dict.fromkeys(message.module for message in messages):
         lines += [f"## {module}\n", "| message | exit code | test |", "| --- | ---: | --- |"]

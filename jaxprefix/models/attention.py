@@ -29,13 +29,13 @@ LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
 Cache = tuple[LayerCache, ...]
 
 CUDNN_TOKENS = 512
-"""Tokens of a row from which cuDNN's attention is chosen: shorter rows fit the dense one's memory."""
+"""Rows of at least this many tokens go to cuDNN; the scores of shorter ones fit into memory."""
 CUDNN_MULTIPLE = 128
-"""Of so many slots rows are made a multiple for cuDNN, whose kernels work in such tiles; JAX does not ask for it."""
+"""cuDNN's tile: rows are padded to a multiple of this many slots, which JAX does not require."""
 
 
 def positions_of(slots: Int[Array, "B T"], prefix_len: int) -> Int[Array, "B T"]:
-    """Turn each token's index in its text into its position behind the prefix."""
+    """Turn each token's index in its text into its position after the prefix."""
     return slots + prefix_len
 
 
@@ -52,7 +52,7 @@ def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike
 
 
 def fill_cache(cache: Cache, prefix: Float[Array, "L 2 P N H"]) -> Cache:
-    """Put a prefix into the first P slots of every row: what is written behind it needs no prefix any more."""
+    """Put a prefix into the first P slots of every row: what is written after it needs no prefix any more."""
 
     def put(part: Float[Array, "B N S H"], front: Float[Array, "P N H"]) -> Float[Array, "B N S H"]:
         return part.at[:, :, : len(front)].set(jnp.swapaxes(front, 0, 1).astype(part.dtype))
@@ -86,8 +86,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
-    Slots (0 … T−1 unless given) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible. Scores, multiplied by `scale` (1/√H unless given; no array), and softmax are float32, whatever the
+    Slots (by default 0 … T−1) after the query's own (later tokens, padding on the right, unused cache) are
+    invisible. Scores, multiplied by `scale` (by default 1/√H; no array), and softmax are float32, whatever the
     inputs are; the result has q's type, k and v may be of another. `method` is how it is computed, where
     cuDNN can: for whole rows.
     """
@@ -132,7 +132,7 @@ def square_causal(
     """The attention of whole rows as a square causal problem, the only one that flash kernels are fast at.
 
     P dummy queries stand in front of the tokens', so that the causal diagonal falls where it should (with
-    fewer queries than keys it would be aligned at the top left), and zeros behind, up to a multiple of 128
+    fewer queries than keys it would be aligned at the top left), and zeros at the end, up to a multiple of 128
     slots; both are cut off again. Exact, gradients included.
     """
     _, n_tokens, *heads = q.shape
@@ -178,7 +178,7 @@ def _dense(
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
     """Put a prefix's keys or values, in the rows' type, in front of every row's."""
     rows = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
-    return jnp.concatenate([rows.astype(x.dtype), x], axis=2)  # cast behind the copies: gradients are summed before it
+    return jnp.concatenate([rows.astype(x.dtype), x], axis=2)  # cast after copying: gradients are summed before it
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -189,10 +189,10 @@ def _masked(
     visible: Bool[Array, "#B 1 T keys"],
     scale: float,
 ) -> Float[Array, "B N T H"]:
-    """Attention to what is visible. Of T × S numbers the backward pass keeps the weights alone, in v's type.
+    """Attention to what is visible.
 
-    It multiplies in that type, too, like that of `frozen_matmul`. All products are of heads that lie first: a CPU
-    takes up to five times as long for others.
+    The weights are the only T × S array kept for the backward pass, in v's type, in which that multiplies, too, as
+    `frozen_matmul`'s does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.
     """
     return _masked_forward(q, k, v, visible, scale)[0]
 

@@ -22,7 +22,7 @@ from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; it knows no positions. The product with `out` is left to the layer that holds this."""
+    """Multi-head attention; it knows no positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute, layer: int):
         self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd)  # [3·N·H, D], all q, all k, all v
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """All heads' results, one behind the other."""
+        """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
         qkv = unpack(self.qkv(x), packing)
         qkv = qkv.reshape(*qkv.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]

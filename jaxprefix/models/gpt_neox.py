@@ -23,7 +23,7 @@ from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
-    """Multi-head attention with rotary positions. The product with `out` is left to the layer that holds this."""
+    """Multi-head attention with rotary positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute):
         # [N·3·H, D], per head q, k, v
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         slots: Int[Array, "B T"] | None,
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """All heads' results, one behind the other."""
+        """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
         qkv = unpack(self.qkv(x), packing)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
@@ -106,8 +106,8 @@ class GPTNeoX(nnx.Module):
         """Return float32 logits of the next token, and the keys (after rotary) and values [B, N, S, H] of
         every layer.
 
-        `slots` is each token's index in its row, 0 … T−1 unless given; the prefix comes before slot 0.
-        `positions` are P + slots unless given. With a cache, the keys and values are written into it at their
+        `slots` is each token's index in its row, by default 0 … T−1; the prefix comes before slot 0.
+        `positions` are by default P + slots. With a cache, the keys and values are written into it at their
         slots, and tokens attend to what was written before as well. Rows are padded on the right.
         `packing`, without slots or a cache, tells where the texts lie when a row holds several: they do not see
         each other, positions restart at P, and keys and values come back in a row for each text.

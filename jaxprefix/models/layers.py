@@ -92,7 +92,7 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation between them. The second, `down`, is left to the layer that holds this."""
+    """Two linear layers with an activation between them. The enclosing layer applies the second, `down`."""
 
     def __init__(self, config: ModelConfig):
         self.up = FrozenLinear(config.n_embd, config.n_inner)
@@ -145,8 +145,9 @@ def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) ->
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
     """The same in the form that a CPU is fastest at.
 
-    The right factor is laid out anew for every product, which for few rows takes longer than to multiply: so that is x,
-    and a barrier keeps the compiler from turning the product. In bfloat16 x Wᵀ is fast, from two rows on.
+    XLA's CPU matmul repacks its right operand on every call, which for few rows costs more than the product. So x goes
+    on the right, and a barrier keeps the compiler from swapping them back. bfloat16 x Wᵀ is fast from two rows on, so a
+    single row is doubled.
     """
     if x.dtype != jnp.bfloat16:
         return jax.lax.optimization_barrier(einsum("oi,ri->or", weight, x)).T
@@ -155,10 +156,10 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
 
 
 def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """x as it is, to whose product a CPU's compiler joins nothing.
+    """Return x rounded to its own type, which changes nothing and which XLA's CPU compiler does not fuse.
 
-    It would write out every constant that enters such a fusion, GELU's for example, as an array of the product's shape,
-    and thousands of rows take a fifth longer. A rounding of x to its own type is no part of fusions.
+    Fused into a product, elementwise work writes its constants (GELU's, say) out at the product's shape; thousands of
+    rows then take a fifth longer.
     """
     own = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, own.nexp, own.nmant)
@@ -190,10 +191,10 @@ frozen_matmul.defvjp(_frozen_forward, _frozen_backward)
 
 
 def after(gradient: Float[Array, "*rest"], x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """x, once the gradient is there: for what a backward pass computes again instead of keeping it.
+    """Return x, available only once `gradient` is: for values that the backward pass recomputes.
 
-    A barrier says so, but a CPU's compiler drops barriers. It would compute such things early, or not again, and keep
-    them, so there x depends on the gradient: where that is not finite, neither is the result.
+    A barrier expresses this, but XLA's CPU compiler drops barriers and would compute such values early and keep them.
+    There x is made to depend on the gradient, so where that is not finite, neither is the result.
     """
     if on_a_cpu():
         return x + 0 * gradient.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Packed rows: everything but attention takes a batch's texts one behind the other, attention each on its own row.
+"""Packed rows: everything but attention takes a batch's texts end to end, attention each on its own row.
 
 So no position is computed for padding but in attention, which is the smallest part of short rows, and needs no mask for
 where a text begins. R texts of C slots lie in each of B rows of T tokens; the rest of the legend: `attention.py`.
@@ -14,7 +14,7 @@ from jaxprefix.data import Packing
 
 
 def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "BR C *rest"]:
-    """Give every text a row of its own, with zeros behind it; without packing they have."""
+    """Give every text a row of its own, padded with zeros; without packing each has one."""
     if packing is None:
         return x
     n_rows, n_texts, n_slots = packing.columns.shape
@@ -23,7 +23,7 @@ def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Arr
 
 
 def pack(x: Shaped[Array, "BR C *rest"], packing: Packing | None) -> Shaped[Array, "B T *rest"]:
-    """Lay the texts' rows one behind the other again."""
+    """Lay the texts' rows end to end again."""
     if packing is None:
         return x
     n_rows, n_columns = packing.places.shape

@@ -60,10 +60,10 @@ def _run(
 
 
 def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
-    """Return a function that runs a layer, of whose inputs x, the prefix and the cache alone get a gradient.
+    """Return a function that runs a layer and differentiates only x, the prefix and the cache.
 
-    What its backward pass keeps (with `recompute` the inputs) waits behind a barrier for the gradient that comes in:
-    with fsdp it gathers a layer's weights again then, instead of keeping them since the forward pass.
+    What its backward pass keeps (with `recompute`, the inputs) waits behind a barrier for the incoming gradient, so
+    that fsdp gathers the layer's weights again then instead of keeping them.
     """
 
     def run(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> Any:
@@ -100,8 +100,8 @@ def stack(*arrays: Array) -> Array:
 def stacked(layers: Any, stack: Callable[..., Any] = stack) -> Any:
     """Return, for a list of layers, one whose arrays hold all of theirs, each made by `stack`.
 
-    That is one weight after the other, so that not all are there twice. Raises InputError if the layers differ in more
-    than their arrays.
+    That is one weight after the other, so that the model is never in memory twice. Raises InputError if the layers
+    differ in more than their arrays.
     """
     graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
     if any(graph != graphs[0] for graph in graphs):

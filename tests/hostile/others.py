@@ -172,7 +172,7 @@ def a_gzip_bomb_of_one_line(folder):
 
 
 def write_gzip(path, content, times):
-    """A gzip file may hold several streams, one behind the other."""
+    """A gzip file may hold several streams, end to end."""
     path.write_bytes(gzip.compress(content, compresslevel=1) * times)
 
 

@@ -18,7 +18,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.layers import FEW_ROWS, Embedding, after, layer_norm, matmul, rotate
+from jaxprefix.models.layers import FEW_ROWS, Embedding, after, einsum, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.arrays import normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder

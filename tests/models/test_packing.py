@@ -1,4 +1,4 @@
-"""Texts that lie one behind the other are computed as if each were alone."""
+"""Texts that lie end to end are computed as if each were alone."""
 
 import jax
 import jax.numpy as jnp

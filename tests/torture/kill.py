@@ -65,7 +65,7 @@ def finish(config: TrainConfig, *flags: str) -> None:
 
 
 def startup(config: TrainConfig) -> float:
-    """Return the seconds until a run has made an update, of which nothing is compiled anew any more."""
+    """Return the seconds until a run has made an update, of which nothing is left to compile."""
     began = time.monotonic()
     process = start(config)
     while not n_logged(config):
