@@ -18,6 +18,7 @@ import numpy as np
 from convert import torch_files
 from convert.errors import InputError
 from convert.files import replacing, save_safetensors
+from convert.training_state import is_training_state
 from convert.untrusted import member, read_object
 from convert.weights import read_safetensors
 
@@ -88,6 +89,17 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     return folded, base
 
 
+def is_bare_prefix(path: Path) -> bool:
+    """Tell whether a file or folder is a prefix that no run holds, with its encoder beside it."""
+    if path.is_dir():
+        return (path / ADAPTER_CONFIG).is_file()
+    try:
+        read_prefix(path)
+    except InputError:
+        return False
+    return True
+
+
 def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, base: Mapping[str, str]) -> None:
     """Write a PEFT adapter folder (PREFIX_TUNING); `base` goes into the safetensors header.
 
@@ -115,8 +127,7 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
 
 def write_weight(path: Path, folded: np.ndarray) -> None:
     """Write the original's format: `torch.save` of the folded tensor. Needs torch; raises OSError."""
-    torch = torch_files.import_torch(f"writing {path}")
-    torch_files.save_torch(path, torch.from_numpy(np.ascontiguousarray(folded)))
+    torch_files.save_torch(path, folded)
 
 
 def write_npy(path: Path, folded: np.ndarray) -> None:
@@ -168,9 +179,10 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not config_path.is_file():
         if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
             return _read_adapter(member(folder, RUN_SUBFOLDER))
+        named = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))[:3]
         raise InputError(
             f"{folder}: holds no prefix, neither {ADAPTER_CONFIG} nor {RUN_SUBFOLDER}/, which a run has from its first "
-            "dev evaluation on"
+            "dev evaluation on" + (f"; its folders that hold one: {', '.join(named)}" if named else "")
         )
     config = read_object(config_path)
     if config.get("peft_type") != "PREFIX_TUNING":
@@ -193,6 +205,8 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
         if token_dim % n_head:
             raise InputError(f"{config_path}: token_dim {token_dim} is not divisible by {n_head} num_attention_heads")
         header = {**_shape(n_layer, n_head, token_dim // n_head), **header}
+    if isinstance(name := config.get("base_model_name_or_path"), str):
+        header = {"base_model": name, **header}
     return folded, header
 
 
@@ -203,6 +217,8 @@ def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
 
 def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
     """Compare what a header says of the shape with the numbers per position."""
+    if width % 2:
+        raise InputError(f"{path}: has {width} numbers per position, which are no pairs of keys and values")
     said = {field: header[field] for field in _SHAPE if field in header}
     sizes = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in said.values()]
     claimed = 2 * math.prod(sizes)
@@ -222,8 +238,16 @@ def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     weights, header = read_safetensors(path)
     if TENSOR_NAME not in weights and len(weights) != 1:
         raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {len(weights)}: {list(weights)[:3]}")
-    weight = weights[TENSOR_NAME] if TENSOR_NAME in weights else next(iter(weights.values()))
-    return weight.read(None), header
+    _refuse_others(path, weights)
+    return next(iter(weights.values())).read(None), header
+
+
+def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
+    """Raise InputError for what PEFT's modules_to_save trains besides the prefix, which would be wrong without."""
+    if others := [name for name in weights if name != TENSOR_NAME] if TENSOR_NAME in weights else []:
+        raise InputError(
+            f"{path}: holds {others[:3]} besides the prefix: trained parts of the base model, not supported"
+        )
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -236,8 +260,10 @@ def _read_npy(path: Path) -> np.ndarray:
 def _read_torch(path: Path) -> np.ndarray:
     tensor = torch_files.load_torch(path)
     if isinstance(tensor, dict) and TENSOR_NAME in tensor:  # PEFT's adapter_model.bin
+        _refuse_others(path, tensor)
         tensor = tensor[TENSOR_NAME]
     if not isinstance(tensor, np.ndarray):
         kind = "dict" if isinstance(tensor, dict) else type(tensor).__name__
-        raise InputError(f"{path}: expected one dense tensor, found {kind}")
+        advice = "; a training state, which train --checkpoint_path takes" if is_training_state(tensor) else ""
+        raise InputError(f"{path}: expected one dense tensor, found {kind}{advice}")
     return tensor

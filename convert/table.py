@@ -43,11 +43,14 @@ def stream_weights(
     """
     rules = {name: rule for name, rule in expand(table, n_layer).items() if rule is None or path_of(rule) in shapes}
     found: dict[str, StoredWeight] = {}
+    problems: list[str] = []
     for stored_name, weight in stored_weights(folder):
         name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
+        if name in found:
+            problems.append(f"weight {name} stands twice")
         found[name] = TransposedWeight(weight) if _kind(rules.get(name)) == "transpose" else weight
 
-    problems = [f"unknown weight {name}" for name in sorted(found) if name not in rules]
+    problems += [f"unknown weight {name}" for name in sorted(found) if name not in rules]
     wanted = {name: rule for name, rule in rules.items() if rule and _kind(rule) != "again"}
     problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():

@@ -20,6 +20,7 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.files import replacing
+from convert.untrusted import refuse_pointer
 
 # How torch's two formats begin.
 ZIP_MAGIC = b"PK\x03\x04"
@@ -61,9 +62,12 @@ def load_torch(path: Path, checked: bool = True) -> Any:
     checksums. Raises InputError.
     """
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             is_zip = file.read(4) == ZIP_MAGIC
         return _load_zip(path, checked) if is_zip else _load_old(path)
+    except InputError:
+        raise
     except Exception as error:  # a damaged file makes zipfile and pickle raise many kinds
         raise InputError(f"{path}: not a torch file that can be read safely ({first_line(error)})") from error
 
@@ -78,8 +82,18 @@ def import_torch(purpose: str) -> Any:
 
 
 def save_torch(path: Path, content: Any) -> None:
-    """Write a file in torch's format; it replaces its predecessor in one step. Raises OSError."""
+    """Write arrays, alone or in dicts, as tensors in torch's format; the file replaces its predecessor in one step.
+
+    Raises InputError when torch is not installed, and OSError.
+    """
     torch = import_torch(f"writing {path}")
+
+    def as_tensors(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {name: as_tensors(value) for name, value in item.items()}
+        return torch.from_numpy(np.array(item)) if isinstance(item, np.ndarray) else item
+
+    content = as_tensors(content)
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
 
@@ -100,6 +114,10 @@ class _Unpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): _StateDict.empty,
             ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
+            ("torch._utils", "_rebuild_parameter_with_state"): self._rebuild_parameter,
+            ("torch._tensor", "_rebuild_from_type_v2"): self._rebuild_with_attributes,
+            ("torch", "Tensor"): "Tensor",
+            ("torch.nn.parameter", "Parameter"): "Parameter",
             **{("torch", name): name for name in _TYPES},
         }
 
@@ -132,6 +150,12 @@ class _Unpickler(pickle.Unpickler):
 
     def _rebuild_parameter(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
         return tensor
+
+    def _rebuild_with_attributes(self, rebuild: Any, kind: Any, arguments: Any, attributes: Any) -> np.ndarray:
+        """Rebuild a tensor that Python attributes were given, which are dropped."""
+        if rebuild not in (self._rebuild_tensor, self._rebuild_parameter):
+            raise ValueError("it describes a tensor in a way that torch does not")
+        return rebuild(*arguments)
 
 
 class _StateDict(dict):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import InputError
-from convert.torch_files import import_torch, load_torch, save_torch
+from convert.torch_files import load_torch, save_torch
 
 PARAMETERS = (
     "prefix_wte.weight",
@@ -77,7 +77,6 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
 
     Raises InputError naming what `source` lacks, and OSError.
     """
-    torch = import_torch(f"writing {path}")
     if DIRECT in arrays:
         raise InputError(f"{source}: trained with --prefix_hidden_dim 0, without an encoder; convert its prefix alone")
     rules = (ENCODER, *MOMENTS.values())
@@ -87,8 +86,8 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
     if problems:
         raise InputError.all(f"{source}: no training state of the original's encoder:", problems)
 
-    def group(rule: str) -> dict[str, Any]:
-        return {name: torch.from_numpy(np.array(arrays[rule.format(name=name)])) for name in PARAMETERS}
+    def group(rule: str) -> dict[str, np.ndarray]:
+        return {name: np.asarray(arrays[rule.format(name=name)]) for name in PARAMETERS}
 
     moments = {kind: group(rule) for kind, rule in MOMENTS.items()}
     save_torch(path, {"encoder": group(ENCODER), "optimizer": {"step": int(arrays[STEPS[0]]), **moments}})

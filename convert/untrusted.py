@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs"
 JSON_BYTES = 2**23
 """Longest JSON file; those of real models have up to some 3 MB."""
 
@@ -30,6 +31,15 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a large file was not fetched, so that Git LFS's pointer to it lies in its place."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(
+                f"{path}: is Git LFS's pointer to the file, not the file; run `git lfs pull` in its folder"
+            )
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

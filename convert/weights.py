@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert.errors import InputError
 from convert.torch_files import load_torch
-from convert.untrusted import member, read_object
+from convert.untrusted import member, read_object, refuse_pointer
 
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -158,16 +158,25 @@ def is_finite(array: np.ndarray) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List a hub folder's weight files: safetensors before torch's, shards that an index names before a single file.
+    """List a hub folder's weight files: safetensors before torch's, a single file before shards that an index names.
 
-    Raises InputError if there are none, or an index names a file outside the folder.
+    That is transformers' order, which leaves an index behind when it saves a model again as one file. Raises InputError
+    if there are none, or an index names files that are missing or outside the folder.
     """
     for index, single in ((SHARD_INDEX, SINGLE_FILE), (TORCH_INDEX, TORCH_FILE)):
-        if member(folder, index).is_file():
-            return [member(folder, name) for name in sorted(_shards(folder / index))]
         if (path := member(folder, single)).is_file():
             return [path]
+        if member(folder, index).is_file():
+            shards = [member(folder, name) for name in sorted(_shards(folder / index))]
+            if missing := [path.name for path in shards if not path.is_file()]:
+                raise InputError(f"{folder / index}: names files that are missing: {', '.join(missing)}")
+            return shards
     raise InputError(f"{folder}: no weights; expected {SINGLE_FILE} or {TORCH_FILE}, or shards with their index")
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a folder holds the weights of a base model, by their files' names."""
+    return any((folder / name).is_file() for name in (SINGLE_FILE, SHARD_INDEX, TORCH_FILE, TORCH_INDEX))
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
@@ -211,6 +220,7 @@ def _shards(index: Path) -> set[str]:
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return a safetensors file's header, which the library has found to fit the file, and where it ends."""
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             n_header = int.from_bytes(file.read(8), "little")
             if n_header > HEADER_BYTES:

@@ -8,12 +8,18 @@ from convert.errors import InputError, RunError
 if TYPE_CHECKING:
     from jaxprefix.decode import generate
     from jaxprefix.models import load_model
-    from jaxprefix.prefix import load_prefix
+    from jaxprefix.prefix import load_prefix, save_prefix
     from jaxprefix.tokenizer import load_tokenizer
 
-__all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer"]
+__all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer", "save_prefix"]
 
-_ROOMS = {"generate": "decode", "load_model": "models", "load_prefix": "prefix", "load_tokenizer": "tokenizer"}
+_ROOMS = {
+    "generate": "decode",
+    "load_model": "models",
+    "load_prefix": "prefix",
+    "load_tokenizer": "tokenizer",
+    "save_prefix": "prefix",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,16 @@
 """What `jaxprefix convert` does: tells by content what the source is, checks it, and writes the target."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.errors import InputError
 from convert.files import filling
-from convert.prefix import read_prefix, write_adapter, write_npy, write_safetensors, write_weight
+from convert.prefix import ADAPTER_CONFIG, read_prefix, write_adapter, write_npy, write_safetensors, write_weight
 from convert.torch_files import is_torch_file, load_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
+from convert.weights import has_weights
 from jaxprefix.base_folder import open_base
 from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import ConvertConfig
@@ -33,13 +35,20 @@ def convert(config: ConvertConfig) -> str:
         return _training_state_out(config)
     if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
         return _training_state_in(config)
-    if (source / BASE_CONFIG).is_file() and not is_run_folder(source):
+    if _is_base_model(source):
         if config.pretrained_model_dir is not None:
             raise InputError(f"{source}: is a base model, for which --pretrained_model_dir has no use")
         _check_folder_name(config, "a base model, which becomes a folder")
         copy_base_model(str(source), target)
         return f"{target}: base model, weights bit-identical to {source}"
     return _convert_prefix(config)
+
+
+def _is_base_model(source: Path) -> bool:
+    """Tell whether a folder is a base model, and no adapter that lies beside a copy of its base's config.json."""
+    if not (source / BASE_CONFIG).is_file() or is_run_folder(source):
+        return False
+    return has_weights(source) or not (source / ADAPTER_CONFIG).is_file()
 
 
 def _convert_prefix(config: ConvertConfig) -> str:

@@ -1,7 +1,7 @@
 """One run of many processes, one or more on each host: they join, agree, and stop together.
 
 With a single process nothing in here does anything. Every process makes the same updates on its own devices. Files are
-written by the first one, and checkpoints by all together, so that the folder of runs must be one that all of them share.
+written by the first one, checkpoints by all together, so that the folder of runs must be one that all of them share.
 """
 
 import contextlib

@@ -177,7 +177,11 @@ def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None
     return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
 
 
-def save_prefix(folder: Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Write a prefix as a PEFT adapter folder whose header names the base model."""
+def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model.
+
+    Raises InputError for a prefix of another shape than the model's, and OSError.
+    """
+    config.prefix_length(prefix)
     folded = to_folded(np.asarray(prefix, np.float32))  # on the host: only one of many processes writes
-    write_adapter(folder, folded, config.n_layer, config.n_head, base_identity(config, tokenizer))
+    write_adapter(Path(folder), folded, config.n_layer, config.n_head, base_identity(config, tokenizer))

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from convert.errors import InputError
-from convert.prefix import RUN_SUBFOLDER
+from convert.prefix import RUN_SUBFOLDER, is_bare_prefix
 from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
@@ -46,6 +46,8 @@ def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.nd
         return None
 
     def find() -> Checkpoints | None:
+        if is_bare_prefix(path):
+            raise InputError(f"{path}: is a prefix, without its encoder; --prefix_hidden_dim 0 trains it directly")
         if path.is_file():
             return None
         check_base(path, base)

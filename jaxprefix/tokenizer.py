@@ -9,16 +9,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
-from convert.untrusted import member, read_object
+from convert.untrusted import member, read_object, refuse_pointer
 from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES, TOKENIZERS_FILE, resolve_folder
 
 NEWLINE_PIECE = "<NL>"
+TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
+"""What a tokenizer_config.json says of a token that it adds."""
 PROBE = "Hello, World!  朝の市場は、１２３ x2.5\nÀ 😃"
 """Its ids tell apart tokenizers that share a vocabulary but normalise or split differently."""
 
@@ -27,13 +30,11 @@ class SentencePiece:
     """A SentencePiece model, with what a base model's folder adds to it.
 
     `added` are tokens with ids after the model's; texts are split at them first. Where the vocabulary has
-    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token. `additions`
-    names what is not the model's own.
+    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token.
     """
 
     def __init__(self, processor: SentencePieceProcessor, added: Mapping[str, int], lower: bool):
         self.processor, self.added, self.lower = processor, dict(added), lower
-        self.additions = f"{sorted(added.items())} {lower}" if added or lower else ""
         self.unk_id: int | None = processor.unk_id()
         self.size = max([processor.get_piece_size() - 1, *added.values()]) + 1
         self._added_by_id = {index: token for token, index in added.items()}
@@ -64,6 +65,12 @@ class SentencePiece:
         text = "".join([*texts, self.processor.decode(run)])
         return text.replace(NEWLINE_PIECE, "\n") if self._has_newline else text
 
+    def content(self, padding: int | None) -> bytes:
+        """Return what decides the ids of texts. A token that is added for padding alone has no part in it."""
+        added = sorted((token, index) for token, index in self.added.items() if index != padding)
+        additions = f"{added} {self.lower}" if added or self.lower else ""
+        return self.processor.serialized_model_proto() + additions.encode()
+
     def id_of(self, piece: str) -> int | None:
         """Return a piece's id, None if there is no such piece."""
         found = self.added.get(piece, self.processor.piece_to_id(piece))
@@ -78,23 +85,41 @@ class SentencePiece:
             raise InputError(f"not a valid text: {text[:40]!r}") from error
 
 
-class TokenizersFile:
-    """A tokenizer.json, usually byte-level BPE; `added` are tokens that other files of the folder add to it."""
+class Added(NamedTuple):
+    """A token that a base model's folder adds to its tokenizer."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, int]):
+    id: int
+    token: tokenizers.AddedToken
+
+
+class TokenizersFile:
+    """A tokenizer.json, usually byte-level BPE.
+
+    `added` are tokens that other files of the folder add to it. Where they say so, texts begin as words do
+    (`add_prefix_space`), whatever the tokenizer.json says; transformers does the same.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, added: Mapping[str, Added] = MappingProxyType({}), settings: Any = None
+    ):
         backend.no_truncation()
         backend.no_padding()
-        new = [item for item in added.items() if backend.token_to_id(item[0]) is None]
-        self.additions = str(sorted(new)) if new else ""
-        for token, index in sorted(added.items(), key=lambda item: item[1]):
-            if backend.token_to_id(token) is None:
-                backend.add_special_tokens([token])
-            if backend.token_to_id(token) != index:
-                raise InputError(f"added token {token!r} has id {index} in one file, {backend.token_to_id(token)} here")
+        for name, (index, token) in sorted(added.items(), key=lambda item: item[1].id):
+            if backend.token_to_id(name) is None:
+                (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            if backend.token_to_id(name) != index:
+                raise InputError(f"added token {name!r} has id {index} in one file, {backend.token_to_id(name)} here")
+        add_prefix_space = (settings or {}).get("add_prefix_space")
+        if isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel) and type(add_prefix_space) is bool:
+            backend.pre_tokenizer.add_prefix_space = add_prefix_space
         self.backend = backend
         self.size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        unknown = getattr(backend.model, "unk_token", None)
-        self.unk_id = None if unknown is None else backend.token_to_id(unknown)
+        self.is_unigram = isinstance(backend.model, tokenizers.models.Unigram)
+        if self.is_unigram:
+            self.unk_id = json.loads(backend.to_str())["model"].get("unk_id")
+        else:
+            unknown = getattr(backend.model, "unk_token", None)
+            self.unk_id = None if unknown is None else backend.token_to_id(unknown)
 
     def encode(self, text: str) -> list[int]:
         """Return a text's ids."""
@@ -111,11 +136,15 @@ class TokenizersFile:
         """Return a piece's id."""
         return self.backend.token_to_id(piece)
 
-    def content(self) -> bytes:
-        """Return what decides the ids of texts, however the file spells it: transformers saves it otherwise."""
+    def content(self, padding: int | None) -> bytes:
+        """Return what decides the ids of texts, however the file spells it: transformers saves it otherwise.
+
+        A token that is there for padding alone has no part in it.
+        """
         model = json.loads(self.backend.to_str())["model"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
-        tokens = self.backend.get_vocab(with_added_tokens=True)
+        every = self.backend.get_vocab(with_added_tokens=True)
+        tokens = {token: index for token, index in every.items() if index != padding or token in model["vocab"]}
         parts = (model.get("vocab"), merges, tokens, self.backend.encode(PROBE, add_special_tokens=False).ids)
         return json.dumps(parts, sort_keys=True).encode()
 
@@ -151,7 +180,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens, and ids of a padded vocabulary, leave no trace."""
         special = {self.bos_id, self.eos_id, self.pad_id}
-        return self.vocabulary.decode([int(i) for i in ids if i < self.vocab_size and i not in special])
+        return self.vocabulary.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special])
 
 
 def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:
@@ -167,7 +196,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     if path is None:
         expected = ", ".join((*SENTENCEPIECE_FILES, TOKENIZERS_FILE))
         raise InputError(f"{folder}: no tokenizer; expected one of {expected}")
-    vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), bool(settings.get("do_lower_case", False)))
+    vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), settings)
 
     config = _read_settings(folder, "config.json")
     ids = {kind: _special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad")}
@@ -175,15 +204,22 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
     if bos_id is None or eos_id is None:
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
-    content = vocabulary.content() if isinstance(vocabulary, TokenizersFile) else path.read_bytes()
-    fingerprint = hashlib.sha256(content + vocabulary.additions.encode()).hexdigest()[:16]
+    if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in ids.values():
+        token = vocabulary.backend.id_to_token(vocabulary.unk_id)
+        raise InputError(
+            f"{path}: what it does not know becomes its token {token!r}, as in files that are rebuilt from a "
+            f"SentencePiece model; put that model beside it, as {SENTENCEPIECE_FILES[0]}"
+        )
+    padding = pad_id if pad_id not in (bos_id, eos_id, vocabulary.unk_id) else None
+    fingerprint = hashlib.sha256(vocabulary.content(padding)).hexdigest()[:16]
     return Tokenizer(vocabulary, bos_id, eos_id, eos_id if pad_id is None else pad_id, fingerprint)
 
 
-def _open_vocabulary(path: Path, added: dict[str, int], lower: bool) -> Vocabulary:
+def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str, Any]) -> Vocabulary:
+    refuse_pointer(path)
     if path.name == TOKENIZERS_FILE:
         try:
-            return TokenizersFile(tokenizers.Tokenizer.from_file(str(path)), added)
+            return TokenizersFile(tokenizers.Tokenizer.from_file(str(path)), added, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except Exception as error:  # what the library raises is a bare Exception
@@ -192,19 +228,24 @@ def _open_vocabulary(path: Path, added: dict[str, int], lower: bool) -> Vocabula
         processor = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: not a SentencePiece model ({error})") from error
-    return SentencePiece(processor, {t: i for t, i in added.items() if i >= processor.get_piece_size()}, lower)
+    beyond = {token: index for token, (index, _) in added.items() if index >= processor.get_piece_size()}
+    return SentencePiece(processor, beyond, bool(settings.get("do_lower_case", False)))
 
 
-def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, int]:
-    """Collect token → id from added_tokens.json and from the settings' added_tokens_decoder."""
-    added = dict(_read_settings(folder, ADDED_TOKENS_FILE))
+def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Added]:
+    """Collect what added_tokens.json and the settings' added_tokens_decoder add."""
+    ids: dict[str, Any] = dict(_read_settings(folder, ADDED_TOKENS_FILE))
     decoder = settings.get("added_tokens_decoder")
+    flags: dict[str, dict[str, bool]] = {}
     for index, token in decoder.items() if isinstance(decoder, dict) else ():
-        added[str(_content(token))] = int(index) if str(index).isdecimal() else index
-    wrong = {token: index for token, index in added.items() if type(index) is not int or index < 0 or not token}
+        name = str(_content(token))
+        ids[name] = int(index) if str(index).isdecimal() else index
+        said = token if isinstance(token, dict) else {}
+        flags[name] = {flag: said[flag] for flag in TOKEN_FLAGS if type(said.get(flag)) is bool}
+    wrong = {token: index for token, index in ids.items() if type(index) is not int or index < 0 or not token}
     if wrong:
         raise InputError(f"{folder}: added tokens without a proper id: {wrong}")
-    return added
+    return {name: Added(index, tokenizers.AddedToken(name, **flags.get(name, {}))) for name, index in ids.items()}
 
 
 def _special_id(
@@ -217,6 +258,7 @@ def _special_id(
     if isinstance(vocabulary, SentencePiece) and (own := getattr(vocabulary.processor, f"{kind}_id")()) >= 0:
         return own
     given = config.get(f"{kind}_token_id")
+    given = given[0] if isinstance(given, list) and given else given  # of several that end a text, the first
     return given if type(given) is int and 0 <= given < vocabulary.size else None
 
 

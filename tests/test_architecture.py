@@ -17,6 +17,7 @@ MAY_NOT_IMPORT = {
 }
 # A room imports only rooms of its own floor or of floors below it.
 FLOORS = [
+    {"__main__"},
     {"cli"},
     {"train", "conversion", "check", "generation", "evaluation"},
     {"inputs", "faults", "start"},

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -49,9 +50,11 @@ def test_a_prefix_through_every_format_is_bit_identical(tmp_path):
 def test_an_adapter_tells_its_shape_without_a_base(tmp_path):
     adapter = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
     save_file(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors")  # no header
-    assert read_prefix(adapter)[1] == {"n_layer": "3", "n_head": "4", "head_dim": "16"}
+    shape = {"n_layer": "3", "n_head": "4", "head_dim": "16"}
+    assert read_prefix(adapter)[1] == shape | {"base_model": str(GOLDEN_BASE)}
     again = converted(adapter, tmp_path / "again")
     np.testing.assert_array_equal(read_prefix(again)[0], read_prefix(WEIGHT)[0])
+    assert json.loads((again / "adapter_config.json").read_text())["base_model_name_or_path"] == str(GOLDEN_BASE)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,22 @@ def test_a_base_model_becomes_a_folder(tmp_path):
         converted(GOLDEN_BASE, tmp_path / "base.weight")
     with pytest.raises(InputError, match="is a base model, for which --pretrained_model_dir has no use"):
         converted(GOLDEN_BASE, tmp_path / "base", GOLDEN_BASE)
+
+
+def test_a_bases_config_beside_an_adapter_makes_it_no_base(tmp_path):
+    adapter = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    shutil.copy(GOLDEN_BASE / "config.json", adapter)
+    np.testing.assert_array_equal(np.load(converted(adapter, tmp_path / "p.npy")), read_prefix(WEIGHT)[0])
+
+
+def test_a_copied_base_keeps_template_and_license_and_no_adapter(tmp_path):
+    source = make_base_folder(tmp_path / "base")
+    for name in ("chat_template.jinja", "LICENSE", "adapter_config.json", "training_args.bin"):
+        (source / name).write_text("{}")
+    copy = converted(source, tmp_path / "copy")
+    names = {path.name for path in copy.iterdir()}
+    assert {"chat_template.jinja", "LICENSE", "config.json", "spiece.model"} < names
+    assert names.isdisjoint({"adapter_config.json", "training_args.bin"})
 
 
 def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

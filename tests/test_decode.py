@@ -14,7 +14,7 @@ from jaxprefix.config import Compute
 from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
 from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import random_prefix
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN_BASE, make_base_folder, with_config
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
 SEED = np.uint32(0)
@@ -53,6 +53,13 @@ def test_one_text_is_no_list_of_prompts(model, tokenizer):
 def test_order_of_prompts_does_not_matter(model, tokenizer):
     forward = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
     assert ids_of(model, tokenizer, PROMPTS[::-1], decode=GREEDY) == forward[::-1]
+
+
+def test_dynamic_rotary_scaling_goes_by_each_prompt(golden_model, tokenizer):
+    """Of 16 positions the longest prompt takes all: beside it, others go on as they do alone."""
+    model = with_config(golden_model, n_positions=16, rotary_scaling="dynamic", rotary_factor=4.0)
+    together = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
+    assert together == [ids_of(model, tokenizer, [prompt], decode=GREEDY)[0] for prompt in PROMPTS]
 
 
 def test_batch_size_does_not_matter(golden_model, tokenizer):

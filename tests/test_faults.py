@@ -256,7 +256,10 @@ class TestMemory:
         assert main(["train", *flags_of(run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
         assert "error: out of memory: 131072.00 GiB were asked for at once, " in error
-        assert "this run can take --remat block or more devices with --mesh fsdp=N, a new one also less than " in error
+        assert (
+            "this run can take --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "
+            in error
+        )
         assert "checkpoints/4, --resume goes on from it" in error
 
     def test_other_errors_of_the_device_stay_what_they_are(self, tmp_path, monkeypatch):

@@ -127,6 +127,14 @@ def test_every_format_is_told_by_content_and_read(golden_model, tmp_path, kind):
     np.testing.assert_array_equal(to_folded(load_prefix(path, golden_model.config)), expected)
 
 
+def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
+    prefix = random_prefix(golden_model.config)
+    save_prefix(str(tmp_path / "own"), prefix, golden_model.config, tokenizer)
+    np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config, tokenizer), prefix)
+    with pytest.raises(InputError, match="a prefix of this model is an array"):
+        save_prefix(tmp_path / "wrong", prefix[:1], golden_model.config, tokenizer)
+
+
 def test_another_base_is_refused_field_by_field(golden_model, tokenizer, tmp_path):
     save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
     other = read_model_config(make_base_folder(tmp_path / "other", num_hidden_layers=2, vocab_size=500))

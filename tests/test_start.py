@@ -8,7 +8,7 @@ import pytest
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix.train import train
-from tests.base_folders import make_base_folder
+from tests.base_folders import GOLDEN, make_base_folder
 from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
@@ -42,6 +42,14 @@ def test_another_runs_encoder_must_fit(finished, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         train(run_config(tmp_path, checkpoint_path=finished.run_dir, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_cannot_start_from_a_prefix_alone(finished, tmp_path):
+    for path in (GOLDEN / "forward.weight", finished.run_dir / "prefix"):
+        with pytest.raises(
+            InputError, match="is a prefix, without its encoder; --prefix_hidden_dim 0 trains it directly"
+        ):
+            train(run_config(tmp_path, checkpoint_path=path))
 
 
 def test_an_encoder_cannot_start_from_a_folder_that_is_no_run(tmp_path):

@@ -125,7 +125,7 @@ def test_added_tokens_have_ids_behind_the_model(tmp_path):
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (441, 443)
     ids = tokenizer.encode("朝の<chat>2市場<chat>は")
     assert ids == [*plain.encode("朝の"), 442, *plain.encode("市場"), 440, *plain.encode("は")]
-    assert tokenizer.decode([*ids, 441]) == "朝の<chat>2市場<chat>は"
+    assert tokenizer.decode([*ids, 441, -1, 9999]) == "朝の<chat>2市場<chat>は"
 
 
 @pytest.mark.parametrize("added", [{"<a>": "x"}, {"<a>": -1}, {"": 440}])
@@ -145,7 +145,10 @@ def bpe_folder(tmp_path_factory):
     backend.train_from_iterator(documents, vocab_size=600, special_tokens=["<|endoftext|>", "<|padding|>"])
     backend.enable_truncation(5)  # as some files have it; whoever loads it must not obey
     backend.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {"600": {"content": "<extra>"}}}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {"600": {"content": "<extra>", "special": True}},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))
     return folder
@@ -165,6 +168,68 @@ def test_byte_level_bpe_is_that_of_transformers(bpe_folder):
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         assert tokenizer.decode(ids) == text.replace("<extra>", "")
+
+
+def with_settings(bpe_folder, folder, **settings):
+    shutil.copytree(bpe_folder, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return load_tokenizer(folder)
+
+
+def test_what_tokenizer_config_says_of_added_tokens_counts(bpe_folder, tmp_path):
+    flags = {"content": "<extra>", "special": False, "lstrip": True, "rstrip": True}
+    tokenizer = with_settings(bpe_folder, tmp_path / "bpe", added_tokens_decoder={"600": flags})
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    for text in ("a<extra>b", "a <extra> b"):
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(ids) == reference.decode(ids) == "a<extra>b"
+
+
+def test_a_space_in_front_of_texts_is_as_tokenizer_config_says(bpe_folder, tmp_path):
+    plain, spaced = load_tokenizer(bpe_folder), with_settings(bpe_folder, tmp_path / "bpe", add_prefix_space=True)
+    assert spaced.encode("Hello") == plain.encode(" Hello") != plain.encode("Hello")
+    assert spaced.fingerprint != plain.fingerprint
+
+
+def test_a_token_for_padding_alone_makes_no_other_tokenizer(bpe_folder, tmp_path):
+    first = with_settings(bpe_folder, tmp_path / "first")
+    padding = {"pad_token": "[PAD]", "added_tokens_decoder": {"600": {"content": "[PAD]", "special": True}}}
+    second = with_settings(bpe_folder, tmp_path / "second", **padding)
+    assert (first.pad_id, second.pad_id) == (1, 600)
+    assert first.fingerprint == second.fingerprint
+    third = with_settings(bpe_folder, tmp_path / "third", **padding | {"pad_token": None})
+    assert third.fingerprint != first.fingerprint
+
+
+def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [5, 0]}))
+    assert load_tokenizer(folder).eos_id == 5
+
+
+def unigram_folder(folder, pieces, unk_id):
+    """A SentencePiece model as a tokenizer.json, as transformers 5 saves it."""
+    folder.mkdir()
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=unk_id)
+    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    return folder
+
+
+def test_a_unigram_models_unknown_token_is_known(tmp_path):
+    tokenizer = load_tokenizer(unigram_folder(tmp_path / "base", ["<unk>", "<s>", "</s>", "朝"], unk_id=0))
+    assert tokenizer.unk_id == 0
+    assert tokenizer.encode("朝鬱") == [3, 0]
+
+
+def test_a_unigram_model_whose_unknown_token_ends_texts_is_refused(tmp_path):
+    """transformers 5 rebuilds rinna's so: `<unk>` is 0 in its model, and eos, 2, in T5's."""
+    folder = unigram_folder(tmp_path / "base", ["<unk>", "<s>", "</s>", "朝"], unk_id=2)
+    with pytest.raises(
+        InputError, match=r"what it does not know becomes its token '</s>', .* put that model beside it"
+    ):
+        load_tokenizer(folder)
 
 
 def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):

@@ -11,11 +11,13 @@ from typing import get_args
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from convert import gpt2 as gpt2_table
 from convert import gpt_neox as gpt_neox_table
 from convert.errors import InputError
 from convert.files import filling
+from convert.prefix import ADAPTER_CONFIG
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index
@@ -35,7 +37,7 @@ READERS = 4
 
 def load_model(
     dir_or_hub_id: str | Path,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     config: ModelConfig | None = None,
     compute: Compute = Compute(),
@@ -48,8 +50,12 @@ def load_model(
     everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
     computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
     """
-    if dtype not in (dtypes := get_args(DType)):
-        raise InputError(f"dtype must be one of {', '.join(dtypes)}; is {dtype!r}")
+    try:
+        type_name = np.dtype(dtype).name
+    except TypeError:
+        type_name = repr(dtype)
+    if type_name not in (types := get_args(DType)):
+        raise InputError(f"dtype must be one of {', '.join(types)}; is {type_name}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     graph, abstract = nnx.split(abstract_model(config, compute))
@@ -64,7 +70,7 @@ def load_model(
 
         def read(index: Index) -> np.ndarray:
             if (key := str(index)) not in parts:
-                parts[key] = weight.read(index, dtype)
+                parts[key] = weight.read(index, type_name)
             return parts[key]
 
         leaves[path] = leaves[path].replace(jax.make_array_from_callback(weight.shape, sharding, read))
@@ -89,7 +95,8 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     beside = [
         member(folder, path.name)
         for path in folder.iterdir()
-        if path.suffix in (".json", ".model", ".vocab", ".txt") and path.name not in (SHARD_INDEX, TORCH_INDEX)
+        if path.suffix in (".json", ".model", ".vocab", ".txt", ".jinja") or path.name.startswith("LICENSE")
+        if path.name not in (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
     ]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
     with filling(target):

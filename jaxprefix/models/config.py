@@ -105,6 +105,10 @@ class ModelConfig:
             )
 
 
+def _in_rope(key: str) -> tuple[str, str]:
+    return f"rope_scaling.{key}", f"rope_parameters.{key}"
+
+
 # By architecture: field → (every spelling in config.json, default of transformers when none is present or None).
 _FIELDS: dict[str, Spellings] = {
     "gpt_neox": {
@@ -117,13 +121,13 @@ _FIELDS: dict[str, Spellings] = {
         "activation": (("hidden_act",), "gelu"),
         "tied_head": (("tie_word_embeddings",), False),
         "layer_norm_eps": (("layer_norm_eps",), 1e-5),
-        "rotary_fraction": (("rotary_pct", "partial_rotary_factor", "rope_parameters.partial_rotary_factor"), 0.25),
-        "rotary_base": (("rotary_emb_base", "rope_theta", "rope_parameters.rope_theta"), 10000.0),
-        "rotary_scaling": (
-            ("rope_scaling.rope_type", "rope_scaling.type", "rope_parameters.rope_type", "rope_parameters.type"),
-            "default",
+        "rotary_fraction": (
+            ("rotary_pct", "partial_rotary_factor", *_in_rope("partial_rotary_factor")),
+            0.25,
         ),
-        "rotary_factor": (("rope_scaling.factor", "rope_parameters.factor"), 1.0),
+        "rotary_base": (("rotary_emb_base", "rope_theta", *_in_rope("rope_theta")), 10000.0),
+        "rotary_scaling": ((*_in_rope("rope_type"), *_in_rope("type")), "default"),
+        "rotary_factor": (_in_rope("factor"), 1.0),
         "parallel_residual": (("use_parallel_residual",), True),
         "attention_bias": (("attention_bias",), True),
     },
@@ -182,18 +186,24 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
         )
     problems: list[str] = []
     fields = _FIELDS[architecture]
-    values = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
-    if values.get("rotary_scaling", "default") != "default":
-        values["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
+    found = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
+    if found.get("rotary_scaling", ("", "default"))[1] in ("linear", "dynamic"):
+        found["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
+    if raw.get("rope_scaling") and raw.get("rope_parameters") not in (None, {}, raw["rope_scaling"]):
+        problems.append("contradiction: rope_scaling and rope_parameters differ")
     for field, (spellings, supported) in _FIXED[architecture].items():
-        if (found := _lookup(raw, spellings, supported, problems)) != supported:
-            problems.append(f"{field} {found!r} is not supported, only {supported!r}")
-    for field, value in values.items():
-        values[field] = _checked(field, fields[field], value, problems)
+        if (value := _lookup(raw, spellings, supported, problems)[1]) != supported:
+            problems.append(f"{field} {value!r} is not supported, only {supported!r}")
+    values = {
+        field: _checked(field, spelling, value, fields[field][1], problems)
+        for field, (spelling, value) in found.items()
+    }
     if problems:
         raise InputError.all(f"{path}:", problems)
     values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
     config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
+    if raw.get("head_dim") not in (None, config.head_dim):
+        problems.append(f"head_dim {raw['head_dim']!r} is not width {config.n_embd} by {config.n_head} heads")
     if config.n_embd % config.n_head:
         problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
     elif config.rotary_factor < 1:
@@ -207,7 +217,7 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     return config
 
 
-def _checked(field: str, spellings: tuple[tuple[str, ...], Any], value: Any, problems: list[str]) -> Any:
+def _checked(field: str, spelling: str, value: Any, default: Any, problems: list[str]) -> Any:
     """Return a value as its field's type; note one that is not, or not among those we compute."""
     kind = ModelConfig.__annotations__[field]
     if value is None:  # missing, and noted
@@ -216,16 +226,16 @@ def _checked(field: str, spellings: tuple[tuple[str, ...], Any], value: Any, pro
         value = float(value)
     known = {"activation": ACTIVATIONS, "rotary_scaling": ROTARY_SCALINGS}.get(field)
     if known and value not in known:
-        problems.append(f"{spellings[0][0]} {value!r} is not supported, only {', '.join(known)}")
-    elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == spellings[1])):
-        problems.append(f"{spellings[0][0]} must be a positive {kind.__name__}, found {value!r}")
+        problems.append(f"{spelling} {value!r} is not supported, only {', '.join(known)}")
+    elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == default)):
+        problems.append(f"{spelling} must be a positive {kind.__name__}, found {value!r}")
     elif field in _LARGEST and value > _LARGEST[field]:
-        problems.append(f"{spellings[0][0]} {value!r} is more than {_LARGEST[field]:,}, the most that is computed")
+        problems.append(f"{spelling} {value!r} is more than {_LARGEST[field]:,}, the most that is computed")
     return value
 
 
-def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, problems: list[str]) -> Any:
-    """Return the value that the spellings agree on, the default when none is present; note contradictions."""
+def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, problems: list[str]) -> tuple[str, Any]:
+    """Return the first spelling found and the value that all agree on, or the default; note contradictions."""
     found: dict[str, Any] = {}
     for spelling in spellings:
         value: Any = raw
@@ -233,9 +243,9 @@ def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, probl
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             found[spelling] = value
-    first = next(iter(found.values()), default)
+    spelling, first = next(iter(found.items()), (spellings[0], default))
     if any(value != first for value in found.values()):
         problems.append("contradiction: " + ", ".join(f"{key} = {value}" for key, value in found.items()))
     if not found and default is None:
         problems.append(f"{spellings[0]} is missing")
-    return first
+    return spelling, first

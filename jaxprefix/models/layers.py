@@ -241,14 +241,14 @@ def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> 
     """Cosines and signed sines of the turning dimensions' angles at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
-    those that the model was trained on, as transformers does ("NTK"): for all rows alike.
+    those that the model was trained on, as transformers does for a row alone ("NTK"): each row by its own.
     """
     dim, frequency_factor = config.rotary_dim, 1.0
-    base: float | Float[Array, ""] = config.rotary_base
+    base: float | Float[Array, "rows 1 1"] = config.rotary_base
     if config.rotary_scaling == "linear":
         frequency_factor = 1 / config.rotary_factor
     elif config.rotary_scaling == "dynamic":
-        n_positions = jnp.maximum(positions.max() + 1, config.n_positions)
+        n_positions = jnp.maximum(positions.max(axis=-1)[:, None, None] + 1, config.n_positions)
         stretch = config.rotary_factor * n_positions / config.n_positions - (config.rotary_factor - 1)
         base *= stretch ** (dim / (dim - 2))
     frequencies = frequency_factor * base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)

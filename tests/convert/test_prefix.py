@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
@@ -19,11 +20,39 @@ def test_two_tensors_of_which_none_is_the_prefix(tmp_path):
         read_prefix(tmp_path / "p.safetensors")
 
 
+@pytest.mark.parametrize("name", ["p.safetensors", "p.bin"])
+def test_parts_of_the_base_that_were_trained_too_are_refused(tmp_path, name):
+    """PEFT's modules_to_save: without them, the prefix alone is another model."""
+    tensors = {"prompt_embeddings": torch.ones(2, 8), "base_model.lm_head.weight": torch.ones(4, 4)}
+    torch.save(tensors, tmp_path / "p.bin")
+    save_file({key: tensor.numpy() for key, tensor in tensors.items()}, tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match=r"holds \['base_model.lm_head.weight'\] besides the prefix"):
+        read_prefix(tmp_path / name)
+
+
+def test_a_width_that_is_odd(tmp_path):
+    np.save(tmp_path / "p.npy", np.ones((2, 5), np.float32))
+    with pytest.raises(InputError, match="has 5 numbers per position, which are no pairs of keys and values"):
+        read_prefix(tmp_path / "p.npy")
+
+
 def test_an_adapter_without_weights(tmp_path):
     write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has adapter_config.json but no adapter_model.safetensors"):
         read_prefix(tmp_path)
+
+
+def test_a_folder_of_named_adapters_tells_their_names(tmp_path):
+    write_adapter(tmp_path / "smile", np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
+    with pytest.raises(InputError, match=r"holds no prefix, .*; its folders that hold one: smile"):
+        read_prefix(tmp_path)
+
+
+def test_a_training_state_is_told_as_such(tmp_path):
+    torch.save({"encoder": {}}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="found dict; a training state, which train --checkpoint_path takes"):
+        read_prefix(tmp_path / "state.pt")
 
 
 def test_an_adapter_whose_config_is_no_json(tmp_path):

@@ -1,10 +1,28 @@
 import pytest
 
 from convert.errors import InputError
+from convert.torch_files import load_torch
 from convert.untrusted import read_object
+from convert.weights import read_safetensors
+from jaxprefix import load_tokenizer
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InputError, match=r"config.json: cannot be read \(Is a directory\)"):
         read_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("model.safetensors", read_safetensors),
+        ("pytorch_model.bin", load_torch),
+        ("spiece.model", lambda path: load_tokenizer(path.parent)),
+        ("tokenizer.json", lambda path: load_tokenizer(path.parent)),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path, name, read):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match=f"{name}: is Git LFS's pointer to the file, not the file; run `git lfs pull`"):
+        read(tmp_path / name)

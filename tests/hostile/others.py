@@ -57,6 +57,8 @@ def a_base_model_that_smuggles_a_file_into_its_copy(folder):
 
 def base_with(folder, name, content):
     base = make_base_folder(folder / "base")
+    if name.endswith("index.json"):
+        (base / "model.safetensors").unlink()
     (base / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     return lambda: load_model(open_base(str(base)).path)
 
@@ -109,7 +111,7 @@ def an_index_that_climbs_out(folder):
     return base_with(folder, "model.safetensors.index.json", shards)
 
 
-@hostile("is no name of a file|not a readable safetensors file")
+@hostile("is no name of a file|names files that are missing")
 def an_index_with_a_name_that_ends_early(folder):
     return base_with(folder, "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors\0.txt"}})
 

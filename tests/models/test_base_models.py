@@ -101,8 +101,14 @@ def test_padding_on_the_right_changes_nothing(model):
 
 
 def test_other_types_are_refused(base_folder):
-    with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16; is 'int8'"):
+    with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16; is int8"):
         load_model(base_folder, "int8")
+
+
+def test_a_type_may_be_jaxs(base_folder):
+    assert load_model(base_folder, jnp.bfloat16).embed.weight.dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="is 'half-size'"):
+        load_model(base_folder, "half-size")
 
 
 def test_bfloat16_stays_close_to_float32(base_folder, model):

@@ -19,6 +19,7 @@ def read(folder, config):
 
 def test_old_and_new_spellings_agree(tmp_path):
     assert read(tmp_path, BARE | OLD) == read(tmp_path, BARE | NEW) == read(tmp_path, BARE | OLD | NEW)
+    assert read(tmp_path, BARE | OLD) == read(tmp_path, BARE | {"rope_scaling": NEW["rope_parameters"]})
 
 
 def test_absent_keys_are_transformers_defaults(tmp_path):
@@ -36,9 +37,12 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'"),
         ({"model_type": "gpt_neox_japanese"}, "model_type is 'gpt_neox_japanese'"),
         ({"hidden_act": "swish"}, "hidden_act 'swish' is not supported, only gelu, "),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type 'yarn' is not supported, only default, linear"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type 'yarn' is not supported, only default, linear"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor must be a positive float, found 0.0"),
-        (NEW | {"rope_scaling": {"type": "linear"}}, "rope_scaling.type = linear, rope_parameters.rope_type = default"),
+        (NEW | {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type = default, rope_scaling.type = linear"),
+        (NEW | {"rope_scaling": {"rope_theta": 500.0}}, "contradiction: rope_scaling and rope_parameters differ"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3' is not supported, only "),
+        ({"head_dim": 32}, "head_dim 32 is not width 64 by 4 heads"),
         ({"rotary_pct": float("nan")}, "rotary_pct must be a positive float, found nan"),
         ({"rotary_pct": 0.2}, "3 of 16 dimensions rotate, which are no pairs"),
         ({"model_type": "gpt2", "num_hidden_layers": None}, "n_layer is missing"),
