@@ -5,6 +5,7 @@ exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 import gc
+import io
 import json
 import math
 import os
@@ -30,6 +31,8 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
         prepare_compiling()
@@ -78,10 +81,14 @@ def prepare_compiling() -> None:
 
 
 def _train(config: TrainConfig) -> int:
-    from jaxprefix.hosts import is_first
+    from jaxprefix.hosts import is_first, leave_soon
     from jaxprefix.train import train
 
-    result = train(config)
+    try:
+        result = train(config)
+    except PlainError as error:
+        leave_soon(error.exit_code)
+        raise
     if result.stopped_by is not None:
         return 128 + result.stopped_by
     if result.best_dev_loss is None:

@@ -21,8 +21,14 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: compiled programs, tokens of large files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxprefix"
+    """Return the folder for what can be made again: compiled programs, tokens of large files.
+
+    Raises InputError for a user without a home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxprefix"
+    except RuntimeError as error:
+        raise InputError("there is no home folder for caches; set XDG_CACHE_HOME to a folder") from error
 
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]

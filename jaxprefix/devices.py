@@ -1,22 +1,33 @@
 """The devices that programs are compiled for: this machine's, unless others are named, which need not be there."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from convert.errors import InputError
 
 _named: Sequence[Any] = ()
 
 
 def devices() -> Sequence[Any]:
     """Return the devices that rows and weights may be split over: of all processes, unless others are named."""
-    return _named or jax.devices()
+    return _named or _found(jax.devices)
 
 
 def own_device() -> Any:
     """Return this process's first device: all devices are of its kind."""
-    return _named[0] if _named else jax.local_devices()[0]
+    return _named[0] if _named else _found(jax.local_devices)[0]
+
+
+def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+    """Return the devices that JAX finds. Raises InputError for a platform that is asked for and does not work."""
+    try:
+        return find()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.jax_platforms
+        raise InputError(f"JAX cannot use its devices (JAX_PLATFORMS={asked or ''}): {error}") from error
 
 
 def on_a_cpu() -> bool:

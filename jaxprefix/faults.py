@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from convert.errors import RunError
 from jaxprefix.checkpoint import SaveError, first_words, newest_checkpoint
@@ -18,6 +21,8 @@ from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
 
 MOST_SKIPPED = 20
 """Updates that float16 may skip in a row: after so many halvings the scale of the loss is not what overflows."""
+ONE_SIGNAL = 1.0
+"""Seconds within which two signals are one."""
 MOST_SHOWN = 16
 """Examples that a message shows."""
 
@@ -32,22 +37,28 @@ class StopRequest:
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
     """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then.
 
-    Outside of a program's main thread Python hands out no signals: nothing is noted there.
+    A launcher may pass on what its process group was sent as well, so one that follows within ONE_SIGNAL seconds is the
+    same. Outside of a program's main thread Python hands out no signals: nothing is noted there.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
+    noted_at = 0.0
+
     def handle(number: int, frame: Any) -> None:
-        if stop.received is not None:
+        nonlocal noted_at
+        if stop.received is None:
+            stop.received, noted_at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - noted_at > ONE_SIGNAL:
             raise KeyboardInterrupt
-        stop.received = signal.Signals(number)
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     except KeyboardInterrupt as error:
+        jax.block_until_ready(jax.live_arrays())  # Python cannot end well while an update goes on
         raise RunError(f"a second signal ended the run at once; {what_is_left(config)}") from error
     finally:
         for number, handler in earlier.items():

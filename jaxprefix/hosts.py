@@ -4,9 +4,11 @@ With a single process nothing in here does anything. Every process makes the sam
 written by the first one, checkpoints by all together, so that the folder of runs must be one that all of them share.
 """
 
+import collections
 import contextlib
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -30,6 +32,8 @@ HEARTBEAT_SECONDS = 30
 """After so long a silence a process counts as dead, and the others end."""
 PATIENCE_SECONDS = 3600
 """How long the others wait while one is at something slow of its own, like downloading the base model."""
+LEAVE_SECONDS = 5
+"""How long a process that failed waits for the others to have failed, too."""
 VISIBLE_SECONDS = 60
 """How long a network file system may hide a file that another host wrote."""
 
@@ -47,10 +51,14 @@ def joined(config: HostsConfig) -> Iterator[None]:
     are not all there after JOIN_SECONDS the program ends with an error: JAX would abort it.
     """
     if not config.several:
+        _warn_of_slurm()
         yield
         return
-    if config.process_id == 0 and config.coordinator_address is not None:
-        _check_port(int(config.coordinator_address.rpartition(":")[2]))
+    if config.coordinator_address is not None:
+        host, _, port = config.coordinator_address.rpartition(":")
+        if config.process_id == 0:
+            _check_port(int(port))
+        _bypass_proxy(host)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
     timer.daemon = True
@@ -65,13 +73,17 @@ def joined(config: HostsConfig) -> Iterator[None]:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        jax.devices()  # the processes tell each other their devices, which must not wait for slow downloads
+        # The processes tell each other their devices, which must not wait for slow downloads.
+        counts = collections.Counter(device.process_index for device in jax.devices())
     except ValueError as error:
         raise InputError(f"--distributed: finds no cluster that it knows ({error})") from error
     except RuntimeError as error:
         raise InputError(f"the other processes cannot be joined: {error}") from error
     finally:
         timer.cancel()
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
+        raise InputError(f"all processes need as many devices; {found}")
     yield
     wait_for_all("end")
     jax.distributed.shutdown()
@@ -83,6 +95,23 @@ def _check_port(port: int) -> None:
         socket.create_server(("", port)).close()
     except OSError as error:
         raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
+
+
+def _bypass_proxy(host: str) -> None:
+    """Reach the other processes directly where a proxy is set for the rest of the world."""
+    if not any(map(os.environ.get, ("grpc_proxy", "https_proxy", "http_proxy"))):  # JAX warns of any such variable
+        return
+    names = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # of which gRPC takes the first
+    bypassed = next(filter(None, map(os.environ.get, names)), None)
+    os.environ[names[0]] = f"{bypassed},{host}" if bypassed else host
+
+
+def _warn_of_slurm() -> None:
+    """Say that SLURM's tasks each make a run of their own, if nobody said that they belong together."""
+    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_NTASKS", "1")
+    if task is not None and n_tasks not in ("", "1"):
+        what = f"task {task} of SLURM's {n_tasks} makes a run of its own; --distributed joins them"
+        print(f"WARNING: {what}", file=sys.stderr)
 
 
 def _give_up(config: HostsConfig) -> None:
@@ -107,7 +136,12 @@ def wait_for_all(name: str) -> None:
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost  # late: decoding needs nothing of it
 
-        multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+        try:
+            multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise RunError(f"{name}: not all processes came to it within {PATIENCE_SECONDS} seconds") from error
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
@@ -166,6 +200,30 @@ def wait_until_visible(path: Path) -> None:
                 "folder that all hosts share"
             )
         time.sleep(0.2)
+
+
+def check_shared(folder: Path) -> None:
+    """Check that all processes see the same folder: a mark of the first one's. Raises InputError."""
+    if jax.process_count() == 1:
+        return
+    mark = folder / f".shared-{int(first_says(np.array(secrets.randbits(31), np.int32)))}"
+
+    def look() -> None:
+        if is_first():
+            mark.touch()
+        wait_until_visible(mark)
+
+    agree("see the run's folder", look)
+    if is_first():
+        mark.unlink()
+
+
+def leave_soon(exit_code: int) -> None:
+    """End a process that failed alone in LEAVE_SECONDS: JAX would wait for the others at its end, and then abort it."""
+    if jax.process_count() > 1:
+        timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
+        timer.daemon = True
+        timer.start()
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:

@@ -59,4 +59,6 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.HTTPError as error:
         raise InputError(f"{where} its download broke off; repeat the command to go on ({error})") from error
     except OSError as error:
-        raise InputError(f"{where} it cannot be fetched into the cache ({error})") from error
+        raise InputError(
+            f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 takes what is there"
+        ) from error

@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +48,7 @@ MAY_CHANGE_ON_RESUME = PLACES | {
     "checkpoint_every_minutes",
     "compute",
     "mesh",
+    "versions",
 }
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
@@ -55,7 +59,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold a lock beside a run's folder, `.NAME.lock`, which the system releases however this process ends.
 
     Raises InputError when another process holds it, naming it, or when it cannot be made. On a file system without
-    locks nothing is held.
+    locks nothing is held, which is told.
     """
     path = folder.resolve()
     path = path.with_name(f".{path.name}.lock")
@@ -66,7 +70,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         owner = "another process"
         with contextlib.suppress(OSError):  # it may leave at this moment
             owner = path.read_text(encoding="utf-8").strip() or owner
-        raise InputError(f"{folder}: is in use by {owner}; wait for it or choose another --save_name") from error
+        advice = f"wait for it or choose another --save_name (its lock is {path})"
+        raise InputError(f"{folder}: is in use by {owner}; {advice}") from error
     except FileExistsError as error:
         raise InputError(f"{path.parent}: cannot be written (Not a directory)") from error
     except OSError as error:
@@ -88,6 +93,7 @@ def _locked(path: Path) -> IO[str]:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
+            print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
@@ -100,7 +106,18 @@ def _locked(path: Path) -> IO[str]:
 
 def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
     """Return what config.json says of a run; `base` describes its base model."""
-    return {**_plain(config), "data_sha256": sha256_of(config.data_filepath), "base": base}
+    about = {"data_sha256": sha256_of(config.data_filepath), "base": base, "versions": _versions()}
+    return {**_plain(config), **about}
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what computes a run, and a checksum of this package's sources."""
+    digest = hashlib.sha256()
+    for package in ("convert", "jaxprefix"):
+        for path in sorted((Path(__file__).parents[1] / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("jaxprefix", "jax", "jaxlib")}
+    return versions | {"sources": digest.hexdigest()[:16]}
 
 
 def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:

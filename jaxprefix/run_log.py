@@ -20,16 +20,18 @@ class RunLog:
     """Writes log lines and metrics of a run; used as a context manager.
 
     With `folder` None only the screen is written. With `from_step` the run is resumed: what earlier
-    sittings logged after that update is taken out of metrics.jsonl, since it is done again. `quiet` leaves the screen
-    to another process.
+    sittings logged after that update, and with `to_evaluate` its dev loss, is taken out of metrics.jsonl, since it is
+    done again. `quiet` leaves the screen to another process.
     """
 
-    def __init__(self, folder: Path | None, n_updates: int, from_step: int = 0, quiet: bool = False):
+    def __init__(
+        self, folder: Path | None, n_updates: int, from_step: int = 0, to_evaluate: bool = False, quiet: bool = False
+    ):
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
-            _keep_until(folder / "metrics.jsonl", from_step)
+            _keep_until(folder / "metrics.jsonl", from_step, to_evaluate)
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._tensorboard = EventFileWriter(str(folder / "tensorboard"))  # tensorboardX would import torch
@@ -68,7 +70,8 @@ class RunLog:
         if split == "train":
             where = f"Epoch {epoch}, step {step}, lr {values['lr']:.5g}"
             skipped = f", skipped updates: {values['skipped']}" if values.get("skipped") else ""
-            self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}{skipped}")
+            speed = f", {values['tokens_per_s']:,.0f} tokens/s"
+            self.line(f"{where} - loss: {values['loss']:.5g}, ppl: {values['ppl']:.5g}{speed}{skipped}")
         else:
             self.line(f"Epoch {epoch}, {split} - monitor: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
         if self._metrics is not None and self._tensorboard is not None:
@@ -83,15 +86,17 @@ class RunLog:
             os.fsync(self._metrics.fileno())
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the records of later updates, and a last line that was cut off, from a metrics file."""
+def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
+    """Drop the records of what is done again, and a last line that was cut off, from a metrics file."""
     if not path.is_file():
         return
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     kept = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            if int(json.loads(line)["step"]) <= step:
+            record = json.loads(line)
+            again = record["step"] == step and to_evaluate and record["split"] == "dev"
+            if int(record["step"]) <= step and not again:
                 kept.append(line)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: line {number} is damaged; remove it and resume again") from error

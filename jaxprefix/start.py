@@ -33,6 +33,8 @@ class Progress:
     """`LossSums` since the last log point."""
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
+    to_evaluate: bool = False
+    """The dev set is due: a checkpoint is saved before it is gone through."""
 
 
 def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.ndarray] | None:
@@ -111,7 +113,7 @@ def restored(
         progress.best_dev_loss = None
         if is_first():
             print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)
-    if progress.n_done >= n_updates and progress.best_dev_loss is None:
+    if progress.n_done >= n_updates and progress.best_dev_loss is None and not progress.to_evaluate:
         raise InputError(
             f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
             "raise --n_training_steps or --n_epochs"

@@ -7,6 +7,7 @@ A cache entry is a folder named by what went into it: tokens.bin (all ids), ends
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -95,7 +96,11 @@ def _making(folder: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process tokenizes the same file; waiting for it ({path})", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -136,7 +141,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     """Tokenize a file with all cores into unfinished/entry, block by block in the file's order."""
     entry = unfinished / "entry"
     entry.mkdir()
-    started, n_cores = time.monotonic(), len(os.sched_getaffinity(0))
+    started, n_cores = time.monotonic(), _n_cores()
     print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
     ends, prompt_lengths, n_tokens, n_bytes, skipped = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Skipped()
@@ -156,6 +161,15 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     (entry / "about.json").write_text(json.dumps(about))
     seconds = time.monotonic() - started
     print(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s", file=sys.stderr)
+
+
+def _n_cores() -> int:
+    """Return the cores that this process may keep busy: a container's quota may be less than those it sees."""
+    n_seen = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no quota is "max 100000"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(n_seen, quota // period))
+    return n_seen
 
 
 class Block(NamedTuple):
@@ -184,20 +198,28 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
     What all of them need goes through the file `job`: a pipe that a process does not read would block when it is full.
     """
     job.write_bytes(pickle.dumps((path, chunking)))
-    processes = concurrent.futures.ProcessPoolExecutor(
-        n_processes, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(job,)
-    )
+    spawn = multiprocessing.get_context("spawn")
+    with _told_apart():
+        processes = concurrent.futures.ProcessPoolExecutor(n_processes, spawn, initializer=_prepare, initargs=(job,))
     with processes:
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
-            try:
+            with _told_apart():
                 pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
-            except OSError as error:  # told apart from a cache that cannot be written
-                raise RunError(f"a process that tokenizes cannot be started ({error.strerror})") from error
             if len(pending) > 2 * n_processes:
                 n_bytes, future = pending.popleft()
                 yield n_bytes, _made(future)
         yield from ((n_bytes, _made(future)) for n_bytes, future in pending)
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """Tell that a process cannot be started apart from a cache that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        advice = "; is /dev/shm there and writable?" if error.errno in (errno.ENOENT, errno.EROFS, errno.EACCES) else ""
+        raise RunError(f"a process that tokenizes cannot be started ({error.strerror}){advice}") from error
 
 
 def _made(future: concurrent.futures.Future[Examples]) -> Examples:

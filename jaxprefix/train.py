@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from convert.errors import InputError
 from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import labels_of_each
+from jaxprefix.data import Batch, labels_of_each, max_rows_per_example, row_lengths
+from jaxprefix.devices import own_device
 from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.faults import (
     FiniteGuard,
@@ -29,7 +29,7 @@ from jaxprefix.faults import (
     stop_on_signal,
     within_disk,
 )
-from jaxprefix.hosts import Vote, Watchdog, agree, check_same, first_says, is_first, joined, spread, wait_until_visible
+from jaxprefix.hosts import Vote, Watchdog, agree, check_same, check_shared, first_says, is_first, joined, spread
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, fingerprint, load_model
@@ -37,7 +37,6 @@ from jaxprefix.prefix import Encoder, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import (
     CHECKPOINTS,
-    CONFIG_FILE,
     check_run_folder,
     common_settings,
     describe_run,
@@ -45,7 +44,7 @@ from jaxprefix.run_folder import (
     open_run_folder,
 )
 from jaxprefix.run_log import RunLog
-from jaxprefix.sharding import base_sharding, make_mesh, replicated, split_rows
+from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.start import Progress, earlier_arrays, restored, start_state
 from jaxprefix.update import (
     LearningRate,
@@ -111,22 +110,17 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
     agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
     agree("check the run's folder", lambda: look_at_folder(config, description))
-    place = base_sharding(mesh, inputs.base.config.n_head)
-    load = functools.partial(load_model, inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
-    base = agree("load the base", load)
-    rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
-    optimizer_of = functools.partial(make_optimizer, config)
-
-    resuming = has_checkpoint(config)
-    earlier = None if resuming else earlier_arrays(config, identity)
-    start = functools.partial(start_state, config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
-    state = agree("start the prefix", start)
-
-    progress = Progress()
     with contextlib.ExitStack() as stack:
-        lock_shared_folder(config, stack)
-        if has_checkpoint(config) != resuming:  # nobody else writes from here on
-            raise InputError(f"{config.run_dir}: another process saved a checkpoint meanwhile; repeat the command")
+        lock_shared_folder(config, stack)  # nobody else writes from here on
+        place = base_sharding(mesh, inputs.base.config.n_head)
+        load = functools.partial(load_model, inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
+        base = agree("load the base", load)
+        rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
+        optimizer_of = functools.partial(make_optimizer, config)
+        resuming = has_checkpoint(config)
+        earlier = None if resuming else earlier_arrays(config, identity)
+        begin = (config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
+        state, progress = agree("start the prefix", functools.partial(start_state, *begin)), Progress()
         if config.writes:
             stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal(config))
@@ -136,7 +130,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log_folder = config.run_dir if config.save_log and is_first() else None
-        log = stack.enter_context(RunLog(log_folder, inputs.plan.n_updates, progress.n_done, quiet=not is_first()))
+        of_log = (log_folder, inputs.plan.n_updates, progress.n_done, progress.to_evaluate, not is_first())
+        log = stack.enter_context(agree("open the log", functools.partial(RunLog, *of_log)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
         if progress.n_done:
@@ -162,6 +157,8 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     batch = next(batches, None)
     vote, guard = Vote(run.mesh), FiniteGuard(config, progress.n_skipped)
     in_flight: deque[tuple[Outcome, int]] = deque()  # with the labels of updates that the device may be working on
+    if progress.to_evaluate:
+        evaluate(run, state, progress, inputs.plan.epoch_of(progress.n_done - 1))
     clock = saved_at = time.monotonic()
 
     def settle(n_left: int) -> None:
@@ -198,15 +195,16 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         if logging:
             log_training(run, state, progress.n_done, epoch, window)
             window = LossMeter(recipe)
+        if run.checkpoints and saving:  # before a long evaluation, and while it goes on
+            progress.window, progress.n_skipped, progress.to_evaluate = window.sums, guard.n_skipped, epoch_ends
+            save(run, state, progress)
+        if verdict > Vote.SAVE and batch is not None:
+            return Signals(verdict)
         if epoch_ends:
             evaluate(run, state, progress, epoch)
-        if run.checkpoints and saving:
-            save(run, state, dataclasses.replace(progress, window=window.sums, n_skipped=guard.n_skipped))
         if saving:
             clock = time.monotonic()  # evaluating and saving is not training
             run.watchdog.progress()
-        if verdict > Vote.SAVE and batch is not None:
-            return Signals(verdict)
     return None
 
 
@@ -222,8 +220,14 @@ def log_training(run: Run, state: TrainState, n_done: int, epoch: int, window: L
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
     """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
     prefix, inputs = prefix_of(state.encoder), run.inputs
-    dev = dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh)
-    metrics = dev_loss(run.base, prefix, dev, RECIPES[run.config.recipe], run.mesh)
+
+    def batches() -> Iterator[Batch]:
+        for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh):
+            run.watchdog.progress()
+            yield batch
+
+    metrics = dev_loss(run.base, prefix, batches(), RECIPES[run.config.recipe], run.mesh)
+    progress.to_evaluate = False
     run.log.point("dev", progress.n_done, epoch, **metrics)
     loss = metrics["loss"]
     if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
@@ -288,7 +292,7 @@ def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None
             open_run_folder(config, description)
 
     agree("open the run's folder", open_folder)
-    agree("see the run's folder", lambda: wait_until_visible(config.run_dir / CONFIG_FILE))
+    check_shared(config.run_dir)
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
@@ -297,11 +301,14 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
     n_labels = labels_of_each(inputs.train_set).sum()
-    yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {mesh.size} device(s)"
+    devices = f"{mesh.size} device(s), {own_device().device_kind}"
+    yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
     yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
     yield from inputs.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
+    if (n_parts := rows_on(mesh, 1)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
+        yield f"WARNING: rows are split over {n_parts} devices, which --batch_size {config.batch_size} does not fill"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
         yield f"WARNING: the suffix {config.suffix!r} holds an unknown token for this tokenizer; it cannot be learnt"

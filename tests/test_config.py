@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute, ConvertConfig
+from jaxprefix.config import Compute, ConvertConfig, cache_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.launch import HostsConfig
 from tests.runs import run_config
@@ -75,6 +75,19 @@ def test_types_that_python_does_not_check(config, name, value, message):
     with pytest.raises(InputError) as error:
         config.__post_init__()
     assert str(error.value).split("\n  - ")[1:] == [message]
+
+
+def test_caches_need_a_home(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/a"))
+    assert cache_folder() == Path("/home/a/.cache/jaxprefix")
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(InputError, match="there is no home folder for caches; set XDG_CACHE_HOME to a folder"):
+        cache_folder()
 
 
 def test_a_path_may_be_a_str():

@@ -24,6 +24,7 @@ import jaxprefix.train as train_module
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import faults
+from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.evaluate import _batch_loss
 from jaxprefix.faults import FiniteGuard, within_disk
@@ -38,6 +39,11 @@ from tests.torture.disk import OWN_MOUNTS, can_mount
 def same_end(config, finished) -> None:
     np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
     assert losses_of(config.run_dir) == losses_of(finished.run_dir)
+
+
+def twice() -> None:
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def at_update(monkeypatch, number, action) -> None:
@@ -110,9 +116,21 @@ class TestNumbers:
 
 
 class TestOneWriter:
-    def test_a_run_in_use_is_refused(self, finished):
-        with only_writer(finished.run_dir), pytest.raises(InputError, match=r"is in use by process \d+ on "):
+    def test_a_run_in_use_is_refused_before_the_base_model_is_loaded(self, finished, monkeypatch):
+        monkeypatch.setattr(train_module, "load_model", lambda *_: pytest.fail("loaded"))
+        with (
+            only_writer(finished.run_dir),
+            pytest.raises(InputError, match=r"is in use by process \d+ on .*\.run\.lock"),
+        ):
             train(run_config(finished.output_dir, resume=True))
+
+    def test_where_nothing_can_be_locked_it_is_told(self, tmp_path, monkeypatch, capsys):
+        def flock(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        with only_writer(tmp_path / "run"):
+            assert f"WARNING: {tmp_path}: has no locks" in capsys.readouterr().err
 
     def test_the_lock_goes_with_its_owner(self, tmp_path):
         program = "import sys, os, pathlib; from jaxprefix.run_folder import only_writer as o\n"
@@ -234,13 +252,37 @@ class TestSignals:
         assert train(config).finished
         same_end(config, finished)
 
-    def test_a_second_signal_ends_at_once(self, finished, tmp_path, monkeypatch, capsys):
-        def twice():
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
+    def test_two_signals_in_a_row_are_one(self, tmp_path, monkeypatch):
+        """As from a launcher that passes on what its process group was sent, too."""
+        at_update(monkeypatch, 6, twice)
+        config = run_config(tmp_path)
+        assert main(["train", *flags_of(config)]) == 143
+        assert newest_checkpoint(config.run_dir / "checkpoints") == 6
 
+    def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(self, finished, tmp_path, monkeypatch):
         config = run_config(tmp_path)
         with monkeypatch.context() as patch:
+            patch.setattr(train_module, "dev_loss", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(config)
+        assert newest_checkpoint(config.run_dir / "checkpoints") == 4
+        train(run_config(tmp_path, resume=True))
+        same_end(config, finished)
+
+    def test_a_dev_set_that_was_gone_through_is_logged_once(self, finished, tmp_path, monkeypatch):
+        config = run_config(tmp_path, checkpoint_every_n_steps=100)
+        with monkeypatch.context() as patch:
+            at_update(patch, 5, lambda: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(config)
+        assert [point["step"] for point in metrics_of(config.run_dir, "dev")] == [4]
+        train(run_config(tmp_path, checkpoint_every_n_steps=100, resume=True))
+        assert metrics_of(config.run_dir, "dev") == metrics_of(finished.run_dir, "dev")
+
+    def test_a_second_signal_ends_at_once(self, finished, tmp_path, monkeypatch, capsys):
+        config = run_config(tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxprefix.faults.ONE_SIGNAL", -1)
             at_update(patch, 6, twice)
             assert main(["train", *flags_of(config)]) == 1
         newest = config.run_dir / "checkpoints" / "4"

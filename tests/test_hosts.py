@@ -8,12 +8,13 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from convert.errors import InputError
+from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import hosts
 from jaxprefix.hosts import joined
@@ -228,6 +229,67 @@ def test_a_folder_that_is_not_shared(second_of_two, monkeypatch, tmp_path):
     monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0)
     with pytest.raises(InputError, match="process 1 does not see what process 0 wrote; --output_dir must be a folder"):
         hosts.wait_until_visible(tmp_path / "config.json")
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_an_old_run_in_a_folder_that_is_not_shared_does_not_count(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda number: number)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda failed: np.array([failed]))
+    with pytest.raises(InputError, match="process 1 does not see what process 0 wrote"):
+        hosts.check_shared(tmp_path)
+    monkeypatch.setattr(hosts, "is_first", lambda: True)
+    hosts.check_shared(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_processes_need_as_many_devices(monkeypatch):
+    devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    message = "all processes need as many devices; process 0 has 2, process 1 has 1"
+    with pytest.raises(InputError, match=message), joined(HostsConfig(True)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("set_before", "bypassed"),
+    [
+        ({}, None),
+        ({"http_proxy": "p"}, "node0"),
+        ({"https_proxy": "p", "no_proxy": "a,b"}, "a,b,node0"),
+        ({"http_proxy": "p", "no_grpc_proxy": "c", "no_proxy": "a"}, "c,node0"),
+    ],
+)
+def test_a_proxy_is_for_the_rest_of_the_world(monkeypatch, set_before, bypassed):
+    environment = {**set_before}
+    monkeypatch.setattr(os, "environ", environment)
+    hosts._bypass_proxy("node0")
+    assert environment.get("no_grpc_proxy") == bypassed
+
+
+def test_tasks_of_slurm_that_were_not_joined_are_told(monkeypatch, capsys):
+    for name, value in slurm(1, "7").items():
+        monkeypatch.setenv(name, value)
+    with joined(HostsConfig()):
+        assert "WARNING: task 1 of SLURM's 2 makes a run of its own; --distributed" in capsys.readouterr().err
+
+
+def test_one_that_is_slow_for_too_long(monkeypatch):
+    def sync(key, timeout_ms):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("orbax.checkpoint.multihost.get_barrier_sync_fn", lambda: sync)
+    with pytest.raises(RunError, match="load the base: not all processes came to it within 3600 seconds"):
+        hosts.wait_for_all("load the base")
+
+
+def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_codes, monkeypatch):
+    monkeypatch.setattr(hosts, "LEAVE_SECONDS", 0)
+    hosts.leave_soon(1)
+    assert exit_codes.get(timeout=10) == 1
 
 
 def test_no_cluster_is_found(monkeypatch):

@@ -268,8 +268,35 @@ def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
 def test_helpers_that_cannot_be_started_are_told(data, tokenizer, monkeypatch):
     error = OSError(errno.EAGAIN, "Resource temporarily unavailable")
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", lambda *_: raising(error))
-    with pytest.raises(RunError, match=r"cannot be started \(Resource temporarily unavailable\)"):
+    with pytest.raises(RunError, match=r"cannot be started \(Resource temporarily unavailable\)$"):
         load_examples(data, Chunking(tokenizer))
+    error = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.__init__", lambda *_, **__: raising(error))
+    with pytest.raises(
+        RunError, match=r"cannot be started \(Read-only file system\); is /dev/shm there and writable\?"
+    ):
+        load_examples(data, Chunking(tokenizer))
+
+
+@pytest.mark.parametrize(("limit", "n_cores"), [("max 100000", 128), ("400000 100000", 4), ("50000 100000", 1)])
+def test_a_containers_share_of_the_cores_counts(monkeypatch, limit, n_cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.setattr(Path, "read_text", lambda _: limit)
+    assert token_cache._n_cores() == n_cores
+
+
+def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
+    asked = []
+
+    def flock(file, how):
+        asked.append(how)
+        if len(asked) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with token_cache._making(token_cache.cache_folder() / "tokens" / "entry"):
+        assert "another process tokenizes the same file; waiting for it" in capfd.readouterr().err
+    assert len(asked) == 2
 
 
 def test_a_file_that_cannot_be_read(data, tokenizer, monkeypatch):

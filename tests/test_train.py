@@ -226,22 +226,6 @@ def test_rinna_refuses_accumulation_longer_than_an_epoch(tmp_path):
         train(run_config(tmp_path, recipe="rinna", train_data_size=13, dev_data_size=1, n_accum_steps=9))
 
 
-def test_a_checkpoint_that_comes_while_the_run_starts(finished, tmp_path, monkeypatch):
-    """Another process held the folder, saved and let go of it."""
-    config = run_config(tmp_path, resume=True)
-    shutil.copytree(finished.run_dir, config.run_dir)
-    (config.run_dir / "checkpoints").rename(tmp_path / "later")
-    start = train_module.start_state
-
-    def start_meanwhile(*arguments):
-        (tmp_path / "later").rename(config.run_dir / "checkpoints")
-        return start(*arguments)
-
-    monkeypatch.setattr(train_module, "start_state", start_meanwhile)
-    with pytest.raises(InputError, match="another process saved a checkpoint meanwhile; repeat the command"):
-        train(config)
-
-
 def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "cudnn_takes", lambda head_dim: False)
     config = run_config(tmp_path, dtype="bfloat16", compute=Compute(attention="cudnn"))
