@@ -26,7 +26,7 @@ def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
     try:
         return find()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms
+        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
         raise InputError(f"JAX cannot use its devices (JAX_PLATFORMS={asked or ''}): {error}") from error
 
 
