@@ -189,7 +189,7 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
         import jax
         import jax.numpy as jnp
 
-        from jaxprefix.models.layers import product
+        from jaxprefix.models.layers import einsum
 
         n_tokens = 512 if jax.default_backend() == "cpu" else 8192  # enough to keep a device busy
         x = jnp.ones((n_tokens, width), dtype)
@@ -197,7 +197,7 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
 
         def pair(_: int, x: jax.Array) -> jax.Array:
             for weight in (up, down):
-                x = product("ti,oi->to", x, weight).astype(dtype)
+                x = einsum("ti,oi->to", x, weight).astype(dtype)
             return x
 
         pairs = jax.jit(lambda x: jax.lax.fori_loop(0, n_pairs, pair, x))
