@@ -240,6 +240,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 def save(run: Run, state: TrainState, progress: Progress) -> None:
     """Save a checkpoint, and before it what metrics.jsonl says of the updates that it holds."""
     assert run.checkpoints is not None
+    run.checkpoints.finish()  # the one before may take a while
     check_still_there(run.config)
     run.log.to_disk()
     run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))

@@ -1,13 +1,19 @@
 """Short training runs on the golden base and documents."""
 
+import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
 
+from convert.prefix import read_prefix
 from jaxprefix.config import TrainConfig
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
@@ -60,3 +66,38 @@ def metrics_of(run_dir: Path, split: str = "train") -> list[dict]:
 
 def losses_of(run_dir: Path, split: str = "train") -> list[float]:
     return [record["loss"] for record in metrics_of(run_dir, split)]
+
+
+def same_end(config: TrainConfig, finished: TrainConfig) -> None:
+    """Assert that two runs have the same prefix and losses, bit for bit."""
+    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
+    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
+
+
+def prefix_of(config: TrainConfig) -> np.ndarray:
+    """A run's best prefix, folded."""
+    return read_prefix(config.run_dir)[0]
+
+
+def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Do something just before an update is made."""
+    import jaxprefix.train as train_module  # late: conftest has its types checked
+
+    make, numbers = train_module.make_update, itertools.count(1)
+
+    def make_update(*arguments):
+        update = make(*arguments)
+
+        def disturbed(*state):
+            if next(numbers) == number:
+                action()
+            return update(*state)
+
+        return disturbed
+
+    monkeypatch.setattr(train_module, "make_update", make_update)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
+    """Press Ctrl-C while the given update is made."""
+    at_update(monkeypatch, update, lambda: signal.raise_signal(signal.SIGINT))

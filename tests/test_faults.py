@@ -3,7 +3,6 @@
 import asyncio
 import errno
 import gc
-import itertools
 import json
 import logging
 import math
@@ -16,7 +15,6 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -29,38 +27,16 @@ from jaxprefix.cli import main
 from jaxprefix.evaluate import _batch_loss
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.loss import LossScale
-from jaxprefix.run_folder import only_writer, open_run_folder
+from jaxprefix.run_folder import only_writer
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import CACHE_ALL, flags_of, losses_of, metrics_of, run_config
+from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end
 from tests.torture.disk import OWN_MOUNTS, can_mount
-
-
-def same_end(config, finished) -> None:
-    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
-    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
 
 
 def twice() -> None:
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
-
-
-def at_update(monkeypatch, number, action) -> None:
-    """Do something just before an update is made."""
-    make, numbers = train_module.make_update, itertools.count(1)
-
-    def make_update(*arguments):
-        update = make(*arguments)
-
-        def disturbed(*state):
-            if next(numbers) == number:
-                action()
-            return update(*state)
-
-        return disturbed
-
-    monkeypatch.setattr(train_module, "make_update", make_update)
 
 
 class TestNumbers:
@@ -157,87 +133,6 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
     assert (read_prefix(other.run_dir)[0] != read_prefix(finished.run_dir)[0]).any()
 
 
-class TestResuming:
-    def test_a_run_killed_before_it_had_a_config_starts_over(self, tmp_path):
-        config = run_config(tmp_path)
-        config.run_dir.mkdir()
-        (config.run_dir / "config.json.tmp").write_text("{")
-        open_run_folder(config, {})
-        assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
-        with pytest.raises(InputError, match="is not empty"):
-            open_run_folder(config, {})
-
-    def test_a_finished_run_goes_on_for_more_epochs(self, finished, tmp_path):
-        shutil.copytree(finished.run_dir, tmp_path / "run")
-        config = run_config(tmp_path, resume=True, n_epochs=4)
-        assert train(config).n_done == 16
-        assert losses_of(config.run_dir)[:8] == losses_of(finished.run_dir)
-        assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 17))
-        assert json.loads((config.run_dir / "config.json").read_text())["n_epochs"] == 4
-        with pytest.raises(InputError, match=r"n_epochs: was 4, now 2 \(may grow\)"):
-            train(run_config(tmp_path, resume=True))
-
-    def test_more_epochs_are_those_of_a_longer_run(self, tmp_path):
-        """With a rate that does not depend on the run's length."""
-        changes = {"recipe": "rinna", "n_training_steps": 40, "train_data_size": 9}
-        whole = run_config(tmp_path, name="whole", n_epochs=3, **changes)
-        train(whole)
-        config = run_config(tmp_path, n_epochs=1, **changes)
-        train(config)
-        train(run_config(tmp_path, n_epochs=3, resume=True, **changes))
-        same_end(config, whole)
-
-    def test_a_damaged_checkpoint_costs_its_updates_and_nothing_else(self, finished, tmp_path, capfd):
-        shutil.copytree(finished.run_dir, tmp_path / "run")
-        config = run_config(tmp_path, resume=True)
-        newest = config.run_dir / "checkpoints" / "8" / "state" / "manifest.ocdbt"
-        newest.write_bytes(newest.read_bytes()[:-1])
-        assert train(config).finished
-        assert "checkpoints/8: damaged, DATA_LOSS" in capfd.readouterr().err
-        assert "resumed after update 4" in (config.run_dir / "log.txt").read_text()
-        same_end(config, finished)
-
-    def test_a_base_model_may_move_and_may_not_change(self, finished, tmp_path):
-        shutil.copytree(finished.run_dir, tmp_path / "run")
-        shutil.copytree(GOLDEN_BASE, tmp_path / "moved")
-        config = run_config(tmp_path, resume=True, n_epochs=3, pretrained_model_dir=str(tmp_path / "moved"))
-        assert train(config).n_done == 12
-        path = tmp_path / "moved" / "model.safetensors"
-        weights = load_file(path)
-        weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"] += 1e-3
-        save_file(weights, path)
-        with pytest.raises(InputError, match=r"other settings:\n  - weights: was '\w{64}', now '\w{64}'$"):
-            train(config)
-
-    def test_metrics_that_were_damaged_are_not_guessed(self, finished, tmp_path):
-        shutil.copytree(finished.run_dir, tmp_path / "run")
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        lines = metrics.read_text().splitlines()
-        metrics.write_text("\n".join([*lines[:2], "gone", *lines[2:], '{"split": "tr']))
-        with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and resume again"):
-            train(run_config(tmp_path, resume=True))
-
-    def test_checkpoints_go_by_the_clock_too(self, tmp_path, monkeypatch):
-        saved = []
-        save = train_module.Checkpoints.save
-        monkeypatch.setattr(train_module.Checkpoints, "save", lambda self, n, *a: (saved.append(n), save(self, n, *a)))
-        train(run_config(tmp_path, checkpoint_every_minutes=1e-9))
-        assert saved == list(range(1, 9))
-
-    @pytest.mark.slow
-    def test_other_devices_go_on_within_rounding(self, finished, tmp_path):
-        for name in ("run", "four"):
-            shutil.copytree(finished.run_dir, tmp_path / name)
-            config_file = tmp_path / name / "config.json"
-            config_file.write_text(config_file.read_text().replace('"save_name": "run"', f'"save_name": "{name}"'))
-        one, four = (run_config(tmp_path, name, n_epochs=4) for name in ("run", "four"))
-        train(run_config(tmp_path, n_epochs=4, resume=True))
-        command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four), "--resume"]
-        subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, check=True, capture_output=True)
-        np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=1e-5)
-        np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=1e-5)
-
-
 class TestSignals:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     def test_the_exit_code_tells_the_signal(self, tmp_path, monkeypatch, number, code):
@@ -258,26 +153,6 @@ class TestSignals:
         config = run_config(tmp_path)
         assert main(["train", *flags_of(config)]) == 143
         assert newest_checkpoint(config.run_dir / "checkpoints") == 6
-
-    def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(self, finished, tmp_path, monkeypatch):
-        config = run_config(tmp_path)
-        with monkeypatch.context() as patch:
-            patch.setattr(train_module, "dev_loss", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                train(config)
-        assert newest_checkpoint(config.run_dir / "checkpoints") == 4
-        train(run_config(tmp_path, resume=True))
-        same_end(config, finished)
-
-    def test_a_dev_set_that_was_gone_through_is_logged_once(self, finished, tmp_path, monkeypatch):
-        config = run_config(tmp_path, checkpoint_every_n_steps=100)
-        with monkeypatch.context() as patch:
-            at_update(patch, 5, lambda: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                train(config)
-        assert [point["step"] for point in metrics_of(config.run_dir, "dev")] == [4]
-        train(run_config(tmp_path, checkpoint_every_n_steps=100, resume=True))
-        assert metrics_of(config.run_dir, "dev") == metrics_of(finished.run_dir, "dev")
 
     def test_a_second_signal_ends_at_once(self, finished, tmp_path, monkeypatch, capsys):
         config = run_config(tmp_path)

@@ -1,11 +1,9 @@
 """Whole runs: what they leave behind, and that stopping, resuming and more devices change nothing."""
 
 import dataclasses
-import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import jaxprefix.train as train_module
 from convert.errors import InputError
-from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute
@@ -32,12 +29,8 @@ from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder
-from tests.runs import flags_of, losses_of, metrics_of, run_config
+from tests.runs import flags_of, losses_of, metrics_of, prefix_of, run_config
 from tests.tolerances import LOSS
-
-
-def prefix_of(config):
-    return read_prefix(config.run_dir)[0]
 
 
 def test_files_of_a_run(finished):
@@ -91,55 +84,10 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
     assert dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4))["loss"] == pytest.approx(min(losses), rel=LOSS)
 
 
-def stop_at(monkeypatch, update):
-    """Press Ctrl-C while the given update is made."""
-    make = train_module.make_update
-    numbers = itertools.count(1)
-
-    def make_update(*arguments):
-        run = make(*arguments)
-
-        def press_ctrl_c(*state):
-            if next(numbers) == update:
-                signal.raise_signal(signal.SIGINT)
-            return run(*state)
-
-        return press_ctrl_c
-
-    monkeypatch.setattr(train_module, "make_update", make_update)
-
-
-@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])  # the first, beside and at the end of an epoch, the last but one
-def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch, stop_after):
-    config = run_config(tmp_path)
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop_after)
-        stopped = train(config)
-    assert (stopped.finished, stopped.n_done) == (False, stop_after)
-    assert train(run_config(tmp_path, resume=True)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
-    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
-    assert losses_of(config.run_dir, "dev") == losses_of(finished.run_dir, "dev")
-
-
 def test_a_run_shorter_than_the_log_interval_logs_its_end(tmp_path):
     config = run_config(tmp_path, log_every_n_steps=2, n_training_steps=3)
     train(config)
     assert [point["step"] for point in metrics_of(config.run_dir)] == [2, 3]
-
-
-def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkeypatch):
-    changes = {"log_every_n_steps": 4, "n_accum_steps": 2, "fp16": True, "n_epochs": 4, "packing": True}
-    whole = run_config(tmp_path, name="whole", **changes)
-    train(whole)
-    config = run_config(tmp_path, **changes)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        train(config)
-    assert train(run_config(tmp_path, resume=True, **changes)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(whole))
-    assert losses_of(config.run_dir) == losses_of(whole.run_dir)
-    assert len(losses_of(whole.run_dir)) == 2
 
 
 def test_skipped_updates_are_counted_in_the_log(tmp_path, monkeypatch):
@@ -148,14 +96,6 @@ def test_skipped_updates_are_counted_in_the_log(tmp_path, monkeypatch):
     train(config)
     assert [point["skipped"] for point in metrics_of(config.run_dir)] == [1, 2, 3]
     assert "skipped updates: 3" in (config.run_dir / "log.txt").read_text()
-
-
-def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
-    config = run_config(tmp_path)
-    config.run_dir.mkdir()
-    shutil.copy(finished.run_dir / "config.json", config.run_dir)
-    assert train(run_config(tmp_path, resume=True)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
 
 
 def test_same_seed_same_prefix(finished, tmp_path):
@@ -167,25 +107,12 @@ def test_same_seed_same_prefix(finished, tmp_path):
     assert not np.array_equal(prefix_of(other), prefix_of(finished))
 
 
-def test_resume_refuses_other_settings(finished):
-    changed = run_config(finished.output_dir, resume=True, max_lr=1e-3, batch_size=2)
-    with pytest.raises(InputError) as error:
-        train(changed)
-    assert "max_lr: was 0.01, now 0.001" in str(error.value)
-    assert "batch_size: was 4, now 2" in str(error.value)
-
-
 def test_an_earlier_run_is_not_touched(finished, monkeypatch):
     before = prefix_of(finished)
     monkeypatch.setattr(train_module, "load_model", lambda *_: pytest.fail("loaded a base model before it looked"))
     with pytest.raises(InputError, match="is not empty; use --resume, --overwrite, or another --save_name"):
         train(run_config(finished.output_dir))
     np.testing.assert_array_equal(prefix_of(finished), before)
-
-
-def test_resume_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no run to resume"):
-        train(run_config(tmp_path, resume=True))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
+from jaxprefix.run_folder import is_run_folder
 from tests.runs import run_config, start
 
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -82,7 +83,7 @@ def main(folder: Path) -> None:
 
     error = error_of(config, lambda: shutil.rmtree(config.run_dir), "--resume")
     assert "vanished while the run was going on" in error
-    assert not config.run_dir.exists()
+    assert not is_run_folder(config.run_dir)  # TensorStore makes folders again for what it is about to write
 
 
 if __name__ == "__main__":
