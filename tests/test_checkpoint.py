@@ -274,3 +274,33 @@ def test_the_system_says_why_in_tensorstores_errors(tmp_path):
     with pytest.raises(ValueError, match="FAILED_PRECONDITION") as error:
         store.write("key", b"value").result()
     assert first_words(error.value) == "Not a directory"
+
+
+def test_the_newest_is_the_one_of_the_largest_number(tmp_path):
+    for name in ("9", "10"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) == 10
+
+
+def test_reading_anothers_run_leaves_its_save_under_way(folder):
+    (folder / "12.orbax-checkpoint-tmp").mkdir()
+    read(folder, writing=False)
+    assert (folder / "12.orbax-checkpoint-tmp").is_dir()
+
+
+def test_one_damaged_checkpoint_is_kept(folder):
+    (folder / "3.damaged").mkdir()
+    (folder / "8" / "progress" / "progress.json").unlink()
+    read(folder)
+    assert {path.name for path in folder.iterdir()} == {"4", "8.damaged"}
+
+
+def test_a_save_waits_for_the_one_before(folder, monkeypatch):
+    waited = []
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(12, CONTENT[8], PROGRESS[8])
+        manager = checkpoints._manager
+        with monkeypatch.context() as patch:
+            patch.setattr(manager, "save", lambda *_, **__: waited.append(not manager.is_saving_in_progress()))
+            checkpoints.save(16, CONTENT[8], PROGRESS[8])
+    assert waited == [True]

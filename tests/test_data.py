@@ -162,3 +162,14 @@ def test_packed_shapes_are_few_and_hold_every_batch(monkeypatch):
     monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", 1)
     few = packed_shapes(examples, iter(updates), 1)
     assert fitting_shape(few, [worst]) == few[-1]
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_the_last_packed_shape_holds_what_was_not_sampled(monkeypatch, n_rows):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(9)]
+    worst = sorted(examples, key=lambda example: -len(example.target))[:4]
+    monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", 1)
+    shapes = packed_shapes(examples, iter(updates), n_rows)
+    assert fitting_shape(shapes, [worst]) == shapes[-1]

@@ -212,3 +212,29 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     assert made(temperature=3.0) != first
     assert made(top_p=1e-6) == made(decode_method="greedy") != first
     assert _decode._cache_size() == n_compiled + 1, "greedy is another program"
+
+
+def test_every_step_draws_anew(golden_model, tokenizer):
+    """Of a head of zeros all tokens are as likely: twelve that are alike would come of one random key."""
+    model = jax.tree.map(lambda weight: weight, golden_model)
+    model.head.weight[...] = jnp.zeros_like(model.head.weight[...])
+    [made] = ids_of(model, tokenizer, [[5, 6]], decode=DecodeConfig("sample", max_output_len=12))
+    assert len(set(made)) > 6
+
+
+def test_temperature_comes_before_the_nucleus():
+    """At 4 the three likeliest reach 0.7, at 1 the two."""
+    keys = jax.random.split(jax.random.key(0), 500)
+    sampling = Sampling(jnp.float32(4), jnp.float32(0.7), SEED, 0)
+    chosen = choose_tokens(jnp.broadcast_to(LOGITS, (500, 4)), keys, DecodeConfig(), sampling)
+    assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
+
+
+def test_timings_count_tokens_before_the_end(golden_model, tokenizer):
+    nine = DecodeConfig("greedy", max_output_len=9)
+    [made] = ids_of(golden_model, tokenizer, [[5, 6]], decode=nine)
+    timings = []
+    stopping = dataclasses.replace(tokenizer, eos_id=made[4])
+    [shorter] = ids_of(golden_model, stopping, [[5, 6]], decode=nine, timings=timings)
+    assert [timing.n_tokens for timing in timings] == [len(shorter)]
+    assert len(shorter) < 9

@@ -53,3 +53,9 @@ def test_means_weigh_by_tokens_or_plainly():
     assert plain.means() == pytest.approx({"loss": 1.5, "ppl": (np.exp(1) + np.exp(2)) / 2})
     assert sound.tokens_per_s == 10
     assert LossMeter(Recipe(), json.loads(json.dumps(sound.sums))).sums == sound.sums
+
+
+def test_ppl_of_a_huge_loss_is_infinite():
+    meter = LossMeter(Recipe())
+    meter.add(800.0, 1)
+    assert meter.means() == {"loss": 800.0, "ppl": np.inf}

@@ -9,6 +9,9 @@ import pytest
 from jaxprefix.cli import main
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
+from jaxprefix.evaluation import evaluate
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
+from jaxprefix.recipe import RECIPES
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.test_cli import BASE, PREFIX, data_file, fails
 
@@ -85,3 +88,32 @@ def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
     base = ["evaluate", "--pretrained_model_dir", str(make_bpe_folder(tmp_path / "base")), "--n_samples", "2"]
     fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' goes over lines")
     assert main([*base, "--suffix", "\n😃\n", "--max_output_len", "8"]) == 0
+
+
+def test_evaluate_measures_what_it_is_told_in_the_way_it_is_told(monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb")
+    seen = {}
+
+    def fake_loss(model, prefix, batches, recipe):
+        seen.update(recipe=recipe, dtype=model.embed.weight.dtype.name)
+        return {"loss": 1.0 if prefix is None else 0.5, "ppl": 1.0}
+
+    def fake_stream(model, tokenizer, prompts, prefix, seed, *rest):
+        seen.update(prompts=prompts, seed=seed)
+        return iter(["晴れ。" if prefix is None else "晴れ。 😃"])
+
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", fake_loss)
+    monkeypatch.setattr("jaxprefix.evaluation.stream", fake_stream)
+    places = {"prompt_file": tmp_path / "prompts.txt", "data_filepath": GOLDEN / "documents.jsonl"}
+    settings = {"seed": 7, "dtype": "bfloat16", "n_samples": 3, "decode": DecodeConfig(recipe="rinna")}
+    report = evaluate(EvaluateConfig(str(GOLDEN_BASE), GOLDEN / "forward.weight", **places, **settings))
+    assert (report["with_prefix"]["loss"], report["without_prefix"]["loss"]) == (0.5, 1.0)
+    assert (report["with_prefix"]["suffix_rate"], report["without_prefix"]["suffix_rate"]) == (1, 0)
+    assert seen == {"recipe": RECIPES["rinna"], "dtype": "bfloat16", "prompts": ["a", "b", "a"], "seed": 7}
+
+
+def test_the_longest_row_needs_room_after_the_prefix(capsys, tmp_path):
+    data = data_file(tmp_path, json.dumps({"prompt": "朝" * 505, "completion": "の"}) + "\n")
+    options = ["--data_filepath", str(data), "--n_samples", "0"]
+    assert main(["evaluate", *BASE, *options]) == 0
+    fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "the longest row, 50", "512 positions")

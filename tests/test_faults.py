@@ -241,3 +241,9 @@ class TestDisk:
         kept = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir, **CACHE_ALL}
         result = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_update_is_named_though_another_is_under_way(tmp_path):
+    """Without a log point the loop is one update ahead."""
+    with pytest.raises(RunError, match="update 2: the loss is nan"):
+        train(run_config(tmp_path, prefix_hidden_dim=0, max_lr=1e38, grad_clip=0.0, log_every_n_steps=100))

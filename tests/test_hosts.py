@@ -311,3 +311,35 @@ def test_a_process_that_hangs_is_ended(second_of_two, exit_codes, capsys):
     with hosts.Watchdog(minutes=1e-4):
         assert exit_codes.get(timeout=10) == 1
     assert "error: no update, evaluation or checkpoint ended within 0.0001 minutes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_failure_of_the_system_is_told_to_the_others(monkeypatch):
+    told = []
+    gather = lambda failed: told.append(bool(failed)) or np.array([False, failed])  # noqa: E731
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+
+    def fail():
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        hosts.agree("open the log", fail)
+    assert told == [True]
+
+
+def test_a_barrier_waits_for_an_hour(monkeypatch):
+    asked = {}
+    barrier = "orbax.checkpoint.multihost.get_barrier_sync_fn"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(barrier, lambda: lambda **options: asked.update(options))
+    hosts.wait_for_all("end")
+    assert asked == {"key": "jaxprefix end", "timeout_ms": 3_600_000}
+
+
+def test_who_has_joined_is_not_given_up(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    with joined(HostsConfig(True)):
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert all(timer.finished.is_set() for timer in timers), "one would end this program in two minutes"

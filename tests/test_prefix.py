@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_weight
-from jaxprefix import load_prefix
+from jaxprefix import load_model, load_prefix
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
 from tests.arrays import random_prefix
@@ -208,3 +208,20 @@ def test_model_type_of_the_golden_base_is_in_the_header(golden_model, tokenizer,
     _, header = read_prefix(tmp_path / "prefix")
     assert header["base_model"] == str(GOLDEN_BASE)
     assert header["tokenizer"] == tokenizer.fingerprint
+
+
+def test_the_seed_decides_how_the_encoder_starts(golden_model):
+    one, other = (new_encoder(golden_model, 5, 5, 4, seed=seed)() for seed in (0, 1))
+    assert (one != other).any()
+
+
+def test_a_direct_prefix_of_a_base_in_half_precision_is_float32():
+    encoder = new_encoder(load_model(GOLDEN_BASE, "bfloat16"), 5, 10, 0, seed=0)
+    assert encoder().dtype == encoder.folded[...].dtype == jnp.float32
+
+
+def test_a_prefix_of_another_architecture_is_refused(golden_model, tokenizer, tmp_path):
+    save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
+    other = dataclasses.replace(golden_model.config, model_type="gpt2")
+    with pytest.raises(InputError, match="model_type: made for gpt_neox, this base has gpt2"):
+        load_prefix(tmp_path / "prefix", other)

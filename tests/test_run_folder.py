@@ -17,6 +17,7 @@ from jaxprefix.run_folder import (
     open_run_folder,
     setting_of,
 )
+from tests.base_folders import make_base_folder
 from tests.runs import run_config
 
 
@@ -157,3 +158,56 @@ def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
     check_base(config.run_dir, {"n_layer": "3", "base_model": "renamed"})
     with pytest.raises(InputError, match="n_head: made for None, this base has 4"):
         check_base(config.run_dir, {"n_layer": "3", "n_head": "4"})
+
+
+OTHERS = {
+    "seed": 1,
+    "suffix": "!",
+    "max_seq_len": 32,
+    "recipe": "rinna",
+    "n_accum_steps": 2,
+    "batch_size": 2,
+    "train_data_size": 10,
+    "dev_data_size": 3,
+    "prefix_seq_len": 4,
+    "prefix_input_dim": 4,
+    "prefix_hidden_dim": 4,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
+    "adam_eps": 1e-4,
+    "weight_decay": 0.5,
+    "grad_clip": 0.5,
+    "n_warmup_steps": 2,
+    "max_lr": 1e-3,
+    "min_lr": 1e-7,
+    "dtype": "bfloat16",
+    "skip_bad_lines": True,
+    "packing": True,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_changes_the_result_may_not_change_on_resuming(tmp_path, name):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    changed = dataclasses.replace(config, resume=True, **{name: OTHERS[name]})
+    with pytest.raises(InputError, match=f"{name}: was"):
+        check_run_folder(changed, describe_run(changed, {}))
+
+
+def test_other_data_under_the_same_name_is_noticed_on_resuming(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}')
+    changed = dataclasses.replace(config, resume=True, data_filepath=tmp_path / "other.jsonl")
+    with pytest.raises(InputError, match="data_sha256: was"):
+        check_run_folder(changed, describe_run(changed, {}))
+
+
+def test_a_base_model_in_the_run_is_not_overwritten(tmp_path):
+    config = run_config(tmp_path)
+    open_run_folder(config, describe_run(config, {}))
+    base = make_base_folder(config.run_dir / "base")
+    changed = dataclasses.replace(config, overwrite=True, pretrained_model_dir=str(base))
+    with pytest.raises(InputError, match="--overwrite would delete it"):
+        check_run_folder(changed, {})

@@ -331,3 +331,17 @@ def test_examples_are_a_sequence_with_views_for_slices():
         np.testing.assert_array_equal(labels_of_each(part), labels_of_each(expected))
         assert longest_row(part) == longest_row(expected)
     np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
+
+
+class Wide:
+    """A tokenizer with more pieces than 16 bits tell apart."""
+
+    vocab_size, fingerprint = 70_000, "wide"
+
+    def encode(self, text):
+        return [69_999]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_ids_beyond_16_bits_are_kept(data):
+    assert {token for example in load_examples(data, Chunking(Wide())) for token in example.target} == {69_999}

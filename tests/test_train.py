@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,11 @@ import jaxprefix.train as train_module
 from convert.errors import InputError
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.check import check
-from jaxprefix.config import CheckConfig, Compute
+from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.evaluate import dev_batches, dev_loss
+from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.models import attention
@@ -31,6 +34,7 @@ from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, losses_of, metrics_of, prefix_of, run_config
 from tests.tolerances import LOSS
+from torch_ref.config import train_parser
 
 
 def test_files_of_a_run(finished):
@@ -213,3 +217,39 @@ def test_what_a_run_uses_is_not_overwritten(finished, tmp_path):
         with pytest.raises(InputError, match="--overwrite would delete it; copy it to another place"):
             train(run_config(tmp_path, overwrite=True, **used))
     assert Path(data).is_file()
+
+
+def test_the_dev_sets_rows_must_fit_the_positions_too(tmp_path):
+    data = tmp_path / "data.jsonl"
+    pairs = [{"prompt": "a", "completion": "b"}] * 4 + [{"prompt": "朝" * 600, "completion": "の"}]
+    data.write_text("\n".join(map(json.dumps, pairs)))
+    with pytest.raises(InputError, match="the longest row, 60"):
+        train(run_config(tmp_path, data_filepath=data, train_data_size=4, dev_data_size=1))
+
+
+def test_signals_are_pythons_again_after_a_run(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(run_config(tmp_path, n_training_steps=1))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_revision_is_asked_for(tmp_path, monkeypatch):
+    def open_base(name, revision, *_, **__):
+        raise InputError(f"asked for {revision}")
+
+    monkeypatch.setattr("jaxprefix.inputs.open_base", open_base)
+    monkeypatch.setattr("jaxprefix.prefix.open_base", open_base)
+    with pytest.raises(InputError, match="asked for v1"):
+        train(run_config(tmp_path, revision="v1"))
+    with pytest.raises(InputError, match="asked for v1"):
+        evaluate(EvaluateConfig("hub/base", revision="v1"))
+
+
+def test_flags_of_both_sides_have_the_same_defaults():
+    """But for what is saved: the original saves nothing unless told."""
+    needed = {"pretrained_model_dir": "a", "data_filepath": "b", "save_name": "c"}
+    theirs = vars(train_parser().parse_args([part for name, value in needed.items() for part in (f"--{name}", value)]))
+    ours = vars(TrainConfig(**needed | {"data_filepath": Path("b")}))
+    shared = theirs.keys() & ours.keys() - {"model_type", "data_filepath", "save_model", "save_log"}
+    assert {"n_epochs", "max_lr", "dev_data_size", "adam_beta2", "batch_size"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
