@@ -17,7 +17,7 @@ from convert import gpt_neox, table
 from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
 from convert.weights import weight_files
-from jaxprefix import load_model, models
+from jaxprefix import load_model, load_tokenizer, models
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
@@ -312,6 +312,7 @@ def test_a_copied_base_keeps_template_and_license_and_no_adapter(tmp_path):
     names = {path.name for path in copy.iterdir()}
     assert {"chat_template.jinja", "LICENSE", "config.json", "spiece.model"} < names
     assert names.isdisjoint({"adapter_config.json", "training_args.bin"})
+    assert load_tokenizer(copy).fingerprint == load_tokenizer(source).fingerprint
 
 
 def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

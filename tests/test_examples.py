@@ -8,10 +8,11 @@ import re
 
 import pytest
 
+import torch_ref.data
 from convert.errors import InputError
 from jaxprefix import lines
 from jaxprefix.data import rows_of
-from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
+from jaxprefix.examples import Chunking, Example, Examples, chunk_document, read_examples
 from jaxprefix.recipe import RECIPES, Recipe
 
 SUFFIX = " 😃"
@@ -240,3 +241,29 @@ def test_a_files_hash_is_of_what_it_holds_now(tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         lines.sha256_of(path)
+
+
+def test_prompt_and_completion_are_encoded_apart(tokenizer, tmp_path):
+    """Together they would join at the seam, where generating has a prompt alone."""
+    prompt, completion = "朝", "の市場。"
+    assert tokenizer.encode(prompt + completion) != tokenizer.encode(prompt) + tokenizer.encode(completion)
+    path = write_lines(tmp_path / "d.jsonl", {"prompt": prompt, "completion": completion})
+    assert [*read_examples(path, Chunking(tokenizer))] == [
+        Example(tokenizer.encode(prompt), tokenizer.encode(completion))
+    ]
+
+
+def test_rinna_chunks_blank_lines_and_carriage_returns_as_the_original(monkeypatch):
+    text = "a\r\n\nb\r\n\n\nccccccc\nd\n"
+    monkeypatch.setattr("torch_ref.data.SUFFIX", "!")
+    monkeypatch.setattr("torch_ref.data.MAX_SEQ_LEN", 8)
+    expected = torch_ref.data.chunk_document(text, Bytes())
+    assert expected
+    assert [*chunk_document(text.split("\n"), Chunking(Bytes(), "!", 8, RECIPES["rinna"]))] == expected
+
+
+def test_tokens_are_counted_in_blocks(monkeypatch):
+    monkeypatch.setattr("jaxprefix.examples.SCANNED", 3)
+    examples = Examples.of([Example([7], [1, 7, 7]), Example([], [2, 3, 7]), Example([7, 7], [7])])
+    assert examples.count_of(7).tolist() == [3, 1, 3]
+    assert examples[1:].count_of(7).tolist() == [1, 3]

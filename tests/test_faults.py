@@ -196,6 +196,7 @@ class TestDisk:
         with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
             train(config)
         assert not (config.run_dir / "config.json").exists()
+        assert not (config.run_dir / "prefix").exists()
 
     def test_what_the_system_says_and_what_is_left(self, finished):
         message = r"log.txt: cannot be written \(No space left on device\); the last good checkpoint is .*/8, --resume"

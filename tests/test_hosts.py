@@ -141,7 +141,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
         time.sleep(0.05)
     pair[1].kill()
     codes, _, errors = ended(pair, timeout=30)
-    assert codes[0] not in (0, 2, 130)
+    assert codes[0] in (1, -signal.SIGABRT)
     assert "another task died" in errors[0]
 
 
@@ -342,4 +342,5 @@ def test_who_has_joined_is_not_given_up(monkeypatch):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     with joined(HostsConfig(True)):
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        assert all(timer.finished.is_set() for timer in timers), "one would end this program in two minutes"
+        own = [timer for timer in timers if timer.function is hosts._give_up]
+        assert all(timer.finished.is_set() for timer in own), "one would end this program in two minutes"

@@ -208,6 +208,7 @@ def test_model_type_of_the_golden_base_is_in_the_header(golden_model, tokenizer,
     _, header = read_prefix(tmp_path / "prefix")
     assert header["base_model"] == str(GOLDEN_BASE)
     assert header["tokenizer"] == tokenizer.fingerprint
+    assert (header["model_type"], header["vocab_size"]) == ("gpt_neox", "440")
 
 
 def test_the_seed_decides_how_the_encoder_starts(golden_model):

@@ -126,15 +126,16 @@ def test_no_decay_on_biases(tmp_path, golden_model):
     np.testing.assert_allclose(moved.prefix_wte.weight[...], encoder.prefix_wte.weight[...] * 0.95, rtol=1e-6)
 
 
-def test_gradients_are_clipped_by_their_global_norm(tmp_path, start, golden_model, tokenizer):
-    batch = stacked(tokenizer, EXAMPLES)
-    plain, _ = run(start, golden_model, batch)
-    clip = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0))
-    clipped, _ = run(start, golden_model, batch, optimizer=clip)
-    encoder = start(clip).encoder
-    step = optax.tree.norm(jax.tree.map(jnp.subtract, clipped.encoder, encoder))
-    assert float(step) == pytest.approx(0.01, rel=1e-3)
-    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, plain.encoder, encoder))) > 0.02
+@pytest.mark.parametrize(("grad_clip", "norm"), [(0.01, 0.01), (0.0, 5.0)])
+def test_gradients_are_clipped_by_their_global_norm_and_averaged_by_the_betas(tmp_path, golden_model, grad_clip, norm):
+    encoder = new_encoder(golden_model, 6, 5, 4, seed=0)
+    ones = jax.tree.map(jnp.ones_like, encoder)
+    gradient = jax.tree.map(lambda one: one * 5 / optax.tree.norm(ones), ones)
+    config = run_config(tmp_path, grad_clip=grad_clip, adam_beta1=0.75, adam_beta2=0.5)
+    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    _, (_, (adam, *_)) = optimizer.update(gradient, optimizer.init(encoder), encoder)
+    assert float(optax.tree.norm(adam.mu)) == pytest.approx(norm / 4, rel=1e-4)
+    assert float(optax.tree.sum(adam.nu)) == pytest.approx(norm**2 / 2, rel=1e-4)
 
 
 def rates(tmp_path, n_updates, **changes):
@@ -177,3 +178,11 @@ def test_loss_scale_doubles_after_a_thousand_good_updates():
     assert (float(scale.value), int(scale.n_good)) == (1024, 999)
     scale = scale.adjusted(jnp.bool_(True))
     assert (float(scale.value), int(scale.n_good)) == (2048, 0)
+
+
+def test_the_loss_scale_starts_at_two_to_the_tenth_and_ends_at_one():
+    scale = LossScale.start()
+    assert float(scale.value) == 1024
+    for _ in range(12):
+        scale = scale.adjusted(jnp.bool_(False))
+    assert float(scale.value) == 1

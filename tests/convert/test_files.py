@@ -16,7 +16,13 @@ def interrupted_after(write, text):
 def test_a_file_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+
+    def note(file):
+        assert not (tmp_path / "a").exists(), "it would be there before it is whole"
+        synced.append(os.fstat(file).st_ino)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
     with replacing(tmp_path / "a") as temporary:
         temporary.write_text("new")
         assert not (tmp_path / "a").exists()

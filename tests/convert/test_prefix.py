@@ -30,6 +30,13 @@ def test_parts_of_the_base_that_were_trained_too_are_refused(tmp_path, name):
         read_prefix(tmp_path / name)
 
 
+def test_a_header_that_asks_for_another_width(tmp_path):
+    header = {"n_layer": "1", "n_head": "2", "head_dim": "2"}
+    save_file({"prompt_embeddings": np.ones((2, 16), np.float32)}, tmp_path / "p.safetensors", metadata=header)
+    with pytest.raises(InputError, match="has 16 numbers per position, which do not fit its header's"):
+        read_prefix(tmp_path / "p.safetensors")
+
+
 def test_a_width_that_is_odd(tmp_path):
     np.save(tmp_path / "p.npy", np.ones((2, 5), np.float32))
     with pytest.raises(InputError, match="has 5 numbers per position, which are no pairs of keys and values"):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.gpt_neox import TABLE
 from convert.table import expand
-from convert.weights import FiniteWeight
+from convert.weights import BLOCK, FiniteWeight, is_finite
 from jaxprefix import load_model
 from tests.base_folders import make_base_folder
 
@@ -211,7 +211,12 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path, model_type):
     head = {"gpt2": "lm_head.weight", "gpt_neox": "embed_out.weight"}[model_type]
     rewrite(folder, lambda weights: weights.update({head: weights[embedding].copy()}))
     np.testing.assert_array_equal(load_model(folder).head_weight, load_file(folder / "model.safetensors")[embedding])
-    rewrite(folder, lambda weights: weights.update({head: weights[embedding] * np.float32(1.001)}))
+
+    def change_a_late_row(weights):
+        weights[head] = weights[embedding].copy()
+        weights[head][6 * 50] += 1
+
+    rewrite(folder, change_a_late_row)
     with pytest.raises(InputError, match=rf"{head} is not \S*{embedding}, to which config.json ties it"):
         load_model(folder)
 
@@ -254,3 +259,10 @@ def test_a_torch_file_that_is_no_dict_is_refused(folder):
     as_torch_file(folder, lambda weights: list(weights.values()))
     with pytest.raises(InputError, match=r"pytorch_model.bin: expected a dict of weights, found list"):
         load_model(folder)
+
+
+def test_all_numbers_are_looked_at():
+    numbers = np.zeros(BLOCK + 1, np.float32)
+    assert is_finite(numbers)
+    numbers[-1] = np.nan
+    assert not is_finite(numbers)

@@ -29,6 +29,13 @@ def test_reading(tmp_path, content, message):
         read_training_state(tmp_path / "state.pt")
 
 
+def test_moments_have_their_parameters_shapes(tmp_path):
+    moments = {"exp_avg": dict(ENCODER), "exp_avg_sq": ENCODER | {"prefix_mlp.2.bias": torch.ones(9)}}
+    torch.save({"encoder": ENCODER, "optimizer": {"step": 3, **moments}}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"nu.prefix_mlp.2.bias: expected shape \(8,\), found \(9,\)$"):
+        read_training_state(tmp_path / "state.pt")
+
+
 def test_what_is_missing_is_told_once(tmp_path):
     torch.save({name: value for name, value in ENCODER.items() if name != "prefix_wte.weight"}, tmp_path / "state.pt")
     with pytest.raises(InputError) as error:

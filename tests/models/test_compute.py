@@ -18,7 +18,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.layers import FEW_ROWS, Embedding, after, einsum, layer_norm, matmul, rotate
+from jaxprefix.models.layers import FEW_ROWS, Embedding, activate, after, einsum, layer_norm, matmul, rotate
 from jaxprefix.models.stack import stacked
 from tests.arrays import normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -297,3 +297,9 @@ def test_layers_that_differ_cannot_be_scanned(tmp_path):
     folder = make_base_folder(tmp_path / "base", model_type="gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(InputError, match="--scan_layers: the layers of this base model differ"):
         load_model(folder, compute=Compute(scan_layers=True))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
+def test_activations_are_computed_in_float32(activation):
+    x = jnp.linspace(-4, 4, 999, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(activate(x, activation), activate(x.astype(jnp.float32), activation).astype(x.dtype))

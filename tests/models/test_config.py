@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import transformers
 
 from convert.errors import InputError
 from jaxprefix.models.config import read_model_config
@@ -9,6 +10,10 @@ from tests.base_folders import TINY, TINY_GPT2
 OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
 NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
 GPT2 = {key: value for key, value in TINY_GPT2.items() if key != "n_inner"}
+SIZES = {
+    "gpt_neox": ("num_", "hidden_size", "intermediate", "vocab", "max_"),
+    "gpt2": ("n_", "vocab"),
+}
 BARE = {key: value for key, value in TINY.items() if not key.startswith("rotary")}
 
 
@@ -93,3 +98,37 @@ def test_files_that_are_no_config(tmp_path):
     for content, message in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
         with pytest.raises(InputError, match=message):
             read(tmp_path, content)
+
+
+def test_gpt2s_norms_have_their_own_key(tmp_path):
+    assert read(tmp_path, GPT2 | {"layer_norm_epsilon": 1e-3}).layer_norm_eps == 1e-3
+    assert read(tmp_path, TINY | {"layer_norm_eps": 1e-3}).layer_norm_eps == 1e-3
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
+def test_what_is_absent_is_as_in_transformers(tmp_path, model_type):
+    theirs = transformers.AutoConfig.for_model(model_type)
+    sizes = {"gpt2": GPT2, "gpt_neox": BARE}[model_type].items()
+    ours = read(tmp_path, {"model_type": model_type} | {k: v for k, v in sizes if k.startswith(SIZES[model_type])})
+    assert ours.layer_norm_eps == getattr(theirs, {"gpt2": "layer_norm_epsilon"}.get(model_type, "layer_norm_eps"))
+    assert ours.tied_head == theirs.tie_word_embeddings
+    assert ours.activation == getattr(theirs, {"gpt2": "activation_function"}.get(model_type, "hidden_act"))
+    if model_type == "gpt_neox":
+        rope = theirs.rope_parameters
+        assert (ours.rotary_base, ours.rotary_fraction) == (rope["rope_theta"], rope["partial_rotary_factor"])
+        assert (ours.parallel_residual, ours.attention_bias) == (theirs.use_parallel_residual, theirs.attention_bias)
+    else:
+        assert ours.scale_attention == theirs.scale_attn_weights
+        assert ours.scale_by_layer == theirs.scale_attn_by_inverse_layer_idx
+
+
+def test_positions_end_where_they_end(tmp_path):
+    """Linear scaling stretches what there is, dynamic scaling reaches further."""
+    linear = read(tmp_path, BARE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    dynamic = read(tmp_path, BARE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert (linear.max_positions, dynamic.max_positions) == (256, 512)
+    linear.check_fit(440, 10, 246, "a row")
+    with pytest.raises(InputError, match="is more than the base model's 256 positions"):
+        linear.check_fit(440, 10, 247, "a row")
+    with pytest.raises(InputError, match="the tokenizer has 441 pieces"):
+        linear.check_fit(441, 10, 246, "a row")

@@ -176,10 +176,11 @@ def test_a_wrong_setting_is_noticed(tmp_path, fault):
 
 
 def test_dynamic_scaling_decodes_as_transformers_does(tmp_path, tokenizer):
-    """Prompts of 9 tokens, which our batch pads to 16, grow beyond the 16 positions."""
-    folder = folder_of(tmp_path, "dynamic scaling, beyond its positions")
-    prompt = torch.from_numpy(TOKENS[:1, :9])
-    expected = torch_model(folder).generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=439)[0, 9:]
+    """A prompt of 5 tokens, all that there are positions for; our batch pads it to 16, which must not count."""
+    rope = {"max_position_embeddings": 5, "rope_scaling": {"rope_type": "dynamic", "factor": 16.0}}
+    folder = folder_of(tmp_path, "dynamic scaling, beyond its positions", **rope)
+    prompt = torch.from_numpy(TOKENS[1:2, :5])
+    expected = torch_model(folder).generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=439)[0, 5:]
     greedy = DecodeConfig(decode_method="greedy", max_output_len=20)
     (made,) = generate_ids(
         load_model(folder), dataclasses.replace(tokenizer, eos_id=439), prompt.tolist(), decode=greedy
