@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from jaxprefix.cli import main
+from jaxprefix.inference_config import read_prompts
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
 
@@ -284,3 +285,8 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     capsys.readouterr()
     assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert report in capsys.readouterr().err
+
+
+def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]

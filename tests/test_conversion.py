@@ -18,9 +18,11 @@ from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
 from convert.weights import weight_files
 from jaxprefix import load_model, load_tokenizer, models
+from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
+from jaxprefix.run_folder import only_writer
 from jaxprefix.start import start_encoder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
@@ -332,3 +334,24 @@ def test_a_copy_that_fails_can_be_repeated(tmp_path):
         with pytest.raises(InputError, match="holds numbers that are not finite"):
             converted(source, tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_training_state_goes_into_no_run_that_is_in_use_or_as_far(tmp_path):
+    run = run_config(tmp_path, n_training_steps=2)
+    train(run)
+    state = converted(run.run_dir, tmp_path / "state.pt")
+    with only_writer(tmp_path / "other"), pytest.raises(InputError, match="is in use by process"):
+        converted(state, tmp_path / "other")
+    with pytest.raises(InputError, match="has a checkpoint of update 2, the source is of 2"):
+        converted(state, run.run_dir)
+
+
+def test_a_converted_state_begins_with_an_empty_log_window(tmp_path):
+    run = run_config(tmp_path, n_training_steps=2, log_every_n_steps=100, n_epochs=1)
+    train(run)
+    later = torch.load(converted(run.run_dir, tmp_path / "state.pt"))
+    later["optimizer"]["step"] = 3
+    torch.save(later, tmp_path / "later.pt")
+    converted(tmp_path / "later.pt", run.run_dir)
+    with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
+        assert checkpoints.read()[1]["window"] == []

@@ -2,8 +2,10 @@ import json
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
-from jaxprefix.evaluate import LossMeter, count_sentences, suffix_rate
+from jaxprefix.evaluate import LossMeter, count_sentences, dev_batches, suffix_rate
+from jaxprefix.examples import Example
 from jaxprefix.recipe import RECIPES, Recipe
 
 SMILE = " 😃"
@@ -59,3 +61,10 @@ def test_ppl_of_a_huge_loss_is_infinite():
     meter = LossMeter(Recipe())
     meter.add(800.0, 1)
     assert meter.means() == {"loss": 800.0, "ppl": np.inf}
+
+
+def test_rows_of_dev_batches_can_be_split_evenly(tokenizer):
+    """An example with a prompt makes one row; a mesh of four takes four at a time."""
+    mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    [batch] = dev_batches([Example([5], [6])], tokenizer, 1, mesh)
+    assert batch.tokens.shape == (4, 2)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +346,16 @@ class Wide:
 @pytest.mark.usefixtures("in_this_process")
 def test_ids_beyond_16_bits_are_kept(data):
     assert {token for example in load_examples(data, Chunking(Wide())) for token in example.target} == {69_999}
+
+
+def test_an_entry_at_work_is_judged_by_its_newest_file(tmp_path, monkeypatch):
+    unfinished = tmp_path / "unfinished-1"
+    unfinished.mkdir()
+    (unfinished / "tokens.bin").write_bytes(b"new")
+    long_ago = time.time() - 10 * token_cache.ABANDONED_SECONDS
+    os.utime(unfinished, (long_ago, long_ago))
+    token_cache._remove_abandoned(tmp_path)
+    assert unfinished.is_dir()
+    os.utime(unfinished / "tokens.bin", (long_ago, long_ago))
+    token_cache._remove_abandoned(tmp_path)
+    assert not unfinished.exists()

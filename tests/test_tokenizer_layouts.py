@@ -113,6 +113,21 @@ def test_newlines_come_back_where_the_vocabulary_has_them(layout):
     assert ("\n" in tokenizer.decode(tokenizer.encode("朝の市場。\n魚屋"))) == has_newline
 
 
+def test_lower_casing_makes_another_tokenizer(tmp_path):
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    plain = load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    assert load_tokenizer(tmp_path).fingerprint != plain.fingerprint
+
+
+def test_padding_of_a_tokenizer_json_is_not_obeyed(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_padding(length=50)
+    backend.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("Hello") == load_tokenizer(bpe_folder).encode("Hello")
+
+
 def test_added_tokens_have_ids_behind_the_model(tmp_path):
     shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<chat>": 440, "<chat>2": 442}))

@@ -253,3 +253,18 @@ def test_flags_of_both_sides_have_the_same_defaults():
     shared = theirs.keys() & ours.keys() - {"model_type", "data_filepath", "save_model", "save_log"}
     assert {"n_epochs", "max_lr", "dev_data_size", "adam_beta2", "batch_size"} <= shared
     assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr("jaxprefix.hosts.Watchdog.progress", lambda self: heard.append(1))
+    train(run_config(tmp_path, log_every_n_steps=100, n_epochs=1, dev_data_size=8))
+    assert len(heard) == 4 + 2 + 1, "updates, batches of the dev set, what the epoch's end took"
+
+
+def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "is_first", lambda: False)
+    monkeypatch.setattr(train_module, "open_shared_folder", lambda config, _: config.run_dir.mkdir())
+    monkeypatch.setattr(train_module, "check_still_there", lambda config: None)
+    train(run_config(tmp_path, n_epochs=1))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}

@@ -1,9 +1,12 @@
 """Tensors as torch.save writes them, beyond plain state dicts."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 
+from convert import torch_files
 from convert.errors import InputError
 from convert.torch_files import load_torch
 
@@ -29,3 +32,57 @@ def test_a_tensor_of_a_class_of_its_own_is_refused(tmp_path):
     torch.save(torch.ones(2).as_subclass(Subclass), tmp_path / "x.pt")
     with pytest.raises(InputError, match=r"asks for .*Subclass, which is no dense tensor"):
         load_torch(tmp_path / "x.pt")
+
+
+def saved(path, content, zipped=True):
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def refused(path, message, **options):
+    with pytest.raises(InputError, match=message):
+        load_torch(path, **options)
+
+
+def test_a_number_that_was_changed_is_found_by_its_checksum(tmp_path):
+    path = saved(tmp_path / "x.pt", torch.full((300,), 1.5))
+    content = bytearray(path.read_bytes())
+    content[content.index(np.float32(1.5).tobytes() * 300) + 2] ^= 1
+    path.write_bytes(content)
+    refused(path, "data/0 has another checksum")
+    assert (load_torch(path, checked=False) != 1.5).sum() == 1
+
+
+def test_the_order_of_bytes_must_be_this_machines(tmp_path):
+    saved(tmp_path / "x.pt", torch.ones(3))
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive, zipfile.ZipFile(tmp_path / "big.pt", "w") as other:
+        for info in archive.infolist():
+            other.writestr(info, b"big" if info.filename.endswith("byteorder") else archive.read(info))
+    refused(tmp_path / "big.pt", "its byte order is b'big', not little")
+
+
+def test_the_old_format_says_how_long_its_storages_are(tmp_path):
+    path = saved(tmp_path / "x.pt", torch.full((300,), 1.5), zipped=False)
+    content = path.read_bytes()
+    numbers = content.index(np.float32(1.5).tobytes() * 300)
+    assert content[numbers - 8 : numbers] == (300).to_bytes(8, "little")
+    path.write_bytes(content[: numbers - 8] + (299).to_bytes(8, "little") + content[numbers:])
+    refused(path, "storage .* has not 300 numbers")
+
+
+@pytest.mark.parametrize(("size", "fits"), [(6, True), (5, False)])
+def test_a_tensor_ends_within_its_storage(size, fits):
+    unpickler = torch_files._Unpickler(b"", lambda *_: None, 10**6)
+    storage = np.zeros(size, np.float32)
+    if fits:
+        assert unpickler._rebuild_tensor(storage, 1, (5,), (1,)).shape == (5,)
+    else:
+        with pytest.raises(ValueError, match="reaches beyond its storage of 5 numbers"):
+            unpickler._rebuild_tensor(storage, 1, (5,), (1,))
+
+
+def test_tied_weights_may_stand_twice_and_no_more(tmp_path):
+    weight = torch.ones(100_000)
+    twice = load_torch(saved(tmp_path / "two.pt", dict.fromkeys("ab", weight)))
+    assert twice.keys() == {"a", "b"}
+    refused(saved(tmp_path / "many.pt", dict.fromkeys("abcd", weight)), "claim more numbers than it holds")

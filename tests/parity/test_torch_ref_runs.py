@@ -145,6 +145,16 @@ def test_files_and_log_lines(run, tmp_path, capsys):
     assert [bool(re.fullmatch(DEV_LINE, line)) for line in lines] == [False, True, False, False, True]
 
 
+def test_the_best_prefix_is_that_of_the_lowest_dev_loss(run, tmp_path, monkeypatch):
+    losses = iter([(3.0, 1.0), (2.0, 1.0), (4.0, 1.0)])
+    kept = []
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda tensor, path: kept.append(path) or save(tensor, path))
+    run("--save_model", n_epochs=3)
+    assert ["best" in str(path) for path in kept] == [False, True, False, True, False]
+
+
 def test_saved_tensor_still_requires_grad(run, tmp_path):
     run("--save_model", n_training_steps=1)
     saved = torch.load(next(tmp_path.glob("*.best.checkpoint")), weights_only=True)
