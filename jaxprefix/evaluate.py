@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from jaxprefix.data import Batch, make_batch, max_rows_per_example, row_lengths
@@ -68,7 +68,7 @@ def _exp(loss: float) -> float:
 
 
 def dev_batches(
-    examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | None = None
+    examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | AbstractMesh | None = None
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
     lengths = row_lengths(examples)

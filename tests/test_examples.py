@@ -6,12 +6,13 @@ import itertools
 import json
 import re
 
+import numpy as np
 import pytest
 
 import torch_ref.data
 from convert.errors import InputError
 from jaxprefix import lines
-from jaxprefix.data import rows_of
+from jaxprefix.data import labels_of_each, longest_row, row_lengths, rows_of
 from jaxprefix.examples import Chunking, Example, Examples, chunk_document, read_examples
 from jaxprefix.recipe import RECIPES, Recipe
 
@@ -267,3 +268,17 @@ def test_tokens_are_counted_in_blocks(monkeypatch):
     examples = Examples.of([Example([7], [1, 7, 7]), Example([], [2, 3, 7]), Example([7, 7], [7])])
     assert examples.count_of(7).tolist() == [3, 1, 3]
     assert examples[1:].count_of(7).tolist() == [1, 3]
+
+
+def test_examples_are_a_sequence_with_views_for_slices():
+    listed = [Example([1, 2], [3]), Example([], [4, 5, 6]), Example([7], [8, 9])]
+    examples = Examples.of(listed)
+    assert [*examples] == listed
+    assert [*examples[1:]] == listed[1:]
+    assert [*examples[-2:][1:]] == listed[2:]
+    assert examples[-1] == listed[-1]
+    for part, expected in ((examples, listed), (examples[1:], listed[1:])):
+        np.testing.assert_array_equal(row_lengths(part), row_lengths(expected))
+        np.testing.assert_array_equal(labels_of_each(part), labels_of_each(expected))
+        assert longest_row(part) == longest_row(expected)
+    np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])

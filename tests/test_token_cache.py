@@ -11,14 +11,12 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix import token_cache
 from jaxprefix.config import cache_folder
-from jaxprefix.data import labels_of_each, longest_row, row_lengths
-from jaxprefix.examples import Chunking, Example, Examples, make_examples, read_examples
+from jaxprefix.examples import Chunking, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import load_tokenizer
@@ -318,20 +316,6 @@ def test_a_large_file_without_examples(tmp_path, tokenizer):
     path.write_text("\n" * 5000)
     with pytest.raises(InputError, match="holds no example"):
         load_examples(path, Chunking(tokenizer))
-
-
-def test_examples_are_a_sequence_with_views_for_slices():
-    listed = [Example([1, 2], [3]), Example([], [4, 5, 6]), Example([7], [8, 9])]
-    examples = Examples.of(listed)
-    assert same(examples, listed)
-    assert same(examples[1:], listed[1:])
-    assert same(examples[-2:][1:], listed[2:])
-    assert examples[-1] == listed[-1]
-    for part, expected in ((examples, listed), (examples[1:], listed[1:])):
-        np.testing.assert_array_equal(row_lengths(part), row_lengths(expected))
-        np.testing.assert_array_equal(labels_of_each(part), labels_of_each(expected))
-        assert longest_row(part) == longest_row(expected)
-    np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
 
 
 class Wide:

@@ -1,0 +1,151 @@
+"""Training states on their way between us and PyTorch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from convert.errors import InputError
+from jaxprefix.checkpoint import Checkpoints
+from jaxprefix.config import ConvertConfig
+from jaxprefix.conversion import convert
+from jaxprefix.recipe import RECIPES
+from jaxprefix.run_folder import only_writer
+from jaxprefix.start import start_encoder
+from jaxprefix.train import train
+from tests.base_folders import GOLDEN_BASE
+from tests.convert.test_training_state import ENCODER
+from tests.parity.runs import encoder_state, reference_run, started_encoder
+from tests.runs import losses_of, metrics_of, run_config
+from tests.test_conversion import converted
+from tests.tolerances import LOSS
+
+RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
+
+
+@pytest.fixture
+def stepped_once(monkeypatch):
+    """Without DeepSpeed the original steps the schedule once."""
+    monkeypatch.setitem(RECIPES, "rinna", dataclasses.replace(RECIPES["rinna"], schedule_steps_per_update=1))
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, stepped_once):
+    """Twelve updates here, three an epoch: (losses, rates)."""
+    config = run_config(tmp_path / "whole", **RINNA, n_epochs=4)
+    train(config)
+    return losses_of(config.run_dir), [point["lr"] for point in metrics_of(config.run_dir)]
+
+
+def test_a_run_goes_on_in_pytorch(tmp_path, uninterrupted):
+    config = run_config(tmp_path, **RINNA, n_epochs=2)
+    train(config)
+    state = converted(config.run_dir, tmp_path / "state.pt", GOLDEN_BASE)
+    record = reference_run(tmp_path, state, n_epochs=4)
+    np.testing.assert_allclose(record["losses"], uninterrupted[0][6:], rtol=LOSS)
+    np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=1e-6)
+
+
+def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
+    start = run_config(tmp_path, "start", **RINNA, n_epochs=4)
+    encoder = tmp_path / "encoder.pt"
+    torch.save(started_encoder(start), encoder)
+    record = reference_run(tmp_path, encoder, "--save_state", tmp_path / "state.pt", n_epochs=2)
+    np.testing.assert_allclose(record["losses"], uninterrupted[0][:6], rtol=LOSS)
+    converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
+    config = run_config(tmp_path, "run", **RINNA, n_epochs=4, resume=True)
+    assert train(config).n_done == 12
+    np.testing.assert_allclose(losses_of(config.run_dir), uninterrupted[0][6:], rtol=LOSS)
+    np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=1e-6)
+    with pytest.raises(InputError, match="has a checkpoint of update 12, the source is of 6"):
+        converted(tmp_path / "state.pt", tmp_path / "run")
+    train(other := run_config(tmp_path, "other", prefix_seq_len=3, n_training_steps=1))
+    with pytest.raises(InputError, match=r"encoder.prefix_wte.weight: expected shape \(3, 10\), found \(10, 10\)"):
+        converted(tmp_path / "state.pt", other.run_dir)
+
+
+def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
+    config = run_config(tmp_path, dtype="float16", n_training_steps=1)
+    train(config)
+    state = converted(config.run_dir, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"becomes a run folder, not a \.weight file"):
+        converted(state, tmp_path / "prefix.weight")
+    converted(state, tmp_path / "again")
+    with pytest.raises(InputError, match="does not fit this run"):
+        train(run_config(tmp_path, "again", dtype="float16", prefix_seq_len=3, resume=True))
+    with pytest.raises(InputError, match=r"after update 1 without a best prefix, and the run has 1; raise"):
+        train(run_config(tmp_path, "again", dtype="float16", n_training_steps=1, resume=True))
+    assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
+
+
+def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_model, tokenizer):
+    path = tmp_path / "encoder.pt"
+    saved = started_encoder(run_config(tmp_path, seed=43))
+    torch.save(saved, path)
+    config = run_config(tmp_path, checkpoint_path=path)
+    found = encoder_state(start_encoder(config, golden_model, tokenizer, None))
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in found.items())
+    longer = run_config(tmp_path, checkpoint_path=path, prefix_seq_len=11)
+    with pytest.raises(InputError, match=r"prefix_wte.weight: expected shape \(11, 10\), found \(10, 10\)"):
+        start_encoder(longer, golden_model, tokenizer, None)
+
+
+def test_damaged_training_states_are_refused(tmp_path):
+    good, moments = ENCODER, {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}
+    for content, message in (
+        ({"encoder": good, "optimizer": moments | {"step": -1}}, "step must be a whole number, found -1"),
+        ({"encoder": good, "optimizer": moments | {"exp_avg": {}}}, "missing moments.1.0.mu.prefix_mlp.0.bias"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.full((4,), torch.nan)}}, "0.bias holds numbers that are not"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(4,\), found \(9,\)"),
+        ({"encoder": good}, "holds an encoder without its optimizer"),
+    ):
+        torch.save(content, tmp_path / "state.pt")
+        with pytest.raises(InputError, match=message):
+            converted(tmp_path / "state.pt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_for_a_base_of_another_width(tmp_path):
+    torch.save(ENCODER, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"its encoder makes 8 numbers per position, .*base takes 384"):
+        converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
+
+
+def test_a_prefix_trained_directly_has_no_training_state(tmp_path):
+    config = run_config(tmp_path, prefix_hidden_dim=0, n_training_steps=1)
+    train(config)
+    with pytest.raises(InputError, match="run: trained with --prefix_hidden_dim 0, without an encoder; convert its pr"):
+        convert(ConvertConfig(config.run_dir, tmp_path / "state.pt"))
+
+
+def test_a_training_state_goes_into_no_strangers_folder(tmp_path):
+    state = {"encoder": ENCODER, "optimizer": {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}}
+    torch.save(state, tmp_path / "state.pt")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "prompts.txt").touch()
+    for target in ("texts", "texts/prompts.txt"):
+        with pytest.raises(InputError, match=f"{target}: is neither a run's folder nor an empty one"):
+            converted(tmp_path / "state.pt", tmp_path / target)
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["prompts.txt"]
+
+
+def test_a_training_state_goes_into_no_run_that_is_in_use_or_as_far(tmp_path):
+    run = run_config(tmp_path, n_training_steps=2)
+    train(run)
+    state = converted(run.run_dir, tmp_path / "state.pt")
+    with only_writer(tmp_path / "other"), pytest.raises(InputError, match="is in use by process"):
+        converted(state, tmp_path / "other")
+    with pytest.raises(InputError, match="has a checkpoint of update 2, the source is of 2"):
+        converted(state, run.run_dir)
+
+
+def test_a_converted_state_begins_with_an_empty_log_window(tmp_path):
+    run = run_config(tmp_path, n_training_steps=2, log_every_n_steps=100, n_epochs=1)
+    train(run)
+    later = torch.load(converted(run.run_dir, tmp_path / "state.pt"))
+    later["optimizer"]["step"] = 3
+    torch.save(later, tmp_path / "later.pt")
+    converted(tmp_path / "later.pt", run.run_dir)
+    with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
+        assert checkpoints.read()[1]["window"] == []
