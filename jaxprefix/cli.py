@@ -75,6 +75,7 @@ def prepare_compiling() -> None:
     from jaxprefix.memory import trim_after_compiling
 
     trim_after_compiling()
+    jax.config.update("jax_enable_x64", False)  # types here are what they say
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds

@@ -88,7 +88,7 @@ class GenerateConfig(InferenceConfig):
     """Continue prompts with a base model and a trained prefix. Without a prompt, asks for one line after another."""
 
     prompt: list[str] = dataclasses.field(default_factory=list)
-    """One or more texts to continue."""
+    """One or more texts to continue; --prompt=-a if one begins with a dash."""
     compare: bool = False
     """Show the plain base model's continuation beside the prefix's."""
     timing: bool = False

@@ -173,6 +173,8 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     if not path.is_file():
         raise InputError(f"{path}: no such file; a base model folder holds config.json, its weights and a tokenizer")
     raw = read_object(path)
+    if "data_sha256" in raw:
+        raise InputError(f"{folder}: is a run's folder; its base model was {raw.get('pretrained_model_dir')}")
     architecture = raw.get("model_type")
     if architecture not in list(MODEL_TYPES):  # it may be of any type
         supported = ", ".join(map(repr, MODEL_TYPES))

@@ -86,6 +86,11 @@ def test_model_type_must_agree_if_it_is_given(tmp_path):
         read_model_config(tmp_path, model_type="gpt")
 
 
+def test_a_runs_folder_in_the_place_of_its_base(tmp_path):
+    with pytest.raises(InputError, match="is a run's folder; its base model was rinna/small"):
+        read(tmp_path, {"data_sha256": "0", "pretrained_model_dir": "rinna/small", "model_type": "gpt-neox"})
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     with pytest.raises(InputError) as error:
         read(tmp_path, {"model_type": "gpt_neox", "hidden_act": "swish"})
