@@ -77,7 +77,7 @@ def import_torch(purpose: str) -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise InputError(f"{purpose} needs PyTorch: pip install 'jaxprefix[torch]'") from error
+        raise InputError(f"{purpose} needs PyTorch: pip install torch") from error
     return torch
 
 

@@ -5,6 +5,7 @@ exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 import gc
+import importlib.metadata
 import io
 import json
 import math
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
+    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+        print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")
+        return 0
     try:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
         prepare_compiling()

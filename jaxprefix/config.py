@@ -67,19 +67,19 @@ class TrainConfig:
     output_dir: Path = Path("runs")
     """Folder of all runs."""
     prefix_seq_len: int = 10
-    """P: positions of the prefix."""
+    """Positions of the prefix."""
     prefix_input_dim: int = 10
     """Width of the prefix encoder's embedding."""
     prefix_hidden_dim: int = 10
     """Width of the prefix encoder's hidden layer; 0 trains the keys and values directly."""
     suffix: str = " 😃"
-    """Appended to every sentence of a `text` document."""
+    """Appended to every sentence of a `text` document; '' for none."""
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     train_data_size: int = 1000
-    """Examples to train on: the first ones of the file."""
+    """Examples to train on, the first of the file; one with fewer than both sizes is refused."""
     dev_data_size: int = 10
     """Examples to evaluate on after every epoch: the last ones of the file."""
     batch_size: int = 4
@@ -211,7 +211,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig(TrainConfig):
-    """Tell what a training run with the same flags would find and need: base model, tokenizer, data, memory."""
+    """Tell what a training run with the same flags would find and need: base model, tokenizer, data, memory.
+
+    Flags of saving and logging have no effect.
+    """
 
     data_filepath: Path | None = None  # type: ignore[assignment]
     """JSON Lines to look at, as in training."""
@@ -223,10 +226,10 @@ class CheckConfig(TrainConfig):
 class ConvertConfig:
     """Convert a prefix, an encoder's training state, or a base model. What the source is, its content tells."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Prefix (run folder, adapter folder, .weight, .checkpoint, .safetensors, .npy), training state (a torch file, or
     a run folder when the target ends in .pt), or base model (a folder in the hub's layout)."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """Prefix: a file ending in .weight or .checkpoint (the original's), .safetensors or .npy, or an adapter folder.
     Training state: a file ending in .pt for torch_ref, or a run folder for --resume. Base model: an empty folder."""
     pretrained_model_dir: str | None = None

@@ -19,7 +19,7 @@ LEAST_TEMPERATURE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """How text is generated. Hashable: a compiled program belongs to one, whatever its temperature and top_p."""
+    """How text is generated."""
 
     decode_method: Literal["nucleus", "sample", "greedy"] = "nucleus"
     """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
@@ -61,7 +61,7 @@ class InferenceConfig:
     prompt_file: Path | None = None
     """File with one prompt a line."""
     json: bool = False
-    """Print JSON: an object per prompt, or one that holds all measures."""
+    """Print JSON: generate an object for each prompt, evaluate one of all measures."""
     seed: int = 42
     """Seed of the sampling."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
@@ -69,7 +69,7 @@ class InferenceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts, or examples, at a time."""
+    """Prompts at a time, and examples where evaluate measures a loss."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
@@ -116,9 +116,9 @@ class EvaluateConfig(InferenceConfig):
     data_filepath: Path | None = None
     """JSON Lines to compute loss and ppl on, as in training."""
     suffix: str | None = None
-    """The task's suffix. Default: the one the prefix was trained with, else " 😃"."""
+    """The task's suffix: unless given, as the prefix was trained, else " 😃"."""
     max_seq_len: int | None = None
-    """Longest chunk of a `text` document, in tokens. Default: that of the prefix's training, else 64."""
+    """Longest chunk of a `text` document, in tokens: unless given, as the prefix was trained, else 64."""
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     n_samples: int = 100

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, and how it fails."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -290,3 +291,8 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
 def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxprefix {importlib.metadata.version('jaxprefix')}\n"

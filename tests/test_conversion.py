@@ -92,7 +92,7 @@ def test_torch_is_needed_to_write_its_files_only(monkeypatch, tmp_path):
     expected = torch.load(WEIGHT, weights_only=True).numpy()
     monkeypatch.setitem(sys.modules, "torch", None)
     np.testing.assert_array_equal(np.load(converted(WEIGHT, tmp_path / "p.npy")), expected)
-    with pytest.raises(InputError, match=r"pip install 'jaxprefix\[torch\]'"):
+    with pytest.raises(InputError, match="needs PyTorch: pip install torch"):
         converted(WEIGHT, tmp_path / "p.weight")
 
 
