@@ -56,9 +56,7 @@ def _clear(folder: Path) -> None:
 
 def check_free(folder: Path) -> None:
     """Raise InputError if a folder that is to be written holds something already, but for what a killed copy left."""
-    if folder.exists() and not (
-        folder.is_dir() and all(re.fullmatch(r"\d+\.tmp", path.name) for path in folder.iterdir())
-    ):
+    if folder.exists() and not (folder.is_dir() and all(path.name.endswith(".tmp") for path in folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder")
 
 

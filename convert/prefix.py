@@ -19,7 +19,7 @@ from convert import torch_files
 from convert.errors import InputError
 from convert.files import replacing, save_safetensors
 from convert.training_state import is_training_state
-from convert.untrusted import member, read_object
+from convert.untrusted import member, read_object, refuse_pointer
 from convert.weights import read_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -55,6 +55,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             start = file.read(16)
     except OSError as error:

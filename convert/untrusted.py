@@ -26,6 +26,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is longer than the {JSON_BYTES:,} bytes that a JSON file of a model may have")
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
+        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(found, dict):

@@ -91,8 +91,8 @@ def _train(config: TrainConfig) -> int:
 
     try:
         result = train(config)
-    except PlainError as error:
-        leave_soon(error.exit_code)
+    except (PlainError, OSError) as error:
+        leave_soon(getattr(error, "exit_code", InputError.exit_code))
         raise
     if result.stopped_by is not None:
         return 128 + result.stopped_by

@@ -103,7 +103,8 @@ def _training_state_in(config: ConvertConfig) -> str:
         from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
         if progress["n_done"] >= n_done:
             raise InputError(f"{folder}: has a checkpoint of update {progress['n_done']}, the source is of {n_done}")
-        checkpoints.save(n_done, arrays, {**progress, "n_done": n_done, "window": []})
+        starts = {"n_done": n_done, "window": [], "n_skipped": 0, "to_evaluate": False}
+        checkpoints.save(n_done, arrays, {**progress, **starts})
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 
 

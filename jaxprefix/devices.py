@@ -26,8 +26,9 @@ def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
     try:
         return find()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.jax_platforms  # type: ignore[attr-defined]
-        raise InputError(f"JAX cannot use its devices (JAX_PLATFORMS={asked or ''}): {error}") from error
+        asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
+        reason = str(error) or "none is there"
+        raise InputError(f"JAX cannot use its devices (JAX_PLATFORMS={asked}): {reason}") from error
 
 
 def on_a_cpu() -> bool:

@@ -58,7 +58,8 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
     try:
         yield stop
     except KeyboardInterrupt as error:
-        jax.block_until_ready(jax.live_arrays())  # Python cannot end well while an update goes on
+        if jax.process_count() == 1:  # Python cannot end well while an update goes on; another process may hang in it
+            jax.block_until_ready(jax.live_arrays())
         raise RunError(f"a second signal ended the run at once; {what_is_left(config)}") from error
     finally:
         for number, handler in earlier.items():

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import InputError, PlainError, RunError
+from jaxprefix.devices import devices
 from jaxprefix.launch import HostsConfig
 
 JOIN_SECONDS = 120
@@ -52,13 +53,12 @@ def joined(config: HostsConfig) -> Iterator[None]:
     """
     if not config.several:
         _warn_of_slurm()
+        devices()  # fails plainly where a platform does not work
         yield
         return
-    if config.coordinator_address is not None:
-        host, _, port = config.coordinator_address.rpartition(":")
-        if config.process_id == 0:
-            _check_port(int(port))
-        _bypass_proxy(host)
+    if config.process_id == 0 and config.coordinator_address is not None:
+        _check_port(int(config.coordinator_address.rpartition(":")[2]))
+    _bypass_proxy()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
     timer.daemon = True
@@ -97,19 +97,17 @@ def _check_port(port: int) -> None:
         raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
 
 
-def _bypass_proxy(host: str) -> None:
+def _bypass_proxy() -> None:
     """Reach the other processes directly where a proxy is set for the rest of the world."""
-    if not any(map(os.environ.get, ("grpc_proxy", "https_proxy", "http_proxy"))):  # JAX warns of any such variable
-        return
-    names = ("no_grpc_proxy", "no_proxy", "NO_PROXY")  # of which gRPC takes the first
-    bypassed = next(filter(None, map(os.environ.get, names)), None)
-    os.environ[names[0]] = f"{bypassed},{host}" if bypassed else host
+    proxies = ("grpc_proxy", "https_proxy", "http_proxy")  # of which gRPC takes the first that is set; empty is none
+    if any(map(os.environ.get, proxies)):  # JAX warns of any such variable
+        os.environ[proxies[0]] = ""
 
 
 def _warn_of_slurm() -> None:
     """Say that SLURM's tasks each make a run of their own, if nobody said that they belong together."""
-    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_NTASKS", "1")
-    if task is not None and n_tasks not in ("", "1"):
+    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # srun's alone
+    if task is not None and n_tasks != "1":
         what = f"task {task} of SLURM's {n_tasks} makes a run of its own; --distributed joins them"
         print(f"WARNING: {what}", file=sys.stderr)
 
@@ -156,7 +154,12 @@ def agree(name: str, attempt: Callable[[], Result]) -> Result:
         result = attempt()
     except (PlainError, OSError) as error:
         failure = error
-    wait_for_all(name)
+    try:
+        wait_for_all(name)
+    except (RunError, jax.errors.JaxRuntimeError):
+        if failure is not None:
+            raise failure from None
+        raise
     failed = multihost_utils.process_allgather(np.array(failure is not None))
     if failure is not None:
         raise failure
@@ -213,14 +216,16 @@ def check_shared(folder: Path) -> None:
             mark.touch()
         wait_until_visible(mark)
 
-    agree("see the run's folder", look)
-    if is_first():
-        mark.unlink()
+    try:
+        agree("see where runs lie", look)
+    finally:
+        if is_first():
+            mark.unlink(missing_ok=True)
 
 
 def leave_soon(exit_code: int) -> None:
     """End a process that failed alone in LEAVE_SECONDS: JAX would wait for the others at its end, and then abort it."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
         timer.daemon = True
         timer.start()

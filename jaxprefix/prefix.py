@@ -63,7 +63,8 @@ Encoder = PrefixEncoder | DirectPrefix
 def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int) -> Encoder:
     """Make an encoder whose prefix starts close to the base model's own keys and values.
 
-    With hidden_dim 0 the keys and values are trained directly and start there exactly. Raises InputError.
+    With hidden_dim 0 the keys and values are trained directly and start there exactly. Raises InputError for
+    more positions than the base model has token ids.
     """
     if prefix_seq_len > (n_tokens := base.config.vocab_size):
         raise InputError(f"--prefix_seq_len {prefix_seq_len} is more than the base model's {n_tokens} token ids")

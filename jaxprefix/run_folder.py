@@ -86,18 +86,20 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> IO[str]:
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file, locked = path.open("a+", encoding="utf-8"), True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
-            print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
+            locked = False
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
         file.close()  # the owner before removed it between opening and locking
+    if not locked:
+        print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -111,12 +113,12 @@ def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of what computes a run, and a checksum of this package's sources."""
+    """Return the versions of what computes a run: this package's is a checksum of its sources."""
     digest = hashlib.sha256()
     for package in ("convert", "jaxprefix"):
         for path in sorted((Path(__file__).parents[1] / package).rglob("*.py")):
             digest.update(path.read_bytes())
-    versions = {name: importlib.metadata.version(name) for name in ("jaxprefix", "jax", "jaxlib")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     return versions | {"sources": digest.hexdigest()[:16]}
 
 

@@ -34,7 +34,7 @@ class Progress:
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
     to_evaluate: bool = False
-    """The dev set is due: a checkpoint is saved before it is gone through."""
+    """The dev set was due when this was saved; a resumed run goes through it, once more if that was done."""
 
 
 def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.ndarray] | None:

@@ -106,7 +106,7 @@ def _making(folder: Path) -> Iterator[None]:
 
 def _key(path: Path, chunking: Chunking) -> str:
     tokenizer, *settings = chunking
-    parts = (FORMAT, sha256_of(path), tokenizer.fingerprint, *settings)
+    parts = (FORMAT, sha256_of(path), tokenizer.exact_fingerprint, *settings)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

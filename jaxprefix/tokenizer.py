@@ -4,6 +4,7 @@ SentencePiece models are never rebuilt on another backend: that changes ids (an 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES,
 NEWLINE_PIECE = "<NL>"
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 """What a tokenizer_config.json says of a token that it adds."""
-PROBE = "Hello, World!  朝の市場は、１２３ x2.5\nÀ 😃"
+PROBE = "Hello, World!  it's 1234 x2.5\n\n  朝の市場は、１２３\nÀ 😃"
 """Its ids tell apart tokenizers that share a vocabulary but normalise or split differently."""
 
 
@@ -70,6 +71,10 @@ class SentencePiece:
         added = sorted((token, index) for token, index in self.added.items() if index != padding)
         additions = f"{added} {self.lower}" if added or self.lower else ""
         return self.processor.serialized_model_proto() + additions.encode()
+
+    def exact_content(self) -> bytes:
+        """Return all that decides the ids of texts."""
+        return self.content(None)
 
     def id_of(self, piece: str) -> int | None:
         """Return a piece's id, None if there is no such piece."""
@@ -148,6 +153,10 @@ class TokenizersFile:
         parts = (model.get("vocab"), merges, tokens, self.backend.encode(PROBE, add_special_tokens=False).ids)
         return json.dumps(parts, sort_keys=True).encode()
 
+    def exact_content(self) -> bytes:
+        """Return all that decides the ids of texts: flags of added tokens and how texts are split, too."""
+        return self.backend.to_str().encode()
+
 
 Vocabulary = SentencePiece | TokenizersFile
 
@@ -161,7 +170,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     fingerprint: str
-    """First 16 hex digits of the SHA-256 of the tokenizer and of what other files add to it: two agree if these do."""
+    """16 hex digits by which a prefix knows its base model's tokenizer, however that is saved or padded."""
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +181,11 @@ class Tokenizer:
     def unk_id(self) -> int | None:
         """Id of what the vocabulary cannot express; None if it can express everything."""
         return self.vocabulary.unk_id
+
+    @functools.cached_property
+    def exact_fingerprint(self) -> str:
+        """A checksum of all that decides the ids of texts, by which they may be cached."""
+        return hashlib.sha256(self.vocabulary.exact_content()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens. Raises InputError if it is not valid Unicode."""
@@ -204,7 +218,9 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
     if bos_id is None or eos_id is None:
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
-    if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in ids.values():
+    if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in (None, bos_id, eos_id):
+        if vocabulary.unk_id is None:
+            raise InputError(f"{path}: has no token for what it does not know (unk_id)")
         token = vocabulary.backend.id_to_token(vocabulary.unk_id)
         raise InputError(
             f"{path}: what it does not know becomes its token {token!r}, as in files that are rebuilt from a "

@@ -29,7 +29,18 @@ from jaxprefix.faults import (
     stop_on_signal,
     within_disk,
 )
-from jaxprefix.hosts import Vote, Watchdog, agree, check_same, check_shared, first_says, is_first, joined, spread
+from jaxprefix.hosts import (
+    Vote,
+    Watchdog,
+    agree,
+    check_same,
+    check_shared,
+    first_says,
+    is_first,
+    joined,
+    spread,
+    wait_until_visible,
+)
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.memory import within_memory
 from jaxprefix.models import BaseModel, fingerprint, load_model
@@ -240,7 +251,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 def save(run: Run, state: TrainState, progress: Progress) -> None:
     """Save a checkpoint, and before it what metrics.jsonl says of the updates that it holds."""
     assert run.checkpoints is not None
-    run.checkpoints.finish()  # the one before may take a while
+    run.checkpoints.finish()  # meanwhile the folder may vanish, so the look comes after
     check_still_there(run.config)
     run.log.to_disk()
     run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
@@ -274,13 +285,15 @@ def look_at_folder(config: TrainConfig, description: dict[str, Any]) -> None:
 
 
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
-    """Let the first process lock the run's folder, as long as the stack lasts."""
+    """Let the first process lock the run's folder, as long as the stack lasts; check that all see where it lies."""
 
     def lock_folder() -> None:
         if is_first() and config.writes:
             stack.enter_context(only_writer(config.run_dir))
 
     agree("lock the run's folder", lock_folder)
+    if config.writes:
+        check_shared(config.run_dir.resolve().parent)
 
 
 def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:
@@ -293,7 +306,7 @@ def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None
             open_run_folder(config, description)
 
     agree("open the run's folder", open_folder)
-    check_shared(config.run_dir)
+    agree("see the run's folder", lambda: wait_until_visible(config.run_dir))
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:

@@ -56,7 +56,7 @@ def test_order_of_prompts_does_not_matter(model, tokenizer):
 
 
 def test_dynamic_rotary_scaling_goes_by_each_prompt(golden_model, tokenizer):
-    """Of 16 positions the longest prompt takes all: beside it, others go on as they do alone."""
+    """The longest prompt goes beyond the 16 positions: beside it, others go on as they do alone."""
     model = with_config(golden_model, n_positions=16, rotary_scaling="dynamic", rotary_factor=4.0)
     together = ids_of(model, tokenizer, PROMPTS, decode=GREEDY)
     assert together == [ids_of(model, tokenizer, [prompt], decode=GREEDY)[0] for prompt in PROMPTS]

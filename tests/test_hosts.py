@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -133,6 +134,26 @@ def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_looked_at(undisturbed, tmp_path):
+    """One has the run, the other has not: nothing of it is taken for damaged."""
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+    shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
+    impatient = ("-c", IMPATIENT.format("VISIBLE_SECONDS"))
+    pair = [
+        start(run_config(tmp_path / place), *flags, "--resume", program=impatient, **TWO_DEVICES)
+        for place, flags in zip(("one", "other"), documented_flags(), strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert (
+        "process 1 does not see what process 0 wrote; --output_dir must be a folder that all hosts share" in errors[1]
+    )
+    assert "damaged" not in errors[0] + errors[1]
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["run"]
+
+
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     config = run_config(tmp_path)
     pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))
@@ -254,26 +275,39 @@ def test_processes_need_as_many_devices(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("set_before", "bypassed"),
-    [
-        ({}, None),
-        ({"http_proxy": "p"}, "node0"),
-        ({"https_proxy": "p", "no_proxy": "a,b"}, "a,b,node0"),
-        ({"http_proxy": "p", "no_grpc_proxy": "c", "no_proxy": "a"}, "c,node0"),
-    ],
+    ("set_before", "proxy"),
+    [({}, None), ({"http_proxy": "p"}, ""), ({"https_proxy": "p", "no_proxy": "a"}, ""), ({"grpc_proxy": "p"}, "")],
 )
-def test_a_proxy_is_for_the_rest_of_the_world(monkeypatch, set_before, bypassed):
+def test_a_proxy_is_for_the_rest_of_the_world(monkeypatch, set_before, proxy):
     environment = {**set_before}
     monkeypatch.setattr(os, "environ", environment)
-    hosts._bypass_proxy("node0")
-    assert environment.get("no_grpc_proxy") == bypassed
+    hosts._bypass_proxy()
+    assert environment.get("grpc_proxy") == proxy
 
 
 def test_tasks_of_slurm_that_were_not_joined_are_told(monkeypatch, capsys):
-    for name, value in slurm(1, "7").items():
+    for name, value in slurm(0, "7").items():  # as in the batch script itself, too
         monkeypatch.setenv(name, value)
     with joined(HostsConfig()):
-        assert "WARNING: task 1 of SLURM's 2 makes a run of its own; --distributed" in capsys.readouterr().err
+        assert not capsys.readouterr().err
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with joined(HostsConfig()):
+        assert "WARNING: task 0 of SLURM's 2 makes a run of its own; --distributed" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_the_own_error_is_told_though_the_others_are_too_slow(monkeypatch):
+    def wait_for_all(name):
+        raise RunError("not all processes came to it")
+
+    def fail():
+        raise InputError("no such file")
+
+    monkeypatch.setattr(hosts, "wait_for_all", wait_for_all)
+    with pytest.raises(InputError, match="no such file"):
+        hosts.agree("read its inputs", fail)
+    with pytest.raises(RunError, match="not all processes"):
+        hosts.agree("read its inputs", lambda: "read")
 
 
 def test_one_that_is_slow_for_too_long(monkeypatch):
@@ -288,6 +322,8 @@ def test_one_that_is_slow_for_too_long(monkeypatch):
 
 def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_codes, monkeypatch):
     monkeypatch.setattr(hosts, "LEAVE_SECONDS", 0)
+    hosts.leave_soon(2)  # not joined yet: nothing to wait for
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     hosts.leave_soon(1)
     assert exit_codes.get(timeout=10) == 1
 

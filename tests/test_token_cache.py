@@ -19,7 +19,7 @@ from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, make_examples, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
-from jaxprefix.tokenizer import load_tokenizer
+from jaxprefix.tokenizer import SentencePiece, load_tokenizer
 from tests.base_folders import make_base_folder
 
 SENTENCES = ["朝の市場は人でいっぱいだった。", "魚屋の主人が大きな声を出している。", "今日は、暑い。"]
@@ -95,7 +95,8 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, tmp_path, 
     if change == "file":
         data.write_bytes(data.read_bytes() + b"\n" + json.dumps({"text": "a"}).encode())
     elif change == "tokenizer":
-        chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, fingerprint="other"))
+        vocabulary = SentencePiece(tokenizer.vocabulary.processor, {}, lower=True)
+        chunking = chunking._replace(tokenizer=dataclasses.replace(tokenizer, vocabulary=vocabulary))
     elif change == "added tokens":
         folder = make_base_folder(tmp_path / "base")
         (folder / "added_tokens.json").write_text('{"朝": 440}')
@@ -187,7 +188,7 @@ import sys
 from pathlib import Path
 from jaxprefix import token_cache
 from jaxprefix.examples import Chunking
-from jaxprefix.tokenizer import load_tokenizer
+from jaxprefix.tokenizer import SentencePiece, load_tokenizer
 from tests.base_folders import GOLDEN_BASE
 
 token_cache.CACHED_BYTES = 1
@@ -217,7 +218,7 @@ import sys, time
 from pathlib import Path
 from jaxprefix import token_cache
 from jaxprefix.examples import Chunking
-from jaxprefix.tokenizer import load_tokenizer
+from jaxprefix.tokenizer import SentencePiece, load_tokenizer
 from tests.base_folders import GOLDEN_BASE
 
 def blocks(path):
@@ -321,7 +322,7 @@ def test_a_large_file_without_examples(tmp_path, tokenizer):
 class Wide:
     """A tokenizer with more pieces than 16 bits tell apart."""
 
-    vocab_size, fingerprint = 70_000, "wide"
+    vocab_size, exact_fingerprint = 70_000, "wide"
 
     def encode(self, text):
         return [69_999]

@@ -213,6 +213,8 @@ def test_a_token_for_padding_alone_makes_no_other_tokenizer(bpe_folder, tmp_path
     second = with_settings(bpe_folder, tmp_path / "second", **padding)
     assert (first.pad_id, second.pad_id) == (1, 600)
     assert first.fingerprint == second.fingerprint
+    assert first.encode("a [PAD] b") != second.encode("a [PAD] b")
+    assert first.exact_fingerprint != second.exact_fingerprint, "ids of one are not the other's"
     third = with_settings(bpe_folder, tmp_path / "third", **padding | {"pad_token": None})
     assert third.fingerprint != first.fingerprint
 

@@ -140,7 +140,7 @@ def test_a_training_state_goes_into_no_run_that_is_in_use_or_as_far(tmp_path):
         converted(state, run.run_dir)
 
 
-def test_a_converted_state_begins_with_an_empty_log_window(tmp_path):
+def test_a_converted_state_begins_where_it_is_and_not_where_the_run_was(tmp_path):
     run = run_config(tmp_path, n_training_steps=2, log_every_n_steps=100, n_epochs=1)
     train(run)
     later = torch.load(converted(run.run_dir, tmp_path / "state.pt"))
@@ -148,4 +148,5 @@ def test_a_converted_state_begins_with_an_empty_log_window(tmp_path):
     torch.save(later, tmp_path / "later.pt")
     converted(tmp_path / "later.pt", run.run_dir)
     with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
-        assert checkpoints.read()[1]["window"] == []
+        progress = checkpoints.read()[1]
+    assert progress == {"n_done": 3, "best_dev_loss": None, "window": [], "n_skipped": 0, "to_evaluate": False}

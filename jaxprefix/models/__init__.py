@@ -92,12 +92,9 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     """
     folder = resolve_folder(dir_or_hub_id)
     config = read_model_config(folder, name=dir_or_hub_id)
-    beside = [
-        member(folder, path.name)
-        for path in folder.iterdir()
-        if path.suffix in (".json", ".model", ".vocab", ".txt", ".jinja") or path.name.startswith("LICENSE")
-        if path.name not in (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
-    ]
+    kinds, others = (".json", ".model", ".vocab", ".txt", ".jinja"), (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
+    names = [path.name for path in folder.iterdir() if path.suffix in kinds or path.name == "LICENSE"]
+    beside = [member(folder, name) for name in names if name not in others]
     whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
     with filling(target):
         write_weights(target, weight_table(config), config.n_layer, whole)

@@ -70,7 +70,7 @@ def write_cache(
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
     n_rows, n_heads, *_ = k.shape
-    slots = own_slots(heads_first(k)) if slots is None else slots
+    slots = own_slots(k[:, 0]) if slots is None else slots
     places = jnp.arange(n_rows)[:, None, None], jnp.arange(n_heads)[:, None], slots[:, None]
     return cache[0].at[places].set(k), cache[1].at[places].set(v)
 

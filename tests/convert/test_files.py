@@ -49,6 +49,7 @@ def test_a_folder_that_cannot_be_filled_is_as_it_was(tmp_path, exists):
 
 def test_what_a_killed_copy_left_is_in_nobodys_way(tmp_path, monkeypatch):
     (tmp_path / "1.tmp").touch()
+    (tmp_path / "adapter_config.json.tmp").touch()
     monkeypatch.chdir(tmp_path)
     with filling(tmp_path.relative_to(tmp_path)):
         (tmp_path / "model.safetensors").touch()

@@ -1,6 +1,7 @@
 import pytest
 
 from convert.errors import InputError
+from convert.prefix import read_prefix
 from convert.torch_files import load_torch
 from convert.untrusted import read_object
 from convert.weights import read_safetensors
@@ -18,6 +19,8 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
     [
         ("model.safetensors", read_safetensors),
         ("pytorch_model.bin", load_torch),
+        ("adapter_model.safetensors", read_prefix),
+        ("smile.weight", read_prefix),
         ("spiece.model", lambda path: load_tokenizer(path.parent)),
         ("tokenizer.json", lambda path: load_tokenizer(path.parent)),
     ],
@@ -26,3 +29,9 @@ def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path, name, read):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     with pytest.raises(InputError, match=f"{name}: is Git LFS's pointer to the file, not the file; run `git lfs pull`"):
         read(tmp_path / name)
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": "\\ud800"}')
+    with pytest.raises(InputError, match=r"config.json: not valid JSON"):
+        read_object(tmp_path / "config.json")
