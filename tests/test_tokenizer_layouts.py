@@ -249,6 +249,15 @@ def test_a_unigram_model_whose_unknown_token_ends_texts_is_refused(tmp_path):
         load_tokenizer(folder)
 
 
+def test_a_unigram_model_may_pad_with_its_unknown_token_and_must_have_one(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", "朝"]
+    padded = unigram_folder(tmp_path / "padded", pieces, unk_id=0)
+    (padded / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>"}))
+    assert load_tokenizer(padded).pad_id == 0
+    with pytest.raises(InputError, match="has no token for what it does not know"):
+        load_tokenizer(unigram_folder(tmp_path / "none", pieces, unk_id=None))
+
+
 def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):
     folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
     found = load_tokenizer(folder).fingerprint
