@@ -117,10 +117,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
-    weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
-    description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
-    agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
-    agree("check the run's folder", lambda: look_at_folder(config, description))
+    description = checked_description(config, inputs, identity)
     with contextlib.ExitStack() as stack:
         lock_shared_folder(config, stack)  # nobody else writes from here on
         place = base_sharding(mesh, inputs.base.config.n_head)
@@ -155,6 +152,20 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")
     return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, stopped_by)
+
+
+def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:
+    """Return what config.json is to say, which is the same on all processes and may go into the run's folder."""
+    weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
+    description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
+    agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
+
+    def look_at_folder() -> None:
+        if is_first() and config.writes:  # before minutes go by
+            check_run_folder(config, description)
+
+    agree("check the run's folder", look_at_folder)
+    return description
 
 
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:
@@ -276,12 +287,6 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
 def has_checkpoint(config: TrainConfig) -> bool:
     """Tell whether there is a checkpoint that the run is to go on from."""
     return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
-
-
-def look_at_folder(config: TrainConfig, description: dict[str, Any]) -> None:
-    """Let the first process refuse a folder that the run cannot have, before minutes go by."""
-    if is_first() and config.writes:
-        check_run_folder(config, description)
 
 
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:

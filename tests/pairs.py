@@ -36,3 +36,9 @@ def ended(pair, timeout: float = 60):
         for process in pair:
             process.kill()
     return [process.returncode for process in pair], *zip(*texts, strict=True)
+
+
+def slurm(process: int, job: str) -> dict[str, str]:
+    """What srun tells a task of one node's two."""
+    place = {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    return {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", **place}

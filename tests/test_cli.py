@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.errors import InputError, RunError
 from jaxprefix.cli import main
 from jaxprefix.inference_config import read_prompts
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
@@ -296,3 +297,17 @@ def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxprefix {importlib.metadata.version('jaxprefix')}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RunError("nan"), 1), (InputError("no"), 2), (OSError(28, "full", "a"), 2)]
+)
+def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch, error, code):
+    def fail(config):
+        raise error
+
+    left = []
+    monkeypatch.setattr("jaxprefix.train.train", fail)
+    monkeypatch.setattr("jaxprefix.hosts.leave_soon", left.append)
+    assert main(train_flags(tmp_path)) == code
+    assert left == [code]

@@ -270,12 +270,11 @@ def test_helpers_that_cannot_be_started_are_told(data, tokenizer, monkeypatch):
     monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", lambda *_: raising(error))
     with pytest.raises(RunError, match=r"cannot be started \(Resource temporarily unavailable\)$"):
         load_examples(data, Chunking(tokenizer))
-    error = OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.__init__", lambda *_, **__: raising(error))
-    with pytest.raises(
-        RunError, match=r"cannot be started \(Read-only file system\); is /dev/shm there and writable\?"
-    ):
-        load_examples(data, Chunking(tokenizer))
+    for number in (errno.EROFS, errno.ENOENT, errno.EACCES):
+        error = OSError(number, "no semaphores")
+        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.__init__", lambda *_, e=error, **__: raising(e))
+        with pytest.raises(RunError, match=r"\(no semaphores\); is /dev/shm there and writable\?"):
+            load_examples(data, Chunking(tokenizer))
 
 
 @pytest.mark.parametrize(("limit", "n_cores"), [("max 100000", 128), ("400000 100000", 4), ("50000 100000", 1)])

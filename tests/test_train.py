@@ -268,3 +268,12 @@ def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypat
     monkeypatch.setattr(train_module, "check_still_there", lambda config: None)
     train(run_config(tmp_path, n_epochs=1))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
+
+
+def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
+    named, agree = [], train_module.agree
+    monkeypatch.setattr(train_module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
+    train(run_config(tmp_path, n_training_steps=1))
+    steps = ["read its inputs", "read the weights", "describe the run", "have process 0's settings"]
+    steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
+    assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]

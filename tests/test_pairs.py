@@ -1,0 +1,158 @@
+"""Two processes with two devices each make one run: by the lines of docs/launch.md, and by SLURM's variables."""
+
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from convert.prefix import read_prefix
+from jaxprefix.train import train
+from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
+from tests.runs import losses_of, metrics_of, run_config, start
+from tests.tolerances import LOSS
+
+IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of 8 updates and what its processes printed."""
+    config = run_config(tmp_path_factory.mktemp("pair"))
+    codes, outputs, errors = ended(start_pair(config))
+    assert codes == [0, 0], errors
+    return config, outputs, errors
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_device(undisturbed, tmp_path):
+    alone = run_config(tmp_path)
+    train(alone)
+    for split, n_points in (("train", 8), ("dev", 2)):
+        losses = losses_of(undisturbed[0].run_dir, split)
+        assert len(losses) == n_points
+        np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS)
+
+
+@pytest.mark.slow
+def test_the_first_process_writes_and_speaks_for_both(undisturbed):
+    config, outputs, errors = undisturbed
+    assert {path.name for path in config.run_dir.iterdir()} == {
+        *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "prefix")
+    }
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    assert len(list((config.run_dir / "tensorboard").iterdir())) == 1
+    assert "4 device(s)" in errors[0]
+    assert "best prefix" in outputs[0]
+    assert "best prefix" not in outputs[1]
+    assert "loss" not in errors[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed, tmp_path):
+    config = run_config(tmp_path)
+    pair = start_pair(config)
+    log = config.run_dir / "log.txt"
+    while not (log.is_file() and "training: " in log.read_text()):  # from here on the first update is compiled
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)
+    codes, _, errors = ended(pair)
+    assert codes == [143, 143], errors
+    n_done = len(losses_of(config.run_dir))
+    assert 1 <= n_done < 8
+    assert (config.run_dir / "checkpoints" / str(n_done)).is_dir()
+    assert f"stopped after update {n_done}; repeat the command with --resume to go on" in errors[0]
+
+    job = str(free_port())  # SLURM's port is made from the job's number
+    codes, _, errors = ended(
+        [start(config, "--distributed", "--resume", **TWO_DEVICES, **slurm(i, job)) for i in range(2)]
+    )
+    assert codes == [0, 0], errors
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(undisturbed[0].run_dir)[0])
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_ends_both(tmp_path):
+    config = run_config(tmp_path)
+    first, second = documented_flags()
+    codes, _, errors = ended([start(config, *first), start(config, *second, "--data_filepath", "nowhere.jsonl")])
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot read its inputs; its own error tells why" in errors[0]
+    assert "error: nowhere.jsonl: no such data file" in errors[1]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
+    config = run_config(tmp_path)
+    first, last = (tmp_path / "data.jsonl"), config.data_filepath.read_text().splitlines(keepends=True)
+    first.write_text("".join([*last[1:], last[0]]))
+    one, other = documented_flags()
+    pair = [start(config, *one), start(config, *other, "--data_filepath", str(first), "--seed", "7")]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot have process 0's settings; its own error tells why" in errors[0]
+    assert re.fullmatch(
+        r"error: differs from process 0 in:\n  - seed: there 42, here 7\n  - data_sha256: there '\w+', here '\w+'\n",
+        errors[1],
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+@pytest.mark.slow
+def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
+    config, places = run_config(tmp_path), (undisturbed[0].run_dir, tmp_path / "nowhere")
+    pair = [
+        start(config, *flags, "--checkpoint_path", str(place), **TWO_DEVICES)
+        for flags, place in zip(documented_flags(), places, strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot find the earlier run; its own error tells why" in errors[0]
+    assert "nowhere: no run, config.json is missing or damaged" in errors[1]
+
+
+@pytest.mark.slow
+def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_looked_at(undisturbed, tmp_path):
+    """One has the run, the other has not: nothing of it is taken for damaged."""
+    for place in ("one", "other"):
+        (tmp_path / place).mkdir()
+    shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
+    impatient = ("-c", IMPATIENT.format("VISIBLE_SECONDS"))
+    pair = [
+        start(run_config(tmp_path / place), *flags, "--resume", program=impatient, **TWO_DEVICES)
+        for place, flags in zip(("one", "other"), documented_flags(), strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert (
+        "process 1 does not see what process 0 wrote; --output_dir must be a folder that all hosts share" in errors[1]
+    )
+    assert "damaged" not in errors[0] + errors[1]
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other(tmp_path):
+    config = run_config(tmp_path)
+    pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))
+    while not (config.run_dir / "log.txt").is_file():
+        assert all(process.poll() is None for process in pair)
+        time.sleep(0.05)
+    pair[1].kill()
+    codes, _, errors = ended(pair, timeout=30)
+    assert codes[0] in (1, -signal.SIGABRT)
+    assert "another task died" in errors[0]
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    _, second = documented_flags()
+    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("JOIN_SECONDS")))
+    [code], _, [error] = ended([process])
+    assert code == 2
+    assert re.fullmatch(r"error: process 0, or some other, did not join at 127.0.0.1:\d+ within 2 seconds\n", error)
