@@ -15,9 +15,8 @@ from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-PROMPTS = (
-    (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
-)  # beginnings that the training data does not hold
+PROMPTS = (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
+"""Beginnings that the training data does not hold."""
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -104,9 +103,7 @@ class TokenizersFile:
     (`add_prefix_space`), whatever the tokenizer.json says; transformers does the same.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, added: Mapping[str, Added] = MappingProxyType({}), settings: Any = None
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, Added], settings: Mapping[str, Any]):
         backend.no_truncation()
         backend.no_padding()
         for name, (index, token) in sorted(added.items(), key=lambda item: item[1].id):
@@ -114,7 +111,7 @@ class TokenizersFile:
                 (backend.add_special_tokens if token.special else backend.add_tokens)([token])
             if backend.token_to_id(name) != index:
                 raise InputError(f"added token {name!r} has id {index} in one file, {backend.token_to_id(name)} here")
-        add_prefix_space = (settings or {}).get("add_prefix_space")
+        add_prefix_space = settings.get("add_prefix_space")
         if isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel) and type(add_prefix_space) is bool:
             backend.pre_tokenizer.add_prefix_space = add_prefix_space
         self.backend = backend

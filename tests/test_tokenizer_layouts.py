@@ -293,7 +293,7 @@ def test_added_tokens_that_contradict_the_file_are_refused(bpe_folder, tmp_path)
 
 def test_gaps_between_ids_count():
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
-    assert TokenizersFile(backend, {}).size == 8
+    assert TokenizersFile(backend, {}, {}).size == 8
 
 
 def test_half_a_surrogate_pair_is_refused_in_bpe_too(bpe_folder):

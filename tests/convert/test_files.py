@@ -55,3 +55,10 @@ def test_what_a_killed_copy_left_is_in_nobodys_way(tmp_path, monkeypatch):
         (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
         pass
+
+
+def test_a_strangers_unfinished_file_is_not_removed(tmp_path):
+    (tmp_path / "thesis.tmp").write_text("hours of work")
+    with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tmp").read_text() == "hours of work"
