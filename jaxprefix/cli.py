@@ -1,7 +1,7 @@
 """The command line: jaxprefix train | generate | evaluate | convert | check.
 
 User errors print plain lines on stderr and exit with code 2; a run that fails exits with 1. A run stopped by a signal
-exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM.
+exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
 """
 
 import gc

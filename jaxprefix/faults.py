@@ -35,10 +35,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
-    """Note the first SIGINT or SIGTERM; the second one ends the run at once. Raises RunError then.
+    """Note the first SIGINT, SIGTERM or SIGHUP; the second one ends the run at once. Raises RunError then.
 
     A launcher may pass on what its process group was sent as well, so one that follows within ONE_SIGNAL seconds is the
-    same. Outside of a program's main thread Python hands out no signals: nothing is noted there.
+    same. SIGHUP is left alone where `nohup` has switched it off. Outside of a program's main thread Python hands out no
+    signals: nothing is noted there.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -54,7 +55,10 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
         elif time.monotonic() - noted_at > ONE_SIGNAL:
             raise KeyboardInterrupt
 
-    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        noted.append(signal.SIGHUP)
+    earlier = {number: signal.signal(number, handle) for number in noted}
     try:
         yield stop
     except KeyboardInterrupt as error:

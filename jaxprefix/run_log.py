@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -43,11 +45,11 @@ class RunLog:
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":
-        self._progress.start()
+        self._show(self._progress.start)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        self._show(self._progress.stop)
         for file in (self._text, self._metrics, self._tensorboard):
             if file is not None:
                 file.close()
@@ -55,7 +57,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Write a line to the screen and to log.txt, after the seconds since the start."""
         text = f"{time.monotonic() - self._started:.2f}s {text}"
-        self.console.print(text, markup=False)
+        self._show(lambda: self.console.print(text, markup=False))
         if self._text is not None:
             print(text, file=self._text, flush=True)
 
@@ -84,6 +86,13 @@ class RunLog:
         """Have the system write metrics.jsonl down: a checkpoint must not outlive the records of its updates."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
+
+    def _show(self, write: Callable[[], None]) -> None:
+        """Write to the screen, as long as there is one: a closed terminal or pipe ends no run."""
+        try:
+            write()
+        except (OSError, SystemExit):  # rich leaves the program when a pipe is closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:

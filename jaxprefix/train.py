@@ -103,9 +103,9 @@ def train(config: TrainConfig) -> TrainResult:
     """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
 
     Raises InputError for anything wrong with the user's input, before anything is written; RunError when numbers that
-    are not finite, the disk or the memory end a run that began. SIGINT and SIGTERM end it after the update at hand,
-    with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all have
-    made the run; a signal to any of them ends it for all.
+    are not finite, the disk or the memory end a run that began. SIGINT, SIGTERM and SIGHUP end it after the update at
+    hand, with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all
+    have made the run; a signal to any of them ends it for all.
     """
     with within_memory(lambda: less_memory(config)), joined(config.hosts):
         return train_jointly(config)
@@ -209,7 +209,8 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         epoch_ends = inputs.plan.ends_epoch(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
-        verdict = vote.cast(stop.received or (Vote.SAVE if due else Vote.GO_ON))
+        wish = Vote.SAVE if due else Vote.GO_ON
+        verdict = vote.cast(wish if stop.received is None else Vote.SAVE + stop.received)
         saving = epoch_ends or verdict > Vote.GO_ON or progress.n_done % config.checkpoint_every_n_steps == 0
         saved_at = time.monotonic() if saving or due else saved_at
         settle(n_left=0 if logging or saving else 1)
@@ -221,7 +222,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             progress.window, progress.n_skipped, progress.to_evaluate = window.sums, guard.n_skipped, epoch_ends
             save(run, state, progress)
         if verdict > Vote.SAVE and batch is not None:
-            return Signals(verdict)
+            return Signals(verdict - Vote.SAVE)
         if epoch_ends:
             evaluate(run, state, progress, epoch)
         if saving:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import only_writer
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end
+from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
@@ -134,12 +135,49 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
 
 
 class TestSignals:
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_the_exit_code_tells_the_signal(self, tmp_path, monkeypatch, number, code):
         at_update(monkeypatch, 2, lambda: signal.raise_signal(number))
         config = run_config(tmp_path)
         assert main(["train", *flags_of(config)]) == code
         assert (config.run_dir / "checkpoints" / "2").is_dir()
+
+    def test_a_closed_terminal_ends_with_a_checkpoint(self, tmp_path):
+        terminal, its_other_end = pty.openpty()
+        in_terminal = "import os, runpy; os.setsid()"
+        in_terminal += f"; [os.dup2(os.open({os.ttyname(its_other_end)!r}, os.O_RDWR), n) for n in (1, 2)]"
+        in_terminal += "; runpy.run_module('jaxprefix', run_name='__main__')"
+        config = run_config(tmp_path, n_epochs=2000, n_training_steps=100000)
+        with start(config, program=("-c", in_terminal)) as process:
+            shown = b""
+            while b"step 6," not in shown:
+                shown += os.read(terminal, 1024)
+            os.close(its_other_end)
+            os.close(terminal)
+            assert process.wait(timeout=60) == 129
+        last_step = metrics_of(config.run_dir)[-1]["step"]
+        assert newest_checkpoint(config.run_dir / "checkpoints") == last_step
+        assert f"stopped after update {last_step}" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
+
+    def test_nohup_keeps_a_run_from_noticing_its_terminal(self, finished, tmp_path, monkeypatch):
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            at_update(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
+            config = run_config(tmp_path)
+            assert train(config).finished
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        same_end(config, finished)
+
+    def test_a_closed_pipe_ends_no_run(self, tmp_path):
+        """As when what reads the output, like tee or head, ends before the run."""
+        config = run_config(tmp_path)
+        with start(config) as process:
+            process.stderr.readline()
+            process.stderr.close()
+            assert process.wait(timeout=120) == 0
+        assert newest_checkpoint(config.run_dir / "checkpoints") == 8
+        assert "dev - monitor" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
 
     def test_a_signal_during_the_last_update_changes_nothing(self, finished, tmp_path, monkeypatch):
         at_update(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))

@@ -228,9 +228,9 @@ def test_the_dev_sets_rows_must_fit_the_positions_too(tmp_path):
 
 
 def test_signals_are_pythons_again_after_a_run(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     train(run_config(tmp_path, n_training_steps=1))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
 def test_a_revision_is_asked_for(tmp_path, monkeypatch):
