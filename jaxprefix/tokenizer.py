@@ -1,4 +1,4 @@
-"""Text to ids and back: SentencePiece models through `sentencepiece`, tokenizer.json through `tokenizers`.
+"""Text to ids and back: SentencePiece models through `sentencepiece`, byte-level BPE and others through `tokenizers`.
 
 SentencePiece models are never rebuilt on another backend: that changes ids (an extra `▁`, byte fallback lost).
 """
@@ -17,9 +17,19 @@ from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
 from convert.untrusted import member, read_object, refuse_pointer
-from jaxprefix.hub import ADDED_TOKENS_FILE, SENTENCEPIECE_FILES, SPECIAL_FILES, TOKENIZERS_FILE, resolve_folder
+from jaxprefix.hub import (
+    ADDED_TOKENS_FILE,
+    MERGES_FILE,
+    SENTENCEPIECE_FILES,
+    SPECIAL_FILES,
+    TOKENIZERS_FILE,
+    VOCAB_FILE,
+    resolve_folder,
+)
 
 NEWLINE_PIECE = "<NL>"
+GPT2_SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+"""What these tokens are in GPT-2's own two files unless others of the folder tell."""
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 """What a tokenizer_config.json says of a token that it adds."""
 PROBE = "Hello, World!  it's 1234 x2.5\n\n  朝の市場は、１２３\nÀ 😃"
@@ -97,7 +107,7 @@ class Added(NamedTuple):
 
 
 class TokenizersFile:
-    """A tokenizer.json, usually byte-level BPE.
+    """A tokenizer.json, usually byte-level BPE, or GPT-2's two files.
 
     `added` are tokens that other files of the folder add to it. Where they say so, texts begin as words do
     (`add_prefix_space`), whatever the tokenizer.json says; transformers does the same.
@@ -195,21 +205,26 @@ class Tokenizer:
 
 
 def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:
-    """Load the tokenizer of a base model's folder or hub id: SentencePiece if there is a model, else tokenizer.json.
+    """Load the tokenizer of a base model's folder or hub id.
 
+    That is a SentencePiece model if there is one, else tokenizer.json, else GPT-2's vocab.json and merges.txt.
     The special tokens' names come from the tokenizer files beside it, or else their ids from the SentencePiece
     model or config.json. A tokenizer without a pad token pads with eos: padding is never read.
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
     folder = resolve_folder(dir_or_hub_id, revision, weights=False)
     settings = {key: value for file in SPECIAL_FILES for key, value in _read_settings(folder, file).items()}
-    path = next((p for name in (*SENTENCEPIECE_FILES, TOKENIZERS_FILE) if (p := member(folder, name)).is_file()), None)
+    config = _read_settings(folder, "config.json")
+    names = [*SENTENCEPIECE_FILES, TOKENIZERS_FILE]
+    if config.get("model_type") != "gpt_neox":  # whose tokenizer normalises texts first, and has a tokenizer.json
+        names.append(VOCAB_FILE)
+    path = next((p for name in names if (p := member(folder, name)).is_file()), None)
     if path is None:
-        expected = ", ".join((*SENTENCEPIECE_FILES, TOKENIZERS_FILE))
-        raise InputError(f"{folder}: no tokenizer; expected one of {expected}")
+        raise InputError(f"{folder}: no tokenizer; expected one of {', '.join(names)}")
+    if path.name == VOCAB_FILE:
+        settings = GPT2_SPECIAL | settings
     vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), settings)
 
-    config = _read_settings(folder, "config.json")
     ids = {kind: _special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad")}
     missing = [f"{kind}_token" for kind in ("bos", "eos") if ids[kind] is None]
     bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
@@ -230,19 +245,33 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
 
 def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str, Any]) -> Vocabulary:
     refuse_pointer(path)
-    if path.name == TOKENIZERS_FILE:
+    if path.name in (TOKENIZERS_FILE, VOCAB_FILE):
         try:
-            return TokenizersFile(tokenizers.Tokenizer.from_file(str(path)), added, settings)
+            backend = _gpt2(path, settings) if path.name == VOCAB_FILE else tokenizers.Tokenizer.from_file(str(path))
+            return TokenizersFile(backend, added, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
         except Exception as error:  # what the library raises is a bare Exception
-            raise InputError(f"{path}: not a tokenizer.json ({error})") from error
+            raise InputError(f"{path}: not a {path.name} ({error})") from error
     try:
         processor = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: not a SentencePiece model ({error})") from error
     beyond = {token: index for token, (index, _) in added.items() if index >= processor.get_piece_size()}
     return SentencePiece(processor, beyond, bool(settings.get("do_lower_case", False)))
+
+
+def _gpt2(vocab: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """Make GPT-2's tokenizer of its vocabulary and the merges beside it."""
+    merges = member(vocab.parent, MERGES_FILE)
+    if not merges.is_file():
+        raise InputError(f"has no {MERGES_FILE} beside it")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = [_content(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "unk", "pad")]
+    backend.add_special_tokens([token for token in special if token and backend.token_to_id(token) is not None])
+    return backend
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Added]:

@@ -185,6 +185,52 @@ def test_byte_level_bpe_is_that_of_transformers(bpe_folder):
         assert tokenizer.decode(ids) == text.replace("<extra>", "")
 
 
+def gpt2_folder(bpe_folder, folder, **settings):
+    """The same as GPT-2's own two files, without a tokenizer.json."""
+    folder.mkdir()
+    tokenizers.Tokenizer.from_file(str(bpe_folder / "tokenizer.json")).model.save(str(folder))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"pad_token": "<|padding|>"}, {"add_prefix_space": True, "bos_token": "!"}], ids=str
+)
+def test_gpt2s_two_files_are_as_transformers_reads_them(bpe_folder, tmp_path, settings):
+    folder = gpt2_folder(bpe_folder, tmp_path / "gpt2", **settings)
+    tokenizer, reference = load_tokenizer(folder), transformers.GPT2Tokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (reference.bos_token_id, reference.eos_token_id)
+    assert tokenizer.pad_id == (0 if reference.pad_token_id is None else reference.pad_token_id)
+    assert tokenizer.vocab_size == len(reference) == 600
+    for text in [*texts(seed=3, n=300), "a<|endoftext|>b<|padding|>c!"]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False)
+        special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}
+        assert tokenizer.decode(ids) == reference.decode([index for index in ids if index not in special])
+
+
+def test_gpt2s_two_files_saved_as_one_are_the_same_tokenizer(bpe_folder, tmp_path):
+    folder = gpt2_folder(bpe_folder, tmp_path / "gpt2")
+    transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").is_file()
+    assert load_tokenizer(tmp_path / "saved").fingerprint == load_tokenizer(folder).fingerprint
+
+
+def test_gpt2s_two_files_must_both_be_there_and_whole(bpe_folder, tmp_path):
+    folder = gpt2_folder(bpe_folder, tmp_path / "gpt2")
+    (folder / "merges.txt").rename(tmp_path / "merges.txt")
+    with pytest.raises(InputError, match=r"vocab.json: has no merges.txt beside it"):
+        load_tokenizer(folder)
+    (tmp_path / "merges.txt").rename(folder / "merges.txt")
+    (folder / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(InputError, match=r"vocab.json: not a vocab.json \(.*out of vocabulary"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "gpt_neox"}')  # whose tokenizer these files do not describe
+    with pytest.raises(InputError, match=r"no tokenizer; expected one of .*, tokenizer.json$"):
+        load_tokenizer(folder)
+
+
 def with_settings(bpe_folder, folder, **settings):
     shutil.copytree(bpe_folder, folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
