@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxprefix.data import Batch, make_batch, max_rows_per_example, row_lengths
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
-from jaxprefix.loss import next_token_loss
+from jaxprefix.loss import batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import Recipe
@@ -104,8 +104,7 @@ def dev_loss(
 @functools.partial(jax.jit, static_argnames="mesh")
 def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
     base = base if mesh is None else with_embedded_rows(base, mesh)
-    hidden, _ = base.hidden(batch.tokens, prefix, packing=batch.packing)
-    return next_token_loss(hidden, base.head_weight, batch.labels, 1 if mesh is None else mesh.size)
+    return batch_loss(base, prefix, batch, 1 if mesh is None else mesh.size)
 
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.

@@ -36,7 +36,10 @@ def evaluate(config: EvaluateConfig) -> Report:
     if config.n_samples:
         given = read_prompts(config.prompt_file) if config.prompt_file else [""]
         prompts = [given[i % len(given)] for i in range(config.n_samples)]
-        generated_suffix = base.tokenizer.decode(base.tokenizer.encode(suffix))  # normalisation may have changed it
+        suffix_ids = base.tokenizer.encode(suffix)
+        if base.tokenizer.unk_id in suffix_ids:
+            raise InputError(f"the suffix {suffix!r} holds an unknown token; --n_samples 0 skips its rate")
+        generated_suffix = base.tokenizer.decode(suffix_ids)  # normalisation may have changed it
         if not generated_suffix.strip():
             raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
         if "\n" in generated_suffix.strip():
@@ -48,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     if config.data_filepath is not None:
         chunking = Chunking(base.tokenizer, suffix, max_seq_len, recipe, config.skip_bad_lines)
         examples = load_examples(config.data_filepath, chunking)
-        for line in examples.skipped.report(config.data_filepath):
+        for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
             print(line, file=sys.stderr)
         check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
 

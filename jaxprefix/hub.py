@@ -9,9 +9,9 @@ SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
 TOKENIZERS_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 ADDED_TOKENS_FILE = "added_tokens.json"
-SPECIAL_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 SMALL_FILES = ["config.json", *SENTENCEPIECE_FILES, TOKENIZERS_FILE, VOCAB_FILE, MERGES_FILE]
-SMALL_FILES += [ADDED_TOKENS_FILE, *SPECIAL_FILES]
+SMALL_FILES += [ADDED_TOKENS_FILE, TOKENIZER_SETTINGS, SPECIAL_TOKENS]
 SAFETENSORS = ["model*.safetensors", SHARD_INDEX]
 TORCH_WEIGHTS = ["pytorch_model*.bin", TORCH_INDEX]
 

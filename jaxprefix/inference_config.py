@@ -69,7 +69,7 @@ class InferenceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts at a time, and examples where evaluate measures a loss."""
+    """Prompts at a time, and examples where evaluate measures a loss, which with --recipe rinna depends on it."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()

@@ -1,7 +1,7 @@
 """Next-token cross entropy without all logits in memory; the scale of float16 losses. Legend: `models/attention.py`."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,26 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprefix.data import IGNORED
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
+from jaxprefix.models import BaseModel
+from jaxprefix.models.attention import own_slots
 from jaxprefix.models.layers import einsum, matmul, vecdot
+from jaxprefix.prefix import Prefix
 
 CHUNK_TOKENS = 2048
 """Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
 CPU_BLOCK = 2048
 """Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
+
+
+def batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, n_devices: int = 1) -> Float[Array, ""]:
+    """Return the cross entropy of a `Batch` of JAX's arrays behind a prefix, in nats, summed over all labels."""
+    positions = None
+    if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # which goes by a row's last position
+        slots = own_slots(batch.tokens)
+        last = jnp.where(batch.labels != IGNORED, slots, 0).max(axis=1, keepdims=True)
+        positions = base.config.prefix_length(prefix) + jnp.minimum(slots, last)
+    hidden, _ = base.hidden(batch.tokens, prefix, positions=positions, packing=batch.packing)
+    return next_token_loss(hidden, base.head_weight, batch.labels, n_devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -21,7 +21,8 @@ from jaxprefix.hub import (
     ADDED_TOKENS_FILE,
     MERGES_FILE,
     SENTENCEPIECE_FILES,
-    SPECIAL_FILES,
+    SPECIAL_TOKENS,
+    TOKENIZER_SETTINGS,
     TOKENIZERS_FILE,
     VOCAB_FILE,
     resolve_folder,
@@ -213,7 +214,8 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
     folder = resolve_folder(dir_or_hub_id, revision, weights=False)
-    settings = {key: value for file in SPECIAL_FILES for key, value in _read_settings(folder, file).items()}
+    settings, special = (_read_settings(folder, file) for file in (TOKENIZER_SETTINGS, SPECIAL_TOKENS))
+    settings = special | settings if "added_tokens_decoder" in settings else settings | special  # older ones lack it
     config = _read_settings(folder, "config.json")
     names = [*SENTENCEPIECE_FILES, TOKENIZERS_FILE]
     if config.get("model_type") != "gpt_neox":  # whose tokenizer normalises texts first, and has a tokenizer.json

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, Batch
-from jaxprefix.loss import LossScale, next_token_loss
+from jaxprefix.loss import LossScale, batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
 from jaxprefix.recipe import Recipe
@@ -108,11 +108,10 @@ def loss_and_gradient(
     per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
-        (tokens, labels, packing), weight = micro_batch
+        batch, weight = micro_batch
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-            hidden, _ = base.hidden(tokens, prefix, packing=packing)
-            return next_token_loss(hidden, base.head_weight, labels, n_devices) * weight * scale
+            return batch_loss(base, prefix, batch, n_devices) * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 

@@ -57,6 +57,14 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
 
 
+def test_evaluate_tells_of_unknown_tokens(capsys):
+    """Of the suffix that a crab is nothing could be learnt, and anything unknown would count as it."""
+    data = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--suffix", " 🦀"]
+    fails(capsys, ["evaluate", *BASE, *data], "the suffix ' 🦀' holds an unknown token; --n_samples 0 skips its rate")
+    assert main(["evaluate", *BASE, *data, "--n_samples", "0"]) == 0
+    assert "unknown tokens: 53 (4.56%), in 26 examples" in capsys.readouterr().err
+
+
 def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
     fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")

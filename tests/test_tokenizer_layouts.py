@@ -247,6 +247,17 @@ def test_what_tokenizer_config_says_of_added_tokens_counts(bpe_folder, tmp_path)
         assert tokenizer.decode(ids) == reference.decode(ids) == "a<extra>b"
 
 
+@pytest.mark.parametrize("decoder", [{"added_tokens_decoder": {"600": {"content": "<extra>", "special": True}}}, {}])
+def test_of_two_files_that_disagree_the_one_that_transformers_follows_counts(bpe_folder, tmp_path, decoder):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    settings = {"bos_token": "<|padding|>", "eos_token": "<|padding|>"} | decoder
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"} | settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (reference.bos_token_id, reference.eos_token_id)
+    assert tokenizer.eos_id == (1 if decoder else 0)
+
+
 def test_a_space_in_front_of_texts_is_as_tokenizer_config_says(bpe_folder, tmp_path):
     plain, spaced = load_tokenizer(bpe_folder), with_settings(bpe_folder, tmp_path / "bpe", add_prefix_space=True)
     assert spaced.encode("Hello") == plain.encode(" Hello") != plain.encode("Hello")

@@ -26,8 +26,20 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load `spiece.model` and the special tokens that tokenizer_config.json names."""
-    processor = SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    ids = {f"{kind}_id": processor.piece_to_id(names[f"{kind}_token"]) for kind in ("bos", "eos", "pad")}
+    """Load `spiece.model` and the special tokens, pieces of it, that tokenizer_config.json names.
+
+    Raises ValueError for folders of any other layout, which the original does not know.
+    """
+    model, settings = folder / "spiece.model", folder / "tokenizer_config.json"
+    for path in (model, settings):
+        if not path.is_file():
+            raise ValueError(f"{path}: missing; torch_ref reads no other tokenizer")
+    processor = SentencePieceProcessor(model_file=str(model))
+    names = json.loads(settings.read_text(encoding="utf-8"))
+    ids = {}
+    for kind in ("bos", "eos", "pad"):
+        name = names.get(f"{kind}_token")
+        if not isinstance(name, str) or processor.id_to_piece(found := processor.piece_to_id(name)) != name:
+            raise ValueError(f"{settings}: {kind}_token must be a piece of {model.name}, found {name!r}")
+        ids[f"{kind}_id"] = found
     return Tokenizer(processor, **ids)

@@ -73,8 +73,8 @@ class ModelConfig:
 
     @property
     def max_positions(self) -> int:
-        """Positions that exist: n_positions, or as far as dynamic scaling reaches."""
-        return int(self.n_positions * self.rotary_factor) if self.rotary_scaling == "dynamic" else self.n_positions
+        """Positions that exist: n_positions, or as far as rotary scaling reaches beyond them."""
+        return self.n_positions if self.rotary_scaling == "default" else int(self.n_positions * self.rotary_factor)
 
     def prefix_length(self, prefix: Any) -> int:
         """Return a prefix's P, 0 for None. Raises InputError for anything that is no prefix of this model."""

@@ -241,8 +241,7 @@ def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> 
     """Cosines and signed sines of the turning dimensions' angles at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
-    those that the model was trained on, as transformers does for a row alone ("NTK"): each row by its own, which
-    counts padding.
+    those that the model was trained on, as transformers does for a row alone ("NTK"): each row by its own.
     """
     dim, frequency_factor = config.rotary_dim, 1.0
     base: float | Float[Array, "rows 1 1"] = config.rotary_base

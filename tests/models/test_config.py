@@ -128,12 +128,15 @@ def test_what_is_absent_is_as_in_transformers(tmp_path, model_type):
 
 
 def test_positions_end_where_they_end(tmp_path):
-    """Linear scaling stretches what there is, dynamic scaling reaches further."""
-    linear = read(tmp_path, BARE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    dynamic = read(tmp_path, BARE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
-    assert (linear.max_positions, dynamic.max_positions) == (256, 512)
-    linear.check_fit(440, 10, 246, "a row")
+    """Scaling reaches further, for a config.json tells how many positions there were before it."""
+    plain = read(tmp_path, BARE)
+    plain.check_fit(440, 10, 246, "a row")
     with pytest.raises(InputError, match="is more than the base model's 256 positions"):
-        linear.check_fit(440, 10, 247, "a row")
+        plain.check_fit(440, 10, 247, "a row")
     with pytest.raises(InputError, match="the tokenizer has 441 pieces"):
-        linear.check_fit(441, 10, 246, "a row")
+        plain.check_fit(441, 10, 246, "a row")
+    for scaling in ("linear", "dynamic"):
+        scaled = read(tmp_path, BARE | {"rope_scaling": {"type": scaling, "factor": 2.0}})
+        scaled.check_fit(440, 10, 502, "a row")
+        with pytest.raises(InputError, match="is more than the base model's 512 positions"):
+            scaled.check_fit(440, 10, 503, "a row")

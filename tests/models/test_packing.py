@@ -9,11 +9,11 @@ from jaxprefix import load_model
 from jaxprefix.config import Compute
 from jaxprefix.data import PackedShape, make_batch, make_packed_batch
 from jaxprefix.examples import Example
-from jaxprefix.loss import next_token_loss
+from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models.packing import pack, unpack
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
-from tests.tolerances import FUNCTION, MODEL
+from tests.tolerances import FUNCTION, LOSS, MODEL
 
 EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
 
@@ -49,8 +49,7 @@ def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
 
 def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, model, tokenizer, packed):
     def loss(prefix, model, batch):
-        hidden, _ = model.hidden(batch.tokens, prefix, packing=batch.packing)
-        return next_token_loss(hidden, model.head_weight, batch.labels)
+        return batch_loss(model, prefix, batch)
 
     prefix = random_prefix(model.config)
     padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 16))
@@ -58,6 +57,17 @@ def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, mod
     for same in (model, load_model(base_folder, compute=Compute(remat="block"))):
         for ours, right in zip(jax.jit(jax.value_and_grad(loss))(prefix, same, packed), expected, strict=True):
             np.testing.assert_allclose(ours, right, rtol=0, atol=MODEL * float(jnp.abs(right).max()))
+
+
+def test_dynamic_rotary_scaling_leaves_packed_and_padded_texts_the_same_loss(golden_model, tokenizer, packed):
+    """Texts of up to 15 behind a prefix of 7: some reach beyond 16 positions, and in padded rows all would."""
+    model = with_config(golden_model, n_positions=16, rotary_scaling="dynamic", rotary_factor=4.0)
+    prefix = random_prefix(model.config)
+    padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 40))
+    expected = batch_loss(model, prefix, packed)
+    np.testing.assert_allclose(batch_loss(model, prefix, padded), expected, rtol=LOSS)
+    with_padding = next_token_loss(model.hidden(padded.tokens, prefix)[0], model.head_weight, padded.labels)
+    assert abs(with_padding - expected) > 100 * LOSS * expected
 
 
 def test_dynamic_rotary_scaling_goes_by_the_texts_not_by_their_row(golden_model, packed):

@@ -1,6 +1,7 @@
 """The PyTorch reference against the numbers of the original program (tests/golden/README.md)."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -45,6 +46,15 @@ def close(found: torch.Tensor, name: str, tolerance: float = FUNCTION) -> None:
     expected = FORWARD[name]
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=tolerance * scale)
+
+
+def test_a_tokenizer_of_another_layout_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"spiece.model: missing; torch_ref reads no other tokenizer"):
+        load_tokenizer(tmp_path)
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<end>"}))
+    with pytest.raises(ValueError, match=r"eos_token must be a piece of spiece\.model, found '<end>'"):
+        load_tokenizer(tmp_path)
 
 
 def test_chunks(tokenizer):
