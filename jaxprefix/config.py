@@ -120,7 +120,7 @@ class TrainConfig:
     """`rinna` repeats the original's surprises, see the README's table."""
     checkpoint_path: Path | None = None
     """Start from another encoder instead of fitting one to the base model: a run folder (its newest checkpoint), or a
-    torch file that holds the encoder's state, as the original expects. With --prefix_hidden_dim 0, from any prefix file."""
+    torch file that holds the encoder's state, as the original expects. With --prefix_hidden_dim 0, any prefix file."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False
