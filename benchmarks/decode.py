@@ -134,11 +134,13 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
 
 
 def bytes_per_token(shape: str, dtype: str) -> int:
-    """Return the bytes of weights that one decoding step reads: all but the embedding's rows."""
+    """Return the bytes of weights that one decoding step reads: all but the embeddings', unless one is the head."""
     from jaxprefix.models import weight_shapes
 
-    shapes = weight_shapes(model_config(SHAPES[shape]))
-    n_weights = sum(math.prod(size) for path, size in shapes.items() if not path.startswith("embed"))
+    config = model_config(SHAPES[shape])
+    shapes = {path: math.prod(size) for path, size in weight_shapes(config).items()}
+    head = "embed.weight" if config.tied_head else "head.weight"
+    n_weights = shapes[head] + sum(size for path, size in shapes.items() if not path.startswith(("embed", "head")))
     return n_weights * (4 if dtype == "float32" else 2)
 
 

@@ -41,17 +41,45 @@ def neox(n_layer: int, width: int, n_head: int, vocab: int, **changes: Any) -> d
     } | changes
 
 
+def gpt2(n_layer: int, width: int, n_head: int, vocab: int, **changes: Any) -> dict[str, Any]:
+    """Return the config.json of a GPT-2 model."""
+    return {
+        "model_type": "gpt2",
+        "n_layer": n_layer,
+        "n_embd": width,
+        "n_head": n_head,
+        "vocab_size": vocab,
+        "n_positions": 1024,
+        "activation_function": "gelu_new",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | changes
+
+
 SHAPES = {
     "1m": neox(2, 64, 4, 4000),
     "3m": neox(4, 192, 6, 4000),
     "13m": neox(4, 384, 6, 8000),
     "110m": neox(12, 768, 12, 44416),  # rinna/japanese-gpt-neox-small
+    "gpt2": gpt2(12, 768, 12, 32000),  # rinna/japanese-gpt2-small
     "1.4b": neox(24, 2048, 16, 50304, rotary_pct=0.25, use_parallel_residual=True),  # pythia-1.4b
     "6.9b": neox(32, 4096, 32, 50432, rotary_pct=0.25, use_parallel_residual=True),  # pythia-6.9b
     "20b": neox(
         44, 6144, 64, 50432, rotary_pct=0.25, use_parallel_residual=True, hidden_act="gelu_fast"
     ),  # gpt-neox-20b
 }
+
+
+def is_gpt2(folder: Path) -> bool:
+    """Tell which of the two architectures a folder holds."""
+    return json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+
+
+def sizes_of(folder: Path) -> tuple[int, int, int, int]:
+    """Return layers, width, inner width and vocabulary of a folder's model, without JAX."""
+    config = json.loads((folder / "config.json").read_text())
+    n_layer, width = ("n_layer", "n_embd") if is_gpt2(folder) else ("num_hidden_layers", "hidden_size")
+    return config[n_layer], config[width], 4 * config[width], config["vocab_size"]
 
 
 def model_config(config: dict[str, Any]) -> "ModelConfig":

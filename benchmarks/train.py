@@ -33,7 +33,7 @@ from benchmarks.report import (
     turns,
     wait_for_turn,
 )
-from benchmarks.shapes import SHAPES, make_folder
+from benchmarks.shapes import SHAPES, is_gpt2, make_folder, sizes_of
 from jaxprefix.config import Compute, TrainConfig
 from jaxprefix.data import IGNORED, UpdatePlan, longest_row, make_batch
 from jaxprefix.examples import Chunking, read_examples
@@ -123,7 +123,8 @@ def torch_ref_training(config: TrainConfig) -> Training:
     from torch_ref.update import PlainSteps
 
     flags = ["--pretrained_model_dir", config.pretrained_model_dir, "--data_filepath", str(config.data_filepath)]
-    parsed = train_parser().parse_args([*flags, "--save_name", config.save_name])
+    kind = "gpt" if is_gpt2(Path(config.pretrained_model_dir)) else "gpt-neox"
+    parsed = train_parser().parse_args([*flags, "--save_name", config.save_name, "--model_type", kind])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(parsed, device=device)
     encoder = PrefixEncoder.of(base, PREFIX, 10, 10).to(device)
@@ -231,9 +232,8 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
 
 def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
     """Time updates of one way in this process, `n_a_turn` in a turn."""
-    model = json.loads((Path(config.pretrained_model_dir) / "config.json").read_text())
-    width, inner = model["hidden_size"], model["intermediate_size"]
-    n_matrix = model["num_hidden_layers"] * (4 * width * width + 2 * width * inner) + model["vocab_size"] * width
+    n_layer, width, inner, vocab = sizes_of(Path(config.pretrained_model_dir))
+    n_matrix = n_layer * (4 * width * width + 2 * width * inner) + vocab * width
     wait_for_turn()
     training = WAYS[way](config)
     for number in training.first:

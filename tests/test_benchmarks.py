@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
+from benchmarks.decode import bytes_per_token
 from benchmarks.memory import largest_array
 from benchmarks.scaling import line_through
 from benchmarks.shapes import SHAPES, make_folder, model_config, neox
@@ -90,6 +91,12 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
     ours = update_batches(config, read_inputs(config, RECIPES["default"]), make_mesh(), 0)
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
+
+
+def test_a_decoding_step_reads_all_weights_but_the_embeddings_unless_one_is_the_head():
+    layers = 12 * (12 * 768**2 + 13 * 768)
+    assert bytes_per_token("gpt2", "bfloat16") == 2 * (layers + 2 * 768 + 32000 * 768)
+    assert bytes_per_token("110m", "float32") == 4 * (layers + 2 * 768 + 44416 * 768)
 
 
 def test_what_measures_pytorch_has_no_jax_in_memory():
