@@ -3,7 +3,7 @@
 python -m pytest --record-errors FILE tests/…      notes which test triggers which message
 python -m tests.errors FILE …                      writes the table from the code and from such files
 
-What no file tells anything about keeps the test that the page names.
+A test that the page names stays there unless it was run and did not trigger its message.
 """
 
 import ast
@@ -274,8 +274,8 @@ def main(paths: list[str]) -> int:
     """Write the page; return 1 when a message has no test."""
     messages = all_messages()
     seen, ran = recorded_tests(map(Path, paths))
-    tests = {key: test for key, test in named_tests().items() if test not in ran}
-    tests |= {(module, cell(text)): test for (module, text), test in seen.items()}
+    tests = {(module, cell(text)): test for (module, text), test in seen.items()}
+    tests |= {key: test for key, test in named_tests().items() if test not in ran}
     PAGE.write_text(page(messages, tests), encoding="utf-8")
     keys = dict.fromkeys((message.module, cell(message.text)) for message in messages)
     untested = [key for key in keys if key not in tests]
