@@ -152,7 +152,8 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
 def not_empty(examples: Examples, path: Path) -> Examples:
     """Return a file's examples. Raises InputError if there are none."""
     if not examples:
-        raise InputError("; ".join([f"{path}: holds no example", *examples.skipped.report(path)]))
+        report = "".join(f"; {line}" for line in examples.skipped.report(path))
+        raise InputError(f"{path}: holds no example{report}")
     return examples
 
 

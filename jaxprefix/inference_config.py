@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -74,13 +73,15 @@ class InferenceConfig:
     """Type of the base model's weights and activations."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
-    def problems(self) -> Iterator[str]:
-        """Yield what is wrong with these settings, if they are of their types."""
+    def common_problems(self) -> list[str]:
+        """Return what is wrong with these settings. Raises InputError for those that are not of their types."""
         check_types(self, "generate or evaluate")
+        problems = []
         if self.batch_size < 1:
-            yield f"--batch_size must be positive, is {self.batch_size}"
+            problems.append(f"--batch_size must be positive, is {self.batch_size}")
         if not 0 <= self.seed < SEED_LIMIT:
-            yield f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}"
+            problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
+        return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class GenerateConfig(InferenceConfig):
     """Prefix length to expect; the prefix file knows its own."""
 
     def __post_init__(self) -> None:
-        problems = [*self.problems()]
+        problems = self.common_problems()
         if self.compare and self.prefix_checkpoint_path is None:
             problems.append("--compare needs --prefix_checkpoint_path")
         if self.prompt and self.prompt_file:
@@ -126,7 +127,7 @@ class EvaluateConfig(InferenceConfig):
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
 
     def __post_init__(self) -> None:
-        problems = [*self.problems()]
+        problems = self.common_problems()
         if self.max_seq_len is not None and self.max_seq_len < 1:
             problems.append(f"--max_seq_len must be positive, is {self.max_seq_len}")
         if self.n_samples < 0:
