@@ -184,17 +184,17 @@ def _decode(
     prefix_len = config.prefix_length(prefix)
     cache = cache_behind(prefix, model, n_rows, tokens.shape[1] + decode.max_output_len)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
-    slots = prefix_len + own_slots(tokens)
-    ends = jnp.maximum(lengths - 1, 0)[:, None]
-    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding reaches no further
-    hidden, written = model.hidden(tokens, None, cache, slots, positions)
-    last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
-
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), sampling.place + jnp.arange(n_rows))
 
-    def pick(logits: Float[Array, "B V"], n_made: Int[Array, ""]) -> Int[Array, "B"]:
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n_made)
-        return choose_tokens(logits, step_keys, decode, sampling)
+    def take_next(state: DecodeState, hidden: Float[Array, "B D"], cache: Cache) -> DecodeState:
+        """Choose what follows every row's last token, from its hidden state."""
+        logits = model.logits(hidden)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.n_made)
+        tokens = choose_tokens(logits, step_keys, decode, sampling)
+        finite = state.finite & (are_finite(logits) | state.stopped).all()
+        stopped = state.stopped | (tokens == eos_id)
+        made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
+        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, finite, cache)
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
         return (state.n_made < decode.max_output_len) & ~state.stopped.all()
@@ -203,21 +203,16 @@ def _decode(
         slots = state.slots[:, None]
         positions = slots - prefix_len + 1 if restarts else None
         hidden, cache = model.hidden(state.tokens[:, None], None, state.cache, slots, positions)
-        logits = model.logits(hidden[:, 0])
-        tokens = pick(logits, state.n_made)
-        stopped = state.stopped | (tokens == eos_id)
-        made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
-        finite = state.finite & (are_finite(logits) | state.stopped).all()
-        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, finite, cache)
+        return take_next(state, hidden[:, 0], cache)
 
-    logits = model.logits(last)
-    first = pick(logits, jnp.int32(0))
-    made = jnp.full((n_rows, decode.max_output_len), eos_id).at[:, 0].set(first)
-    no_prompt = lengths == 0
-    finite = (are_finite(logits) | no_prompt).all()
-    stopped = (first == eos_id) | no_prompt
-    state = DecodeState(jnp.int32(1), first, prefix_len + lengths, made, stopped, finite, written)
-    state = jax.lax.while_loop(going_on, step, state)
+    slots, ends = own_slots(tokens), jnp.maximum(lengths - 1, 0)[:, None]
+    positions = jnp.minimum(slots, ends) + (0 if restarts else prefix_len)  # padding reaches no further
+    hidden, written = model.hidden(tokens, None, cache, prefix_len + slots, positions)
+    last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
+    last_tokens = jnp.take_along_axis(tokens, ends, axis=1)[:, 0]
+    made, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
+    state = DecodeState(jnp.int32(0), last_tokens, prefix_len + lengths - 1, made, no_prompt, jnp.bool_(True), cache)
+    state = jax.lax.while_loop(going_on, step, take_next(state, last, written))
     return state.made, state.finite
 
 
