@@ -9,9 +9,7 @@ from pathlib import Path
 
 import jaxprefix
 from jaxprefix.config import TrainConfig
-from jaxprefix.decode import stream
 from jaxprefix.evaluate import suffix_rate
-from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -39,26 +37,19 @@ def main() -> None:
     model = jaxprefix.load_model(config.pretrained_model_dir)
     tokenizer = jaxprefix.load_tokenizer(config.pretrained_model_dir)
     prefix = jaxprefix.load_prefix(config.run_dir, model.config, tokenizer)
-    decode = DecodeConfig(max_output_len=48)
-    rates = {}
+    report = {}
     for name, trained in (("without", None), ("with", prefix)):
-        texts = list(stream(model, tokenizer, PROMPTS * 3, trained, config.seed, len(PROMPTS), decode))
-        rates[name] = suffix_rate(texts, config.suffix)
-        rate, n_sentences = rates[name]["suffix_rate"], rates[name]["sentences"]
-        print(f"\n--- {name} prefix: {rate:.1%} of {n_sentences} sentences end with 😃")
+        options = {"prefix": trained, "seed": config.seed, "batch_size": len(PROMPTS), "max_output_len": 48}
+        texts = jaxprefix.generate(model, tokenizer, PROMPTS * 3, **options)
+        found = suffix_rate(texts, config.suffix)
+        report |= {f"{measure}_{name}": value for measure, value in found.items()}
+        print(f"\n--- {name} prefix: {found['suffix_rate']:.1%} of {found['sentences']} sentences end with 😃")
         print("\n".join(prompt + text for prompt, text in zip(PROMPTS[:6], texts, strict=False)))
 
     metrics = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     dev_losses = [point["loss"] for point in metrics if point["split"] == "dev"]
-    report = {
-        "suffix_rate_with": rates["with"]["suffix_rate"],
-        "suffix_rate_without": rates["without"]["suffix_rate"],
-        "sentences_with": rates["with"]["sentences"],
-        "sentences_without": rates["without"]["sentences"],
-        "dev_loss_first": dev_losses[0],
-        "dev_loss_best": min(dev_losses),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    seconds = round(time.monotonic() - started, 1)
+    report |= {"dev_loss_first": dev_losses[0], "dev_loss_best": min(dev_losses), "seconds": seconds}
     (config.run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
     command, base = ".venv/bin/jaxprefix", "--pretrained_model_dir data/small_base"
