@@ -1,7 +1,7 @@
 """What `jaxprefix convert` does: tells by content what the source is, checks it, and writes the target."""
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import base_identity, check_prefix
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state, is_run_folder, only_writer
+from jaxprefix.start import Progress
 
 BASE_CONFIG = "config.json"
 TRAINING_STATE = ".pt"
@@ -97,14 +98,14 @@ def _training_state_in(config: ConvertConfig) -> str:
     folder = config.target / CHECKPOINTS
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
         earlier: dict[str, np.ndarray] = {}
-        progress: dict[str, Any] = {"n_done": 0, "best_dev_loss": None}
+        progress = Progress()
         if newest_checkpoint(folder) is not None:
-            earlier, progress = checkpoints.read()
+            earlier, saved = checkpoints.read()
+            progress = Progress(**saved)
         from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
-        if progress["n_done"] >= n_done:
-            raise InputError(f"{folder}: has a checkpoint of update {progress['n_done']}, the source is of {n_done}")
-        starts = {"n_done": n_done, "window": [], "n_skipped": 0, "to_evaluate": False}
-        checkpoints.save(n_done, arrays, {**progress, **starts})
+        if progress.n_done >= n_done:
+            raise InputError(f"{folder}: has a checkpoint of update {progress.n_done}, the source is of {n_done}")
+        checkpoints.save(n_done, arrays, dataclasses.asdict(Progress(n_done, progress.best_dev_loss)))
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 
 
