@@ -47,18 +47,18 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
 
     model = model_config(SHAPES[shape] | {"num_hidden_layers": layers})
     config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
-    mesh, recipe, random = make_mesh(), RECIPES["default"], np.random.default_rng(0)
+    mesh, random = make_mesh(), np.random.default_rng(0)
 
     def weight(leaf: Any) -> Any:
         return jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32), dtype)
 
     base = jax.device_put(jax.tree.map(weight, abstract_model(model)), replicated(mesh))
-    rate = jax.device_put(learning_rate(config, recipe, config.n_training_steps), replicated(mesh))
+    rate = jax.device_put(learning_rate(config, config.n_training_steps), replicated(mesh))
     encoder = new_encoder(base, *config.encoder_sizes, config.seed)
     state = jax.device_put(TrainState(encoder, make_optimizer(config, rate).init(encoder), None), replicated(mesh))
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
-    update = make_update(functools.partial(make_optimizer, config), recipe, mesh)
+    update = make_update(functools.partial(make_optimizer, config), RECIPES[config.recipe], mesh)
 
     def step() -> None:
         nonlocal state

@@ -68,15 +68,15 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     from jaxprefix.update import learning_rate, make_optimizer, make_update
 
     prepare_compiling()
-    recipe, mesh = RECIPES[config.recipe], make_mesh()
-    inputs = read_inputs(config, recipe)
+    mesh = make_mesh()
+    inputs = read_inputs(config)
     place = base_sharding(mesh, inputs.base.config.n_head)
     base = load_model(Path(config.pretrained_model_dir), config.dtype, place, inputs.base.config, config.compute)
-    rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
+    rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
     optimizer_of = functools.partial(make_optimizer, config)
     state = start_state(config, base, inputs.base.tokenizer, optimizer_of(rate), False)
     state = jax.device_put(state, replicated(mesh))
-    compiled_update = make_update(optimizer_of, recipe, mesh)
+    compiled_update = make_update(optimizer_of, RECIPES[config.recipe], mesh)
     batches = list(update_batches(config, inputs, mesh, 0))
 
     def update(number: int) -> Callable[[], object]:

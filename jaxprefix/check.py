@@ -43,13 +43,12 @@ def check(config: CheckConfig) -> Iterator[str]:
     yield from describe_model(model, tokenizer)
     train_set: Examples | None = None
     if config.data_filepath is not None:
-        recipe = RECIPES[config.recipe]
-        examples = load_data(config, tokenizer, recipe)
+        examples = load_data(config, tokenizer)
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
-        plan = update_plan(config, recipe, len(train_set))
+        plan = update_plan(config, len(train_set))
     yield describe_suffix(config.suffix, tokenizer)
     if train_set is None:
         n_columns = config.max_seq_len + 1
@@ -156,8 +155,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     if config.compute.scan_layers:
         base.layers = stacked(base.layers, stack)
-    recipe = RECIPES[config.recipe]
-    rate = learning_rate(config, recipe, config.n_training_steps)
+    rate = learning_rate(config, config.n_training_steps)
     optimizer_of = functools.partial(make_optimizer, config)
 
     def start(base: BaseModel) -> TrainState:
@@ -168,7 +166,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
 
     everywhere = (jax.eval_shape(start, base), rate)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
-    update: Any = make_update(optimizer_of, recipe, mesh)
+    update: Any = make_update(optimizer_of, RECIPES[config.recipe], mesh)
     return update.lower(state, rate, base, abstract_batch(config, mesh, shape)).compile()
 
 

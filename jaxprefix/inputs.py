@@ -26,7 +26,7 @@ from jaxprefix.data import (
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.recipe import Recipe
+from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
@@ -42,18 +42,19 @@ class Inputs(NamedTuple):
     skipped: Skipped
 
 
-def read_inputs(config: TrainConfig, recipe: Recipe) -> Inputs:
+def read_inputs(config: TrainConfig) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together."""
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     check_attention(config.compute.attention, base.config.head_dim)
-    examples = load_data(config, base.tokenizer, recipe)
+    examples = load_data(config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
-    return Inputs(base, train_set, dev_set, update_plan(config, recipe, len(train_set)), examples.skipped)
+    return Inputs(base, train_set, dev_set, update_plan(config, len(train_set)), examples.skipped)
 
 
-def load_data(config: TrainConfig, tokenizer: Tokenizer, recipe: Recipe) -> Examples:
+def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
     """Return the examples of the run's data file."""
+    recipe = RECIPES[config.recipe]
     chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
     return load_examples(config.data_filepath, chunking)
 
@@ -71,7 +72,7 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
     return longest
 
 
-def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan:
+def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
     """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
     plan = UpdatePlan(
         n_examples=n_train,
@@ -80,9 +81,9 @@ def update_plan(config: TrainConfig, recipe: Recipe, n_train: int) -> UpdatePlan
         n_epochs=config.n_epochs,
         n_training_steps=config.n_training_steps,
         seed=config.seed,
-        carry_accumulation=recipe.carry_accumulation,
+        carry_accumulation=RECIPES[config.recipe].carry_accumulation,
     )
-    if recipe.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
+    if plan.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
         raise InputError(
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
             f"which --recipe {config.recipe} cannot fill"

@@ -113,8 +113,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def train_jointly(config: TrainConfig) -> TrainResult:
     """Do the same, the other processes having joined."""
-    recipe = RECIPES[config.recipe]
-    inputs = agree("read its inputs", lambda: read_inputs(config, recipe))
+    inputs = agree("read its inputs", lambda: read_inputs(config))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
     description = checked_description(config, inputs, identity)
@@ -123,7 +122,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         place = base_sharding(mesh, inputs.base.config.n_head)
         load = functools.partial(load_model, inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
         base = agree("load the base", load)
-        rate = jax.device_put(learning_rate(config, recipe, inputs.plan.n_updates), replicated(mesh))
+        rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
         optimizer_of = functools.partial(make_optimizer, config)
         resuming = has_checkpoint(config)
         earlier = None if resuming else earlier_arrays(config, identity)
@@ -144,7 +143,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             log.line(line)
         if progress.n_done:
             log.line(f"resumed after update {progress.n_done}")
-        update = make_update(optimizer_of, recipe, mesh)
+        update = make_update(optimizer_of, RECIPES[config.recipe], mesh)
         watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)

@@ -15,7 +15,7 @@ from jaxprefix.data import IGNORED, Batch
 from jaxprefix.loss import LossScale, batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
-from jaxprefix.recipe import Recipe
+from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import replicated, split_heads, split_rows, with_embedded_rows
 
 
@@ -58,8 +58,9 @@ class LearningRate(NamedTuple):
 Update = Callable[[TrainState, LearningRate, BaseModel, Batch], tuple[TrainState, Outcome]]
 
 
-def learning_rate(config: TrainConfig, recipe: Recipe, n_updates: int) -> LearningRate:
-    """Return a run's learning rate."""
+def learning_rate(config: TrainConfig, n_updates: int) -> LearningRate:
+    """Return the learning rate of a run of so many updates."""
+    recipe = RECIPES[config.recipe]
     n_steps = config.n_training_steps if recipe.decay_over_requested_steps else n_updates
     floor = 0.0 if recipe.decay_over_requested_steps else config.min_lr
     counts = (config.n_warmup_steps, n_steps, recipe.schedule_steps_per_update)

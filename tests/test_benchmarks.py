@@ -26,7 +26,6 @@ from jaxprefix.data import IGNORED
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
-from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from tests.markers import needs_cuda_plugin
 
@@ -89,7 +88,7 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     config = TrainConfig(str(folder), data, "benchmark", **sizes)
     batches, n_useful = torch_batches(config)
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
-    ours = update_batches(config, read_inputs(config, RECIPES["default"]), make_mesh(), 0)
+    ours = update_batches(config, read_inputs(config), make_mesh(), 0)
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
 
 

@@ -12,7 +12,6 @@ from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
-from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
@@ -88,7 +87,7 @@ def test_memory_is_that_of_the_largest_batch_of_the_run(monkeypatch, tmp_path, p
     )
     flags = {**vars(run_config(tmp_path, packing=packing, n_accum_steps=2))}
     list(check_module.check(CheckConfig(**flags)))
-    inputs = read_inputs(config := TrainConfig(**flags), RECIPES["default"])
+    inputs = read_inputs(config := TrainConfig(**flags))
     for batch in update_batches(config, inputs, make_mesh(), 0):
         batches.append(jax.tree.map(np.shape, tuple(batch)))
     (_, _, shape), *_ = accounts

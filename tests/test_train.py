@@ -28,7 +28,6 @@ from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.models import attention
-from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -189,7 +188,7 @@ def test_packed_and_padded_runs_have_the_same_losses(tmp_path):
 
 def test_a_packed_run_compiles_at_most_four_shapes(tmp_path):
     config = run_config(tmp_path, n_accum_steps=2, packing=True)
-    inputs = read_inputs(config, RECIPES[config.recipe])
+    inputs = read_inputs(config)
     batches = list(update_batches(config, inputs, make_mesh(), 0))
     assert len({(batch.tokens.shape, batch.packing.columns.shape) for batch in batches}) <= 4
     padded = update_batches(dataclasses.replace(config, packing=False), inputs, make_mesh(), 0)
@@ -198,7 +197,7 @@ def test_a_packed_run_compiles_at_most_four_shapes(tmp_path):
 
 def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
     config = run_config(tmp_path, packing=True)
-    inputs = read_inputs(config, RECIPES[config.recipe])
+    inputs = read_inputs(config)
     batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, make_mesh(), 0)))
     examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
     expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4))

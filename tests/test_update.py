@@ -106,7 +106,7 @@ def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, 
     update = make_update(functools.partial(make_optimizer, config), Recipe(), mesh)
     state, golden_model = jax.device_put((start(make_optimizer(config, RATE)), golden_model), replicated(mesh))
     for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
-        rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), Recipe(), 3)
+        rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), 3)
         state, _ = update(state, jax.device_put(rate, replicated(mesh)), golden_model, stacked(tokenizer, group))
     assert update._cache_size() == 1
     for leaf, copy in zip(jax.tree.leaves(golden_model), before, strict=True):
@@ -140,7 +140,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_averaged_by_the_betas(tm
 
 def rates(tmp_path, n_updates, **changes):
     config = run_config(tmp_path, max_lr=1.0, min_lr=0.1, **changes)
-    rate = learning_rate(config, RECIPES[config.recipe], n_updates)
+    rate = learning_rate(config, n_updates)
     return [round(float(rate(n)), 4) for n in range(n_updates)]
 
 

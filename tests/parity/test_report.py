@@ -55,9 +55,11 @@ def position_off_by_one_in_decoding(positions_of):
 
 def schedule_stepped(times):
     def fault(learning_rate):
-        return lambda config, recipe, n_updates: learning_rate(
-            config, dataclasses.replace(recipe, schedule_steps_per_update=times), n_updates
-        )
+        def stepped(*arguments):
+            with with_recipe(schedule_steps_per_update=times):
+                return learning_rate(*arguments)
+
+        return stepped
 
     return fault
 
