@@ -35,7 +35,7 @@ from benchmarks.report import (
 )
 from benchmarks.shapes import SHAPES, is_gpt2, make_folder, sizes_of
 from jaxprefix.config import Compute, TrainConfig
-from jaxprefix.data import IGNORED, UpdatePlan, longest_row, make_batch
+from jaxprefix.data import IGNORED, longest_row, make_batch, update_plan
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.tokenizer import load_tokenizer
 
@@ -94,15 +94,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int]]:
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
     examples = read_examples(config.data_filepath, Chunking(tokenizer, max_seq_len=config.max_seq_len))
-    plan = UpdatePlan(
-        n_examples=config.train_data_size,
-        batch_size=config.batch_size,
-        n_accum_steps=1,
-        n_epochs=1,
-        n_training_steps=config.n_training_steps,
-        seed=config.seed,
-        carry_accumulation=False,
-    )
+    plan = update_plan(config, config.train_data_size)
     batches, n_useful = [], []
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]

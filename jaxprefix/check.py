@@ -15,10 +15,10 @@ from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, split_examples
+from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
-from jaxprefix.inputs import batch_shapes, check_rows, load_data, update_plan
+from jaxprefix.inputs import batch_shapes, check_rows, load_data
 from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.errors import InputError
+from jaxprefix.config import TrainConfig
 from jaxprefix.examples import Example, Examples
+from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import Tokenizer
 
 IGNORED = -100
@@ -265,6 +267,25 @@ class UpdatePlan:
     def _batch(self, epoch: int, index: int) -> list[int]:
         order = epoch_order(self.n_examples, self.seed, epoch)
         return order[index * self.batch_size : (index + 1) * self.batch_size].tolist()
+
+
+def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
+    """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
+    plan = UpdatePlan(
+        n_examples=n_train,
+        batch_size=config.batch_size,
+        n_accum_steps=config.n_accum_steps,
+        n_epochs=config.n_epochs,
+        n_training_steps=config.n_training_steps,
+        seed=config.seed,
+        carry_accumulation=RECIPES[config.recipe].carry_accumulation,
+    )
+    if plan.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
+        raise InputError(
+            f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
+            f"which --recipe {config.recipe} cannot fill"
+        )
+    return plan
 
 
 @functools.lru_cache(maxsize=2)

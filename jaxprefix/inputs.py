@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
@@ -22,6 +21,7 @@ from jaxprefix.data import (
     packed_shapes,
     row_lengths,
     split_examples,
+    update_plan,
 )
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
 from jaxprefix.models.attention import check_attention
@@ -70,25 +70,6 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
     begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths[which].max())
     model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
     return longest
-
-
-def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
-    """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
-    plan = UpdatePlan(
-        n_examples=n_train,
-        batch_size=config.batch_size,
-        n_accum_steps=config.n_accum_steps,
-        n_epochs=config.n_epochs,
-        n_training_steps=config.n_training_steps,
-        seed=config.seed,
-        carry_accumulation=RECIPES[config.recipe].carry_accumulation,
-    )
-    if plan.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
-        raise InputError(
-            f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
-            f"which --recipe {config.recipe} cannot fill"
-        )
-    return plan
 
 
 def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
