@@ -9,10 +9,9 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.decode import check_prompts, overflow_hint, stream
 from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
 from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inference_config import EvaluateConfig, read_prompts
-from jaxprefix.inputs import check_rows
+from jaxprefix.inference_config import EvaluateConfig
+from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
 from jaxprefix.models import load_model
-from jaxprefix.prefix import open_with_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import setting_of
 from jaxprefix.token_cache import load_examples

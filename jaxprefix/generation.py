@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from convert.errors import InputError
 from jaxprefix.decode import BatchTiming, check_prompts, stream
-from jaxprefix.inference_config import GenerateConfig, read_prompts
+from jaxprefix.inference_config import GenerateConfig
+from jaxprefix.inputs import open_with_prefix, read_prompts
 from jaxprefix.models import load_model
-from jaxprefix.prefix import check_length, open_with_prefix
+from jaxprefix.prefix import check_length
 
 
 def continue_prompts(config: GenerateConfig) -> None:

@@ -138,14 +138,3 @@ class EvaluateConfig(InferenceConfig):
             problems.append("--suffix is blank, so there is no suffix rate; --n_samples 0 skips it")
         if problems:
             raise InputError.all("evaluate:", problems)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; blank lines are left out."""
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
-    if not prompts:
-        raise InputError(f"{path}: holds no prompt")
-    return prompts

@@ -1,12 +1,14 @@
-"""What a run reads before it starts, checked: base model, tokenizer, examples; and the batch of every update."""
+"""What is read before a run, a generation or an evaluation starts, checked; and the batch of every update."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
@@ -24,8 +26,10 @@ from jaxprefix.data import (
     update_plan,
 )
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
+from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
+from jaxprefix.prefix import Prefix, load_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import rows_on
 from jaxprefix.token_cache import load_examples
@@ -93,3 +97,24 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
         else:
             parts = [make_batch(group, tokenizer, *shape) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+
+
+def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
+    """Open the base model of generating or evaluating, and load its prefix; neither waits for weights to be read.
+
+    Raises InputError.
+    """
+    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    path = config.prefix_checkpoint_path
+    return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read one prompt a line; blank lines are left out."""
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from error
+    if not prompts:
+        raise InputError(f"{path}: holds no prompt")
+    return prompts

@@ -19,8 +19,6 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
-from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig
@@ -166,16 +164,6 @@ def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
     """Raise InputError unless the prefix has the length that is expected."""
     if prefix.shape[2] != prefix_seq_len:
         raise InputError(f"{path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len {prefix_seq_len}")
-
-
-def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model of generating or evaluating, and load its prefix; neither waits for weights to be read.
-
-    Raises InputError.
-    """
-    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    path = config.prefix_checkpoint_path
-    return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
 
 
 def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix.cli import main
-from jaxprefix.inference_config import read_prompts
+from jaxprefix.inputs import read_prompts
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
 
