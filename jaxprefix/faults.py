@@ -148,7 +148,7 @@ def less_memory(config: TrainConfig) -> str:
 class FiniteGuard:
     """Ends a run whose loss or gradient is not finite; float16 may skip such updates, MOST_SKIPPED in a row."""
 
-    def __init__(self, config: TrainConfig, n_skipped: int = 0):
+    def __init__(self, config: TrainConfig, n_skipped: int):
         self._config = config
         self.n_skipped = n_skipped
         """Updates skipped in a row up to now."""

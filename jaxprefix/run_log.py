@@ -21,14 +21,12 @@ from convert.files import replacing
 class RunLog:
     """Writes log lines and metrics of a run; used as a context manager.
 
-    With `folder` None only the screen is written. With `from_step` the run is resumed: what earlier
-    sittings logged after that update, and with `to_evaluate` its dev loss, is taken out of metrics.jsonl, since it is
-    done again. `quiet` leaves the screen to another process.
+    With `folder` None only the screen is written. A resumed run begins after update `from_step`: what earlier sittings
+    logged after it, and with `to_evaluate` its dev loss, is taken out of metrics.jsonl, since it is done again. `quiet`
+    leaves the screen to another process.
     """
 
-    def __init__(
-        self, folder: Path | None, n_updates: int, from_step: int = 0, to_evaluate: bool = False, quiet: bool = False
-    ):
+    def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None

@@ -120,14 +120,19 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     with contextlib.ExitStack() as stack:
         lock_shared_folder(config, stack)  # nobody else writes from here on
         place = base_sharding(mesh, inputs.base.config.n_head)
-        load = functools.partial(load_model, inputs.base.path, config.dtype, place, inputs.base.config, config.compute)
-        base = agree("load the base", load)
+        base = agree(
+            "load the base",
+            lambda: load_model(inputs.base.path, config.dtype, place, inputs.base.config, config.compute),
+        )
         rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
         optimizer_of = functools.partial(make_optimizer, config)
         resuming = has_checkpoint(config)
         earlier = None if resuming else earlier_arrays(config, identity)
-        begin = (config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier)
-        state, progress = agree("start the prefix", functools.partial(start_state, *begin)), Progress()
+        state = agree(
+            "start the prefix",
+            lambda: start_state(config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier),
+        )
+        progress = Progress()
         if config.writes:
             stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal(config))
@@ -136,9 +141,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             state, progress = restored(config, checkpoints, state, inputs.plan.n_updates)
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
-        log_folder = config.run_dir if config.save_log and is_first() else None
-        of_log = (log_folder, inputs.plan.n_updates, progress.n_done, progress.to_evaluate, not is_first())
-        log = stack.enter_context(agree("open the log", functools.partial(RunLog, *of_log)))
+        log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
         if progress.n_done:
@@ -312,6 +315,12 @@ def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None
 
     agree("open the run's folder", open_folder)
     agree("see the run's folder", lambda: wait_until_visible(config.run_dir))
+
+
+def open_log(config: TrainConfig, n_updates: int, progress: Progress) -> RunLog:
+    """Open the log where the run is; of many processes only the first one writes and speaks."""
+    folder = config.run_dir if config.save_log and is_first() else None
+    return RunLog(folder, n_updates, progress.n_done, progress.to_evaluate, quiet=not is_first())
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
