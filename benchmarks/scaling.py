@@ -43,7 +43,7 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     from jaxprefix.prefix import new_encoder
     from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import make_mesh, replicated
-    from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+    from jaxprefix.update import first_state, learning_rate, make_optimizer, make_update
 
     model = model_config(SHAPES[shape] | {"num_hidden_layers": layers})
     config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
@@ -55,7 +55,7 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     base = jax.device_put(jax.tree.map(weight, abstract_model(model)), replicated(mesh))
     rate = jax.device_put(learning_rate(config, config.n_training_steps), replicated(mesh))
     encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-    state = jax.device_put(TrainState(encoder, make_optimizer(config, rate).init(encoder), None), replicated(mesh))
+    state = jax.device_put(first_state(config, encoder, make_optimizer(config, rate)), replicated(mesh))
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
     update = make_update(functools.partial(make_optimizer, config), RECIPES[config.recipe], mesh)

@@ -19,7 +19,6 @@ from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, s
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
-from jaxprefix.loss import LossScale
 from jaxprefix.memory import GIB
 from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
@@ -29,7 +28,7 @@ from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
-from jaxprefix.update import TrainState, learning_rate, make_optimizer, make_update
+from jaxprefix.update import TrainState, first_state, learning_rate, make_optimizer, make_update
 
 
 def check(config: CheckConfig) -> Iterator[str]:
@@ -159,10 +158,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     optimizer_of = functools.partial(make_optimizer, config)
 
     def start(base: BaseModel) -> TrainState:
-        encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-        return TrainState(
-            encoder, optimizer_of(rate).init(encoder), LossScale.start() if config.dtype == "float16" else None
-        )
+        return first_state(config, new_encoder(base, *config.encoder_sizes, config.seed), optimizer_of(rate))
 
     everywhere = (jax.eval_shape(start, base), rate)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)

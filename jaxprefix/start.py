@@ -20,7 +20,7 @@ from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_folder import CHECKPOINTS, check_base
 from jaxprefix.tokenizer import Tokenizer
-from jaxprefix.update import TrainState
+from jaxprefix.update import TrainState, first_state
 
 
 @dataclasses.dataclass
@@ -74,12 +74,10 @@ def start_state(
 
     `earlier` are the arrays of another run, whose encoder is taken.
     """
-    scale = LossScale.start() if config.dtype == "float16" else None
     if resuming:
-        encoder = jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))
-        return TrainState(encoder, jax.eval_shape(optimizer.init, encoder), scale)
-    encoder = start_encoder(config, base, tokenizer, earlier)
-    return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
+        sizes = config.encoder_sizes
+        return jax.eval_shape(lambda: first_state(config, new_encoder(base, *sizes, config.seed), optimizer))
+    return first_state(config, start_encoder(config, base, tokenizer, earlier), optimizer)
 
 
 def start_encoder(

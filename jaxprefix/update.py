@@ -86,6 +86,12 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
 
 
+def first_state(config: TrainConfig, encoder: Encoder, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first update of an encoder."""
+    scale = LossScale.start() if config.dtype == "float16" else None
+    return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
+
+
 def loss_and_gradient(
     encoder: Encoder,
     base: BaseModel,
