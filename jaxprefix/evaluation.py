@@ -7,10 +7,10 @@ from typing import TypeVar
 from convert.errors import InputError, RunError
 from jaxprefix.config import TrainConfig
 from jaxprefix.decode import check_prompts, overflow_hint, stream
-from jaxprefix.evaluate import dev_batches, dev_loss, suffix_rate
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
+from jaxprefix.metrics import dev_batches, dev_loss, suffix_rate
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import setting_of

@@ -19,7 +19,6 @@ from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import Batch, labels_of_each, max_rows_per_example, row_lengths
 from jaxprefix.devices import own_device
-from jaxprefix.evaluate import LossMeter, dev_batches, dev_loss
 from jaxprefix.faults import (
     FiniteGuard,
     StopRequest,
@@ -43,6 +42,7 @@ from jaxprefix.hosts import (
 )
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.memory import within_memory
+from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.models import BaseModel, fingerprint, load_model
 from jaxprefix.prefix import Encoder, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES

@@ -21,7 +21,7 @@ FLOORS = [
     {"cli"},
     {"train", "conversion", "check", "generation", "evaluation"},
     {"inputs", "faults", "start"},
-    {"update", "decode", "evaluate", "run_folder", "checkpoint"},
+    {"update", "decode", "metrics", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_log", "sharding", "hosts", "memory"},
     {"base_folder"},
     {"models"},

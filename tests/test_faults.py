@@ -25,9 +25,9 @@ from convert.prefix import read_prefix
 from jaxprefix import faults
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
-from jaxprefix.evaluate import _batch_loss
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.loss import LossScale
+from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_folder import only_writer
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE

@@ -21,12 +21,12 @@ from convert.errors import InputError
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
-from jaxprefix.evaluate import dev_batches, dev_loss
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import LossScale
+from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import attention
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxprefix.evaluate import LossMeter, count_sentences, dev_batches, suffix_rate
 from jaxprefix.examples import Example
+from jaxprefix.metrics import LossMeter, count_sentences, dev_batches, suffix_rate
 from jaxprefix.recipe import RECIPES, Recipe
 
 SMILE = " 😃"
