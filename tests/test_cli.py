@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -237,26 +236,6 @@ def test_the_command_to_try_can_be_pasted(capsys, tmp_path):
 def test_seeds_have_a_limit(capsys, tmp_path):
     for command in (["generate", *BASE, "--prompt", "a"], ["evaluate", *BASE], train_flags(tmp_path)):
         fails(capsys, [*command, "--seed", "9" * 23], "--seed")
-
-
-def test_hub_id_is_fetched_through_the_cache(monkeypatch, tmp_path):
-    """A repository in huggingface_hub's cache layout is found by its id, without a network."""
-    snapshot = tmp_path / "models--someone--small" / "snapshots" / ("0" * 40)
-    shutil.copytree(GOLDEN_BASE, snapshot)
-    (tmp_path / "models--someone--small" / "refs").mkdir()
-    (tmp_path / "models--someone--small" / "refs" / "main").write_text("0" * 40)
-    script = (
-        "import jaxprefix; m = jaxprefix.load_model('someone/small'); print(m.config.name, m.config.n_layer)\n"
-        "try: jaxprefix.load_model('someone/absent')\n"
-        "except jaxprefix.InputError as error: print(error)"
-    )
-    environment = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    first, second = result.stdout.splitlines()
-    assert first == "someone/small 3"
-    assert second.startswith("someone/absent: no such folder, and the model hub cannot be reached")
 
 
 def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):

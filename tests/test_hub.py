@@ -133,5 +133,6 @@ def test_what_needs_no_weights_fetches_none(hub, folders, tmp_path):
     load_tokenizer("user/model", "v1")
     list(check(CheckConfig("user/model", revision="v1")))
     assert "model.safetensors" not in hub.fetched()
-    here = load_model(folders["user/model", "v1"]).embed.weight[...]
-    np.testing.assert_array_equal(load_model("user/model", revision="v1").embed.weight[...], here)
+    here, fetched = load_model(folders["user/model", "v1"]), load_model("user/model", revision="v1")
+    np.testing.assert_array_equal(fetched.embed.weight[...], here.embed.weight[...])
+    assert fetched.config.name == "user/model"

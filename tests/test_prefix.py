@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
-from convert.prefix import read_prefix, to_folded, to_layers, write_weight
+from convert.prefix import read_prefix, to_folded, to_layers
 from jaxprefix import load_model, load_prefix
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
@@ -79,16 +79,6 @@ def test_every_leaf_gets_a_gradient(model, hidden_dim):
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in leaves)
     prefix_gradient = jax.jit(jax.grad(lambda p: jax.nn.logsumexp(model(tokens, p)[0]).mean()))(encoder())
     assert jnp.abs(prefix_gradient).max(axis=(2, 4)).min() > 0, "every layer, key, value and head takes part"
-
-
-def test_weight_to_adapter_to_weight_is_bit_identical(golden_model, tokenizer, tmp_path):
-    prefix = load_prefix(GOLDEN / "forward.weight", golden_model.config)
-    save_prefix(tmp_path / "prefix", prefix, golden_model.config, tokenizer)
-    write_weight(tmp_path / "back.weight", read_prefix(tmp_path / "prefix")[0])
-    original = torch.load(GOLDEN / "forward.weight", weights_only=True)
-    back = torch.load(tmp_path / "back.weight", weights_only=True)
-    assert back.dtype == original.dtype
-    assert torch.equal(back, original)
 
 
 def save_as(kind: str, folded: np.ndarray, path):

@@ -181,14 +181,6 @@ def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch)
     assert saved == [3, 6, 8]
 
 
-def test_checkpoints_go_by_the_clock_too(tmp_path, monkeypatch):
-    saved = []
-    save = train_module.Checkpoints.save
-    monkeypatch.setattr(train_module.Checkpoints, "save", lambda self, n, *a: (saved.append(n), save(self, n, *a)))
-    train(run_config(tmp_path, checkpoint_every_minutes=1e-9))
-    assert saved == list(range(1, 9))
-
-
 @pytest.mark.slow
 def test_other_devices_go_on_within_rounding(finished, tmp_path):
     for name in ("run", "four"):
