@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from convert.prefix import read_prefix
+from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
@@ -68,15 +69,29 @@ def losses_of(run_dir: Path, split: str = "train") -> list[float]:
     return [record["loss"] for record in metrics_of(run_dir, split)]
 
 
-def same_end(config: TrainConfig, finished: TrainConfig) -> None:
-    """Assert that two runs have the same prefix and losses, bit for bit."""
-    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
-    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
+def same_end(config: TrainConfig, other: TrainConfig) -> None:
+    """Assert that two runs have the same prefix, newest checkpoint, and metrics but for speed, bit for bit."""
+    (prefix, base), (other_prefix, other_base) = (read_prefix(run.run_dir) for run in (config, other))
+    assert base == other_base
+    np.testing.assert_array_equal(prefix, other_prefix)
+
+    (arrays, progress), (other_arrays, other_progress) = (newest_state(run) for run in (config, other))
+    assert progress == other_progress
+    assert arrays.keys() == other_arrays.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], other_arrays[name], err_msg=name)
+
+    for split in ("train", "dev"):
+        points, other_points = (
+            [point | {"tokens_per_s": None} for point in metrics_of(run.run_dir, split)] for run in (config, other)
+        )
+        assert points == other_points
 
 
-def prefix_of(config: TrainConfig) -> np.ndarray:
-    """A run's best prefix, folded."""
-    return read_prefix(config.run_dir)[0]
+def newest_state(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
+    """Read the newest checkpoint of a run."""
+    with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
+        return checkpoints.read()
 
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:

@@ -8,10 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from convert.prefix import read_prefix
 from jaxprefix.train import train
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
-from tests.runs import losses_of, metrics_of, run_config, start
+from tests.runs import losses_of, metrics_of, run_config, same_end, start
 from tests.tolerances import LOSS
 
 IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
@@ -72,7 +71,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
     )
     assert codes == [0, 0], errors
     assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
-    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(undisturbed[0].run_dir)[0])
+    same_end(config, undisturbed[0])
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import open_run_folder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import at_update, flags_of, losses_of, metrics_of, prefix_of, run_config, same_end, stop_at
+from tests.runs import at_update, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])  # the first, beside and at the end of an epoch, the last but one
@@ -33,9 +33,7 @@ def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch,
         stopped = train(config)
     assert (stopped.finished, stopped.n_done) == (False, stop_after)
     assert train(run_config(tmp_path, resume=True)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
-    assert losses_of(config.run_dir) == losses_of(finished.run_dir)
-    assert losses_of(config.run_dir, "dev") == losses_of(finished.run_dir, "dev")
+    same_end(config, finished)
 
 
 def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkeypatch):
@@ -47,8 +45,7 @@ def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkey
         stop_at(patch, 3)
         train(config)
     assert train(run_config(tmp_path, resume=True, **changes)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(whole))
-    assert losses_of(config.run_dir) == losses_of(whole.run_dir)
+    same_end(config, whole)
     assert len(losses_of(whole.run_dir)) == 2
 
 
@@ -57,7 +54,7 @@ def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
     config.run_dir.mkdir()
     shutil.copy(finished.run_dir / "config.json", config.run_dir)
     assert train(run_config(tmp_path, resume=True)).finished
-    np.testing.assert_array_equal(prefix_of(config), prefix_of(finished))
+    same_end(config, finished)
 
 
 def test_resume_refuses_other_settings(finished):

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import jaxprefix.train as train_module
 from convert.errors import InputError
+from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
@@ -28,7 +29,7 @@ from jaxprefix.models import attention
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder
-from tests.runs import losses_of, metrics_of, prefix_of, run_config
+from tests.runs import losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
 from torch_ref.config import train_parser
 
@@ -99,11 +100,11 @@ def test_skipped_updates_are_counted_in_the_log(tmp_path, monkeypatch):
 
 
 def test_an_earlier_run_is_not_touched(finished, monkeypatch):
-    before = prefix_of(finished)
+    before = read_prefix(finished.run_dir)[0]
     monkeypatch.setattr(train_module, "load_model", lambda *_: pytest.fail("loaded a base model before it looked"))
     with pytest.raises(InputError, match="is not empty; use --resume, --overwrite, or another --save_name"):
         train(run_config(finished.output_dir))
-    np.testing.assert_array_equal(prefix_of(finished), before)
+    np.testing.assert_array_equal(read_prefix(finished.run_dir)[0], before)
 
 
 def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):

@@ -14,13 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import tyro
 
-from convert.prefix import read_prefix
-from jaxprefix.checkpoint import KEPT, Checkpoints, newest_checkpoint
+from jaxprefix.checkpoint import KEPT, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from tests.runs import metrics_of, run_config, start
+from tests.runs import metrics_of, run_config, same_end, start
 
 SETTINGS = {"batch_size": 1, "n_epochs": 30, "checkpoint_every_n_steps": 5}
 """420 updates, of which every fifth, and the last one of every fourteen, is followed by a checkpoint."""
@@ -104,35 +102,6 @@ def sit(config: TrainConfig, seconds: float, n_updates: int, aimed: bool) -> tup
     if not trains():
         return 0, False
     return n_logged(config) - (newest_checkpoint(config.run_dir / "checkpoints") or 0), is_writing(config)
-
-
-def same_end(config: TrainConfig, whole: TrainConfig) -> None:
-    """Compare two runs: prefixes, newest checkpoints, and metrics but for speed, each update once."""
-    (prefix, base), (whole_prefix, whole_base) = (read_prefix(run.run_dir) for run in (config, whole))
-    assert base == whole_base
-    np.testing.assert_array_equal(prefix, whole_prefix)
-
-    (arrays, progress), (whole_arrays, whole_progress) = (newest_state(run) for run in (config, whole))
-    assert progress == whole_progress
-    assert arrays.keys() == whole_arrays.keys()
-    for name in arrays:
-        np.testing.assert_array_equal(arrays[name], whole_arrays[name], err_msg=name)
-
-    for split in ("train", "dev"):
-        points, whole_points = (metrics_of(run.run_dir, split) for run in (config, whole))
-        assert [without_speed(point) for point in points] == [without_speed(point) for point in whole_points]
-    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, progress["n_done"] + 1))
-
-
-def newest_state(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
-    """Read the newest checkpoint of a run."""
-    with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
-        return checkpoints.read()
-
-
-def without_speed(point: dict) -> dict:
-    """Leave out what differs from time to time."""
-    return {name: value for name, value in point.items() if name != "tokens_per_s"}
 
 
 def main(n_kills: int = 30, seed: int = 0) -> None:

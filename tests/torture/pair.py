@@ -14,8 +14,8 @@ import tyro
 
 from jaxprefix.config import TrainConfig
 from tests.pairs import ended, start_pair
-from tests.runs import run_config
-from tests.torture.kill import n_logged, same_end
+from tests.runs import run_config, same_end
+from tests.torture.kill import n_logged
 
 SETTINGS = {"n_epochs": 20, "checkpoint_every_n_steps": 5}
 """80 updates."""
