@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxprefix.train as train_module
 from convert.prefix import read_prefix
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
@@ -94,23 +95,25 @@ def newest_state(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
         return checkpoints.read()
 
 
-def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
-    """Do something just before an update is made."""
-    import jaxprefix.train as train_module  # late: conftest has its types checked
-
-    make, numbers = train_module.make_update, itertools.count(1)
+def before_updates(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:
+    """Do something just before each update is made, given its number."""
+    make = train_module.make_update
 
     def make_update(*arguments):
-        update = make(*arguments)
+        update, numbers = make(*arguments), itertools.count(1)
 
         def disturbed(*state):
-            if next(numbers) == number:
-                action()
+            action(next(numbers))
             return update(*state)
 
         return disturbed
 
     monkeypatch.setattr(train_module, "make_update", make_update)
+
+
+def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:
+    """Do something just before one update is made."""
+    before_updates(monkeypatch, lambda each: action() if each == number else None)
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:

@@ -1,6 +1,5 @@
 """Runs that are gone on with: what may change, and that nothing is lost or done twice."""
 
-import itertools
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import open_run_folder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import at_update, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
+from tests.runs import at_update, before_updates, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])  # the first, beside and at the end of an epoch, the last but one
@@ -157,22 +156,9 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
 
 def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch):
     """By a clock that goes on by a minute at each update."""
-    saved, minutes = [], itertools.count(start=1)
-    now = [0.0]
-    clock = types.SimpleNamespace(monotonic=lambda: now[0])
-    make = train_module.make_update
-
-    def make_update(*arguments):
-        update = make(*arguments)
-
-        def slow(*state):
-            now[0] = 60.0 * next(minutes)
-            return update(*state)
-
-        return slow
-
+    saved, clock = [], types.SimpleNamespace(monotonic=lambda: 0.0)
     monkeypatch.setattr(train_module, "time", clock)
-    monkeypatch.setattr(train_module, "make_update", make_update)
+    before_updates(monkeypatch, lambda number: setattr(clock, "monotonic", lambda: 60.0 * number))
     monkeypatch.setattr(train_module.Checkpoints, "save", lambda self, number, *_: saved.append(number))
     train(run_config(tmp_path, train_data_size=23, batch_size=3, n_epochs=1, checkpoint_every_minutes=2.5))
     assert saved == [3, 6, 8]
