@@ -12,10 +12,10 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.memory import SAVING_ORDER
+from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.models import load_model, weight_shapes, weight_table
-from jaxprefix.models.config import ModelConfig
 from jaxprefix.sharding import base_sharding, make_mesh, with_embedded_rows
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
@@ -23,22 +23,7 @@ from tests.markers import needs_cuda_plugin
 from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
-NEOX_20B = ModelConfig(
-    name="EleutherAI/gpt-neox-20b",
-    model_type="gpt_neox",
-    n_layer=44,
-    n_head=64,
-    n_embd=6144,
-    n_inner=24576,
-    vocab_size=50432,
-    n_positions=2048,
-    activation="gelu_fast",
-    tied_head=False,
-    layer_norm_eps=1e-5,
-    rotary_fraction=0.25,
-    rotary_base=10000.0,
-    parallel_residual=True,
-)
+NEOX_20B = model_config(SHAPES["20b"])
 
 
 def abstract_mesh(**sizes):
