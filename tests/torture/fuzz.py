@@ -14,7 +14,6 @@ import io
 import json
 import math
 import random
-import re
 import resource
 import signal
 import sys
@@ -33,7 +32,10 @@ from safetensors.numpy import save
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import cli, load_tokenizer
+from jaxprefix.config import Compute, ConvertConfig, TrainConfig
 from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.launch import HostsConfig
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN, GOLDEN_BASE, TINY, TINY_GPT2
 from tests.torture.mutations import VALUES, broken_bytes, broken_json
@@ -225,12 +227,8 @@ def command_target(folder: Path) -> Target:
         ["convert", "a.weight", "b.npy", "--pretrained_model_dir", base],
         ["check", "--pretrained_model_dir", base, "--prefix_seq_len", "3", "--coordinator_address", "a:1"],
     ]
-    flags = sorted(
-        {
-            f"--{name}"
-            for name in re.findall(r"^    (\w+): ", Path(cli.__file__).with_name("config.py").read_text(), re.M)
-        }
-    )
+    settings = (TrainConfig, GenerateConfig, EvaluateConfig, ConvertConfig, DecodeConfig, Compute, HostsConfig)
+    flags = sorted({f"--{field.name}" for each in settings for field in dataclasses.fields(each)})
     values = [str(value) for value in VALUES if str(value).isprintable()] + ["\udcff", "-", "--", "=", "data=0,fsdp=-1"]
 
     def make(generator: random.Random) -> list[str]:
