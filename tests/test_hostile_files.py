@@ -28,24 +28,20 @@ from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip
 from tests.hostile.prefixes import adapter
 from tests.hostile.registry import DEEP, HOSTILE, PREFIX
+from tests.memory import forget_peak, memory
 
 SECONDS, BYTES = 2, 100 * 2**20
-"""What a refusal may take of a processor and of memory; the promise is 500 MB."""
+"""What a refusal may take of a processor and of memory (SECURITY.md)."""
 
 
 @contextlib.contextmanager
 def bounded():
     """Fail if the block takes more than SECONDS of a processor or its peak of memory grows by more than BYTES."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
-    before, start = peak_memory(), time.process_time()
+    forget_peak()
+    before, start = memory("VmHWM"), time.process_time()
     yield
     assert time.process_time() - start < SECONDS
-    assert peak_memory() - before < BYTES
-
-
-def peak_memory() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    assert memory("VmHWM") - before < BYTES
 
 
 def state_of(folder: Path) -> list:

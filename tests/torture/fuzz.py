@@ -38,6 +38,7 @@ from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateCon
 from jaxprefix.launch import HostsConfig
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN, GOLDEN_BASE, TINY, TINY_GPT2
+from tests.memory import forget_peak, memory
 from tests.torture.mutations import VALUES, broken_bytes, broken_json
 from tests.torture.other_readers import reread_npy, reread_safetensors, reread_torch
 
@@ -262,12 +263,6 @@ def targets(folder: Path) -> dict[str, Target]:
     return {**rest, **dict(prefix_targets(folder))}
 
 
-def memory(field: str) -> int:
-    """Return a figure of this process in bytes: VmHWM is the peak of its memory, VmSize what it may address."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
 def hang(*_: Any) -> None:
     """Interrupt an input that takes too long."""
     raise Hang
@@ -306,7 +301,7 @@ def fuzz(n_inputs: int, seed: int, keep: Path | None = None) -> dict[str, Tally]
         resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + BYTES, limits[1]))
         try:
             for name, share in SHARES.items():
-                Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
+                forget_peak()
                 generator, tally, before = random.Random(f"{seed} {name}"), tallies[name], memory("VmHWM")
                 for number in range(-(-n_inputs * share // sum(SHARES.values()))):
                     made = every_target[name].make(generator)

@@ -4,7 +4,6 @@ python -m tests.torture.soak --n_processes 10 --n_generations 2000 --seed 0
 """
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import jaxprefix
 from jaxprefix.cli import prepare_compiling
 from jaxprefix.decode import PROMPT_BUCKET
 from tests.base_folders import GOLDEN, GOLDEN_BASE
+from tests.memory import memory
 from tests.runs import run_config, start
 
 N_BEFORE = 100
@@ -65,11 +65,6 @@ def make_requests(tokenizer: Any, dice: random.Random) -> list[Request]:
     return requests
 
 
-def resident_bytes() -> int:
-    """Return the memory that this process has resident."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def soak(run_dir: Path, n_generations: int, dice: random.Random) -> None:
     """Generate in this process, compare each output with the first one of its request, and watch the memory."""
     prepare_compiling()
@@ -86,9 +81,9 @@ def soak(run_dir: Path, n_generations: int, dice: random.Random) -> None:
         )
         assert made == first_outputs.setdefault(index, made), f"generation {number}: another output than before"
         if number + 1 == N_BEFORE:
-            early = resident_bytes()
+            early = memory("VmRSS")
         elif number + 1 > N_BEFORE:
-            most = max(most, resident_bytes())
+            most = max(most, memory("VmRSS"))
     growth = most / early - 1
     print(
         f"{n_generations} generations of {len(first_outputs)} requests: outputs unchanged; memory {early / 1e6:.0f} MB "
