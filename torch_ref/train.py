@@ -56,7 +56,7 @@ def autocast(flags: argparse.Namespace) -> torch.autocast:
     return torch.autocast("cuda", dtype=dtype, enabled=torch.cuda.is_available())
 
 
-def epoch_order(n_examples: int, epoch: int, seed: int) -> list[int]:
+def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
     """Return this rank's examples in a fresh random order: a permutation, or a DistributedSampler's share."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         numbers: Any = range(n_examples)
@@ -134,7 +134,7 @@ def train(
     dev = list(batches_of(dev_set, list(range(len(dev_set))), flags.batch_size, tokenizer))
     n_to_skip, best = n_done * flags.n_accum_steps, math.inf
     for epoch in range(flags.n_epochs):
-        shuffled = order(len(train_set), epoch, flags.seed)
+        shuffled = order(len(train_set), flags.seed, epoch)
         batches = list(batches_of(train_set, shuffled, flags.batch_size, tokenizer))
         first, n_to_skip = n_to_skip, max(0, n_to_skip - len(batches))
         if first >= len(batches) or record["n_done"] == flags.n_training_steps:

@@ -32,8 +32,8 @@ def reference_run(
         return reference.train(parsed, order=jax_order, examples=examples)
 
 
-def jax_order(n_examples: int, epoch: int, seed: int) -> list[int]:
-    """The order in which jaxprefix sees the examples of an epoch, with the reference's arguments."""
+def jax_order(n_examples: int, seed: int, epoch: int) -> list[int]:
+    """The order in which jaxprefix sees the examples of an epoch."""
     return epoch_order(n_examples, seed, epoch).tolist()
 
 

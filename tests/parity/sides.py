@@ -32,7 +32,7 @@ from jaxprefix import load_model, load_prefix, load_tokenizer
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, Batch, epoch_order, longest_row, make_batch, split_examples
+from jaxprefix.data import IGNORED, Batch, longest_row, make_batch, split_examples
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
@@ -92,7 +92,7 @@ class Ours:
     def _batches(self) -> list[Batch]:
         train_set, _ = split_examples(Examples.of(self.chunks), N_TRAIN, N_DEV, self.data)
         batches = []
-        for chosen in batched(epoch_order(N_TRAIN, SEED, 0).tolist()):
+        for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
             group = [train_set[i] for i in chosen]
             n_rows = sum(1 if example.prompt else 2 for example in group)
             batches.append(make_batch(group, self.tokenizer, n_rows, longest_row(group)))
@@ -233,7 +233,7 @@ class Theirs:
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
         train_set, _ = torch_ref.data.split_examples(self.chunks, N_TRAIN, N_DEV)
         batches = []
-        for chosen in batched(jax_order(N_TRAIN, 0, SEED)):
+        for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
             inputs, labels = torch_ref.data.collate([train_set[i] for i in chosen], self.tokenizer)
             ignored = torch.where(labels == self.tokenizer.pad_id, IGNORED, labels)
             batches.append((inputs.numpy(), ignored.numpy()))
