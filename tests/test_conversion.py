@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -200,7 +201,7 @@ def test_a_copied_base_keeps_template_and_license_and_no_adapter(tmp_path):
 
 def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("convert.prefix.write_safetensors", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+        patch.setattr("convert.prefix.write_safetensors", Mock(side_effect=OSError(28, "No space")))
         with pytest.raises(OSError, match="No space"):
             converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
     converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)

@@ -2,6 +2,7 @@ import dataclasses
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +20,17 @@ from jaxprefix.run_folder import (
 )
 from tests.base_folders import make_base_folder
 from tests.runs import run_config
+
+
+def begin(config, **base):
+    """Open a run's folder as the run of a base model does."""
+    open_run_folder(config, describe_run(config, base))
+
+
+def check_resumed(config, **base):
+    """Check the folder as a resumed run of a base model does."""
+    resumed = dataclasses.replace(config, resume=True)
+    check_run_folder(resumed, describe_run(resumed, base))
 
 
 def test_a_file_in_the_place_of_the_run(tmp_path):
@@ -42,38 +54,33 @@ def test_a_lock_that_cannot_be_made(tmp_path, name, message):
 
 def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     moved = shutil.copy(config.data_filepath, tmp_path / "moved.jsonl")
     for changes in ({"compute": Compute(remat="block")}, {"mesh": "fsdp=2"}, {"data_filepath": Path(moved)}):
-        resumed = dataclasses.replace(config, resume=True, **changes)
-        check_run_folder(resumed, describe_run(resumed, {}))
-    resumed = dataclasses.replace(config, resume=True, batch_size=2)
+        check_resumed(dataclasses.replace(config, **changes))
     with pytest.raises(InputError, match="batch_size: was 4, now 2"):
-        check_run_folder(resumed, describe_run(resumed, {}))
+        check_resumed(dataclasses.replace(config, batch_size=2))
 
 
 def test_of_another_base_only_what_differs_is_told(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {"weights": "a", "n_layer": "3"}))
-    resumed = dataclasses.replace(config, resume=True)
+    begin(config, weights="a", n_layer="3")
     with pytest.raises(InputError) as error:
-        check_run_folder(resumed, describe_run(resumed, {"weights": "b", "n_layer": "3"}))
+        check_resumed(config, weights="b", n_layer="3")
     assert str(error.value).split("\n  - ")[1:] == ["weights: was 'a', now 'b'"]
 
 
 def test_the_flags_of_a_type_are_synonyms_on_resuming_too(tmp_path):
     config = run_config(tmp_path, bf16=True)
-    open_run_folder(config, describe_run(config, {}))
-    resumed = run_config(tmp_path, dtype="bfloat16", resume=True)
-    check_run_folder(resumed, describe_run(resumed, {}))
-    resumed = run_config(tmp_path, fp16=True, resume=True)
+    begin(config)
+    check_resumed(run_config(tmp_path, dtype="bfloat16"))
     with pytest.raises(InputError, match="dtype: was 'bfloat16', now 'float16'"):
-        check_run_folder(resumed, describe_run(resumed, {}))
+        check_resumed(run_config(tmp_path, fp16=True))
 
 
 def test_the_prefix_in_a_run_has_its_settings(tmp_path):
     config = run_config(tmp_path, suffix="！")
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     assert setting_of(config.run_dir / "prefix", "suffix") == setting_of(config.run_dir, "suffix") == "！"
     assert setting_of(tmp_path, "suffix") is setting_of(None, "suffix") is None
 
@@ -86,10 +93,9 @@ def test_a_run_that_fails_leaves_no_lock(tmp_path):
 
 def test_a_run_may_be_renamed(tmp_path):
     config = run_config(tmp_path, filename_note="note")
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     config.run_dir.rename(tmp_path / "renamed")
-    resumed = dataclasses.replace(config, save_name="renamed", filename_note="", resume=True)
-    check_run_folder(resumed, describe_run(resumed, {}))
+    check_resumed(run_config(tmp_path, "renamed"))
 
 
 def test_the_working_folder_can_be_locked(tmp_path, monkeypatch):
@@ -100,19 +106,19 @@ def test_the_working_folder_can_be_locked(tmp_path, monkeypatch):
 
 
 def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_locked", lambda path: (_ for _ in ()).throw(BlockingIOError()))
+    monkeypatch.setattr(run_folder, "_locked", Mock(side_effect=BlockingIOError))
     with pytest.raises(InputError, match="is in use by another process"), only_writer(tmp_path / "run"):
         pass
 
 
 def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     (config.run_dir / "checkpoints").mkdir()
     (config.run_dir / "zz.txt").touch()
     again = dataclasses.replace(config, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.shutil, "rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run_folder.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             open_run_folder(again, {"data_sha256": ""})
     open_run_folder(again, {"data_sha256": ""})
@@ -129,19 +135,17 @@ def test_a_converted_state_can_be_resumed_though_its_first_run_was_killed_early(
 
 def test_a_run_of_an_earlier_version_does_not_know_every_setting(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {"n_layer": "3"}))
-    resumed = dataclasses.replace(config, resume=True)
-    check_run_folder(resumed, describe_run(resumed, {"n_layer": "3", "weights": "a"}))
+    begin(config, n_layer="3")
+    check_resumed(config, n_layer="3", weights="a")
 
 
 def test_an_encoder_to_start_from_may_be_gone_once_a_checkpoint_is_there(tmp_path):
     config = run_config(tmp_path, checkpoint_path=tmp_path / "earlier")
-    open_run_folder(config, describe_run(config, {}))
-    resumed = run_config(tmp_path, resume=True)
+    begin(config)
     with pytest.raises(InputError, match=r"checkpoint_path: was '.*earlier', now None"):
-        check_run_folder(resumed, describe_run(resumed, {}))
+        check_resumed(run_config(tmp_path))
     (config.run_dir / "checkpoints" / "4").mkdir(parents=True)
-    check_run_folder(resumed, describe_run(resumed, {}))
+    check_resumed(run_config(tmp_path))
 
 
 def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
@@ -154,7 +158,7 @@ def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
 
 def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {"n_layer": "3"}))
+    begin(config, n_layer="3")
     check_base(config.run_dir, {"n_layer": "3", "base_model": "renamed"})
     with pytest.raises(InputError, match="n_head: made for None, this base has 4"):
         check_base(config.run_dir, {"n_layer": "3", "n_head": "4"})
@@ -189,24 +193,22 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_changes_the_result_may_not_change_on_resuming(tmp_path, name):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {}))
-    changed = dataclasses.replace(config, resume=True, **{name: OTHERS[name]})
+    begin(config)
     with pytest.raises(InputError, match=f"{name}: was"):
-        check_run_folder(changed, describe_run(changed, {}))
+        check_resumed(dataclasses.replace(config, **{name: OTHERS[name]}))
 
 
 def test_other_data_under_the_same_name_is_noticed_on_resuming(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     (tmp_path / "other.jsonl").write_text('{"text": "a"}')
-    changed = dataclasses.replace(config, resume=True, data_filepath=tmp_path / "other.jsonl")
     with pytest.raises(InputError, match="data_sha256: was"):
-        check_run_folder(changed, describe_run(changed, {}))
+        check_resumed(dataclasses.replace(config, data_filepath=tmp_path / "other.jsonl"))
 
 
 def test_a_base_model_in_the_run_is_not_overwritten(tmp_path):
     config = run_config(tmp_path)
-    open_run_folder(config, describe_run(config, {}))
+    begin(config)
     base = make_base_folder(config.run_dir / "base")
     changed = dataclasses.replace(config, overwrite=True, pretrained_model_dir=str(base))
     with pytest.raises(InputError, match="--overwrite would delete it"):
