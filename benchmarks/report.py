@@ -160,19 +160,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def publish(name: str, text: str, results: Any) -> Path:
+def publish(name: str, text: str, results: Any) -> None:
     """Print a table, and write it with all results to results/NAME.json."""
     about = machine()
     where = about["gpus"][0] if about["gpus"] else f"{about['cores']} cores, {about['cpu']}"
     print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
     arguments = [Path(argument).name for argument in sys.argv[1:]]
-    path.write_text(
-        json.dumps({"machine": about, "arguments": arguments, "table": text, "results": results}, indent=1) + "\n",
-        encoding="utf-8",
-    )
-    return path
+    content = {"machine": about, "arguments": arguments, "table": text, "results": results}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def peak_memory() -> int:

@@ -245,7 +245,8 @@ def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
     """Raise InputError for what PEFT's modules_to_save trains besides the prefix, which would be wrong without."""
-    if others := [name for name in weights if name != TENSOR_NAME] if TENSOR_NAME in weights else []:
+    others = [name for name in weights if name != TENSOR_NAME]
+    if TENSOR_NAME in weights and others:
         raise InputError(
             f"{path}: holds {others[:3]} besides the prefix: trained parts of the base model, not supported"
         )

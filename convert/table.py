@@ -66,7 +66,7 @@ def stream_weights(
         problems += [
             f"{copy} is not {name}, to which config.json ties it"
             for copy, name in copies
-            if not _agree(found, copy, name)
+            if not _agree(found[copy], found[name])
         ]
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
@@ -122,9 +122,8 @@ def _kind(rule: Rule) -> str | None:
     return rule[1] if isinstance(rule, tuple) else None
 
 
-def _agree(weights: Mapping[str, StoredWeight], *names: str) -> bool:
+def _agree(one: StoredWeight, other: StoredWeight) -> bool:
     """Tell whether two weights agree in some rows of theirs."""
-    one, other = (weights[name] for name in names)
     rows = (slice(None, None, max(1, one.shape[0] // COMPARED_ROWS)),)
     return np.array_equal(one.read(rows), other.read(rows), equal_nan=True)  # what is not finite is told as such
 

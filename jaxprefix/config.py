@@ -149,7 +149,7 @@ class TrainConfig:
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
         not_negative = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
-        problems = [
+        problems = [  # `not … >`: NaN is not above 0, nor is it below
             f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0
         ]
         problems += [

@@ -188,7 +188,7 @@ import sys
 from pathlib import Path
 from jaxprefix import token_cache
 from jaxprefix.examples import Chunking
-from jaxprefix.tokenizer import SentencePiece, load_tokenizer
+from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN_BASE
 
 token_cache.CACHED_BYTES = 1
@@ -218,7 +218,7 @@ import sys, time
 from pathlib import Path
 from jaxprefix import token_cache
 from jaxprefix.examples import Chunking
-from jaxprefix.tokenizer import SentencePiece, load_tokenizer
+from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN_BASE
 
 def blocks(path):

@@ -92,8 +92,6 @@ def deepspeed_config(flags: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_deepspeed_config(flags: argparse.Namespace) -> Path:
+def write_deepspeed_config(flags: argparse.Namespace) -> None:
     """Write the settings to the file that `--deepspeed_config` names."""
-    path = Path(flags.deepspeed_config)
-    path.write_text(json.dumps(deepspeed_config(flags), indent=2) + "\n")
-    return path
+    Path(flags.deepspeed_config).write_text(json.dumps(deepspeed_config(flags), indent=2) + "\n")

@@ -98,8 +98,7 @@ class GPT2(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Return float32 logits of the next token, and the keys and values [B, N, S, H] of every
-        layer.
+        """Return float32 logits of the next token, and the keys and values [B, N, S, H] of every layer.
 
         All arguments are those of `GPTNeoX`.
         """

@@ -168,7 +168,6 @@ def reference(tmp_path_factory):
     return reference_of(FAULTY, tmp_path_factory.mktemp("reference"))
 
 
-# The other cases are run by `make parity`.
 @pytest.mark.usefixtures("users_compiling")
 def test_every_stage_agrees(tmp_path):  # in the first case; make parity compares all
     results = list(compare_case(PLAIN, tmp_path))
