@@ -8,7 +8,8 @@ from typing import Any, Literal
 from convert.errors import InputError
 from convert.untrusted import member, read_object
 
-Spellings = dict[str, tuple[tuple[str, ...], Any]]
+Fields = dict[str, tuple[tuple[str, ...], Any]]
+"""By field: every spelling in config.json, and transformers' default, for a field that is not there or null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +110,7 @@ def _in_rope(key: str) -> tuple[str, str]:
     return f"rope_scaling.{key}", f"rope_parameters.{key}"
 
 
-# By architecture: field → (every spelling in config.json, default of transformers when none is present or None).
-_FIELDS: dict[str, Spellings] = {
+_FIELDS: dict[str, Fields] = {
     "gpt_neox": {
         "n_layer": (("num_hidden_layers",), None),
         "n_head": (("num_attention_heads",), None),
@@ -146,7 +146,7 @@ _FIELDS: dict[str, Spellings] = {
     },
 }
 # Settings that change the arithmetic, with the one value that the forward pass computes.
-_FIXED: dict[str, Spellings] = {"gpt_neox": {}, "gpt2": {"add_cross_attention": (("add_cross_attention",), False)}}
+_FIXED: dict[str, Fields] = {"gpt_neox": {}, "gpt2": {"add_cross_attention": (("add_cross_attention",), False)}}
 # Far above any model's: what a damaged or hostile config.json claims must not take minutes or gigabytes to refuse.
 _LARGEST = {
     "n_layer": 2**7,
@@ -187,8 +187,20 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
             f"{path}: asks for code of its own (auto_map), which is never run; such a model is unsupported"
         )
     problems: list[str] = []
+    values = _read_fields(raw, architecture, problems)
+    if problems:
+        raise InputError.all(f"{path}:", problems)
+    values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
+    config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
+    if problems := _shape_problems(config, raw.get("head_dim")):
+        raise InputError.all(f"{path}:", problems)
+    return config
+
+
+def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) -> dict[str, Any]:
+    """Return the values of an architecture's fields; note those that are missing, contradictory or not supported."""
     fields = _FIELDS[architecture]
-    found = {field: _lookup(raw, *spellings, problems) for field, spellings in fields.items()}
+    found = {field: _lookup(raw, spellings, default, problems) for field, (spellings, default) in fields.items()}
     if found.get("rotary_scaling", ("", "default"))[1] in ("linear", "dynamic"):
         found["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
     if raw.get("rope_scaling") and raw.get("rope_parameters") not in (None, {}, raw["rope_scaling"]):
@@ -196,16 +208,17 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     for field, (spellings, supported) in _FIXED[architecture].items():
         if (value := _lookup(raw, spellings, supported, problems)[1]) != supported:
             problems.append(f"{field} {value!r} is not supported, only {supported!r}")
-    values = {
+    return {
         field: _checked(field, spelling, value, fields[field][1], problems)
         for field, (spelling, value) in found.items()
     }
-    if problems:
-        raise InputError.all(f"{path}:", problems)
-    values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
-    config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
-    if raw.get("head_dim") not in (None, config.head_dim):
-        problems.append(f"head_dim {raw['head_dim']!r} is not width {config.n_embd} by {config.n_head} heads")
+
+
+def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
+    """Say which sizes do not go together; `head_dim` is what config.json says of it, if anything."""
+    problems = []
+    if head_dim not in (None, config.head_dim):
+        problems.append(f"head_dim {head_dim!r} is not width {config.n_embd} by {config.n_head} heads")
     if config.n_embd % config.n_head:
         problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
     elif config.rotary_factor < 1:
@@ -214,9 +227,7 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
         problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
     elif config.rotary_scaling == "dynamic" and config.rotary_dim < 4:
         problems.append(f"dynamic rotary scaling needs more than the {config.rotary_dim} dimensions that rotate")
-    if problems:
-        raise InputError.all(f"{path}:", problems)
-    return config
+    return problems
 
 
 def _checked(field: str, spelling: str, value: Any, default: Any, problems: list[str]) -> Any:
