@@ -54,24 +54,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         return _read_adapter(path)
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
-    try:
-        refuse_pointer(path)
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    base: dict[str, str] = {}
-    if start.startswith(_NPY):
-        array = _read_npy(path)
-    elif start.startswith(torch_files.MAGIC):
-        array = _read_torch(path)
-    elif start[8:9] == b"{":
-        array, base = _read_safetensors(path)
-    else:
-        raise InputError(
-            f"{path}: not a prefix; expected .weight, .checkpoint, .safetensors, .npy or an adapter folder"
-        )
-
+    array, base = _read_file(path)
     if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
@@ -172,6 +155,23 @@ def from_dynamic_cache(cache: Any) -> np.ndarray:
     if not (pairs == pairs[:, :, :1]).all():
         raise InputError(f"the {pairs.shape[2]} rows of the cache differ; a prefix is the same for all")
     return np.ascontiguousarray(to_folded(pairs[:, :, 0].transpose(0, 1, 3, 2, 4)))
+
+
+def _read_file(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+    """Read a prefix file, whose content tells its format, as (the array as stored, its header)."""
+    try:
+        refuse_pointer(path)
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    if start.startswith(_NPY):
+        return _read_npy(path), {}
+    if start.startswith(torch_files.MAGIC):
+        return _read_torch(path), {}
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    raise InputError(f"{path}: not a prefix; expected .weight, .checkpoint, .safetensors, .npy or an adapter folder")
 
 
 def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
