@@ -26,7 +26,7 @@ WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cac
 
 def command(way: str, folder: Path, data: Path, round_folder: Path) -> list[str]:
     """Return the command line of one update that logs itself."""
-    module = ["torch_ref.train"] if way == "torch_ref" else ["jaxprefix.cli", "train", "--output_dir", round_folder]
+    module = ["torch_ref.train"] if way == "torch_ref" else ["jaxprefix", "train", "--output_dir", round_folder]
     flags = ["--pretrained_model_dir", folder, "--data_filepath", data, "--save_name", way]
     flags += ["--train_data_size", 200, "--n_training_steps", 1, "--log_every_n_steps", 1]
     return [sys.executable, "-m", *map(str, [*module, *flags])]

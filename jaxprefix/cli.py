@@ -154,7 +154,3 @@ def entry_point() -> None:
     """Run as a program."""
     gc.set_threshold(100_000)  # each collection walks all that JAX keeps alive: at Python's 700, a tenth of a start
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    entry_point()

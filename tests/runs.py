@@ -50,7 +50,7 @@ def flags_of(config: TrainConfig) -> list[str]:
 
 
 def start(
-    config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix.cli"), **variables: str
+    config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix"), **variables: str
 ) -> subprocess.Popen[str]:
     """Start a run_config as a process of its own, which keeps what it compiles where this one does."""
     folder = jax.config.jax_compilation_cache_dir

@@ -173,7 +173,7 @@ def test_generate_compares_as_text_and_json(capsys):
 
 
 def test_the_prompt_loop_answers_line_by_line():
-    command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, *GREEDY]
+    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, *GREEDY]
     lines = "\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in locales of other names than C.UTF-8
     result = subprocess.run(command, input=lines, capture_output=True, check=True, env=strict)
@@ -191,7 +191,7 @@ def test_prompts_with_unknown_tokens_are_warned_of(capsys):
 
 def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
     (tmp_path / "prompts.txt").write_text("朝の\n朝の\n朝の")
-    command = [sys.executable, "-m", "jaxprefix.cli", "generate", *BASE, *PREFIX, "--max_output_len", "12"]
+    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, "--max_output_len", "12"]
     listed = subprocess.run(
         [*command, "--prompt_file", tmp_path / "prompts.txt"], capture_output=True, text=True, check=True
     )
@@ -241,9 +241,7 @@ def test_seeds_have_a_limit(capsys, tmp_path):
 def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):
     flags = train_flags(tmp_path, n_epochs=2000, n_training_steps=100000)
     lines = []
-    with subprocess.Popen(
-        [sys.executable, "-m", "jaxprefix.cli", *flags], stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-m", "jaxprefix", *flags], stderr=subprocess.PIPE, text=True) as process:
         watchdog = threading.Timer(120, process.kill)
         watchdog.start()
         for line in process.stderr:

@@ -58,7 +58,7 @@ def run(*command, **environment):
 
 
 def test_a_hub_id_generates_and_only_the_needed_files_are_fetched(hub):
-    command = ["-m", "jaxprefix.cli", "generate", "--pretrained_model_dir", "user/model", "--prompt", "朝の"]
+    command = ["-m", "jaxprefix", "generate", "--pretrained_model_dir", "user/model", "--prompt", "朝の"]
     done = run(*command, "--max_output_len", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("朝の")

@@ -172,7 +172,7 @@ def test_other_devices_go_on_within_rounding(finished, tmp_path):
         config_file.write_text(config_file.read_text().replace('"save_name": "run"', f'"save_name": "{name}"'))
     one, four = (run_config(tmp_path, name, n_epochs=4) for name in ("run", "four"))
     train(run_config(tmp_path, n_epochs=4, resume=True))
-    command = [sys.executable, "-m", "jaxprefix.cli", "train", *flags_of(four), "--resume"]
+    command = [sys.executable, "-m", "jaxprefix", "train", *flags_of(four), "--resume"]
     subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, check=True, capture_output=True)
     np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=1e-5)
     np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=1e-5)

@@ -95,7 +95,7 @@ def soak(run_dir: Path, n_generations: int, dice: random.Random) -> None:
 def crowd(run_dir: Path, n_processes: int) -> None:
     """Let one process generate, then many at once, and compare what they print."""
     prompts = [json.loads(line)["text"][:12] for line in (GOLDEN / "documents.jsonl").read_text().splitlines()]
-    command = [sys.executable, "-m", "jaxprefix.cli", "generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--json"]
+    command = [sys.executable, "-m", "jaxprefix", "generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--json"]
     command += ["--prefix_checkpoint_path", str(run_dir), "--decode_method", "greedy", "--prompt", *prompts]
 
     def begin() -> subprocess.Popen[str]:
