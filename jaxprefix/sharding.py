@@ -76,7 +76,7 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
     return place
 
 
-def with_embedded_rows(base: Base, mesh: Mesh | AbstractMesh) -> Base:
+def with_gathered_embeddings(base: Base, mesh: Mesh | AbstractMesh) -> Base:
     """Gather the embeddings along their width, inside jit.
 
     Otherwise the partitioner keeps looked-up vectors split by width, and every device computes all rows.

@@ -16,7 +16,7 @@ from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.models import load_model, weight_shapes, weight_table
-from jaxprefix.sharding import base_sharding, make_mesh, with_embedded_rows
+from jaxprefix.sharding import base_sharding, make_mesh, with_gathered_embeddings
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.markers import needs_cuda_plugin
@@ -53,7 +53,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
 def test_an_embedding_stays_split_over_tensor_as_far_as_it_is_a_head():
     weights = {name: {"weight": jnp.zeros((8, 4))} for name in ("embed", "embed_positions", "head")}
     for sizes, spec in (({"fsdp": 2, "tensor": 2}, P("tensor", None)), ({"fsdp": 2, "tensor": 3}, P(None, None))):
-        constraints = jax.make_jaxpr(with_embedded_rows, static_argnums=1)(weights, abstract_mesh(**sizes)).eqns
+        constraints = jax.make_jaxpr(with_gathered_embeddings, static_argnums=1)(weights, abstract_mesh(**sizes)).eqns
         assert [constraint.params["sharding"].spec for constraint in constraints] == [spec, P(None, None)]
 
 
