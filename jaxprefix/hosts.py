@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import InputError, PlainError, RunError
+from jaxprefix.config import HostsConfig
 from jaxprefix.devices import devices
-from jaxprefix.launch import HostsConfig
 
 JOIN_SECONDS = 120
 """How long a process waits for the others to join."""

@@ -32,7 +32,7 @@ FLOORS = [
     {"tokenizer"},
     {"inference_config"},
     {"config", "hub", "devices"},
-    {"recipe", "launch"},
+    {"recipe"},
     {"settings"},
 ]
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute, ConvertConfig, cache_folder
+from jaxprefix.config import Compute, ConvertConfig, HostsConfig, cache_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
-from jaxprefix.launch import HostsConfig
 from tests.runs import run_config
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix import hosts
+from jaxprefix.config import HostsConfig
 from jaxprefix.hosts import joined
-from jaxprefix.launch import HostsConfig
 from tests.pairs import free_port, slurm
 
 
