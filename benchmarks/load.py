@@ -8,14 +8,14 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.report import alternate, median, peak_memory, publish, table
 from benchmarks.shapes import SHAPES, make_folder
-
-WAYS = ("files", "jaxprefix", "transformers")
 
 
 def forget(folder: Path) -> int:
@@ -28,32 +28,47 @@ def forget(folder: Path) -> int:
     return size
 
 
-def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
-    """Load once in this process: seconds, and peak memory beyond what the imports took."""
-    if way == "jaxprefix":
-        import jax
+def files_loader(folder: Path, _: str) -> Callable[[], None]:
+    """Return a function that reads the files, and keeps nothing of them."""
+    buffer = bytearray(2**24)
 
-        from jaxprefix import load_model
-
-        jax.block_until_ready(jax.numpy.zeros(8).astype(dtype) + 1)
-    elif way == "transformers":
-        import torch
-        from transformers import AutoModelForCausalLM
-    before = peak_memory()
-    size = forget(folder)
-    started = time.perf_counter()
-    if way == "files":
-        buffer = bytearray(2**24)
+    def load() -> None:
         for path in folder.glob("*.safetensors"):
             with path.open("rb", buffering=0) as file:
                 while file.readinto(buffer):
                     continue
-    elif way == "jaxprefix":
-        jax.block_until_ready(jax.tree.leaves(load_model(folder, dtype)))
-    else:
-        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "peak_bytes": peak_memory() - before, "file_bytes": size}
+
+    return load
+
+
+def jaxprefix_loader(folder: Path, dtype: str) -> Callable[[], Any]:
+    """Return a function that loads the model, JAX being ready."""
+    import jax
+
+    from jaxprefix import load_model
+
+    jax.block_until_ready(jax.numpy.zeros(8).astype(dtype) + 1)
+    return lambda: jax.block_until_ready(jax.tree.leaves(load_model(folder, dtype)))
+
+
+def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
+    """The same of transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+
+
+WAYS = {"files": files_loader, "jaxprefix": jaxprefix_loader, "transformers": transformers_loader}
+
+
+def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Load once in this process: seconds, and peak memory beyond what the imports took."""
+    load = WAYS[way](folder, dtype)
+    before, size = peak_memory(), forget(folder)
+    started = time.perf_counter()
+    load()
+    return {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory() - before, "file_bytes": size}
 
 
 def main() -> None:

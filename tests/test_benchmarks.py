@@ -104,6 +104,13 @@ def test_what_measures_pytorch_has_no_jax_in_memory():
 
 
 @pytest.mark.slow
+def test_load(run_benchmark):
+    printed, results = run_benchmark("load", "--shape", "1m", "--rounds", 1)
+    assert all(run["file_bytes"] > 10**6 for runs in results.values() for run in runs)
+    assert "| transformers |" in printed
+
+
+@pytest.mark.slow
 def test_startup(run_benchmark):
     printed, results = run_benchmark("startup", "--shape", "1m", "--rounds", 1)
     assert all(run["seconds"] > 0.5 for runs in results.values() for run in runs)  # the imports alone take longer
