@@ -103,7 +103,19 @@ def test_what_measures_pytorch_has_no_jax_in_memory():
     subprocess.run([sys.executable, "-c", f"{imports}; assert not {{'jax', 'flax'}} & {{*sys.modules}}"], check=True)
 
 
-@pytest.mark.slow
+def test_train(run_benchmark):
+    printed, results = run_benchmark("train", "--shape", "1m", "--updates", 2, "--ways", "jaxprefix:float32")
+    assert all(turn["tokens_per_s"] > 0 for turn in results["jaxprefix:float32"])
+    assert "| jaxprefix:float32 |" in printed
+
+
+def test_data(run_benchmark):
+    printed, (first, again) = run_benchmark("data", "--gigabytes", 0.005)
+    assert again["examples"] == first["examples"] > 1000
+    assert again["seconds"] < first["seconds"]
+    assert "| from the cache |" in printed
+
+
 def test_load(run_benchmark):
     printed, results = run_benchmark("load", "--shape", "1m", "--rounds", 1)
     assert all(run["file_bytes"] > 10**6 for runs in results.values() for run in runs)
