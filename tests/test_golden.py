@@ -18,6 +18,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES
 from tests.base_folders import GOLDEN
+from tests.parity.runs import named
 from tests.parity.sides import in_order_of_ids
 from tests.tolerances import FUNCTION, LOSS, MODEL
 
@@ -32,10 +33,6 @@ def encoder_of(model, state: str) -> PrefixEncoder:
         path: leaf.replace(jnp.asarray(FORWARD[f"{state}.{'.'.join(path)}"])) for path, leaf in nnx.to_flat_state(empty)
     }
     return nnx.merge(graph, nnx.from_flat_state(filled))
-
-
-def named(encoder) -> dict[str, np.ndarray]:
-    return {".".join(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.split(encoder)[1])}
 
 
 @pytest.fixture(scope="module")
