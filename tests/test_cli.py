@@ -57,7 +57,7 @@ def data_file(folder, content: str):
         ('{"text": "a"}\n', "data.jsonl: makes 1 examples, fewer than --train_data_size 14 + --dev_data_size 4"),
     ],
 )
-def test_bad_data(capsys, tmp_path, content, message):
+def test_data_that_cannot_be_used_is_named_by_its_line(capsys, tmp_path, content, message):
     fails(capsys, train_flags(tmp_path, data_filepath=data_file(tmp_path, content)), message)
 
 

@@ -32,7 +32,7 @@ from tests.runs import run_config
         ({"mesh": ""}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found ''"),
     ],
 )
-def test_train(changes, message):
+def test_settings_of_train_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         run_config(Path(), **changes)
     assert str(error.value) == f"train:\n  - {message}"
@@ -47,7 +47,7 @@ def test_train(changes, message):
         ({"temperature": 0.0}, "--temperature must be finite and at least 1e-06, is 0.0"),
     ],
 )
-def test_decoding(changes, message):
+def test_settings_of_decoding_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         DecodeConfig(**changes)
     assert str(error.value) == f"decoding:\n  - {message}"
@@ -104,7 +104,7 @@ def test_a_path_may_be_a_str():
         ({"batch_size": 0}, "--batch_size must be positive, is 0"),
     ],
 )
-def test_generate(changes, message):
+def test_settings_of_generate_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         GenerateConfig("base", **changes)
     assert str(error.value) == f"generate:\n  - {message}"
@@ -121,7 +121,7 @@ def test_generate(changes, message):
         ({"suffix": " "}, "--suffix is blank, so there is no suffix rate; --n_samples 0 skips it"),
     ],
 )
-def test_evaluate(changes, message):
+def test_settings_of_evaluate_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         EvaluateConfig("base", **changes)
     assert str(error.value) == f"evaluate:\n  - {message}"

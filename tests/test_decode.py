@@ -68,6 +68,9 @@ def test_batch_size_does_not_matter(golden_model, tokenizer):
         whole = ids_of(golden_model, tokenizer, PROMPTS[:3], decode=decode)
         assert ids_of(golden_model, tokenizer, PROMPTS[:3], batch_size=2, decode=decode) == whole
     assert ids_of(golden_model, tokenizer, []) == []
+
+
+def test_batch_sizes_and_seeds_that_cannot_be_meant(golden_model, tokenizer):
     with pytest.raises(InputError, match="batch_size must be at least 1, is 0"):
         ids_of(golden_model, tokenizer, [], batch_size=0)
     with pytest.raises(InputError, match="seed must be at least 0 and below 4294967296, is -1"):
@@ -168,7 +171,7 @@ LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
         (0, 1.0, False, 4),
     ],
 )
-def test_nucleus(top_k, top_p, drop_crossing, kept):
+def test_a_nucleus_holds_what_top_k_and_top_p_leave(top_k, top_p, drop_crossing, kept):
     shuffled = LOGITS[:, jnp.asarray([2, 0, 3, 1])]
     likeliest, ids = nucleus(shuffled, top_k, top_p, drop_crossing)
     assert int(jnp.isfinite(likeliest).sum()) == kept

@@ -54,7 +54,7 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize(("build", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_is_refused(tmp_path, monkeypatch, build, message):
+def test_a_hostile_file_is_refused(tmp_path, monkeypatch, build, message):
     monkeypatch.chdir(tmp_path)
     read = build(tmp_path)
     before = state_of(tmp_path)

@@ -106,7 +106,7 @@ def test_an_interrupted_download_goes_on(hub, folders):
         (["user/torch"], "the model hub says: .*403"),
     ],
 )
-def test_plain_errors(hub, arguments, message):
+def test_what_the_hub_refuses_is_told_plainly(hub, arguments, message):
     hub.gated.add("user/gated")
     hub.forbidden.add("pytorch_model.bin")
     with pytest.raises(InputError, match=message):

@@ -193,7 +193,7 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "written-by-pickle").exists()
 
 
-def test_model_type_of_the_golden_base_is_in_the_header(golden_model, tokenizer, tmp_path):
+def test_the_header_names_the_base_and_its_tokenizer(golden_model, tokenizer, tmp_path):
     save_prefix(tmp_path / "prefix", random_prefix(golden_model.config), golden_model.config, tokenizer)
     _, header = read_prefix(tmp_path / "prefix")
     assert header["base_model"] == str(GOLDEN_BASE)

@@ -23,7 +23,7 @@ ENCODER = {
         (ENCODER | {"prefix_wte.weight": torch.ones(6)}, r"prefix_wte.weight \(6,\) .* must have two axes"),
     ],
 )
-def test_reading(tmp_path, content, message):
+def test_what_is_no_encoders_state_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "state.pt")
     with pytest.raises(InputError, match=message):
         read_training_state(tmp_path / "state.pt")
