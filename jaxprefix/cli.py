@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -130,15 +129,7 @@ def _evaluate(config: EvaluateConfig) -> int:
 def _convert(config: ConvertConfig) -> int:
     from jaxprefix.conversion import convert
 
-    target = config.target
-    try:
-        print(convert(config))
-    except OSError as error:
-        path = Path(error.filename or target)
-        written = target.is_relative_to(path) or path.is_relative_to(target) or path.name == f"{target.name}.tmp"
-        if path.is_relative_to(config.source) and not written:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+    print(convert(config))
     return 0
 
 

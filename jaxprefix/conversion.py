@@ -27,8 +27,21 @@ PREFIX_FILES = (".weight", ".checkpoint", ".npy", ".safetensors")
 def convert(config: ConvertConfig) -> str:
     """Convert `config.source` to `config.target`; return a line that says what was written.
 
-    Raises InputError for a source that cannot be used or does not fit the base, and OSError.
+    Raises InputError for a source that cannot be used or does not fit the base, and for what the system refuses.
     """
+    source, target = config.source, config.target
+    try:
+        return _converted(config)
+    except OSError as error:
+        path = Path(error.filename or target)
+        written = target.is_relative_to(path) or path.is_relative_to(target) or path.name == f"{target.name}.tmp"
+        if path.is_relative_to(source) and not written:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+
+
+def _converted(config: ConvertConfig) -> str:
+    """Convert by what the source is."""
     source, target = config.source, config.target
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")

@@ -202,7 +202,7 @@ def test_a_copied_base_keeps_template_and_license_and_no_adapter(tmp_path):
 def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("convert.prefix.write_safetensors", Mock(side_effect=OSError(28, "No space")))
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InputError, match=r"adapter: cannot be written \(No space\)"):
             converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
     converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
 
