@@ -40,8 +40,8 @@ from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.tokenizer import load_tokenizer
 
 PREFIX = 10
-RATE_PRODUCTS = 20
-"""Matrix products of a measurement of their rate."""
+RATE_PAIRS = 10
+"""Pairs of matrix products of a measurement of their rate."""
 
 
 class Training(NamedTuple):
@@ -175,49 +175,54 @@ WAYS = {
 }
 
 
+def jax_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], None], int]:
+    """Return a function that multiplies tokens by an MLP's two matrices, pair after pair, and how many tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxprefix.models.layers import einsum
+
+    n_tokens = 512 if jax.default_backend() == "cpu" else 8192  # enough to keep a device busy
+    x = jnp.ones((n_tokens, width), dtype)
+    up, down = jnp.full((inner, width), 1 / width, dtype), jnp.full((width, inner), 1 / inner, dtype)
+
+    def pair(_: int, x: jax.Array) -> jax.Array:
+        for weight in (up, down):
+            x = einsum("ti,oi->to", x, weight).astype(dtype)
+        return x
+
+    pairs = jax.jit(lambda x: jax.lax.fori_loop(0, RATE_PAIRS, pair, x))
+    return lambda: pairs(x).block_until_ready(), n_tokens
+
+
+def torch_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], None], int]:
+    """The same in PyTorch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n_tokens = 512 if device == "cpu" else 8192
+    kind = {"dtype": getattr(torch, dtype), "device": device}
+    x = torch.ones(n_tokens, width, **kind)
+    up, down = torch.full((inner, width), 1 / width, **kind), torch.full((width, inner), 1 / inner, **kind)
+
+    def run() -> None:
+        y = x
+        for _ in range(RATE_PAIRS):
+            y = torch.nn.functional.linear(torch.nn.functional.linear(y, up), down)
+        y[0, 0].item()
+
+    return run, n_tokens
+
+
 def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], float]:
     """Return a function that measures the FLOP/s of an MLP's two matrix products, pair after pair."""
-    n_pairs = RATE_PRODUCTS // 2
-    if way == "jaxprefix":
-        import jax
-        import jax.numpy as jnp
-
-        from jaxprefix.models.layers import einsum
-
-        n_tokens = 512 if jax.default_backend() == "cpu" else 8192  # enough to keep a device busy
-        x = jnp.ones((n_tokens, width), dtype)
-        up, down = jnp.full((inner, width), 1 / width, dtype), jnp.full((width, inner), 1 / inner, dtype)
-
-        def pair(_: int, x: jax.Array) -> jax.Array:
-            for weight in (up, down):
-                x = einsum("ti,oi->to", x, weight).astype(dtype)
-            return x
-
-        pairs = jax.jit(lambda x: jax.lax.fori_loop(0, n_pairs, pair, x))
-
-        def run() -> None:
-            pairs(x).block_until_ready()
-    else:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        n_tokens = 512 if device == "cpu" else 8192
-        kind = {"dtype": getattr(torch, dtype), "device": device}
-        x = torch.ones(n_tokens, width, **kind)
-        up, down = torch.full((inner, width), 1 / width, **kind), torch.full((width, inner), 1 / inner, **kind)
-
-        def run() -> None:
-            y = x
-            for _ in range(n_pairs):
-                y = torch.nn.functional.linear(torch.nn.functional.linear(y, up), down)
-            y[0, 0].item()
-
+    run, n_tokens = (jax_products if way == "jaxprefix" else torch_products)(dtype, width, inner)
     run()
 
     def measured() -> float:
         started = time.perf_counter()
         run()
-        return 4 * n_pairs * n_tokens * width * inner / (time.perf_counter() - started)
+        return 4 * RATE_PAIRS * n_tokens * width * inner / (time.perf_counter() - started)
 
     return measured
 
@@ -255,6 +260,24 @@ def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int)
     n_of_one = len(read_examples(path, Chunking(load_tokenizer(folder), max_seq_len=max_seq_len)))
     path.write_text(line * -(-n_examples // n_of_one), encoding="utf-8")
     return path
+
+
+def rows_of_table(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+    """Return a line of the table for each way; the first one is what the others are compared with."""
+    first, *_ = results.values()
+    return [
+        [
+            way,
+            f"{median(r, 'tokens_per_s'):.0f}",
+            f"{ratio(first, r, 'tokens_per_s'):.2f}",
+            f"{median(r, 'step_s'):.3g}",
+            f"{median(r, 'rate') / 1e9:.0f}",
+            f"{median(r, 'of_limit'):.2f}",
+            gib(largest(r, "peak_bytes")),
+            gib(largest(r, "device_peak_bytes")),
+        ]
+        for way, r in results.items()
+    ]
 
 
 def main() -> None:
@@ -300,26 +323,13 @@ def main() -> None:
         n_turns = flags.updates // flags.updates_a_turn
         results = take_turns(arguments, "benchmarks.train", n_turns, flags.alone)
     first = flags.ways[0]
-    rows = [
-        [
-            way,
-            f"{median(r, 'tokens_per_s'):.0f}",
-            f"{ratio(results[first], r, 'tokens_per_s'):.2f}",
-            f"{median(r, 'step_s'):.3g}",
-            f"{median(r, 'rate') / 1e9:.0f}",
-            f"{median(r, 'of_limit'):.2f}",
-            gib(largest(r, "peak_bytes")),
-            gib(largest(r, "device_peak_bytes")),
-        ]
-        for way, r in results.items()
-    ]
     header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
     header += ["host peak GiB", "GPU peak GiB"]
     rows_of = f"rows of up to {flags.tokens - PREFIX} tokens" if flags.tokens else "the original's rows"
     setting = f"batches of {flags.batch_size} examples, {rows_of}, prefix {PREFIX}"
     title = f"{flags.shape}, {setting}, {turns(flags.updates, 'updates', flags.alone)}"
     name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "")
-    publish(name, f"{title}\n\n{table(header, rows)}", results)
+    publish(name, f"{title}\n\n{table(header, rows_of_table(results))}", results)
 
 
 if __name__ == "__main__":
