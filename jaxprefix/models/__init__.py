@@ -59,13 +59,12 @@ def load_model(
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     graph, abstract = nnx.split(abstract_model(config, compute))
-    places = nnx.to_flat_state(abstract)
-    leaves = {".".join(map(str, path)): leaf for path, leaf in places}
+    unloaded = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
+    loaded: dict[tuple, nnx.Param] = {}
     first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
 
-    def place(path: str, weight: FiniteWeight) -> None:
-        sharding = sharding_of(path, weight.shape) if sharding_of else first_device
+    def load(name: str, weight: FiniteWeight) -> None:
+        sharding = sharding_of(name, weight.shape) if sharding_of else first_device
         parts: dict[str, np.ndarray] = {}  # several devices may hold the same one
 
         def read(index: Index) -> np.ndarray:
@@ -73,14 +72,14 @@ def load_model(
                 parts[key] = weight.read(index, type_name)
             return parts[key]
 
-        leaves[path] = leaves[path].replace(jax.make_array_from_callback(weight.shape, sharding, read))
+        path, leaf = unloaded[name]
+        loaded[path] = leaf.replace(jax.make_array_from_callback(weight.shape, sharding, read))
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(place, *zip(*_stream(folder, config, shapes), strict=True)))
-    flat = {path: leaf for (path, _), leaf in zip(places, leaves.values(), strict=True)}
-    model = nnx.merge(graph, nnx.from_flat_state(flat))
+        list(pool.map(load, *zip(*_stream(folder, config), strict=True)))
+    model = nnx.merge(graph, nnx.from_flat_state(loaded))
     if compute.scan_layers:
-        del leaves
+        loaded.clear()
         model.layers = stacked(model.layers)
     return model
 
@@ -95,7 +94,7 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     kinds, others = (".json", ".model", ".vocab", ".txt", ".jinja"), (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
     names = [path.name for path in folder.iterdir() if path.suffix in kinds or path.name == "LICENSE"]
     beside = [member(folder, name) for name in names if name not in others]
-    whole = ((path, weight.read(None)) for path, weight in _stream(folder, config, weight_shapes(config)))
+    whole = ((path, weight.read(None)) for path, weight in _stream(folder, config))
     with filling(target):
         write_weights(target, weight_table(config), config.n_layer, whole)
         for path in filter(Path.is_file, beside):
@@ -121,7 +120,7 @@ def weight_table(config: ModelConfig) -> Table:
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
     """Compare the names and shapes of a folder's weights with the model's; of a copy, some rows. Raises InputError."""
-    next(_stream(folder, config, weight_shapes(config)))
+    next(_stream(folder, config))
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
@@ -130,13 +129,12 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     Rows are those of the file. Raises InputError.
     """
     digest = hashlib.sha256()
-    for path, weight in sorted(_stream(folder, config, weight_shapes(config)), key=itemgetter(0)):
+    for path, weight in sorted(_stream(folder, config), key=itemgetter(0)):
         digest.update(path.encode() + weight.read(weight.first_row, "float32").astype("<f4").tobytes())
     return digest.hexdigest()
 
 
-def _stream(
-    folder: Path, config: ModelConfig, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, FiniteWeight]]:
+def _stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, FiniteWeight]]:
+    """Yield every weight of a folder by our path, once all fit the model."""
     prefix = _TABLES[config.model_type].OPTIONAL_PREFIX
-    return stream_weights(folder, weight_table(config), config.n_layer, shapes, prefix)
+    return stream_weights(folder, weight_table(config), config.n_layer, weight_shapes(config), prefix)
