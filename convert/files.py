@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from convert.errors import InputError
 
-LEFT = re.compile(r"(\d+|adapter_config\.json|adapter_model\.safetensors)\.tmp")
+LEFTOVER = re.compile(r"(\d+|adapter_config\.json|adapter_model\.safetensors)\.tmp")
 """What a killed copy or conversion leaves in a folder that it was filling."""
 
 
@@ -59,7 +59,7 @@ def _clear(folder: Path) -> None:
 
 def check_free(folder: Path) -> None:
     """Raise InputError if a folder that is to be written holds something already, but for what a killed copy left."""
-    if folder.exists() and not (folder.is_dir() and all(LEFT.fullmatch(path.name) for path in folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder")
 
 

@@ -46,7 +46,7 @@ class Sampling(NamedTuple):
     top_p: Float[Array, ""] | float
     seed: Int[Array, ""] | np.uint32
     place: Int[Array, ""] | int
-    """Of the first row in the list of prompts: a row's random numbers come from the seed and its place."""
+    """Where in the list of prompts the batch begins: a row's random numbers come from the seed and its place there."""
 
 
 class DecodeState(NamedTuple):

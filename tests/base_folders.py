@@ -14,13 +14,13 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
+from benchmarks.shapes import TOKENIZER_FILES
 from convert.table import write_weights
 from jaxprefix.models import BaseModel, abstract_model, weight_shapes, weight_table
 from jaxprefix.models.config import read_model_config
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_BASE = GOLDEN / "base"
-TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 TINY = {
     "model_type": "gpt_neox",

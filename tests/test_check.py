@@ -1,12 +1,12 @@
 import dataclasses
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import jaxprefix.check as check_module
+from benchmarks.shapes import SMALL_BASE
 from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
 from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
@@ -16,8 +16,6 @@ from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.runs import run_config
-
-SMALL_BASE = Path(__file__).parent.parent / "data" / "small_base"
 
 
 def report(capsys, base, *flags):

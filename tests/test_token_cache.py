@@ -178,11 +178,6 @@ def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch
     assert list((cache_folder() / "tokens").iterdir()) == []
 
 
-def data_of(path, content):
-    path.write_text(content)
-    return path
-
-
 WITHOUT_GUARD = """
 import sys
 from pathlib import Path
@@ -242,8 +237,9 @@ def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path, monkeypa
     main.kill()
     main.communicate()  # until all helpers have closed it, too
     assert len(list((cache_folder() / "tokens").iterdir())) == 1
+    (bad := tmp_path / "bad.jsonl").write_text("[" * 2000)
     with pytest.raises(InputError, match="line 1"):
-        load_examples(data_of(tmp_path / "bad.jsonl", "[" * 2000), Chunking(tokenizer))
+        load_examples(bad, Chunking(tokenizer))
     assert len(list((cache_folder() / "tokens").iterdir())) == 1, "it may be at work"
     monkeypatch.setattr(token_cache, "ABANDONED_SECONDS", 0)
     assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))

@@ -1,4 +1,4 @@
-"""What a prefix file must not lack."""
+"""Prefix files and caches that cannot be used."""
 
 import errno
 import types

@@ -1,4 +1,4 @@
-"""Training states that are none."""
+"""Files that are no training state."""
 
 import numpy as np
 import pytest

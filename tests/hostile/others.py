@@ -25,11 +25,7 @@ from tests.hostile.registry import DEEP, hostile
 @hostile(r"asks for (builtins|_?io)\.open")
 def a_training_state_with_code(folder):
     torch.save({"encoder": CreatesAFile()}, folder / "state.pt")
-    return lambda: convert_command(folder / "state.pt", folder / "run")
-
-
-def convert_command(source, target):
-    convert(ConvertConfig(source, target))
+    return lambda: convert(ConvertConfig(folder / "state.pt", folder / "run"))
 
 
 @hostile(r"asks for (builtins|_?io)\.open")

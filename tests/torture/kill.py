@@ -80,7 +80,7 @@ def let_run(process: subprocess.Popen[str], seconds: float) -> None:
 
 
 def sit(config: TrainConfig, seconds: float, n_updates: int, aimed: bool) -> tuple[int, bool]:
-    """Go on with the run and kill it so many seconds after so many more updates; if `aimed`, and a checkpoint is begun.
+    """Go on with the run, and kill it `seconds` after n_updates more and, if `aimed`, the beginning of a checkpoint.
 
     Returns how many of its updates are lost, and whether a checkpoint was being written.
     """
