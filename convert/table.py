@@ -19,8 +19,8 @@ from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight
 
 Rule = str | tuple[str, Literal["transpose", "again"]] | None
 Table = Mapping[str, Rule]
-COMPARED_ROWS = 64
-"""Rows compared to tell a copy from another weight."""
+COMPARED_ROWS = 1024
+"""Rows compared at a time to tell a copy from another weight."""
 
 
 def expand(table: Table, n_layer: int) -> dict[str, Rule]:
@@ -52,6 +52,11 @@ def stream_weights(
 
     problems += [f"unknown weight {name}" for name in sorted(found) if name not in rules]
     wanted = {name: rule for name, rule in rules.items() if rule and _kind(rule) != "again"}
+    of_path = {path_of(rule): name for name, rule in wanted.items()}
+    copies = {name: of_path[path_of(rules[name])] for name in found if _kind(rules.get(name)) == "again"}
+    for copy, name in copies.items():
+        if name not in found:  # of two names for one weight, a file may have kept either
+            found[name] = found.pop(copy)
     problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():
         path = path_of(rules.get(name))
@@ -61,12 +66,10 @@ def stream_weights(
     if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if not problems:
-        of_path = {path_of(rule): name for name, rule in wanted.items()}
-        copies = [(name, of_path[path_of(rules[name])]) for name in found if _kind(rules[name]) == "again"]
         problems += [
             f"{copy} is not {name}, to which config.json ties it"
-            for copy, name in copies
-            if not _agree(found[copy], found[name])
+            for copy, name in copies.items()
+            if copy in found and not _agree(found[copy], found[name])
         ]
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
@@ -123,9 +126,9 @@ def _kind(rule: Rule) -> str | None:
 
 
 def _agree(one: StoredWeight, other: StoredWeight) -> bool:
-    """Tell whether two weights agree in some rows of theirs."""
-    rows = (slice(None, None, max(1, one.shape[0] // COMPARED_ROWS)),)
-    return np.array_equal(one.read(rows), other.read(rows), equal_nan=True)  # what is not finite is told as such
+    """Tell whether two weights are the same; what is not finite is told as such elsewhere."""
+    blocks = ((slice(start, start + COMPARED_ROWS),) for start in range(0, one.shape[0], COMPARED_ROWS))
+    return all(np.array_equal(one.read(block), other.read(block), equal_nan=True) for block in blocks)
 
 
 def _in_layer(rule: Rule, layer: int) -> Rule:

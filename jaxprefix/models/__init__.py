@@ -119,7 +119,7 @@ def weight_table(config: ModelConfig) -> Table:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compare the names and shapes of a folder's weights with the model's; of a copy, some rows. Raises InputError."""
+    """Compare names and shapes of a folder's weights with the model's, and copies with their weight. Raises InputError."""
     next(_stream(folder, config))
 
 

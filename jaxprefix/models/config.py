@@ -146,7 +146,11 @@ _FIELDS: dict[str, Fields] = {
     },
 }
 # Settings that change the arithmetic, with the one value that the forward pass computes.
-_FIXED: dict[str, Fields] = {"gpt_neox": {}, "gpt2": {"add_cross_attention": (("add_cross_attention",), False)}}
+_CAUSAL: Fields = {"is_causal": (("is_causal",), True)}
+_FIXED: dict[str, Fields] = {
+    "gpt_neox": _CAUSAL,
+    "gpt2": _CAUSAL | {"add_cross_attention": (("add_cross_attention",), False)},
+}
 # Far above any model's: what a damaged or hostile config.json claims must not take minutes or gigabytes to refuse.
 _LARGEST = {
     "n_layer": 2**7,

@@ -53,6 +53,8 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         ({"model_type": "gpt2", "num_hidden_layers": None}, "n_layer is missing"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         (GPT2 | {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu' is not supported"),
+        (GPT2 | {"is_causal": False}, "is_causal False is not supported"),
+        ({"is_causal": False}, "is_causal False is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a positive int, found '64'"),
         ({"num_attention_heads": 5}, "width 64 is not divisible by 5 heads"),
