@@ -119,7 +119,7 @@ def weight_table(config: ModelConfig) -> Table:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compare names and shapes of a folder's weights with the model's, and copies with their weight. Raises InputError."""
+    """Compare a folder's names and shapes with the model's, and copies with their weight. Raises InputError."""
     next(_stream(folder, config))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import conversion, data, prefix, recipe, tokenizer, train, update
+from jaxprefix import conversion, data, loss, prefix, recipe, tokenizer, train, update
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
@@ -99,11 +99,9 @@ FAULTS = {
     "loss over pad": (
         "loss",
         lambda: replaced(
-            update,
+            loss,
             "next_token_loss",
-            lambda loss: (
-                lambda h, head, labels, *n: loss(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels), *n)
-            ),
+            lambda of: lambda h, head, labels, *n: of(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels), *n),
         ),
     ),
     "gradient of the prefix values lost": ("gradients", lambda: replaced(gpt_neox, "attend", gradient_of_values_lost)),
