@@ -170,65 +170,77 @@ def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str,
     return description
 
 
+class InFlight:
+    """Updates that the device may be working on. When they end, in order, they go into the log's window."""
+
+    def __init__(self, run: Run, progress: Progress):
+        """Go on with the window, and the updates skipped in a row, that a checkpoint holds."""
+        self._run = run
+        self._updates: deque[tuple[int, Outcome, int]] = deque()
+        self.window = LossMeter(RECIPES[run.config.recipe], progress.window)
+        self.guard = FiniteGuard(run.config, progress.n_skipped)
+        self.clock = time.monotonic()
+        """When the last one ended."""
+
+    def add(self, number: int, outcome: Outcome, n_labels: int) -> None:
+        """Take in an update that was started."""
+        self._updates.append((number, outcome, n_labels))
+
+    def settle(self, state: TrainState, n_left: int) -> None:
+        """Wait until only n_left updates are in flight. Raises RunError for what `FiniteGuard` does not let pass."""
+        run = self._run
+        while len(self._updates) > n_left:
+            number, outcome, n_labels = self._updates.popleft()
+            loss, started = float(outcome.loss), self.clock  # waits for the device
+            self.clock = time.monotonic()
+            if fault := self.guard.fault(number, loss, float(outcome.gradient_norm)):
+                if run.checkpoints:
+                    run.checkpoints.finish()
+                raise not_finite(fault, run.config, offending_examples(run, state, number))
+            self.window.add(loss, n_labels, self.clock - started)
+            run.log.progress(number, loss, self.window.tokens_per_s)
+            run.watchdog.progress()
+
+
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:
     """Make the updates that are left; log, evaluate and save where due. Moves `progress` on.
 
-    Returns the signal that ended it early. Raises RunError for numbers that `FiniteGuard` does not let pass.
+    Returns the signal that ended it early. Raises RunError for numbers that are not finite.
     """
-    config, inputs, recipe = run.config, run.inputs, RECIPES[run.config.recipe]
-    window = LossMeter(recipe, progress.window)
-    batches = update_batches(config, inputs, run.mesh, progress.n_done)
+    config, plan, vote = run.config, run.inputs.plan, Vote(run.mesh)
+    batches = update_batches(config, run.inputs, run.mesh, progress.n_done)
     batch = next(batches, None)
-    vote, guard = Vote(run.mesh), FiniteGuard(config, progress.n_skipped)
-    in_flight: deque[tuple[Outcome, int]] = deque()  # with the labels of updates that the device may be working on
     if progress.to_evaluate:
-        evaluate(run, state, progress, inputs.plan.epoch_of(progress.n_done - 1))
-    clock = saved_at = time.monotonic()
-
-    def settle(n_left: int) -> None:
-        """Wait until only n_left updates are in flight."""
-        nonlocal clock
-        while len(in_flight) > n_left:
-            outcome, n_labels = in_flight.popleft()
-            loss, started = float(outcome.loss), clock  # waits for the device
-            clock = time.monotonic()
-            number = progress.n_done - len(in_flight)
-            if fault := guard.fault(number, loss, float(outcome.gradient_norm)):
-                if run.checkpoints:
-                    run.checkpoints.finish()
-                raise not_finite(fault, config, offending_examples(run, state, number))
-            window.add(loss, n_labels, clock - started)
-            run.log.progress(number, loss, window.tokens_per_s)
-            run.watchdog.progress()
-
+        evaluate(run, state, progress, plan.epoch_of(progress.n_done - 1))
+    in_flight, saved_at = InFlight(run, progress), time.monotonic()
     while batch is not None:
-        n_labels = batch.n_labels
+        n_labels, epoch = batch.n_labels, plan.epoch_of(progress.n_done)
         state, outcome = run.update(state, run.rate, run.base, spread(batch, split_rows(run.mesh)))
-        in_flight.append((outcome, n_labels))
-        batch = next(batches, None)  # laid out while the device is at work
-        epoch = inputs.plan.epoch_of(progress.n_done)
         progress.n_done += 1
-        epoch_ends = inputs.plan.ends_epoch(progress.n_done)
+        in_flight.add(progress.n_done, outcome, n_labels)
+        batch = next(batches, None)  # laid out while the device is at work
+        epoch_ends = plan.ends_epoch(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
         wish = Vote.SAVE if due else Vote.GO_ON
         verdict = vote.cast(wish if stop.received is None else Vote.SAVE + stop.received)
         saving = epoch_ends or verdict > Vote.GO_ON or progress.n_done % config.checkpoint_every_n_steps == 0
         saved_at = time.monotonic() if saving or due else saved_at
-        settle(n_left=0 if logging or saving else 1)
+        in_flight.settle(state, n_left=0 if logging or saving else 1)
 
         if logging:
-            log_training(run, state, progress.n_done, epoch, window)
-            window = LossMeter(recipe)
+            log_training(run, state, progress.n_done, epoch, in_flight.window)
+            in_flight.window = LossMeter(RECIPES[config.recipe])
         if run.checkpoints and saving:  # before a long evaluation, and while it goes on
-            progress.window, progress.n_skipped, progress.to_evaluate = window.sums, guard.n_skipped, epoch_ends
+            progress.window, progress.n_skipped = in_flight.window.sums, in_flight.guard.n_skipped
+            progress.to_evaluate = epoch_ends
             save(run, state, progress)
         if verdict > Vote.SAVE and batch is not None:
             return Signals(verdict - Vote.SAVE)
         if epoch_ends:
             evaluate(run, state, progress, epoch)
         if saving:
-            clock = time.monotonic()  # evaluating and saving is not training
+            in_flight.clock = time.monotonic()  # evaluating and saving is not training
             run.watchdog.progress()
     return None
 
