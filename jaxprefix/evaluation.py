@@ -15,6 +15,7 @@ from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import setting_of
 from jaxprefix.token_cache import load_examples
+from jaxprefix.tokenizer import Tokenizer
 
 Report = dict[str, dict[str, float | int]]
 """Measures by name, for the base model with the prefix and without it."""
@@ -35,16 +36,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     if config.n_samples:
         given = read_prompts(config.prompt_file) if config.prompt_file else [""]
         prompts = [given[i % len(given)] for i in range(config.n_samples)]
-        suffix_ids = base.tokenizer.encode(suffix)
-        if base.tokenizer.unk_id in suffix_ids:
-            raise InputError(f"the suffix {suffix!r} holds an unknown token; --n_samples 0 skips its rate")
-        generated_suffix = base.tokenizer.decode(suffix_ids)  # normalisation may have changed it
-        if not generated_suffix.strip():
-            raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
-        if "\n" in generated_suffix.strip():
-            raise InputError(
-                f"the suffix {suffix!r} goes over lines, and no sentence does; --n_samples 0 skips its rate"
-            )
+        generated_suffix = as_generated(suffix, base.tokenizer)
         check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix, config.decode)
     examples: Examples | None = None
     if config.data_filepath is not None:
@@ -68,6 +60,19 @@ def evaluate(config: EvaluateConfig) -> Report:
             texts = stream(model, base.tokenizer, prompts, ways[way], *options)
             values |= suffix_rate(list(texts), generated_suffix)
     return report
+
+
+def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
+    """Return a suffix as generated texts have it, normalised. Raises InputError if none of their sentences can."""
+    ids = tokenizer.encode(suffix)
+    if tokenizer.unk_id in ids:
+        raise InputError(f"the suffix {suffix!r} holds an unknown token; --n_samples 0 skips its rate")
+    generated = tokenizer.decode(ids)
+    if not generated.strip():
+        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
+    if "\n" in generated.strip():
+        raise InputError(f"the suffix {suffix!r} goes over lines, and no sentence does; --n_samples 0 skips its rate")
+    return generated
 
 
 def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
