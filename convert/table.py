@@ -1,8 +1,8 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-A rule `(path, "transpose")` swaps the two axes, `(path, "again")` marks an optional copy of a weight in the table.
-Names and shapes come from the file headers, and every disagreement is reported in one error before any weight is read
-(except some rows, to compare copies). The same table, read backwards, writes a checkpoint.
+A rule `(path, "transpose")` swaps the two axes, `(path, "again")` marks another name of a weight, which files may use
+instead or as well. Names and shapes come from the file headers, and every disagreement is reported in one error before
+any weight is read, but for copies, which are compared. The same table, read backwards, writes a checkpoint.
 """
 
 import json
