@@ -21,6 +21,7 @@ from jaxprefix.data import (
     split_examples,
 )
 from jaxprefix.examples import Example, Examples
+from tests.examples import EXAMPLES
 
 
 def test_rows_of_an_example_without_prompt():
@@ -123,10 +124,9 @@ def test_order_depends_on_the_seed():
 
 
 def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
-    examples = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
-    texts = [text for example in examples for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    texts = [text for example in EXAMPLES for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
     shape = PackedShape(n_rows=3, n_columns=32, n_texts=3, n_slots=15)
-    tokens, labels, packing = make_packed_batch(examples, tokenizer, shape)
+    tokens, labels, packing = make_packed_batch(EXAMPLES, tokenizer, shape)
     assert tokens.shape == labels.shape == packing.places.shape == (3, 32)
     assert packing.columns.shape == (3, 3, 15)
     found, n_found = [], 0

@@ -11,18 +11,17 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix.data import IGNORED, Batch, make_batch
-from jaxprefix.examples import Example
 from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import LearningRate, TrainState, learning_rate, make_optimizer, make_update
 from tests.base_folders import GOLDEN_BASE
+from tests.examples import EXAMPLES
 from tests.runs import run_config
 from tests.tolerances import FUNCTION, MODEL
 
 RATE = LearningRate(*map(jnp.float32, (0.1, 0, 0, 100, 1)))
-EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
 
 
 def stacked(tokenizer, *groups) -> Batch:

@@ -8,14 +8,12 @@ import pytest
 from jaxprefix import load_model
 from jaxprefix.config import Compute
 from jaxprefix.data import PackedShape, make_batch, make_packed_batch
-from jaxprefix.examples import Example
 from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models.packing import pack, unpack
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
+from tests.examples import EXAMPLES
 from tests.tolerances import FUNCTION, LOSS, MODEL
-
-EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
 
 
 @pytest.fixture(params=[(1, 88, 9, 15), (3, 32, 4, 16)], ids=["one row", "three rows"])
