@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--abstract", action="store_true", help="compile for shapes instead of training")
-    parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8"], help="with --abstract")
+    parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8", "data=1"], help="with --abstract")
     parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
     parser.add_argument("--remat", default="block", help="with --abstract: elementwise or block")
     parser.add_argument("--gpu", action="store_true", help="with --abstract: for H100s, which need not be there")
