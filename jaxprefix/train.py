@@ -33,12 +33,10 @@ from jaxprefix.hosts import (
     Watchdog,
     agree,
     check_same,
-    check_shared,
     first_says,
     is_first,
     joined,
     spread,
-    wait_until_visible,
 )
 from jaxprefix.inputs import Inputs, read_inputs, update_batches
 from jaxprefix.memory import within_memory
@@ -51,8 +49,8 @@ from jaxprefix.run_folder import (
     check_run_folder,
     common_settings,
     describe_run,
-    only_writer,
-    open_run_folder,
+    lock_shared_folder,
+    open_shared_folder,
 )
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
@@ -302,31 +300,6 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
 def has_checkpoint(config: TrainConfig) -> bool:
     """Tell whether there is a checkpoint that the run is to go on from."""
     return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
-
-
-def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
-    """Let the first process lock the run's folder, as long as the stack lasts; check that all see where it lies."""
-
-    def lock_folder() -> None:
-        if is_first() and config.writes:
-            stack.enter_context(only_writer(config.run_dir))
-
-    agree("lock the run's folder", lock_folder)
-    if config.writes:
-        check_shared(config.run_dir.resolve().parent)
-
-
-def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:
-    """Let the first process open the run's folder, and the others see it."""
-    if not config.writes:
-        return
-
-    def open_folder() -> None:
-        if is_first():
-            open_run_folder(config, description)
-
-    agree("open the run's folder", open_folder)
-    agree("see the run's folder", lambda: wait_until_visible(config.run_dir))
 
 
 def open_log(config: TrainConfig, n_updates: int, progress: Progress) -> RunLog:

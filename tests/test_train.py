@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import load_model, load_prefix, load_tokenizer
+from jaxprefix import load_model, load_prefix, load_tokenizer, run_folder
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.evaluation import evaluate
@@ -246,7 +246,8 @@ def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypat
 
 def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     named, agree = [], train_module.agree
-    monkeypatch.setattr(train_module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
+    for module in (train_module, run_folder):
+        monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
     steps = ["read its inputs", "read the weights", "describe the run", "have process 0's settings"]
     steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
