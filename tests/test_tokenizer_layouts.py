@@ -282,39 +282,6 @@ def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path
     assert load_tokenizer(folder).eos_id == 5
 
 
-def unigram_folder(folder, pieces, unk_id):
-    """A SentencePiece model as a tokenizer.json, as transformers 5 saves it."""
-    folder.mkdir()
-    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=unk_id)
-    tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    return folder
-
-
-def test_a_unigram_models_unknown_token_is_known(tmp_path):
-    tokenizer = load_tokenizer(unigram_folder(tmp_path / "base", ["<unk>", "<s>", "</s>", "朝"], unk_id=0))
-    assert tokenizer.unk_id == 0
-    assert tokenizer.encode("朝鬱") == [3, 0]
-
-
-def test_a_unigram_model_whose_unknown_token_ends_texts_is_refused(tmp_path):
-    """transformers 5 rebuilds rinna's so: `<unk>` is 0 in its model, and eos, 2, in T5's."""
-    folder = unigram_folder(tmp_path / "base", ["<unk>", "<s>", "</s>", "朝"], unk_id=2)
-    with pytest.raises(
-        InputError, match=r"what it does not know becomes its token '</s>', .* put that model beside it"
-    ):
-        load_tokenizer(folder)
-
-
-def test_a_unigram_model_may_pad_with_its_unknown_token_and_must_have_one(tmp_path):
-    pieces = ["<unk>", "<s>", "</s>", "朝"]
-    padded = unigram_folder(tmp_path / "padded", pieces, unk_id=0)
-    (padded / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>"}))
-    assert load_tokenizer(padded).pad_id == 0
-    with pytest.raises(InputError, match="has no token for what it does not know"):
-        load_tokenizer(unigram_folder(tmp_path / "none", pieces, unk_id=None))
-
-
 def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):
     folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
     found = load_tokenizer(folder).fingerprint
