@@ -74,7 +74,8 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
 def within_disk(config: TrainConfig) -> Iterator[None]:
     """Turn what can happen to an open run's folder (full, read-only, removed) into RunError, with the cause attached.
 
-    Meanwhile, what other libraries' threads would print about it is cut to a line.
+    Meanwhile, what other libraries' threads would print about it is cut to a line. After a failure their loggers stay
+    silent: Orbax may leave threads behind that fail in their turn while Python ends.
     """
     thread_hook, hook = threading.excepthook, sys.unraisablehook
 
@@ -87,14 +88,14 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
             hook(failure)
 
     threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
-    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
-    levels = absl.level, asyncio.level
-    absl.setLevel(logging.CRITICAL)
-    asyncio.setLevel(logging.CRITICAL)
+    levels = {logger: logger.level for logger in map(logging.getLogger, ["absl", "asyncio"])}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
-        sys.unraisablehook = hook  # after a failure both stay: the loop may be told when the run has ended
-        asyncio.setLevel(levels[1])
+        sys.unraisablehook = hook
+        for logger, level in levels.items():
+            logger.setLevel(level)
     except (OSError, SaveError) as error:
         # what Orbax had not begun to write, told whenever garbage is collected next
         warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
@@ -105,7 +106,6 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
     finally:
         threading.excepthook = thread_hook
-        absl.setLevel(levels[0])
 
 
 def warn_of_thread(failure: threading.ExceptHookArgs) -> None:

@@ -257,6 +257,18 @@ class TestDisk:
         gc.collect()
         assert "never retrieved" in caplog.text, "without a failure, asyncio goes on as before"
 
+    def test_threads_left_behind_say_nothing_after_a_failure(self, finished, caplog):
+        """If one of a checkpoint's arrays fails, Orbax does not wait for the thread that was to write the metadata."""
+        absl = logging.getLogger("absl")
+        caplog.set_level(logging.ERROR, "absl")
+        with within_disk(finished):
+            absl.error("meanwhile")
+        absl.error("without a failure")
+        with pytest.raises(RunError), within_disk(finished):
+            raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
+        absl.error("after a failure")
+        assert caplog.messages == ["without a failure"]
+
     def test_writes_that_had_not_begun_say_nothing_after_a_failure(self, finished):
         async def write_fragment(): ...
 
