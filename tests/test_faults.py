@@ -135,6 +135,12 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
 
 
 class TestSignals:
+    @pytest.fixture(autouse=True)
+    def under_nohup_too(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGHUP, before)
+
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_the_exit_code_tells_the_signal(self, tmp_path, monkeypatch, number, code):
         at_update(monkeypatch, 2, lambda: signal.raise_signal(number))
@@ -160,13 +166,10 @@ class TestSignals:
         assert f"stopped after update {last_step}" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
 
     def test_nohup_keeps_a_run_from_noticing_its_terminal(self, finished, tmp_path, monkeypatch):
-        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        try:
-            at_update(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
-            config = run_config(tmp_path)
-            assert train(config).finished
-        finally:
-            signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        at_update(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
+        config = run_config(tmp_path)
+        assert train(config).finished
         same_end(config, finished)
 
     def test_a_closed_pipe_ends_no_run(self, tmp_path):
