@@ -55,9 +55,11 @@ def take_turns(
         for way in [*ways] * n_rounds:
             results[way] += take_turns({way: ways[way]}, module, n_turns)[way]
         return results
+    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # a GPU's memory is for all of them
     at_work = {
         way: subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
