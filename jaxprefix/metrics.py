@@ -19,7 +19,7 @@ from jaxprefix.loss import batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import Recipe
-from jaxprefix.sharding import rows_on, split_rows, with_gathered_embeddings
+from jaxprefix.sharding import rows_on, split_rows, with_split_rows
 from jaxprefix.tokenizer import Tokenizer
 
 
@@ -103,7 +103,7 @@ def dev_loss(
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
-    base = base if mesh is None else with_gathered_embeddings(base, mesh)
+    base = base if mesh is None else with_split_rows(base, mesh)
     return batch_loss(base, prefix, batch, 1 if mesh is None else mesh.size)
 
 

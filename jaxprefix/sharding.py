@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -21,9 +22,10 @@ from jaxtyping import Array
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES as AXES
 from jaxprefix.devices import devices
+from jaxprefix.models import BaseModel
 
 ROWS = ("data", "fsdp")
-Base = TypeVar("Base")
+Weights = TypeVar("Weights")
 
 # Path of a base model's weight → how its axes are split; the first match counts. [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
@@ -76,13 +78,28 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
     return place
 
 
-def with_gathered_embeddings(base: Base, mesh: Mesh | AbstractMesh) -> Base:
-    """Gather the embeddings along their width, inside jit.
+def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
+    """Return a base model, inside jit, of whose activations every device computes its rows.
 
-    Otherwise the partitioner keeps looked-up vectors split by width, and every device computes all rows.
+    With weights split over `fsdp`, the partitioner would rather split the activations' width, and compute all rows
+    everywhere: looked-up vectors by the embeddings' split, and those in the loop over scanned layers by the layers'.
     """
     if mesh.shape["fsdp"] == 1:
         return base
+    base = with_gathered_embeddings(base, mesh)
+    if base.compute.scan_layers:
+        rows = NamedSharding(mesh, P(ROWS))
+
+        def run(layer: Callable[..., Any], x: Array, *others: Any) -> Any:
+            return layer(jax.lax.with_sharding_constraint(x, rows), *others)
+
+        layers: Any = nnx.data(jax.tree_util.Partial(run, base.layers))
+        base.layers = layers
+    return base
+
+
+def with_gathered_embeddings(base: Weights, mesh: Mesh | AbstractMesh) -> Weights:
+    """Gather the embeddings along their width, inside jit."""
 
     def gather(path: Any, weight: Array) -> Array:
         name = jax.tree_util.keystr(path)

@@ -16,7 +16,7 @@ from jaxprefix.loss import LossScale, batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
 from jaxprefix.recipe import RECIPES, Recipe
-from jaxprefix.sharding import replicated, split_heads, split_rows, with_gathered_embeddings
+from jaxprefix.sharding import replicated, split_heads, split_rows, with_split_rows
 
 
 class TrainState(NamedTuple):
@@ -139,7 +139,7 @@ def make_update(
     def update(state: TrainState, rate: LearningRate, base: BaseModel, batch: Batch) -> tuple[TrainState, Outcome]:
         optimizer = optimizer_of(rate)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
-        base = with_gathered_embeddings(base, mesh)
+        base = with_split_rows(base, mesh)
         loss, gradient = loss_and_gradient(state.encoder, base, batch, recipe, scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         outcome = Outcome(loss, optax.tree.norm(gradient))

@@ -62,21 +62,25 @@ def test_a_mesh_must_take_all_devices():
         make_mesh({"data": 2, "tensor": 3})
 
 
-MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+SIZES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+MESHES = {f"data={data},fsdp={fsdp},tensor={tensor}": False for data, fsdp, tensor in SIZES}
+MESHES |= {"fsdp=8": True, "fsdp=2,tensor=2,data=2": True}
+"""Every mesh of eight devices, two of them twice: whether the layers are scanned."""
 ON_EVERY_MESH = """
 import json, sys
 from pathlib import Path
 import jax
 from convert.weights import FiniteWeight
+from jaxprefix.config import Compute
 from jaxprefix.models import load_model
 from jaxprefix.sharding import base_sharding, make_mesh
 from jaxprefix.train import train
 from tests.runs import run_config
 
 settings = json.loads(sys.argv[2])
-for data, fsdp, tensor in json.loads(sys.argv[3]):
-    mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
-    train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, **settings))
+for mesh, scan_layers in json.loads(sys.argv[3]).items():
+    compute = Compute(scan_layers=scan_layers)
+    train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, compute=compute, **settings))
 read, n_read = FiniteWeight.read, []
 FiniteWeight.read = lambda *given: n_read.append(1) or read(*given)
 for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 8}):
@@ -107,9 +111,9 @@ def test_every_mesh_of_eight_devices_gives_the_losses_of_one(on_every_mesh, tmp_
     folder, settings, _ = on_every_mesh
     alone = run_config(tmp_path, **settings)
     train(alone)
-    assert len(MESHES) == 10
-    for data, fsdp, tensor in MESHES:
-        run_dir = folder / f"data={data},fsdp={fsdp},tensor={tensor}"
+    assert len(SIZES) == 10
+    for mesh in MESHES:
+        run_dir = folder / mesh
         for split, n_points in (("train", 4), ("dev", 1)):
             losses = losses_of(run_dir, split)
             assert len(losses) == n_points
@@ -135,8 +139,8 @@ from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
 
 sizes = {"n_embd": 128, "n_inner": 512, "n_head": 4, "vocab_size": 440}
-for remat in ("elementwise", "block"):
-    config = run_config(Path(), mesh="fsdp=8", compute=Compute(remat=remat))
+for compute in Compute(), Compute(remat="block"), Compute(scan_layers=True), Compute(remat="block", scan_layers=True):
+    config = run_config(Path(), mesh="fsdp=8", compute=compute)
     models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
     fewer, more = (compiled_update(config, model, (8, 64)) for model in models)
     needed = (update.memory_analysis().temp_size_in_bytes for update in (more, fewer))
@@ -145,18 +149,21 @@ for remat in ("elementwise", "block"):
 """
 
 
-def test_a_device_of_fsdp_8_gathers_weights_twice_and_keeps_none(cpu_compiler):
+def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_rows(cpu_compiler):
     """By the compiler's account for devices that save memory, rather than be quick."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     environment["XLA_FLAGS"] = SAVING_ORDER
     command = [sys.executable, "-c", ADDED_BY_A_LAYER]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    elementwise, elementwise_gathers, block, block_gathers = map(float, result.stdout.split())
-    gathered = 4 * 12 * 128**2
-    assert elementwise < 0.75 * gathered
-    assert block < 0.25 * gathered
-    assert elementwise_gathers == block_gathers == 2 * len(("qkv", "out", "up", "down"))
+    elementwise, block, *scanned = (tuple(map(float, line.split())) for line in result.stdout.splitlines())
+    gathered, n_gathers = 4 * 12 * 128**2, 2 * len(("qkv", "out", "up", "down"))
+    for (needed, gathers), (scanned_needed, scanned_gathers) in zip((elementwise, block), scanned, strict=True):
+        assert gathers == n_gathers
+        assert scanned_gathers == 0, "a loop's gathers are there once"
+        assert scanned_needed <= needed, "each device computes its rows, in the loop too"
+    assert elementwise[0] < 0.75 * gathered
+    assert block[0] < 0.25 * gathered
 
 
 ADDED_UP_BY_A_LAYER = """
