@@ -39,7 +39,7 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
 
     from jaxprefix.check import compiled_update
 
-    compute = Compute(remat=flags.remat)
+    compute = Compute(remat=flags.remat, scan_layers=flags.scan_layers)
     names = (flags.shape, Path(), flags.shape)
     config = TrainConfig(*names, dtype=flags.dtype, mesh=flags.measure, compute=compute)
     n_devices = math.prod((config.mesh_sizes or {}).values())
@@ -89,7 +89,7 @@ def tell_account(flags: argparse.Namespace) -> None:
     """Print and write the table of accounts, a line for each mesh."""
     names = ("shape", "dtype", "remat", "rows", "tokens")
     common = [argument for name in names for argument in (f"--{name}", getattr(flags, name))]
-    common += ["--gpu"] if flags.gpu else []
+    common += [f"--{name}" for name in ("gpu", "scan_layers") if getattr(flags, name)]
     arguments = {mesh: ("--measure", mesh, *common) for mesh in flags.mesh}
     results = alternate(arguments, "benchmarks.memory", n_rounds=1)
     parts = ("arguments", "outputs", "temporaries", "total")
@@ -100,7 +100,9 @@ def tell_account(flags: argparse.Namespace) -> None:
     header = ["mesh", *(f"{name}, GiB" for name in parts), "÷ 80 GB", "largest array"]
     title = f"{flags.shape}, {flags.dtype}, --remat {flags.remat}, {flags.rows} rows × {flags.tokens} tokens, each "
     title += "H100" if flags.gpu else "CPU"
-    name = f"memory_abstract_{flags.shape}_{flags.dtype}_{flags.remat}" + ("_h100" if flags.gpu else "")
+    title += ", --scan_layers" if flags.scan_layers else ""
+    name = f"memory_abstract_{flags.shape}_{flags.dtype}_{flags.remat}"
+    name += ("_scan" if flags.scan_layers else "") + ("_h100" if flags.gpu else "")
     publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8", "data=1"], help="with --abstract")
     parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
     parser.add_argument("--remat", default="block", help="with --abstract: elementwise or block")
+    parser.add_argument("--scan_layers", action="store_true", help="with --abstract: the layers in a loop")
     parser.add_argument("--gpu", action="store_true", help="with --abstract: for H100s, which need not be there")
     parser.add_argument("--rows", type=int, default=8, help="with --abstract")
     parser.add_argument("--tokens", type=int, default=2048, help="with --abstract: of each row")
