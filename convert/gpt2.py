@@ -1,7 +1,7 @@
 """GPT-2: every weight of a hub folder, and where it lives in `jaxprefix.models.gpt2`.
 
 GPT-2 stores its linear weights [in, out] ("Conv1D"), ours are [out, in]. `c_attn` packs its outputs as
-[all q | all k | all v].
+[all q | all k | all v], which are an axis of their own in ours, so that heads can be split over devices.
 """
 
 from convert.table import Rule
@@ -14,8 +14,8 @@ TABLE: dict[str, Rule] = {
     "transformer.wpe.weight": "embed_positions.weight",
     "transformer.h.{layer}.ln_1.weight": "layers.{layer}.attention_norm.weight",
     "transformer.h.{layer}.ln_1.bias": "layers.{layer}.attention_norm.bias",
-    "transformer.h.{layer}.attn.c_attn.weight": ("layers.{layer}.attention.qkv.weight", "transpose"),
-    "transformer.h.{layer}.attn.c_attn.bias": "layers.{layer}.attention.qkv.bias",
+    "transformer.h.{layer}.attn.c_attn.weight": ("layers.{layer}.attention.qkv.weight", "transpose", "split"),
+    "transformer.h.{layer}.attn.c_attn.bias": ("layers.{layer}.attention.qkv.bias", "split"),
     "transformer.h.{layer}.attn.c_proj.weight": ("layers.{layer}.attention.out.weight", "transpose"),
     "transformer.h.{layer}.attn.c_proj.bias": "layers.{layer}.attention.out.bias",
     "transformer.h.{layer}.ln_2.weight": "layers.{layer}.mlp_norm.weight",

@@ -1,8 +1,9 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-A rule `(path, "transpose")` swaps the two axes, `(path, "again")` marks another name of a weight, which files may use
-instead or as well. Names and shapes come from the file headers, and every disagreement is reported in one error before
-any weight is read, but for copies, which are compared. The same table, read backwards, writes a checkpoint.
+In a rule `(path, how, …)`, "transpose" swaps the two axes, "split" then makes [3, a third, …] of the first, and "again"
+marks another name of a weight, which files may use instead or as well. Names and shapes come from the file headers, and
+every disagreement is reported in one error before any weight is read, but for copies, which are compared. The same
+table, read backwards, writes a checkpoint.
 """
 
 import json
@@ -15,9 +16,18 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.files import save_safetensors
-from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, TransposedWeight, stored_weights
+from convert.weights import (
+    SHARD_INDEX,
+    SINGLE_FILE,
+    FiniteWeight,
+    SplitWeight,
+    StoredWeight,
+    TransposedWeight,
+    stored_weights,
+)
 
-Rule = str | tuple[str, Literal["transpose", "again"]] | None
+How = Literal["transpose", "split", "again"]
+Rule = str | tuple[str, *tuple[How, ...]] | None
 Table = Mapping[str, Rule]
 COMPARED_ROWS = 1024
 """Rows compared at a time to tell a copy from another weight."""
@@ -48,12 +58,12 @@ def stream_weights(
         name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
         if name in found:
             problems.append(f"weight {name} stands twice")
-        found[name] = TransposedWeight(weight) if _kind(rules.get(name)) == "transpose" else weight
+        found[name] = _as_ours(weight, _how(rules.get(name)))
 
     problems += [f"unknown weight {name}" for name in sorted(found) if name not in rules]
-    wanted = {name: rule for name, rule in rules.items() if rule and _kind(rule) != "again"}
+    wanted = {name: rule for name, rule in rules.items() if rule and "again" not in _how(rule)}
     of_path = {path_of(rule): name for name, rule in wanted.items()}
-    copies = {name: of_path[path_of(rules[name])] for name in found if _kind(rules.get(name)) == "again"}
+    copies = {name: of_path[path_of(rules[name])] for name in found if "again" in _how(rules.get(name))}
     for copy, name in copies.items():
         if name not in found:  # of two names for one weight, a file may have kept either
             found[name] = found.pop(copy)
@@ -61,8 +71,8 @@ def stream_weights(
     for name, weight in found.items():
         path = path_of(rules.get(name))
         if path and weight.shape != tuple(shapes[path]):
-            found_shape, expected = _as_stored(weight), _as_stored(weight, shapes[path])
-            problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
+            expected = _as_stored(np.broadcast_to(0, shapes[path]), _how(rules[name])).shape
+            problems.append(f"{name} has shape {_shape_in_file(weight)}, config.json asks for {expected}")
     if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if not problems:
@@ -86,8 +96,8 @@ def write_weights(
 
     More than `shard_bytes` go into several files with an index, as transformers writes them. Raises OSError.
     """
-    rules = {name: rule for name, rule in expand(table, n_layer).items() if rule and _kind(rule) != "again"}
-    names = {path_of(rule): (name, _kind(rule) == "transpose") for name, rule in rules.items()}
+    rules = {name: rule for name, rule in expand(table, n_layer).items() if rule and "again" not in _how(rule)}
+    names = {path_of(rule): (name, _how(rule)) for name, rule in rules.items()}
     shards: list[list[str]] = []
 
     def flush(shard: dict[str, np.ndarray]) -> None:
@@ -100,8 +110,8 @@ def write_weights(
         if shard and sum(weight.nbytes for weight in shard.values()) + array.nbytes > shard_bytes:
             flush(shard)
             shard = {}
-        name, transposed = names[path]
-        shard[name] = np.ascontiguousarray(array.T if transposed else array)
+        name, how = names[path]
+        shard[name] = np.ascontiguousarray(_as_stored(array, how))
         total += array.nbytes
     flush(shard)
     if len(shards) == 1:
@@ -121,8 +131,8 @@ def path_of(rule: Rule) -> str | None:
     return rule[0] if isinstance(rule, tuple) else rule
 
 
-def _kind(rule: Rule) -> str | None:
-    return rule[1] if isinstance(rule, tuple) else None
+def _how(rule: Rule) -> tuple[How, ...]:
+    return rule[1:] if isinstance(rule, tuple) else ()
 
 
 def _agree(one: StoredWeight, other: StoredWeight) -> bool:
@@ -133,11 +143,19 @@ def _agree(one: StoredWeight, other: StoredWeight) -> bool:
 
 def _in_layer(rule: Rule, layer: int) -> Rule:
     if isinstance(rule, tuple):
-        return rule[0].format(layer=layer), rule[1]
+        return rule[0].format(layer=layer), *rule[1:]
     return rule and rule.format(layer=layer)
 
 
-def _as_stored(weight: StoredWeight, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """A shape as the file has it."""
-    shape = weight.shape if shape is None else tuple(shape)
-    return shape[::-1] if isinstance(weight, TransposedWeight) else shape
+def _as_ours(weight: StoredWeight, how: tuple[How, ...]) -> StoredWeight:
+    weight = TransposedWeight(weight) if "transpose" in how else weight
+    return SplitWeight(weight) if "split" in how else weight
+
+
+def _as_stored(array: np.ndarray, how: tuple[How, ...]) -> np.ndarray:
+    array = array.reshape(-1, *array.shape[2:]) if "split" in how else array
+    return array.T if "transpose" in how else array
+
+
+def _shape_in_file(weight: StoredWeight) -> tuple[int, ...]:
+    return _shape_in_file(weight.stored) if isinstance(weight, TransposedWeight | SplitWeight) else weight.shape

@@ -100,6 +100,25 @@ class TransposedWeight:
 
 
 @dataclasses.dataclass(frozen=True)
+class SplitWeight:
+    """A tensor whose first axis, of q, k and v one after the other, becomes two."""
+
+    stored: StoredWeight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[3, a third, …]; as it was if there are no thirds."""
+        shape = self.stored.shape
+        return (3, shape[0] // 3, *shape[1:]) if shape and shape[0] % 3 == 0 else shape
+
+    def read(self, index: Index) -> np.ndarray:
+        """Return the part."""
+        whole = self.stored.read(index and (slice(None), *index[2:]))
+        split = whole.reshape(3, -1, *whole.shape[1:])
+        return split[index[:2]] if index else split
+
+
+@dataclasses.dataclass(frozen=True)
 class FiniteWeight:
     """A tensor that is copied to memory, and whose numbers are checked, as it is read."""
 
@@ -115,8 +134,7 @@ class FiniteWeight:
     @property
     def first_row(self) -> Index:
         """The part that lies first in the file: a row of a matrix, or a column of one whose axes are exchanged."""
-        row = (slice(0, 1), *[slice(None)] * (len(self.shape) - 1))
-        return None if len(row) < 2 else row[::-1] if isinstance(self.stored, TransposedWeight) else row
+        return _first_row(self.stored)
 
     def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
         """Return the part in its own type, or another.
@@ -133,6 +151,14 @@ class FiniteWeight:
                 raise InputError(f"{self.name}: holds numbers beyond {most}, the largest of {dtype}{advice}")
             raise InputError(f"{self.name}: holds numbers that are not finite; the file is damaged or badly converted")
         return part
+
+
+def _first_row(stored: StoredWeight) -> Index:
+    if isinstance(stored, SplitWeight):
+        row = _first_row(stored.stored)
+        return row and (slice(None), *row)
+    row = (slice(0, 1), *[slice(None)] * (len(stored.shape) - 1))
+    return None if len(row) < 2 else row[::-1] if isinstance(stored, TransposedWeight) else row
 
 
 def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

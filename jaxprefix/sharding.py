@@ -27,13 +27,16 @@ from jaxprefix.models import BaseModel
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split; the first match counts. [out, in], see `layers.Linear`.
+# Path of a base model's weight → how its axes are split; the first match counts, of a match with as many axes or none.
+# [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"embed_positions\.weight", P(None, "fsdp")),  # [positions, D]
-    (r"layers\.\d+\.attention\.qkv\.weight", P("tensor", "fsdp")),  # [3·N·H, D]
+    (r"layers\.\d+\.attention\.qkv\.weight", P("tensor", "fsdp")),  # GPT-NeoX: [N·3·H, D]
     (r"layers\.\d+\.attention\.qkv\.bias", P("tensor")),
+    (r"layers\.\d+\.attention\.qkv\.weight", P(None, "tensor", "fsdp")),  # GPT-2: [3, N·H, D]
+    (r"layers\.\d+\.attention\.qkv\.bias", P(None, "tensor")),
     (r"layers\.\d+\.attention\.out\.weight", P("fsdp", "tensor")),  # [D, N·H]
     (r"layers\.\d+\.mlp\.up\.weight", P("tensor", "fsdp")),  # [F, D]
     (r"layers\.\d+\.mlp\.up\.bias", P("tensor")),
@@ -65,7 +68,8 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
     whole_heads = n_head % mesh.shape["tensor"] != 0
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        spec = next((spec for rule, spec in BASE_RULES if re.fullmatch(rule, path)), None)
+        matches = (spec for rule, spec in BASE_RULES if re.fullmatch(rule, path))
+        spec = next((spec for spec in matches if len(spec) in (0, len(shape))), None)
         if spec is None:
             raise KeyError(f"no sharding rule for {path}")
 

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,7 @@ def test_a_mesh_must_take_all_devices():
 
 
 SIZES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
-MESHES = {f"data={data},fsdp={fsdp},tensor={tensor}": False for data, fsdp, tensor in SIZES}
-MESHES |= {"fsdp=8": True, "fsdp=2,tensor=2,data=2": True}
-"""Every mesh of eight devices, two of them twice: whether the layers are scanned."""
+MESHES = [f"data={data},fsdp={fsdp},tensor={tensor}" for data, fsdp, tensor in SIZES]
 ON_EVERY_MESH = """
 import json, sys
 from pathlib import Path
@@ -78,9 +77,9 @@ from jaxprefix.train import train
 from tests.runs import run_config
 
 settings = json.loads(sys.argv[2])
-for mesh, scan_layers in json.loads(sys.argv[3]).items():
-    compute = Compute(scan_layers=scan_layers)
-    train(run_config(Path(sys.argv[1]), name=mesh, mesh=mesh, compute=compute, **settings))
+for name, (mesh, base, scan_layers) in json.loads(sys.argv[3]).items():
+    own = {"name": name, "mesh": mesh, "pretrained_model_dir": base, "compute": Compute(scan_layers=scan_layers)}
+    train(run_config(Path(sys.argv[1]), **settings | own))
 read, n_read = FiniteWeight.read, []
 FiniteWeight.read = lambda *given: n_read.append(1) or read(*given)
 for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 8}):
@@ -94,35 +93,43 @@ print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(bas
 
 @pytest.fixture(scope="module")
 def on_every_mesh(tmp_path_factory):
-    """Runs of four updates on eight devices, one for every mesh, and what a device of fsdp=8 holds of the base."""
+    """Runs of four updates on eight devices by name (mesh, base, whether layers are scanned): every mesh, and more.
+
+    And what a device of fsdp=8 holds of the base.
+    """
     folder = tmp_path_factory.mktemp("meshes")
-    base = make_base_folder(folder / "base", num_attention_heads=8, hidden_size=128, num_hidden_layers=2)
-    settings = {"pretrained_model_dir": str(base), "n_training_steps": 4, "save_model": False}
-    arguments = [str(folder), json.dumps(settings), json.dumps(MESHES)]
+    base = str(make_base_folder(folder / "base", num_attention_heads=8, hidden_size=128, num_hidden_layers=2))
+    gpt2 = str(make_base_folder(folder / "gpt2", model_type="gpt2", n_head=8, n_embd=128))
+    runs = {mesh: (mesh, base, False) for mesh in MESHES}
+    runs |= {f"scanned,{mesh}": (mesh, base, True) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")}
+    runs |= {f"gpt2,{mesh}": (mesh, gpt2, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
+    settings = {"pretrained_model_dir": base, "n_training_steps": 4, "save_model": False}
+    arguments = [str(folder), json.dumps(settings), json.dumps(runs)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", ON_EVERY_MESH, *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return folder, settings, int(result.stdout)
+    return folder, settings, runs, int(result.stdout)
 
 
 @pytest.mark.slow
 def test_every_mesh_of_eight_devices_gives_the_losses_of_one(on_every_mesh, tmp_path):
-    folder, settings, _ = on_every_mesh
-    alone = run_config(tmp_path, **settings)
-    train(alone)
-    assert len(SIZES) == 10
-    for mesh in MESHES:
-        run_dir = folder / mesh
+    folder, settings, runs, _ = on_every_mesh
+    assert len(MESHES) == 10
+    alone = {}
+    for base in {base for _, base, _ in runs.values()}:
+        alone[base] = run_config(tmp_path, Path(base).name, **settings | {"pretrained_model_dir": base})
+        train(alone[base])
+    for name, (_, base, _) in runs.items():
         for split, n_points in (("train", 4), ("dev", 1)):
-            losses = losses_of(run_dir, split)
+            losses = losses_of(folder / name, split)
             assert len(losses) == n_points
-            np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS, err_msg=run_dir.name)
+            np.testing.assert_allclose(losses, losses_of(alone[base].run_dir, split), rtol=LOSS, err_msg=name)
 
 
 @pytest.mark.slow
 def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
-    _, settings, n_bytes = on_every_mesh
+    _, settings, _, n_bytes = on_every_mesh
     weights = jax.tree.leaves(load_model(settings["pretrained_model_dir"]))
     whole = sum(leaf.nbytes for leaf in weights)
     vectors = sum(leaf.nbytes for leaf in weights if leaf.ndim == 1)  # norms and biases are on every device
@@ -164,6 +171,32 @@ def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_ro
         assert scanned_needed <= needed, "each device computes its rows, in the loop too"
     assert elementwise[0] < 0.75 * gathered
     assert block[0] < 0.25 * gathered
+
+
+GATHERED_UNDER_TENSOR = """
+import dataclasses
+from pathlib import Path
+from benchmarks.shapes import SHAPES, model_config
+from jaxprefix.check import compiled_update
+from jaxprefix.data import PackedShape
+from tests.runs import run_config
+
+config = run_config(Path(), mesh="tensor=8")
+for shape in ("110m", "gpt2"):
+    sizes = {"n_layer": 2, "n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}
+    model = dataclasses.replace(model_config(SHAPES[shape]), **sizes)
+    for rows in ((8, 64), PackedShape(2, 64, 4, 32)):
+        print(compiled_update(config, model, rows).as_text().count(" all-gather("))
+"""
+
+
+def test_devices_that_share_heads_gather_the_prefixs_gradient_alone():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+    result = subprocess.run(
+        [sys.executable, "-c", GATHERED_UNDER_TENSOR], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["1"] * 4
 
 
 ADDED_UP_BY_A_LAYER = """

@@ -25,7 +25,7 @@ class Attention(nnx.Module):
     """Multi-head attention; it knows no positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute, layer: int):
-        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd)  # [3·N·H, D], all q, all k, all v
+        self.qkv = FrozenLinear(config.n_embd, 3, config.n_embd)  # [3, N·H, D], all q, all k, all v
         self.out = FrozenLinear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.method = compute.attention
@@ -42,9 +42,8 @@ class Attention(nnx.Module):
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
-        qkv = unpack(self.qkv(x), packing)
-        qkv = qkv.reshape(*qkv.shape[:2], 3, self.n_head, -1)  # [B, T, 3, N, H]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = unpack(self.qkv(x), packing)  # [B, T, 3, N·H]
+        q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.n_head, -1) for i in range(3))
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
         attended = attend(q, *cache, prefix, slots, self.scale, self.method)

@@ -27,8 +27,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: Compute):
         # [N·3·H, D], per head q, k, v
-        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, config.attention_bias)
-        self.out = FrozenLinear(config.n_embd, config.n_embd, config.attention_bias)
+        self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, bias=config.attention_bias)
+        self.out = FrozenLinear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.n_head = config.n_head
         self.method = compute.attention
 

@@ -45,22 +45,22 @@ class Linear(nnx.Module):
 
 
 class FrozenLinear(nnx.Module):
-    """A linear layer of a base model, stored the same way: only the input gets a gradient."""
+    """A linear layer of a base model, stored the same way, of one out axis or more: only the input gets a gradient."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = True):
-        self.weight = unloaded(n_out, n_in)
+    def __init__(self, n_in: int, *n_out: int, bias: bool = True):
+        self.weight = unloaded(*n_out, n_in)
         if bias:
-            self.bias = unloaded(n_out)
+            self.bias = unloaded(*n_out)
         self.has_bias = bias
 
-    def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+    def __call__(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest_out"]:
         return self.with_bias(self.without_bias(x))
 
-    def without_bias(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest n_out"]:
+    def without_bias(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest_out"]:
         """Multiply alone."""
         return frozen_matmul(x, self.weight[...])
 
-    def with_bias(self, y: Float[Array, "*rest n_out"]) -> Float[Array, "*rest n_out"]:
+    def with_bias(self, y: Float[Array, "*rest_out"]) -> Float[Array, "*rest_out"]:
         """Add the bias, if there is one."""
         return y + self.bias[...] if self.has_bias else y
 
@@ -134,12 +134,24 @@ def vecdot(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Flo
     return einsum("...n,...n->...", left, right)
 
 
-def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
-    """x Wᵀ, accumulated and returned in float32."""
-    n_rows = math.prod(x.shape[:-1])
-    if n_rows > FEW_ROWS or not alone_on_a_cpu():
-        return einsum("...i,oi->...o", x, weight)
-    return _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
+def matmul(
+    x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*rest_out"]:
+    """x Wᵀ, accumulated in float32: x's axes but the last, then the weight's."""
+    if not alone_on_a_cpu():
+        out = _out(weight)
+        return einsum(f"...i,{out}i->...{out}", x, weight, dtype)
+    n_rows, flat = math.prod(x.shape[:-1]), weight.reshape(-1, weight.shape[-1])  # of more axes, decoding makes a copy
+    if n_rows > FEW_ROWS:
+        product = einsum("...i,oi->...o", x, flat, dtype)
+    else:
+        product = _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), flat)
+    return product.reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _out(weight: Float[Array, "*out n_in"]) -> str:
+    """Return a letter for each of a weight's axes but the last."""
+    return "opq"[: weight.ndim - 1]
 
 
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
@@ -166,7 +178,7 @@ def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
 
 
 @jax.custom_vjp
-def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "*rest n_out"]:
+def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"]) -> Float[Array, "*rest_out"]:
     """x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
 
     Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
@@ -174,7 +186,7 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "n_out n_i
     """
     if on_a_cpu():
         return _unfused(matmul(x, weight).astype(x.dtype))
-    return einsum("...i,oi->...o", x, weight, x.dtype)  # in which devices that share a weight add up their parts
+    return matmul(x, weight, x.dtype)  # in which devices that share a weight add up their parts
 
 
 def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
@@ -182,9 +194,10 @@ def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
 
 
 def _frozen_backward(weight: Array, gradient: Array) -> tuple[Array, None]:
-    if on_a_cpu():
-        return _unfused(einsum("...o,oi->...i", gradient, weight).astype(gradient.dtype)), None
-    return einsum("...o,oi->...i", gradient, weight, gradient.dtype), None
+    out = _out(weight)
+    dtype = jnp.float32 if on_a_cpu() else gradient.dtype
+    towards_x = einsum(f"...{out},{out}i->...i", gradient, weight, dtype).astype(gradient.dtype)
+    return _unfused(towards_x) if on_a_cpu() else towards_x, None
 
 
 frozen_matmul.defvjp(_frozen_forward, _frozen_backward)

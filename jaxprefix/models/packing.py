@@ -4,8 +4,6 @@ So no position is computed for padding but in attention, which is the smallest p
 where a text begins. R texts of C slots lie in each of B rows of T tokens; the rest of the legend: `attention.py`.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -18,7 +16,7 @@ def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Arr
     if packing is None:
         return x
     n_rows, n_texts, n_slots = packing.columns.shape
-    taken = _take(x.reshape(*x.shape[:2], -1), packing.columns.reshape(n_rows, -1), packing.places)
+    taken = _take(x, packing.columns.reshape(n_rows, -1), packing.places)
     return taken.reshape(n_rows * n_texts, n_slots, *x.shape[2:])
 
 
@@ -26,16 +24,17 @@ def pack(x: Shaped[Array, "BR C *rest"], packing: Packing | None) -> Shaped[Arra
     """Lay the texts' rows end to end again."""
     if packing is None:
         return x
-    n_rows, n_columns = packing.places.shape
-    rest = x.shape[2:]
-    taken = _take(x.reshape(n_rows, -1, math.prod(rest)), packing.places, packing.columns.reshape(n_rows, -1))
-    return taken.reshape(n_rows, n_columns, *rest)
+    n_rows = len(packing.places)
+    return _take(x.reshape(n_rows, -1, *x.shape[2:]), packing.places, packing.columns.reshape(n_rows, -1))
 
 
 @jax.custom_vjp
-def _take(x: Shaped[Array, "B A W"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]) -> Shaped[Array, "B K W"]:
+def _take(
+    x: Shaped[Array, "B A *rest"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]
+) -> Shaped[Array, "B K *rest"]:
     """Take each row's vectors by index, zeros beyond the end. The gradient is taken by the way back: no scatter."""
-    return jnp.take_along_axis(x, index[..., None], axis=1, mode="fill", fill_value=0)
+    index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 
 
 def _forward(x: Array, index: Array, way_back: Array) -> tuple[Array, tuple[Array, Array]]:

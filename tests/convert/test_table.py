@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,15 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.gpt_neox import TABLE
 from convert.table import _agree, expand
-from convert.weights import BLOCK, FiniteWeight, TorchWeight, is_finite
+from convert.weights import (
+    BLOCK,
+    FiniteWeight,
+    SplitWeight,
+    TorchWeight,
+    TransposedWeight,
+    is_finite,
+    stored_weights,
+)
 from jaxprefix import load_model
 from tests.base_folders import make_base_folder
 
@@ -56,6 +65,26 @@ def test_all_problems_are_reported_at_once(folder):
         "  - missing weight embed_out.weight",
         "  - gpt_neox.final_layer_norm.bias has shape (5,), config.json asks for (64,)",
     ]
+
+
+@pytest.mark.parametrize("shape", [(64, 191), (192, 64), (64,), ()])
+def test_a_weight_that_cannot_be_split_is_told_by_its_shape_in_the_file(tmp_path, shape):
+    folder, name = make_base_folder(tmp_path / "base", model_type="gpt2"), "transformer.h.1.attn.c_attn.weight"
+    rewrite(folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)}))
+    with pytest.raises(InputError, match=re.escape(f"{name} has shape {shape}, config.json asks for (64, 192)")):
+        load_model(folder)
+
+
+def test_a_split_weight_is_the_files_wherever_it_is_cut(tmp_path):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2")
+    in_file = load_file(folder / "model.safetensors")["transformer.h.0.attn.c_attn.weight"]
+    split = in_file.T.reshape(3, 64, 64)
+    stored = dict(stored_weights(folder))["transformer.h.0.attn.c_attn.weight"]
+    weight = FiniteWeight(SplitWeight(TransposedWeight(stored)), "qkv")
+    np.testing.assert_array_equal(weight.read(None), split)
+    for index in np.s_[:, 16:48, :], np.s_[1:2, :, 8:9], np.s_[2:, 3:5, :7]:
+        np.testing.assert_array_equal(weight.read(index), split[index])
+    np.testing.assert_array_equal(weight.read(weight.first_row).ravel(), in_file[0], "as fingerprints have it")
 
 
 def test_legacy_buffers_are_dropped(folder):

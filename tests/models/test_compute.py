@@ -18,7 +18,17 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.layers import FEW_ROWS, Embedding, activate, after, einsum, layer_norm, matmul, rotate
+from jaxprefix.models.layers import (
+    FEW_ROWS,
+    Embedding,
+    activate,
+    after,
+    einsum,
+    frozen_matmul,
+    layer_norm,
+    matmul,
+    rotate,
+)
 from jaxprefix.models.stack import stacked
 from tests.arrays import normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -131,6 +141,20 @@ def test_products_of_few_rows_are_those_of_many(shape, dtype):
     expected = right.reshape(-1, 96).T @ np.asarray(x, np.float64).reshape(-1, 48)
     rounded = max(FUNCTION, jnp.finfo(dtype).eps)
     np.testing.assert_allclose(np.float64(gradient), expected, rtol=0, atol=rounded * abs(expected).max())
+
+
+@pytest.mark.parametrize("n_rows", [1, FEW_ROWS + 1])
+def test_a_weight_of_two_out_axes_is_one_of_their_product(n_rows):
+    x, weight, gradient = normals((n_rows, 48), (3, 32, 48), (n_rows, 3, 32))
+
+    def product_and_gradient(x, weight, gradient):
+        product, pull_back = jax.vjp(frozen_matmul, x, weight)
+        return product, pull_back(gradient)[0]
+
+    flat = jax.jit(product_and_gradient)(x, weight.reshape(96, 48), gradient.reshape(n_rows, 96))
+    split = jax.jit(product_and_gradient)(x, weight, gradient)
+    for one, other in zip(split, flat, strict=True):
+        np.testing.assert_array_equal(one.reshape(other.shape), other)
 
 
 @pytest.mark.parametrize(
