@@ -71,8 +71,9 @@ def stream_weights(
     for name, weight in found.items():
         path = path_of(rules.get(name))
         if path and weight.shape != tuple(shapes[path]):
+            found_shape = _shape_in_file(weight)
             expected = _as_stored(np.broadcast_to(0, shapes[path]), _how(rules[name])).shape
-            problems.append(f"{name} has shape {_shape_in_file(weight)}, config.json asks for {expected}")
+            problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
     if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if not problems:
