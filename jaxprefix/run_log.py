@@ -1,5 +1,6 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, tensorboard/, and the screen."""
 
+import functools
 import json
 import math
 import os
@@ -7,12 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from convert.errors import InputError
 from convert.files import replacing
@@ -34,9 +33,7 @@ class RunLog:
             _keep_until(folder / "metrics.jsonl", from_step, to_evaluate)
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-            self._tensorboard = EventFileWriter(str(folder / "tensorboard"))  # tensorboardX would import torch
-            again = SessionLog(status=SessionLog.START)  # what earlier sittings wrote from this step on is not shown
-            self._tensorboard.add_event(Event(wall_time=time.time(), step=from_step + 1, session_log=again))
+            self._tensorboard = TensorBoard(folder / "tensorboard", from_step)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
         hidden = quiet or not self.console.is_terminal
         self._progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
@@ -76,9 +73,7 @@ class RunLog:
             self.line(f"Epoch {epoch}, {split} - monitor: {values['loss']:.5g}, ppl: {values['ppl']:.5g}")
         if self._metrics is not None and self._tensorboard is not None:
             print(json.dumps(record), file=self._metrics, flush=True)
-            scalars = [Summary.Value(tag=f"{name}/{split}", simple_value=value) for name, value in values.items()]
-            self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-            self._tensorboard.flush()
+            self._tensorboard.scalars(step, {f"{name}/{split}": value for name, value in values.items()})
 
     def to_disk(self) -> None:
         """Have the system write metrics.jsonl down: a checkpoint must not outlive the records of its updates."""
@@ -91,6 +86,39 @@ class RunLog:
             write()
         except (OSError, SystemExit):  # rich leaves the program when a pipe is closed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class TensorBoard:
+    """What a run writes for TensorBoard after update `from_step`, in the place of what earlier sittings did.
+
+    Begun by the first scalars: a run's first log line does not wait for the import.
+    """
+
+    def __init__(self, folder: Path, from_step: int):
+        self._folder, self._from_step = folder, from_step
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # tensorboardX would import torch
+
+        writer, again = EventFileWriter(str(self._folder)), SessionLog(status=SessionLog.START)
+        writer.add_event(Event(wall_time=time.time(), step=self._from_step + 1, session_log=again))
+        return writer
+
+    def scalars(self, step: int, values: dict[str, float | int]) -> None:
+        """Write scalars by their tags."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        of_step = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=of_step))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file, if it has been begun."""
+        if "_writer" in vars(self):
+            self._writer.close()
 
 
 def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
