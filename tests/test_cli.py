@@ -271,6 +271,23 @@ def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
     assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, ["cache/jaxprefix/compiled", "0.0"]),
+        ({"JAX_COMPILATION_CACHE_DIR": "own"}, ["own", "0.0"]),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["cache/jaxprefix/compiled", "5.0"]),
+    ],
+)
+def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwise(given, kept):
+    program = "import jax\nfrom jaxprefix.cli import prepare_compiling\nprepare_compiling()\n"
+    program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"
+    others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment = others | {"XDG_CACHE_HOME": "cache"} | given
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == kept, result.stderr
+
+
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxprefix {importlib.metadata.version('jaxprefix')}\n"
