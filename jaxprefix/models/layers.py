@@ -145,7 +145,7 @@ def matmul(
     if n_rows > FEW_ROWS:
         product = einsum("...i,oi->...o", x, flat, dtype)
     else:
-        product = _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), flat)
+        product = _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), flat).astype(dtype)
     return product.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
