@@ -26,6 +26,8 @@ from convert.untrusted import refuse_pointer
 ZIP_MAGIC = b"PK\x03\x04"
 MAGIC = (ZIP_MAGIC, b"\x80\x02\x8a\nl\xfc\x9cF\xf9")
 
+OLD_FORMAT = (0x1950A86A20F9469CFC6C, 1001)
+"""The number that marks the format before torch 1.6, and its version."""
 PICKLE_BYTES = 2**20
 """Longest pickle: names and shapes of some 7,000 tensors."""
 _OPCODES = re.compile(
@@ -203,7 +205,7 @@ def _load_old(path: Path) -> Any:
     """Read the format before torch 1.6: five pickles end to end, then every storage after its size."""
     with path.open("rb") as file:
         head = io.BytesIO(file.read(PICKLE_BYTES))
-        _magic, _version, system, content, keys = (_next_pickle(head) for _ in range(5))
+        mark, version, system, content, keys = (_next_pickle(head) for _ in range(5))
         sizes: dict[str, tuple[np.dtype, int]] = {}
         places: dict[str, int] = {}
 
@@ -215,6 +217,8 @@ def _load_old(path: Path) -> Any:
         def load(pickled: bytes, open_storage: OpenStorage = note_size) -> Any:
             return _Unpickler(pickled, open_storage, path.stat().st_size).load()
 
+        if (load(mark), load(version)) != OLD_FORMAT:
+            raise ValueError("it does not begin as torch's old format does")
         if not load(system)["little_endian"]:
             raise ValueError("its byte order is not little")
         load(content)
@@ -226,6 +230,8 @@ def _load_old(path: Path) -> Any:
                 raise ValueError(f"storage {key} has not {size} numbers")
             places[key] = place + 8
             place += 8 + size * dtype.itemsize
+        if place != path.stat().st_size:
+            raise ValueError(f"its storages end at byte {place} of {path.stat().st_size}")
         return load(content, lambda dtype, key, size: _map(path, dtype, places[key], size))
 
 

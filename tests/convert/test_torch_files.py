@@ -70,6 +70,21 @@ def test_the_old_format_says_how_long_its_storages_are(tmp_path):
     refused(path, "storage .* has not 300 numbers")
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [(11, "does not begin as"), (19, "does not begin as"), (None, r"storages end at byte \d+ of \d+")],
+)
+def test_the_old_format_begins_and_ends_as_torch_writes_it(tmp_path, place, message):
+    path = saved(tmp_path / "x.pt", torch.full((300,), 1.5), zipped=False)
+    content = bytearray(path.read_bytes())
+    if place is None:
+        content[-600:-600] = b"\0\0"  # numbers that are shifted from there on
+    else:
+        content[place] ^= 1
+    path.write_bytes(content)
+    refused(path, message)
+
+
 @pytest.mark.parametrize(("size", "fits"), [(6, True), (5, False)])
 def test_a_tensor_ends_within_its_storage(size, fits):
     unpickler = torch_files._Unpickler(b"", lambda *_: None, 10**6)
