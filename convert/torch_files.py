@@ -203,6 +203,7 @@ def _load_zip(path: Path, checked: bool) -> Any:
 
 def _load_old(path: Path) -> Any:
     """Read the format before torch 1.6: five pickles end to end, then every storage after its size."""
+    n_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = io.BytesIO(file.read(PICKLE_BYTES))
         mark, version, system, content, keys = (_next_pickle(head) for _ in range(5))
@@ -215,7 +216,7 @@ def _load_old(path: Path) -> Any:
             return np.broadcast_to(np.zeros((), dtype), size)
 
         def load(pickled: bytes, open_storage: OpenStorage = note_size) -> Any:
-            return _Unpickler(pickled, open_storage, path.stat().st_size).load()
+            return _Unpickler(pickled, open_storage, n_bytes).load()
 
         if (load(mark), load(version)) != OLD_FORMAT:
             raise ValueError("it does not begin as torch's old format does")
@@ -230,8 +231,8 @@ def _load_old(path: Path) -> Any:
                 raise ValueError(f"storage {key} has not {size} numbers")
             places[key] = place + 8
             place += 8 + size * dtype.itemsize
-        if place != path.stat().st_size:
-            raise ValueError(f"its storages end at byte {place} of {path.stat().st_size}")
+        if place != n_bytes:
+            raise ValueError(f"its storages end at byte {place} of {n_bytes}")
         return load(content, lambda dtype, key, size: _map(path, dtype, places[key], size))
 
 

@@ -25,6 +25,16 @@ from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
 NEOX_20B = model_config(SHAPES["20b"])
+ON_CPUS = {"JAX_NUM_CPU_DEVICES": "8"}
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
+
+def printed_by(program, *arguments, **environment):
+    """Run a program in a process of its own, whose devices are not ours."""
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def abstract_mesh(**sizes):
@@ -63,8 +73,7 @@ def test_a_mesh_must_take_all_devices():
         make_mesh({"data": 2, "tensor": 3})
 
 
-SIZES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
-MESHES = [f"data={data},fsdp={fsdp},tensor={tensor}" for data, fsdp, tensor in SIZES]
+MESHES = [f"data={d},fsdp={f},tensor={8 // d // f}" for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 ON_EVERY_MESH = """
 import json, sys
 from pathlib import Path
@@ -104,12 +113,8 @@ def on_every_mesh(tmp_path_factory):
     runs |= {f"scanned,{mesh}": (mesh, base, True) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")}
     runs |= {f"gpt2,{mesh}": (mesh, gpt2, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
     settings = {"pretrained_model_dir": base, "n_training_steps": 4, "save_model": False}
-    arguments = [str(folder), json.dumps(settings), json.dumps(runs)]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    command = [sys.executable, "-c", ON_EVERY_MESH, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return folder, settings, runs, int(result.stdout)
+    printed = printed_by(ON_EVERY_MESH, str(folder), json.dumps(settings), json.dumps(runs), **ON_CPUS)
+    return folder, settings, runs, int(printed)
 
 
 @pytest.mark.slow
@@ -158,12 +163,8 @@ for compute in Compute(), Compute(remat="block"), Compute(scan_layers=True), Com
 
 def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_rows(cpu_compiler):
     """By the compiler's account for devices that save memory, rather than be quick."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    environment["XLA_FLAGS"] = SAVING_ORDER
-    command = [sys.executable, "-c", ADDED_BY_A_LAYER]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    elementwise, block, *scanned = (tuple(map(float, line.split())) for line in result.stdout.splitlines())
+    printed = printed_by(ADDED_BY_A_LAYER, **ON_CPUS, **OPTIMIZED, XLA_FLAGS=SAVING_ORDER)
+    elementwise, block, *scanned = (tuple(map(float, line.split())) for line in printed.splitlines())
     gathered, n_gathers = 4 * 12 * 128**2, 2 * len(("qkv", "out", "up", "down"))
     for (needed, gathers), (scanned_needed, scanned_gathers) in zip((elementwise, block), scanned, strict=True):
         assert gathers == n_gathers
@@ -191,12 +192,7 @@ for shape in ("110m", "gpt2"):
 
 
 def test_devices_that_share_heads_gather_the_prefixs_gradient_alone():
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    result = subprocess.run(
-        [sys.executable, "-c", GATHERED_UNDER_TENSOR], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["1"] * 4
+    assert printed_by(GATHERED_UNDER_TENSOR, **ON_CPUS).split() == ["1"] * 4
 
 
 ADDED_UP_BY_A_LAYER = """
@@ -222,8 +218,5 @@ for dtype in ("bf16", "f32"):
 @needs_cuda_plugin
 def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_precision():
     """Forward one for attention and MLP together, backward one for each."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", ADDED_UP_BY_A_LAYER]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["3.0", "0.0"]
+    printed = printed_by(ADDED_UP_BY_A_LAYER, JAX_PLATFORMS="cpu", **OPTIMIZED, XLA_FLAGS="")
+    assert printed.split() == ["3.0", "0.0"]
