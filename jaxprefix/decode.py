@@ -29,6 +29,8 @@ from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+GPU_STEPS = 8
+"""Tokens between two looks at whether all rows have stopped, each of which keeps a GPU waiting for the host."""
 
 
 class BatchTiming(NamedTuple):
@@ -178,7 +180,7 @@ def _decode(
     """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos.
 
     Returns them, and whether all logits on the way were finite. Of `decode`, temperature and top_p have no part: they
-    are in `sampling`.
+    are in `sampling`. Steps beyond max_output_len, up to GPU_STEPS − 1, write nowhere: JAX drops what is out of bounds.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
@@ -194,16 +196,21 @@ def _decode(
         finite = state.finite & (are_finite(logits) | state.stopped).all()
         stopped = state.stopped | (tokens == eos_id)
         made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
-        return DecodeState(state.n_made + 1, tokens, state.slots + 1, made, stopped, finite, cache)
+        n_made = state.n_made + 1
+        stopped |= n_made >= decode.max_output_len
+        return DecodeState(n_made, tokens, state.slots + 1, made, stopped, finite, cache)
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
-        return (state.n_made < decode.max_output_len) & ~state.stopped.all()
+        return ~state.stopped.all()
 
     def step(state: DecodeState) -> DecodeState:
         slots = state.slots[:, None]
         positions = slots - prefix_len + 1 if restarts else None
         hidden, cache = model.hidden(state.tokens[:, None], None, state.cache, slots, positions)
         return take_next(state, hidden[:, 0], cache)
+
+    def steps(state: DecodeState) -> DecodeState:
+        return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
 
     slots, ends = own_slots(tokens), jnp.maximum(lengths - 1, 0)[:, None]
     positions = jnp.minimum(slots, ends) + (0 if restarts else prefix_len)  # padding reaches no further
@@ -212,7 +219,7 @@ def _decode(
     last_tokens = jnp.take_along_axis(tokens, ends, axis=1)[:, 0]
     made, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
     state = DecodeState(jnp.int32(0), last_tokens, prefix_len + lengths - 1, made, no_prompt, jnp.bool_(True), cache)
-    state = jax.lax.while_loop(going_on, step, take_next(state, last, written))
+    state = jax.lax.while_loop(going_on, steps, take_next(state, last, written))
     return state.made, state.finite
 
 

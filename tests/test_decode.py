@@ -11,7 +11,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import Sampling, _decode, choose_tokens, generate_ids, nucleus
+from jaxprefix.decode import GPU_STEPS, Sampling, _decode, choose_tokens, generate_ids, nucleus
 from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder, with_config
@@ -111,6 +111,16 @@ def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
     cut = [row[: row.index(stop)] if stop in row else row for row in made]
     assert ids_of(model, stopping, PROMPTS, decode=GREEDY) == cut
     assert len({len(row) for row in cut}) > 1
+
+
+def test_a_gpus_steps_beyond_the_last_token_change_nothing(model, tokenizer, as_on_a_gpu):
+    prefix, n_tokens = random_prefix(model.config), GPU_STEPS + 4
+    decode = DecodeConfig("greedy", max_output_len=n_tokens)
+    expected = [slow_greedy(model, prompt, prefix, n_tokens, tokenizer.eos_id) for prompt in PROMPTS]
+    assert ids_of(model, tokenizer, PROMPTS, prefix, decode=decode) == expected
+    [first, *_] = expected
+    stopping = dataclasses.replace(tokenizer, eos_id=first[2])
+    assert ids_of(model, stopping, PROMPTS[:1], prefix, decode=decode) == [first[: first.index(first[2])]]
 
 
 def test_what_follows_eos_in_a_row_is_nobodys_fault(tokenizer, golden_model):
