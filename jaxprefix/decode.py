@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
@@ -21,7 +22,7 @@ from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.models import BaseModel
-from jaxprefix.models.attention import Cache, empty_cache, fill_cache, own_slots
+from jaxprefix.models.attention import Cache, cache_of, own_slots
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
@@ -51,16 +52,17 @@ class Sampling(NamedTuple):
     """Where in the list of prompts the batch begins: a row's random numbers come from the seed and its place there."""
 
 
-class DecodeState(NamedTuple):
-    """What the decoding loop carries."""
+class Made(NamedTuple):
+    """What the decoding loop has made so far."""
 
-    n_made: Int[Array, ""]
-    tokens: Int[Array, "B"]  # the last token of every row
-    slots: Int[Array, "B"]  # where it goes in the cache, of which the prefix takes the first slots
-    made: Int[Array, "B max_output_len"]
+    n: Int[Array, ""]  # tokens of every row
+    ids: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
-    finite: Bool[Array, ""]  # all logits so far, of rows that had not stopped
-    cache: Cache
+    finite: Bool[Array, ""]  # all logits, of rows that had not stopped
+
+
+DecodeState = tuple[Made, Int[Array, "B"], Cache]
+"""What the decoding loop carries: the last token of every row, too, whose keys and values are not in the cache yet."""
 
 
 def generate(
@@ -184,53 +186,51 @@ def _decode(
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
-    cache = cache_behind(prefix, model, n_rows, tokens.shape[1] + decode.max_output_len)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), sampling.place + jnp.arange(n_rows))
 
-    def take_next(state: DecodeState, hidden: Float[Array, "B D"], cache: Cache) -> DecodeState:
+    def choose(made: Made, hidden: Float[Array, "B D"]) -> tuple[Made, Int[Array, "B"]]:
         """Choose what follows every row's last token, from its hidden state."""
         logits = model.logits(hidden)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.n_made)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, made.n)
         tokens = choose_tokens(logits, step_keys, decode, sampling)
-        finite = state.finite & (are_finite(logits) | state.stopped).all()
-        stopped = state.stopped | (tokens == eos_id)
-        made = state.made.at[:, state.n_made].set(jnp.where(stopped, eos_id, tokens))
-        n_made = state.n_made + 1
-        stopped |= n_made >= decode.max_output_len
-        return DecodeState(n_made, tokens, state.slots + 1, made, stopped, finite, cache)
+        finite = made.finite & (are_finite(logits) | made.stopped).all()
+        stopped = made.stopped | (tokens == eos_id)
+        ids = made.ids.at[:, made.n].set(jnp.where(stopped, eos_id, tokens))
+        n_made = made.n + 1
+        return Made(n_made, ids, stopped | (n_made >= decode.max_output_len), finite), tokens
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
-        return ~state.stopped.all()
+        return ~state[0].stopped.all()
 
     def step(state: DecodeState) -> DecodeState:
-        slots = state.slots[:, None]
+        made, tokens, cache = state
+        slots = (prefix_len + lengths + made.n - 1)[:, None]  # of the last token, behind its row
         positions = slots - prefix_len + 1 if restarts else None
-        hidden, cache = model.hidden(state.tokens[:, None], None, state.cache, slots, positions)
-        return take_next(state, hidden[:, 0], cache)
+        hidden, cache = model.hidden(tokens[:, None], None, cache, slots, positions)
+        return *choose(made, hidden[:, 0]), cache
 
     def steps(state: DecodeState) -> DecodeState:
         return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
 
-    slots, ends = own_slots(tokens), jnp.maximum(lengths - 1, 0)[:, None]
-    positions = jnp.minimum(slots, ends) + (0 if restarts else prefix_len)  # padding reaches no further
-    hidden, written = model.hidden(tokens, None, cache, prefix_len + slots, positions)
+    ends = jnp.maximum(lengths - 1, 0)[:, None]
+    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding reaches no further
+    hidden, keys_values = model.hidden(tokens, prefix, positions=positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
-    last_tokens = jnp.take_along_axis(tokens, ends, axis=1)[:, 0]
-    made, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
-    state = DecodeState(jnp.int32(0), last_tokens, prefix_len + lengths - 1, made, no_prompt, jnp.bool_(True), cache)
-    state = jax.lax.while_loop(going_on, steps, take_next(state, last, written))
-    return state.made, state.finite
+    nothing, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
+    made, first = choose(Made(jnp.int32(0), nothing, no_prompt, jnp.bool_(True)), last)
+    cache = cache_of(keys_values, prefix, decode.max_output_len, cache_dtype(model))
+    made, *_ = jax.lax.while_loop(going_on, steps, (made, first, cache))
+    return made.ids, made.finite
 
 
-def cache_behind(prefix: Prefix | None, model: BaseModel, n_rows: int, n_tokens: int) -> Cache:
-    """Return a cache with the prefix in front, and room for so many tokens of each row."""
-    config, dtype = model.config, model.embed.weight.dtype
-    if dtype == jnp.bfloat16 and on_a_cpu():
-        dtype = jnp.float32  # twice the memory; the compiler would turn the cache into float32 and back for every token
-    shape = (n_rows, config.n_head, config.prefix_length(prefix) + n_tokens, config.head_dim)
-    cache = empty_cache(config.n_layer, shape, dtype)
-    return cache if prefix is None else fill_cache(cache, prefix)
+def cache_dtype(model: BaseModel) -> DTypeLike:
+    """Return the type of a cache: the base model's, except for bfloat16 on a CPU.
+
+    Its compiler would turn a bfloat16 cache into float32 and back for every token; float32 takes twice the memory.
+    """
+    dtype = model.embed.weight.dtype
+    return jnp.float32 if dtype == jnp.bfloat16 and on_a_cpu() else dtype
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:

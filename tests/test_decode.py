@@ -141,8 +141,8 @@ def test_what_follows_eos_in_a_row_is_nobodys_fault(tokenizer, golden_model):
 def test_the_cache_has_the_base_models_type_but_for_bfloat16(
     traced_anew, tokenizer, monkeypatch, dtype, cached, scan_layers
 ):
-    caches, make = [], jaxprefix.decode.empty_cache
-    monkeypatch.setattr(jaxprefix.decode, "empty_cache", lambda *shape: caches.append(make(*shape)) or caches[-1])
+    caches, make = [], jaxprefix.decode.cache_of
+    monkeypatch.setattr(jaxprefix.decode, "cache_of", lambda *parts: caches.append(make(*parts)) or caches[-1])
     model = load_model(GOLDEN_BASE, dtype, compute=Compute(scan_layers=scan_layers))
     made = ids_of(model, tokenizer, PROMPTS, random_prefix(model.config), decode=GREEDY)
     assert {array.dtype for array in jax.tree.leaves(caches)} == {jnp.dtype(cached)}

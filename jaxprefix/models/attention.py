@@ -46,18 +46,25 @@ def own_slots(rows: Shaped[Array, "B T *rest"], packing: Packing | None = None) 
     return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
 
 
-def empty_cache(n_layer: int, shape: tuple[int, int, int, int], dtype: DTypeLike) -> Cache:
-    """Make zeroed keys and values of shape [B, N, S, H] for every layer."""
-    return tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layer))
+def cache_of(
+    keys_values: tuple[tuple[Float[Array, "rows N T H"], ...], ...],
+    prefix: Float[Array, "L 2 P N H"] | None,
+    n_free: int,
+    dtype: DTypeLike,
+) -> Cache:
+    """Make room for n_free more tokens behind every row's keys and values, and put the prefix in front of them.
 
+    Slots count from the prefix's first position then: what is written needs no prefix any more.
+    """
 
-def fill_cache(cache: Cache, prefix: Float[Array, "L 2 P N H"]) -> Cache:
-    """Put a prefix into the first P slots of every row: what is written after it needs no prefix any more."""
+    def laid_out(x: Float[Array, "B N T H"], front: Float[Array, "P N H"] | None) -> Float[Array, "B N S H"]:
+        x = x if front is None else _behind(front, x)
+        return jnp.pad(x.astype(dtype), ((0, 0), (0, 0), (0, n_free), (0, 0)))
 
-    def put(part: Float[Array, "B N S H"], front: Float[Array, "P N H"]) -> Float[Array, "B N S H"]:
-        return part.at[:, :, : len(front)].set(jnp.swapaxes(front, 0, 1).astype(part.dtype))
-
-    return tuple((put(k, front[0]), put(v, front[1])) for (k, v), front in zip(cache, prefix, strict=True))
+    fronts = [(None, None)] * len(keys_values) if prefix is None else prefix
+    return tuple(
+        (laid_out(k, front[0]), laid_out(v, front[1])) for (k, v), front in zip(keys_values, fronts, strict=True)
+    )
 
 
 def heads_first(x: Float[Array, "*rest T N H"]) -> Float[Array, "*rest N T H"]:

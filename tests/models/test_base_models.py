@@ -13,7 +13,7 @@ from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.models import attention, fingerprint, gpt2, gpt_neox
 from jaxprefix.models.config import read_model_config
-from tests.arrays import random_prefix
+from tests.arrays import empty_cache, random_prefix
 from tests.base_folders import with_config
 from tests.tolerances import MODEL
 
@@ -85,8 +85,7 @@ def test_prefix_changes_every_position(model):
 def test_cached_decode_equals_full_forward(model, with_prefix):
     prefix = random_prefix(model.config) if with_prefix else None
     whole, _ = model(TOKENS, prefix)
-    shape = (2, model.config.n_head, 32, model.config.head_dim)
-    logits, cache = model(TOKENS[:, :10], prefix, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    logits, cache = model(TOKENS[:, :10], prefix, empty_cache(model.config, 32))
     parts = [logits]
     step = jax.jit(lambda token, cache, slot: model(token, prefix, cache, slot))
     for slot in range(10, TOKENS.shape[1]):

@@ -30,7 +30,7 @@ from jaxprefix.models.layers import (
     rotate,
 )
 from jaxprefix.models.stack import stacked
-from tests.arrays import normals, random_prefix
+from tests.arrays import empty_cache, normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.markers import needs_gpu
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
@@ -242,8 +242,7 @@ def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
 def test_caches_have_gradients_with_block_recomputation_too(base_folder, model):
     """Those that are read, and through those that are written."""
     other, prefix = load_model(base_folder, compute=Compute(remat="block")), random_prefix(model.config)
-    shape = (2, model.config.n_head, 40, model.config.head_dim)
-    cache = jax.tree.map(lambda zeros: zeros + 0.1, attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    cache = jax.tree.map(lambda zeros: zeros + 0.1, empty_cache(model.config, 40))
     slots = jnp.broadcast_to(10 + jnp.arange(TOKENS.shape[1]), TOKENS.shape)
 
     def summed(inputs, model):
@@ -271,9 +270,8 @@ def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(as_on_a_gpu):
 
 def test_scanned_layers_take_a_cache(base_folder, model):
     other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
-    shape = (2, model.config.n_head, 32, model.config.head_dim)
     forward = jax.jit(lambda model, tokens, *rest: model(tokens, prefix, *rest))
-    _, cache = forward(other, TOKENS[:, :10], attention.empty_cache(model.config.n_layer, shape, jnp.float32))
+    _, cache = forward(other, TOKENS[:, :10], empty_cache(model.config, 32))
     logits, _ = forward(other, TOKENS[:, 10:11], cache, jnp.full((2, 1), 10))
     np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
 
