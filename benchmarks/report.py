@@ -149,7 +149,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.cpu_count(),
         "gpus": gpus,
         "python": platform.python_version(),
         **versions,

@@ -8,6 +8,7 @@ point lies off it, and the cost of what each point adds to the one before it ÷ 
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -45,7 +46,7 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     from jaxprefix.sharding import make_mesh, replicated
     from jaxprefix.update import first_state, learning_rate, make_optimizer, make_update
 
-    model = model_config(SHAPES[shape] | {"num_hidden_layers": layers})
+    model = dataclasses.replace(model_config(SHAPES[shape]), n_layer=layers)
     config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
     mesh, random = make_mesh(), np.random.default_rng(0)
 

@@ -138,8 +138,14 @@ def _how(rule: Rule) -> tuple[How, ...]:
 
 def _agree(one: StoredWeight, other: StoredWeight) -> bool:
     """Tell whether two weights are the same; what is not finite is told as such elsewhere."""
+
+    def same(part: np.ndarray, twin: np.ndarray) -> bool:
+        if part.dtype == twin.dtype and np.array_equal(part.view(f"u{part.itemsize}"), twin.view(f"u{part.itemsize}")):
+            return True  # by their bits, which takes a tenth of the time
+        return np.array_equal(part, twin, equal_nan=True)
+
     blocks = ((slice(start, start + COMPARED_ROWS),) for start in range(0, one.shape[0], COMPARED_ROWS))
-    return all(np.array_equal(one.read(block), other.read(block), equal_nan=True) for block in blocks)
+    return all(same(one.read(block), other.read(block)) for block in blocks)
 
 
 def _in_layer(rule: Rule, layer: int) -> Rule:

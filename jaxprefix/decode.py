@@ -129,7 +129,8 @@ def generate_ids(
     if not rows:
         return
     batch_size = min(batch_size, len(rows))
-    program = dataclasses.replace(decode, temperature=1.0, top_p=1.0)
+    unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
+    program = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
         width = -(-max(map(len, group)) // PROMPT_BUCKET) * PROMPT_BUCKET

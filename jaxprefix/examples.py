@@ -223,6 +223,8 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{where}: `{field}` holds half a surrogate pair")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: `{field}` holds half a surrogate pair") from error
     return value

@@ -30,15 +30,20 @@ def continue_prompts(config: GenerateConfig) -> None:
     def answer(prompts: list[str], place: int = 0) -> None:
         if n_unknown := sum(base.tokenizer.unk_id in encode(prompt) for prompt in prompts):
             print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
-        timings: list[BatchTiming] = []
-        options = (config.seed, config.batch_size, config.decode, timings, place)
-        streams = [stream(model, base.tokenizer, prompts, way, *options) for way in ways.values()]
+        timings = {way: list[BatchTiming]() for way in ways}
+        options = (config.seed, config.batch_size, config.decode)
+        streams = [
+            stream(model, base.tokenizer, prompts, prefix, *options, timings[way], place)
+            for way, prefix in ways.items()
+        ]
         for prompt, *made in zip(prompts, *streams, strict=True):
             result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
             print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
-        for n_rows, n_tokens, seconds in timings if config.timing else ():
-            speed = n_tokens / seconds
-            print(f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s", file=sys.stderr)
+        for way, batches in timings.items() if config.timing else ():
+            which = f"{way.replace('_', ' ')}: " if config.compare else ""
+            for n_rows, n_tokens, seconds in batches:
+                speed = f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s"
+                print(which + speed, file=sys.stderr)
 
     if prompts:
         return answer(prompts)

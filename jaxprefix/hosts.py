@@ -287,7 +287,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         limit = 60 * self._minutes
-        while not self._ended.wait(limit / 10):
+        while not self._ended.wait(min(limit / 10, 60)):
             if time.monotonic() - self._seen > limit:
                 what = f"no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
                 _end_at_once(RunError(f"{what}: a process hangs, or --stall_minutes is too short"))

@@ -15,7 +15,7 @@ from jaxprefix.models.layers import einsum, matmul, vecdot
 from jaxprefix.prefix import Prefix
 
 CHUNK_TOKENS = 2048
-"""Tokens of each device whose logits are in memory at a time; fewer make the matrix products slow."""
+"""Of each device, so many tokens' logits are in memory at a time, up to twice as many; fewer slow the products down."""
 CPU_BLOCK = 2048
 """Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
 
@@ -37,8 +37,8 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
-    Columns are processed in chunks of about CHUNK_TOKENS tokens for each of the `n_devices` that share the rows; on a
-    CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states' is
+    Columns are processed in chunks of CHUNK_TOKENS tokens or more for each of the `n_devices` that share the rows; on
+    a CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states' is
     computed along with the loss, so that no logits wait for a backward pass.
     """
     return _over_chunks(hidden, head, labels, n_devices, with_gradient=False)[0]
@@ -142,6 +142,7 @@ def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], n_devic
     n_rows, n_columns, width = hidden.shape
     n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * n_devices))
     chunk = -(-n_columns // n_chunks)
+    n_chunks = -(-n_columns // chunk)
     padding = chunk * n_chunks - n_columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)

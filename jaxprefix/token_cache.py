@@ -165,7 +165,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
 
 def _n_cores() -> int:
     """Return the cores that this process may keep busy: a container's quota may be less than those it sees."""
-    n_seen = len(os.sched_getaffinity(0))
+    n_seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     with contextlib.suppress(OSError, ValueError):  # no quota is "max 100000"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         return max(1, min(n_seen, quota // period))

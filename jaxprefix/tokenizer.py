@@ -137,9 +137,10 @@ class TokenizersFile:
     def encode(self, text: str) -> list[int]:
         """Return a text's ids."""
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            [encoding] = self.backend.encode_batch_fast([text], add_special_tokens=False)  # without offsets
         except (TypeError, UnicodeError) as error:
             raise InputError(f"not a valid text: {text[:40]!r}") from error
+        return encoding.ids
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""

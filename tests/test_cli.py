@@ -155,6 +155,9 @@ def test_generate_tells_the_timing_of_every_batch(capsys):
     )
     assert [int(n_rows) for n_rows, _, _ in found] == [2, 1]
     assert all(float(speed) > 0 for _, _, speed in found)
+    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", *GREEDY, "--timing", "--compare"]) == 0
+    found = re.findall(r"^(.*): 1 rows, .* tokens/s$", capsys.readouterr().err, re.MULTILINE)
+    assert found == ["continuation", "continuation without prefix"]
 
 
 def test_generate_compares_as_text_and_json(capsys):

@@ -47,6 +47,13 @@ def test_chunks_are_of_so_many_tokens_a_device(monkeypatch, n_devices, n_chunks)
     assert len(of_hidden) == len(of_labels) == n_chunks
 
 
+def test_no_chunk_is_padding_alone():
+    """Rows that are many and short: as many chunks as 2048 tokens go in would be a third more than they fill."""
+    hidden, labels = _in_chunks(jnp.zeros((1024, 65, 1)), jnp.zeros((1024, 65), jnp.int32), 1)
+    assert len(hidden) == len(labels) == 22
+    assert (labels[-1] != IGNORED).any()
+
+
 def test_logits_far_apart_do_not_overflow(batch, monkeypatch):
     monkeypatch.setattr(jaxprefix.loss, "CPU_BLOCK", 7)
     hidden, head, labels = batch

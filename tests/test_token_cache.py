@@ -280,6 +280,13 @@ def test_a_containers_share_of_the_cores_counts(monkeypatch, limit, n_cores):
     assert token_cache._n_cores() == n_cores
 
 
+def test_a_system_that_does_not_tell_a_processs_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(Path, "read_text", lambda _: raising(FileNotFoundError()))
+    assert token_cache._n_cores() == 3
+
+
 def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
     asked = []
 
