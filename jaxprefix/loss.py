@@ -38,8 +38,8 @@ def next_token_loss(
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
     Columns are processed in chunks of CHUNK_TOKENS tokens or more for each of the `n_devices` that share the rows; on
-    a CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states' is
-    computed along with the loss, so that no logits wait for a backward pass.
+    a CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states'
+    is computed along with the loss, so that no logits wait for a backward pass.
     """
     return _over_chunks(hidden, head, labels, n_devices, with_gradient=False)[0]
 
