@@ -44,7 +44,7 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     from jaxprefix.prefix import new_encoder
     from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import make_mesh, replicated
-    from jaxprefix.update import first_state, learning_rate, make_optimizer, make_update
+    from jaxprefix.update import FrozenBase, first_state, learning_rate, make_optimizer, make_update
 
     model = dataclasses.replace(model_config(SHAPES[shape]), n_layer=layers)
     config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
@@ -60,10 +60,11 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
     update = make_update(functools.partial(make_optimizer, config), RECIPES[config.recipe], mesh)
+    frozen_base = FrozenBase.of(base)
 
     def step() -> None:
         nonlocal state
-        state, outcome = update(state, rate, base, batch)
+        state, outcome = update(state, rate, frozen_base, batch)
         outcome.loss.block_until_ready()
 
     return step

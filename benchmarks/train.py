@@ -65,7 +65,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
     from jaxprefix.start import start_state
-    from jaxprefix.update import learning_rate, make_optimizer, make_update
+    from jaxprefix.update import FrozenBase, learning_rate, make_optimizer, make_update
 
     prepare_compiling()
     mesh = make_mesh()
@@ -78,10 +78,11 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     state = jax.device_put(state, replicated(mesh))
     compiled_update = make_update(optimizer_of, RECIPES[config.recipe], mesh)
     batches = list(update_batches(config, inputs, mesh, 0))
+    frozen_base = FrozenBase.of(base)
 
     def update(number: int) -> Callable[[], object]:
         nonlocal state
-        state, outcome = compiled_update(state, rate, base, batches[number])
+        state, outcome = compiled_update(state, rate, frozen_base, batches[number])
         return outcome.loss.block_until_ready
 
     n_useful = [batch.n_labels for batch in batches]

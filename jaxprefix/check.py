@@ -28,7 +28,7 @@ from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
-from jaxprefix.update import TrainState, first_state, learning_rate, make_optimizer, make_update
+from jaxprefix.update import FrozenBase, TrainState, first_state, learning_rate, make_optimizer, make_update
 
 
 def check(config: CheckConfig) -> Iterator[str]:
@@ -163,7 +163,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     everywhere = (jax.eval_shape(start, base), rate)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
     update: Any = make_update(optimizer_of, RECIPES[config.recipe], mesh)
-    return update.lower(state, rate, base, abstract_batch(config, mesh, shape)).compile()
+    return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:

@@ -56,6 +56,7 @@ from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
 from jaxprefix.start import Progress, earlier_arrays, restored, start_state
 from jaxprefix.update import (
+    FrozenBase,
     LearningRate,
     Outcome,
     TrainState,
@@ -207,13 +208,13 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     """
     config, plan, vote = run.config, run.inputs.plan, Vote(run.mesh)
     batches = update_batches(config, run.inputs, run.mesh, progress.n_done)
-    batch = next(batches, None)
+    batch, base = next(batches, None), FrozenBase.of(run.base)
     if progress.to_evaluate:
         evaluate(run, state, progress, plan.epoch_of(progress.n_done - 1))
     in_flight, saved_at = InFlight(run, progress), time.monotonic()
     while batch is not None:
         n_labels, epoch = batch.n_labels, plan.epoch_of(progress.n_done)
-        state, outcome = run.update(state, run.rate, run.base, spread(batch, split_rows(run.mesh)))
+        state, outcome = run.update(state, run.rate, base, spread(batch, split_rows(run.mesh)))
         progress.n_done += 1
         in_flight.add(progress.n_done, outcome, n_labels)
         batch = next(batches, None)  # laid out while the device is at work

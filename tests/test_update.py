@@ -15,7 +15,7 @@ from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
-from jaxprefix.update import LearningRate, TrainState, learning_rate, make_optimizer, make_update
+from jaxprefix.update import FrozenBase, LearningRate, TrainState, learning_rate, make_optimizer, make_update
 from tests.base_folders import GOLDEN_BASE
 from tests.examples import EXAMPLES
 from tests.runs import run_config
@@ -43,7 +43,7 @@ def start(golden_model):
 def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
     update = make_update(lambda _: optimizer, recipe, make_mesh())
-    moved, outcome = update(start(optimizer, loss_scale), RATE, base, batch)
+    moved, outcome = update(start(optimizer, loss_scale), RATE, FrozenBase.of(base), batch)
     return moved, outcome.loss
 
 
@@ -106,7 +106,8 @@ def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, 
     state, golden_model = jax.device_put((start(make_optimizer(config, RATE)), golden_model), replicated(mesh))
     for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
         rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), 3)
-        state, _ = update(state, jax.device_put(rate, replicated(mesh)), golden_model, stacked(tokenizer, group))
+        rate = jax.device_put(rate, replicated(mesh))
+        state, _ = update(state, rate, FrozenBase.of(golden_model), stacked(tokenizer, group))
     assert update._cache_size() == 1
     for leaf, copy in zip(jax.tree.leaves(golden_model), before, strict=True):
         np.testing.assert_array_equal(leaf, copy)
