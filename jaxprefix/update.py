@@ -65,7 +65,7 @@ class FrozenBase:
     layers, and more than 1 ms of 44, which is as long as a GPU takes for a small update; in a list they are there.
     """
 
-    arrays: list[Array]
+    arrays: list[Any]
     structure: Any = dataclasses.field(metadata={"static": True})
 
     @classmethod
