@@ -1,5 +1,7 @@
 """JSON Lines → examples: token ids in flat arrays. No jax in here."""
 
+import bisect
+import itertools
 import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,8 @@ from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
 """Tokens that are looked at together: of a mapped file, no more is in memory."""
+GUESSED_CHARACTERS = 2.0
+"""Of a token, before a document's first is seen."""
 
 
 class Example(NamedTuple):
@@ -177,30 +181,41 @@ def _examples_of(line: bytes, where: str, chunking: Chunking) -> Iterator[Exampl
 
 
 def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
-    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len."""
+    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len.
+
+    Where a chunk ends is guessed from the characters that tokens had before, and found from there: in a few looks at
+    whole chunks, where one after each sentence would take the longer, the longer chunks are.
+    """
     tokenizer, suffix, max_seq_len, recipe, _ = chunking
-    chunk: list[int] = []
-    text = ""
-    for sentence in sentences:
-        if not sentence.strip() and not recipe.keep_blank_sentences:
+    kept = [sentence for sentence in sentences if recipe.keep_blank_sentences or sentence.strip()]
+    whole = [(sentence if recipe.keep_line_ends else sentence.removesuffix("\r")) + suffix for sentence in kept]
+    places = [*itertools.accumulate(map(len, whole), initial=0)]  # of each sentence's first character
+    start, newline, per_token = 0, "\n" if recipe.keep_line_ends else "", GUESSED_CHARACTERS
+    while start < len(whole):
+        chunk, end, too_far = (
+            list[int](),
+            start,
+            len(whole) + 1,
+        )  # those before `end` fit, those before `too_far` do not
+        while too_far - end > 1:
+            guess = bisect.bisect_right(places, places[start] + per_token * max_seq_len) - 1
+            stop = min(max(guess, end + 1), too_far - 1)
+            ids = tokenizer.encode(newline + "\n".join(whole[start:stop]))
+            per_token = (places[stop] - places[start]) / max(len(ids), 1)
+            if len(ids) <= max_seq_len:
+                chunk, end = ids, stop
+            else:
+                too_far = stop
+        if end == start and newline:  # counted, as the original does, and then left out
+            newline = ""
             continue
-        sentence = sentence if recipe.keep_line_ends else sentence.removesuffix("\r")
-        newline = "\n" if text or recipe.keep_line_ends else ""
-        longer_text = f"{text}{newline}{sentence}{suffix}"
-        longer = tokenizer.encode(longer_text)
-        if len(longer) <= max_seq_len:
-            text, chunk = longer_text, longer
-            continue
-        if chunk:
-            yield chunk
-        text = f"{sentence}{suffix}"
-        chunk = tokenizer.encode(text)
+        if end == start:  # one sentence alone does not fit
+            chunk, end = ids, start + 1
         if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
-            n_pieces = -(-len(chunk) // max_seq_len)
-            yield from (piece.tolist() for piece in np.array_split(chunk, n_pieces))
-            text, chunk = "", []
-    if chunk and not recipe.drop_document_tails:
-        yield chunk
+            yield from (piece.tolist() for piece in np.array_split(chunk, -(-len(chunk) // max_seq_len)))
+        elif chunk and not (end == len(whole) and recipe.drop_document_tails):
+            yield chunk
+        start, newline = end, ""
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any] | None:

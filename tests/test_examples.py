@@ -69,13 +69,45 @@ class Bytes:
     ("recipe", "expected"),
     [
         (Recipe(), ["a!\nb!", "cccc", "ccc!", "d!"]),
-        (Recipe(keep_line_ends=True), ["\na\r!", "b!", "cccc", "ccc!", "\nd!"]),
+        (Recipe(keep_line_ends=True), ["\na\r!", "b!", "cccc", "ccc!", "d!"]),
     ],
 )
 def test_a_text_does_not_begin_with_a_newline_by_default(recipe, expected):
     chunking = Chunking(Bytes(), "!", 5, recipe, False)
     chunks = chunk_document(["a\r", "b", "ccccccc", "d"], chunking)
     assert [bytes(chunk).decode() for chunk in chunks] == expected
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+@pytest.mark.parametrize("max_seq_len", [1, 7, 20, 90])
+def test_guessed_ends_are_those_that_a_look_after_each_sentence_finds(recipe, max_seq_len):
+    """Sentences of all lengths, and of characters of one byte to four: no guess is good for long."""
+    random = np.random.default_rng(0)
+    letters = np.array(["a", "é", "あ", "🦀", " ", "\r"])
+    for _ in range(60):
+        sentences = ["".join(random.choice(letters, n)) for n in random.choice([0, 1, 4, 25], 12)]
+        chunks = [*chunk_document(sentences, Chunking(Bytes(), "!", max_seq_len, recipe, False))]
+        assert chunks == [*slow_chunks(sentences, max_seq_len, recipe)]
+
+
+def slow_chunks(sentences, max_seq_len, recipe):
+    """The original's loop: a look after each sentence."""
+    chunk = b""
+    for sentence in sentences:
+        if not (sentence.strip() or recipe.keep_blank_sentences):
+            continue
+        sentence = f"{sentence if recipe.keep_line_ends else sentence.removesuffix(chr(13))}!".encode()
+        newline = b"\n" if chunk or recipe.keep_line_ends else b""
+        if len(chunk + newline + sentence) <= max_seq_len:
+            chunk += newline + sentence
+            continue
+        yield from [list(chunk)] * (chunk != b"")
+        chunk = sentence
+        if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
+            yield from (part.tolist() for part in np.array_split([*chunk], -(-len(chunk) // max_seq_len)))
+            chunk = b""
+    if chunk and not recipe.drop_document_tails:
+        yield list(chunk)
 
 
 def test_suffix_and_length_are_settings(tokenizer, tmp_path):
