@@ -22,7 +22,9 @@ IGNORED = -100
 SAMPLED_UPDATES = 2000
 """Updates whose batches are looked at to choose the shapes of packed ones."""
 SHAPES = 4
-"""Shapes of a run's packed batches."""
+"""Most shapes of a run's packed batches."""
+WORTH_IT = 1.01
+"""Up to so many times the least columns are better than another shape, which takes time to compile, and memory."""
 COLUMN_STEPS = 20
 """Quantiles of the batches' column counts that are tried as widths of the shapes."""
 COLUMN_MULTIPLE = 8
@@ -174,9 +176,9 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
-    Shapes ascend. Their widths leave the least padding over the sampled updates; n_slots is the longest text of the
-    updates that use a shape. The last shape holds every update or, if there are more updates than are sampled, any
-    batch that these examples can make.
+    Shapes ascend. Their widths leave next to the least padding over the sampled updates; n_slots is the longest text
+    of the updates that use a shape. The last shape holds every update or, if there are more updates than are sampled,
+    any batch that these examples can make.
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
@@ -195,8 +197,10 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
         return np.searchsorted(columns, needed)
 
     steps = sorted({_rounded(columns) for columns in np.quantile(needed, np.linspace(0, 1, COLUMN_STEPS + 1)[1:])})
-    choices = itertools.combinations(steps, min(SHAPES - 1, len(steps)))
-    best = min(choices, key=lambda chosen: np.take([*chosen, at_most], taken(chosen)).sum())
+    choices = [chosen for n in range(SHAPES) for chosen in itertools.combinations(steps, n)]
+    totals = [int(np.take([*chosen, at_most], taken(chosen)).sum()) for chosen in choices]
+    close = [(len(c), total, c) for c, total in zip(choices, totals, strict=True) if total <= WORTH_IT * min(totals)]
+    best = min(close)[2]
     slots = [int(longest[taken(best) <= index].max()) for index in range(len(best))]
     shapes = {*zip(best, slots, strict=True), (_rounded(at_most), longest_of_all)}
     return [PackedShape(n_rows, n_columns, n_texts, n_slots) for n_columns, n_slots in sorted(shapes)]
