@@ -39,7 +39,8 @@ from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 
 PROMPT, PREFIX = 16, 10
-BANDWIDTH_SHAPE = (256, 2**18)  # 256 MiB of float32: more than any cache
+READ_ROWS = {"cpu": 256, "gpu": 4096}
+"""Rows of 1 MiB that are read: more than any cache, and so much that a GPU is busy far longer than a call takes."""
 Ids = list[list[int]]
 
 
@@ -85,21 +86,23 @@ def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[
     return decode
 
 
-def jaxprefix_bandwidth() -> Callable[[], Any]:
-    """Return a function that reads an array of BANDWIDTH_SHAPE once."""
+def jaxprefix_bandwidth() -> tuple[Callable[[], Any], int]:
+    """Return a function that reads an array once, and the array's bytes."""
     import jax
     import jax.numpy as jnp
 
-    array, total = jnp.ones(BANDWIDTH_SHAPE, jnp.float32), jax.jit(lambda a: a.sum(axis=1))
-    return lambda: total(array).block_until_ready()
+    rows = READ_ROWS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    array, total = jnp.ones((rows, 2**18), jnp.float32), jax.jit(lambda a: a.sum(axis=1))
+    return lambda: total(array).block_until_ready(), array.nbytes
 
 
-def peft_bandwidth() -> Callable[[], Any]:
+def peft_bandwidth() -> tuple[Callable[[], Any], int]:
     """The same in PyTorch."""
     import torch
 
-    array = torch.ones(BANDWIDTH_SHAPE, device="cuda" if torch.cuda.is_available() else "cpu")
-    return lambda: array.sum(dim=1)[0].item()
+    device, rows = ("cuda", READ_ROWS["gpu"]) if torch.cuda.is_available() else ("cpu", READ_ROWS["cpu"])
+    array = torch.ones(rows, 2**18, device=device)
+    return lambda: array.sum(dim=1)[0].item(), array.nbytes
 
 
 WAYS = {"jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth), "peft": (peft_decoder, peft_bandwidth)}
@@ -119,7 +122,7 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
     decode = decoder(folder, n_rows, n_new, dtype)
     decode()
     peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
-    read = bandwidth()
+    read, n_bytes = bandwidth()
     read()
     end_turn()
     for _ in range(n_times):
@@ -129,7 +132,7 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times
             raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
         end_turn(
             tokens_per_s=n_rows * n_new / seconds,
-            bytes_per_s=4 * math.prod(BANDWIDTH_SHAPE) / min(timed(read)[0] for _ in range(10)),
+            bytes_per_s=n_bytes / min(timed(read)[0] for _ in range(10)),
             ids=hashlib.sha256(json.dumps(made).encode()).hexdigest(),
             **peaks,
         )

@@ -52,11 +52,17 @@ def jaxprefix_loader(folder: Path, dtype: str) -> Callable[[], Any]:
 
 
 def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
-    """The same of transformers."""
+    """The same of transformers, onto a GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    def load() -> None:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        if torch.cuda.is_available():
+            model.to("cuda")
+            torch.cuda.synchronize()
+
+    return load
 
 
 WAYS = {"files": files_loader, "jaxprefix": jaxprefix_loader, "transformers": transformers_loader}

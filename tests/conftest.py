@@ -18,10 +18,20 @@ QUICK_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 
 def pytest_addoption(parser):
     parser.addoption("--record-errors", type=Path, help="file for the messages that each test triggers")
+    parser.addoption("--gpu", action="store_true", help="compute on a GPU; without it, on a CPU wherever there is one")
 
 
 def pytest_configure(config):
-    """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file."""
+    """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file.
+
+    Chooses the device as well, here and in the processes that tests start. What is compared with PyTorch or with other
+    devices to float32 precision is so on CPUs.
+    """
+    if config.option.gpu:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU's memory is for all processes of the session
+    else:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin on the cores of the other processes
     gc.set_threshold(50_000, 20, 100)  # a collection walks all that JAX and PyTorch have made: a tenth of tracing
     if jax.__version__.startswith("0.10."):

@@ -8,7 +8,7 @@ from jaxprefix.config import TrainConfig
 from tests.runs import start
 
 PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
-TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
+TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
 
 
 def free_port() -> int:

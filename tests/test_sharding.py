@@ -25,7 +25,7 @@ from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
 NEOX_20B = model_config(SHAPES["20b"])
-ON_CPUS = {"JAX_NUM_CPU_DEVICES": "8"}
+ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 
 
