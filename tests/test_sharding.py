@@ -174,6 +174,29 @@ def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_ro
     assert block[0] < 0.25 * gathered
 
 
+WAITING_WEIGHTS = """
+import dataclasses, jax, jax.numpy as jnp
+from benchmarks.shapes import SHAPES, model_config
+from jaxprefix.models import abstract_model
+from jaxprefix.sharding import make_mesh, with_split_rows
+
+sizes = {"n_layer": 2, "n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}
+for shape in ("110m", "gpt2"):
+    base = abstract_model(dataclasses.replace(model_config(SHAPES[shape]), **sizes))
+    for axis in ("fsdp", "tensor"):
+        mesh = make_mesh({axis: 8})
+        hidden = jax.jit(lambda base, tokens: with_split_rows(base, mesh).hidden(tokens)[0])
+        lines = hidden.lower(base, jnp.zeros((8, 64), jnp.int32)).as_text().splitlines()
+        waiting = [line for line in lines if "optimization_barrier" in line and "128x128xf32" in line]
+        print(len(waiting) > 0 and all("8x64x128xf32" in line for line in waiting))
+"""
+
+
+def test_under_fsdp_attentions_output_weight_waits_for_its_layers_input():
+    """A GPU's program gathers those of all layers at its start otherwise; a CPU's drops the barrier."""
+    assert printed_by(WAITING_WEIGHTS, **ON_CPUS).split() == ["True", "False"] * 2
+
+
 GATHERED_UNDER_TENSOR = """
 import dataclasses
 from pathlib import Path
