@@ -42,7 +42,7 @@ def to_folded(layered: Any) -> Any:
     return layered.transpose(2, 0, 1, 3, 4).reshape(layered.shape[2], -1)
 
 
-def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
+def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read a prefix of any format as (folded float32 array, what its header says of the base model).
 
     Accepts a run folder, an adapter folder or a file; files are told apart by content. Tensors may be
@@ -50,6 +50,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     an adapter folder and an array of more than two axes tell its shape. Raises InputError when it is none
     of these, or holds a number that is not finite.
     """
+    path = Path(path)
     if path.is_dir():
         return _read_adapter(path)
     if not path.is_file():

@@ -100,6 +100,8 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
 
 def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
     """Tell whether the suffix can be learnt."""
+    if not suffix:
+        return "suffix: none"
     ids = tokenizer.encode(suffix)
     if tokenizer.unk_id in ids:
         return f"suffix {suffix!r}: UNKNOWN to this tokenizer, cannot be learnt"

@@ -4,6 +4,7 @@ User errors print plain lines on stderr and exit with code 2; a run that fails e
 exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
 """
 
+import errno
 import gc
 import importlib.metadata
 import io
@@ -31,38 +32,50 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if sys.stderr is None:  # closed by who started this: what is printed to it would go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for good
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
         print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")
         return 0
     try:
-        settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
-        prepare_compiling()
-        if isinstance(settings, CheckConfig):
-            return _check(settings)
-        if isinstance(settings, TrainConfig):
-            return _train(settings)
-        if isinstance(settings, ConvertConfig):
-            return _convert(settings)
-        from jaxprefix.devices import compiling_for, own_device
-        from jaxprefix.memory import within_memory
-
-        with within_memory(lambda: _less_memory(settings)), compiling_for([own_device()]):  # which holds the base model
-            return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
+        exit_code = _run(tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what goes wrong then is told below
+        return exit_code
     except PlainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:  # a path that the system refuses
+    except OSError as error:  # a path that the system refuses, or a full disk that stdout is on
+        if error.filename is None and error.errno == errno.ENOSPC:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
+            return RunError.exit_code
         if error.filename is None:
             raise
         print(f"error: {InputError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
         return InputError.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _run(settings: Command) -> int:
+    prepare_compiling()
+    if isinstance(settings, CheckConfig):
+        return _check(settings)
+    if isinstance(settings, TrainConfig):
+        return _train(settings)
+    if isinstance(settings, ConvertConfig):
+        return _convert(settings)
+    from jaxprefix.devices import compiling_for, own_device
+    from jaxprefix.memory import within_memory
+
+    with within_memory(lambda: _less_memory(settings)), compiling_for([own_device()]):  # which holds the base model
+        return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
 
 
 def _less_memory(settings: InferenceConfig) -> str:

@@ -104,8 +104,12 @@ def stream(
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, place)
     for prompt, made in zip(ids, made_ids, strict=True):
-        # Decoded together with the prompt, so that a space at the seam is kept.
-        yield tokenizer.decode([*prompt, *made])[len(tokenizer.decode(prompt)) :]
+        yield continuation(tokenizer, prompt, made)
+
+
+def continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
+    """Return the text of what was made: decoded together with the prompt, so that a space at the seam is kept."""
+    return tokenizer.decode([*prompt, *made])[len(tokenizer.decode([*prompt])) :]
 
 
 def generate_ids(
@@ -122,7 +126,7 @@ def generate_ids(
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     check_prompts(model.config, tokenizer, prompts, prefix, decode)
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
-    if batch_size < 1:
+    if operator.index(batch_size) < 1:
         raise InputError(f"batch_size must be at least 1, is {batch_size}")
     if not 0 <= operator.index(seed) < SEED_LIMIT:
         raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")

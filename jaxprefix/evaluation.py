@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from convert.errors import InputError, RunError
 from jaxprefix.config import TrainConfig
-from jaxprefix.decode import check_prompts, overflow_hint, stream
+from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
-from jaxprefix.metrics import dev_batches, dev_loss, suffix_rate
+from jaxprefix.metrics import dev_batches, dev_loss, suffix_rate, without_cut_end
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import setting_of
@@ -32,12 +32,13 @@ def evaluate(config: EvaluateConfig) -> Report:
     suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)
     print(f"suffix: {suffix!r}", file=sys.stderr)
 
-    prompts, generated_suffix = [], ""
+    prompts, generated_suffix = list[list[int]](), ""
     if config.n_samples:
         given = read_prompts(config.prompt_file) if config.prompt_file else [""]
-        prompts = [given[i % len(given)] for i in range(config.n_samples)]
+        encoded = [base.tokenizer.encode(prompt) for prompt in given]
+        prompts = [encoded[i % len(encoded)] for i in range(config.n_samples)]
         generated_suffix = as_generated(suffix, base.tokenizer)
-        check_prompts(base.config, base.tokenizer, map(base.tokenizer.encode, given), prefix, config.decode)
+        check_prompts(base.config, base.tokenizer, encoded, prefix, config.decode)
     examples: Examples | None = None
     if config.data_filepath is not None:
         chunking = Chunking(base.tokenizer, suffix, max_seq_len, recipe, config.skip_bad_lines)
@@ -56,9 +57,15 @@ def evaluate(config: EvaluateConfig) -> Report:
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
     if prompts:
         for way, values in report.items():
-            options = (config.seed, config.batch_size, config.decode)
-            texts = stream(model, base.tokenizer, prompts, ways[way], *options)
-            values |= suffix_rate(list(texts), generated_suffix)
+            options = (ways[way], config.seed, config.batch_size, config.decode)
+            made_ids = generate_ids(model, base.tokenizer, prompts, *options)
+
+            def sample(prompt: list[int], made: list[int]) -> str:
+                text = continuation(base.tokenizer, prompt, made)
+                cut_off = len(made) == config.decode.max_output_len
+                return without_cut_end(text, generated_suffix) if cut_off else text
+
+            values |= suffix_rate(map(sample, prompts, made_ids), generated_suffix)
     return report
 
 

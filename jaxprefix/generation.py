@@ -19,6 +19,8 @@ def continue_prompts(config: GenerateConfig) -> None:
     Raises InputError before the base model's weights are read; what is wrong with a typed line is printed.
     """
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
+    if not prompts and sys.stdin is None:
+        raise InputError("there is no --prompt and no --prompt_file, and the standard input is closed")
     base, prefix = open_with_prefix(config)
     if config.prefix_checkpoint_path and prefix is not None and config.prefix_seq_len is not None:
         check_length(config.prefix_checkpoint_path, prefix, config.prefix_seq_len)
@@ -26,6 +28,8 @@ def continue_prompts(config: GenerateConfig) -> None:
     check_prompts(base.config, base.tokenizer, map(encode, prompts), prefix, config.decode)
     model = load_model(base.path, config.dtype, config=base.config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
+
+    in_utf8 = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()
 
     def answer(prompts: list[str], place: int = 0) -> None:
         if n_unknown := sum(base.tokenizer.unk_id in encode(prompt) for prompt in prompts):
@@ -38,7 +42,7 @@ def continue_prompts(config: GenerateConfig) -> None:
         ]
         for prompt, *made in zip(prompts, *streams, strict=True):
             result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
-            print(json.dumps(result, ensure_ascii=False) if config.json else _as_text(result), flush=True)
+            print(json.dumps(result, ensure_ascii=not in_utf8) if config.json else _as_text(result), flush=True)
         for way, batches in timings.items() if config.timing else ():
             which = f"{way.replace('_', ' ')}: " if config.compare else ""
             for n_rows, n_tokens, seconds in batches:
@@ -66,10 +70,13 @@ def _typed_lines() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is the tokenizer's to refuse, by the line
     interactive = sys.stdin.isatty()
+    shown = interactive and sys.stdout is not None and sys.stdout.isatty()
     if interactive:
         print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
     while True:
+        if interactive and not shown:
+            print("> ", end="", file=sys.stderr, flush=True)
         try:
-            yield input("> " if interactive else "")
+            yield input("> " if shown else "").removesuffix("\r")
         except (EOFError, KeyboardInterrupt):
             return

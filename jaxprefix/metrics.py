@@ -138,7 +138,19 @@ def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return n_sentences, n_suffixed
 
 
-def suffix_rate(texts: Sequence[str], suffix: str) -> dict[str, float | int]:
+def without_cut_end(text: str, suffix: str) -> str:
+    """Return a text that the length limit cut off, less the end of a sentence whose suffix may have been to come.
+
+    A part of the suffix may be there already; of an emoji's bytes, as a replacement character.
+    """
+    task, rest = suffix.strip(), text.rstrip(" \ufffd")
+    begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)
+    rest = rest[: len(rest) - begun].rstrip(" ")
+    unfinished = rest.rstrip(f"{_MARKS}{_BRACKETS}.")
+    return unfinished if len(unfinished) < len(rest) else text
+
+
+def suffix_rate(texts: Iterable[str], suffix: str) -> dict[str, float | int]:
     """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over generated texts."""
     n_sentences, n_suffixed = _summed(count_sentences(text, suffix) for text in texts)
     return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}

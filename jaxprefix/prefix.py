@@ -169,8 +169,12 @@ def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
 def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model.
 
-    Raises InputError for a prefix of another shape than the model's, and OSError.
+    Raises InputError for a prefix that would not load, and OSError; what stood there stays then.
     """
-    config.prefix_length(prefix)
-    folded = to_folded(np.asarray(prefix, np.float32))  # on the host: only one of many processes writes
+    length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
+    if not 0 < length < config.max_positions:
+        raise InputError(f"{folder}: a prefix has 1 to {config.max_positions - 1} positions here, this one {length}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
+    folded = to_folded(array)  # on the host: only one of many processes writes
     write_adapter(Path(folder), folded, config.n_layer, config.n_head, base_identity(config, tokenizer))

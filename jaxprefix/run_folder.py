@@ -102,8 +102,14 @@ def _locked(path: Path) -> IO[str]:
     if not locked:
         print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError:  # a full disk
+        path.unlink()
+        with contextlib.suppress(OSError):  # which closing tells once more
+            file.close()
+        raise
     return file
 
 

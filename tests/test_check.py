@@ -56,6 +56,10 @@ def test_a_suffix_that_cannot_be_learnt(capsys):
     )
 
 
+def test_no_suffix(capsys):
+    assert "suffix: none" in report(capsys, GOLDEN_BASE, "--suffix", "")[1]
+
+
 def test_a_blank_suffix(capsys):
     lines = report(capsys, GOLDEN_BASE, "--suffix", "　")[1]
     assert "suffix '\\u3000': BLANK to this tokenizer, no sentence can end with it" in lines

@@ -177,14 +177,45 @@ def test_generate_compares_as_text_and_json(capsys):
 
 def test_the_prompt_loop_answers_line_by_line():
     command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, *GREEDY]
-    lines = "\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
+    lines = "\r\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
     strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in locales of other names than C.UTF-8
     result = subprocess.run(command, input=lines, capture_output=True, check=True, env=strict)
     made, told = result.stdout.decode(), result.stderr.decode()
     assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
+    assert "\r" not in made
     assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
     assert "error: prefix of 10 + --max_output_len and the longest prompt" in told
     assert r"error: not a valid text: '\udcff'" in told
+
+
+def in_a_shell(redirected, *arguments, **environment):
+    """Run the command as a shell does that closes or redirects its streams."""
+    command = ["bash", "-c", f'"$@" {redirected}', "-", sys.executable, "-m", "jaxprefix", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment)
+
+
+def test_json_is_json_in_every_encoding():
+    arguments = ["generate", *BASE, *PREFIX, "--prompt", "朝😃", *GREEDY, "--json"]
+    made = [in_a_shell("", *arguments, PYTHONIOENCODING=name).stdout.decode(name) for name in ("euc_jp", "utf-8")]
+    assert json.loads(made[0]) == json.loads(made[1])
+    assert "\\ud83d\\ude03" in made[0]
+    assert "😃" in made[1]
+
+
+def test_closed_streams():
+    result = in_a_shell("<&-", "generate", *BASE)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr.startswith(
+        b"error: there is no --prompt and no --prompt_file, and the standard input is closed"
+    )
+    result = in_a_shell("2>&-", "generate", *BASE, "--prompt", "🦀", *GREEDY, "--json")
+    assert list(json.loads(result.stdout)) == ["prompt", "continuation"], "no warning in front"
+
+
+def test_a_full_disk_that_the_output_is_on():
+    result = in_a_shell("> /dev/full", "generate", *BASE, "--prompt", "朝", *GREEDY)
+    assert result.returncode == 1
+    assert result.stderr == b"error: what is printed cannot be written (No space left on device)\n"
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):

@@ -36,9 +36,8 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
     settings = {"data_sha256": "", "suffix": "！", "max_seq_len": 20}
     (run / "config.json").write_text(json.dumps(settings))
-    monkeypatch.setattr(
-        "jaxprefix.evaluation.stream", lambda *_: iter(["楽しい!寒い。"])
-    )  # the tokenizer makes ！ that
+    monkeypatch.setattr("jaxprefix.evaluation.generate_ids", lambda *_: iter([[5]]))
+    monkeypatch.setattr("jaxprefix.evaluation.continuation", lambda *_: "楽しい!寒い。")  # the tokenizer makes ！ that
     options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--json"]
 
     def report(*more: str) -> dict:
@@ -99,25 +98,33 @@ def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
 
 
 def test_evaluate_measures_what_it_is_told_in_the_way_it_is_told(monkeypatch, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a\nb")
+    (tmp_path / "prompts.txt").write_text("朝の\n猫が")
     seen = {}
 
     def fake_loss(model, prefix, batches, recipe):
         seen.update(recipe=recipe, dtype=model.embed.weight.dtype.name)
         return {"loss": 1.0 if prefix is None else 0.5, "ppl": 1.0}
 
-    def fake_stream(model, tokenizer, prompts, prefix, seed, *rest):
-        seen.update(prompts=prompts, seed=seed)
-        return iter(["晴れ。" if prefix is None else "晴れ。 😃"])
+    def fake_ids(model, tokenizer, prompts, prefix, seed, *rest):
+        seen.update(prompts=[tokenizer.decode(prompt) for prompt in prompts], seed=seed)
+        return iter([[5], [5, 5]] if prefix is None else [[6]])
 
+    texts = {(5,): "晴れ。", (5, 5): "雨。雪。", (6,): "晴れ。 😃"}
     monkeypatch.setattr("jaxprefix.evaluation.dev_loss", fake_loss)
-    monkeypatch.setattr("jaxprefix.evaluation.stream", fake_stream)
+    monkeypatch.setattr("jaxprefix.evaluation.generate_ids", fake_ids)
+    monkeypatch.setattr("jaxprefix.evaluation.continuation", lambda _, prompt, made: texts[tuple(made)])
     places = {"prompt_file": tmp_path / "prompts.txt", "data_filepath": GOLDEN / "documents.jsonl"}
-    settings = {"seed": 7, "dtype": "bfloat16", "n_samples": 3, "decode": DecodeConfig(recipe="rinna")}
+    settings = {
+        "seed": 7,
+        "dtype": "bfloat16",
+        "n_samples": 3,
+        "decode": DecodeConfig(recipe="rinna", max_output_len=2),
+    }
     report = evaluate(EvaluateConfig(str(GOLDEN_BASE), GOLDEN / "forward.weight", **places, **settings))
     assert (report["with_prefix"]["loss"], report["without_prefix"]["loss"]) == (0.5, 1.0)
     assert (report["with_prefix"]["suffix_rate"], report["without_prefix"]["suffix_rate"]) == (1, 0)
-    assert seen == {"recipe": RECIPES["rinna"], "dtype": "bfloat16", "prompts": ["a", "b", "a"], "seed": 7}
+    assert report["without_prefix"]["sentences"] == 2, "behind 雪。, the limit cut off what might have been the suffix"
+    assert seen == {"recipe": RECIPES["rinna"], "dtype": "bfloat16", "prompts": ["朝の", "猫が", "朝の"], "seed": 7}
 
 
 def test_the_longest_row_needs_room_after_the_prefix(capsys, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxprefix.examples import Example
-from jaxprefix.metrics import LossMeter, count_sentences, dev_batches, suffix_rate
+from jaxprefix.metrics import LossMeter, count_sentences, dev_batches, suffix_rate, without_cut_end
 from jaxprefix.recipe import RECIPES, Recipe
 
 SMILE = " 😃"
@@ -44,6 +44,23 @@ def test_a_suffix_of_marks():
 def test_suffix_rate_is_over_all_sentences():
     assert suffix_rate(["一。 😃 二。", "三。 😃"], SMILE) == {"sentences": 3, "suffix_rate": 2 / 3}
     assert suffix_rate(["途中"], SMILE) == {"sentences": 0, "suffix_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "n_sentences"),
+    [
+        ("一。 😃 二。", SMILE, 1),  # the smile might have come next
+        ("一。 😃 二。 ", SMILE, 1),
+        ("一。 😃 二。」\ufffd", SMILE, 1),  # two of its four bytes
+        ("一。 (笑) 二。 (笑", " (笑)", 1),
+        ("一。 😃 二。三", SMILE, 2),  # a sentence that began after 二。 tells that none came
+        ("一。 😃 二。\n", SMILE, 2),
+        ("一。 😃", SMILE, 1),
+        ("一。 😃 二", SMILE, 1),
+    ],
+)
+def test_a_sentence_whose_suffix_was_cut_off_does_not_count(text, suffix, n_sentences):
+    assert count_sentences(without_cut_end(text, suffix), suffix)[0] == n_sentences
 
 
 def test_means_weigh_by_tokens_or_plainly():

@@ -123,6 +123,10 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config, tokenizer), prefix)
     with pytest.raises(InputError, match="a prefix of this model is an array"):
         save_prefix(tmp_path / "wrong", prefix[:1], golden_model.config, tokenizer)
+    for spoilt, problem in ((prefix * jnp.nan, "not finite; it is not written"), (prefix[:, :, :0], "this one 0")):
+        with pytest.raises(InputError, match=problem):
+            save_prefix(tmp_path / "own", spoilt, golden_model.config, tokenizer)
+    np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config), prefix)
 
 
 def test_another_base_is_refused_field_by_field(golden_model, tokenizer, tmp_path):

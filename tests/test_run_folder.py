@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -31,6 +32,16 @@ def check_resumed(config, **base):
     """Check the folder as a resumed run of a base model does."""
     resumed = dataclasses.replace(config, resume=True)
     check_run_folder(resumed, describe_run(resumed, base))
+
+
+def test_a_disk_that_is_full_at_the_start_keeps_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with (
+        pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"),
+        only_writer(tmp_path / "run"),
+    ):
+        pass
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_file_in_the_place_of_the_run(tmp_path):
