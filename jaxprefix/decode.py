@@ -30,6 +30,8 @@ from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+LIKELY = 4096
+"""So many of the likeliest tokens a CPU looks at for a nucleus of all; sorting all takes it longer than the model."""
 GPU_STEPS = 8
 """Tokens between two looks at whether all rows have stopped, each of which keeps a GPU waiting for the host."""
 
@@ -250,27 +252,53 @@ def choose_tokens(
     if decode.decode_method == "greedy":
         below, n_tokens = logits < logits.max(axis=-1, keepdims=True), logits.shape[-1]
         return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes a CPU four times as long
-    draw = jax.vmap(jax.random.categorical)
-    logits = logits / sampling.temperature
+    logits, numbers = logits / sampling.temperature, jax.vmap(jax.random.uniform)(keys)
     if decode.decode_method == "sample":
-        return draw(keys, logits)
+        return draw(logits, numbers)
+
     drop_crossing = RECIPES[decode.recipe].drop_crossing_token
-    likeliest, ids = nucleus(logits, decode.top_k, sampling.top_p, drop_crossing)
-    return jnp.take_along_axis(ids, draw(keys, likeliest)[:, None], axis=-1)[:, 0]
+
+    def from_nucleus(logits: Float[Array, "B K"], ids: Int[Array, "B K"]) -> Int[Array, "B"]:
+        return jnp.take_along_axis(ids, draw(logits, numbers)[:, None], axis=-1)[:, 0]
+
+    if decode.top_k or logits.shape[-1] <= LIKELY or not on_a_cpu():
+        return from_nucleus(*nucleus(logits, decode.top_k, sampling.top_p, drop_crossing))
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    likeliest, ids = nucleus(logits, LIKELY, sampling.top_p, drop_crossing, normaliser)
+    return jax.lax.cond(
+        jnp.isneginf(likeliest[:, -1]).all(),  # what is less likely than one outside is outside
+        lambda: from_nucleus(likeliest, ids),
+        lambda: from_nucleus(*nucleus(logits, 0, sampling.top_p, drop_crossing)),
+    )
+
+
+def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Draw an index of each row from its softmax, by one number from [0, 1): where the running sum passes it.
+
+    A random number for each token, as `jax.random.categorical` needs, takes a CPU a third of a step.
+    """
+    sums = jnp.cumsum(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
+    below = jnp.nextafter(sums[:, -1], 0)  # of rounding up to the end, an index without probability would come
+    return (sums <= jnp.minimum(numbers * sums[:, -1], below)[:, None]).sum(axis=-1)
 
 
 def nucleus(
-    logits: Float[Array, "B V"], top_k: int, top_p: float | Float[Array, ""], drop_crossing: bool = False
+    logits: Float[Array, "B V"],
+    top_k: int,
+    top_p: float | Float[Array, ""],
+    drop_crossing: bool = False,
+    normaliser: Float[Array, "B 1"] | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
     That is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751). With
     `drop_crossing` the token that takes the sum beyond top_p is dropped as well, unless it is the likeliest, as the
-    original does. Of equal logits the lower id comes first, also where top_k ends.
+    original does. Of equal logits the lower id comes first, also where top_k ends. `normaliser` is the log of summed
+    exponentials by which logits become probabilities: by default of those top_k.
     """
     n_tokens = logits.shape[-1]
     likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))
-    probabilities = jax.nn.softmax(likeliest)
+    probabilities = jax.nn.softmax(likeliest) if normaliser is None else jnp.exp(likeliest - normaliser)
     reached = jnp.cumsum(probabilities, axis=-1)
     outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
     return jnp.where(outside.at[:, 0].set(False) & (top_p > 0), -jnp.inf, likeliest), ids

@@ -11,7 +11,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Sampling, _decode, choose_tokens, generate_ids, nucleus
+from jaxprefix.decode import GPU_STEPS, Sampling, _decode, choose_tokens, draw, generate_ids, nucleus
 from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder, with_config
@@ -225,6 +225,24 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     assert made(temperature=3.0) != first
     assert made(top_p=1e-6) == made(decode_method="greedy") != first
     assert _decode._cache_size() == n_compiled + 1, "greedy is another program"
+
+
+@pytest.mark.parametrize("scale", [8.0, 0.1])
+@pytest.mark.parametrize("recipe", ["default", "rinna"])
+def test_a_nucleus_of_all_tokens_is_the_same_without_sorting_them(monkeypatch, scale, recipe):
+    """Of peaked logits the likeliest few are looked at, of flat ones all are sorted after all."""
+    logits = jnp.asarray(scale * np.random.default_rng(0).standard_normal((200, 300)), jnp.float32)
+    keys, sampling = jax.random.split(jax.random.key(1), 200), Sampling(1.0, 0.9, SEED, 0)
+    decode = DecodeConfig(top_k=0, recipe=recipe)
+    expected = choose_tokens(logits, keys, decode, sampling)
+    monkeypatch.setattr(jaxprefix.decode, "LIKELY", 100)
+    np.testing.assert_array_equal(choose_tokens(logits, keys, decode, sampling), expected)
+
+
+def test_a_draw_never_takes_what_has_no_probability():
+    logits = jnp.asarray([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 3)
+    numbers = jnp.asarray([0.0, 0.5, 1 - 2**-24])
+    np.testing.assert_array_equal(draw(logits, numbers), [1, 3, 3])
 
 
 def test_every_step_draws_anew(golden_model, tokenizer):
