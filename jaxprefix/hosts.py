@@ -184,8 +184,10 @@ def check_same(settings: Mapping[str, Any]) -> None:
     own, padded = json.dumps(settings).encode(), np.zeros(SETTINGS_BYTES, np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
     first = json.loads(first_says(padded).tobytes().rstrip(b"\0"))
-    if differing := [f"{k}: there {first.get(k)!r}, here {v!r}" for k, v in settings.items() if first.get(k) != v]:
-        raise InputError.all("differs from process 0 in:", differing)
+    differing = [name for name in {**settings, **first} if first.get(name) != settings.get(name)]
+    if differing:
+        told = [f"{name}: there {first.get(name)!r}, here {settings.get(name)!r}" for name in differing]
+        raise InputError.all("differs from process 0 in:", told)
 
 
 def anywhere(flag: bool) -> bool:

@@ -132,6 +132,7 @@ def _versions() -> dict[str, str]:
 def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
     settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
+    settings["checkpoint_path"] = None if config.checkpoint_path is None else "given"  # or some wait for ever
     if config.checkpoint_path is not None and config.checkpoint_path.is_file():
         settings["checkpoint_sha256"] = sha256_of(config.checkpoint_path)
     return settings

@@ -17,6 +17,7 @@ import pytest
 from benchmarks import report
 from benchmarks.decode import bytes_per_token
 from benchmarks.memory import largest_array
+from benchmarks.report import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
 from benchmarks.shapes import SHAPES, make_folder, model_config, neox
 from benchmarks.train import strung_together, torch_batches
@@ -215,3 +216,44 @@ def test_such_products_would_be_found(monkeypatch, traced_anew):
     gradient = jax.jit(jax.grad(summed_loss, argnums=(0, 1)))
     program = gradient.lower(abstract_model(MODEL), PREFIX, ROWS, ROWS).compile().as_text()
     assert products_of_weight_shapes(program) == {(768, 256), (256, 256), (896, 256), (256, 896)}
+
+
+def test_how_turns_are_summed_up(monkeypatch):
+    ours, theirs = ([{"t": float(t)} for t in times] for times in ((2, 4, 30), (1, 1, 1, 9)))
+    assert report.ratio(ours, theirs, "t") == 4
+    assert (report.median(ours, "t"), report.largest(ours, "t")) == (4, 30)
+
+
+def test_memory_is_the_most_and_of_all_descendants():
+    block = np.ones(2**25)
+    most = peak_memory()
+    del block
+    assert peak_memory() > most - 2**27
+    hold = "import sys; held = b'x' * 2**27; print(flush=True); sys.stdin.read()"
+    nest = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
+    before = descendants_memory()
+    with subprocess.Popen([sys.executable, "-c", nest], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        during = descendants_memory()
+        child.communicate()
+    assert during - before > 2**27
+
+
+SHOWS = """
+import os
+from benchmarks.report import end_turn, wait_for_turn
+
+for _ in range(2):
+    wait_for_turn()
+    end_turn(told=os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset"))
+"""
+
+
+@pytest.mark.parametrize(("own", "told"), [(None, "false"), ("true", "true")])
+def test_processes_share_a_gpus_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, told):
+    (tmp_path / "shows.py").write_text(SHOWS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    if own:
+        monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
+    assert report.take_turns({"way": []}, "shows", 1) == {"way": [{"told": told}]}

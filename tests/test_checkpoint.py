@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -304,3 +305,38 @@ def test_a_save_waits_for_the_one_before(folder, monkeypatch):
             patch.setattr(manager, "save", lambda *_, **__: waited.append(not manager.is_saving_in_progress()))
             checkpoints.save(16, CONTENT[8], PROGRESS[8])
     assert waited == [True]
+
+
+def test_what_another_process_cannot_read_is_damaged_for_all(folder, monkeypatch, capfd):
+    answers = iter([True, False])
+    monkeypatch.setattr("jaxprefix.checkpoint.anywhere", lambda flag: flag or next(answers))
+    assert read(folder) == content_of(4)
+    assert "8: damaged, another process cannot read it; going on from 4" in capfd.readouterr().err
+
+
+def test_processes_wait_for_a_checkpoint_and_until_a_damaged_one_is_moved(folder, monkeypatch):
+    waited = []
+    monkeypatch.setattr("jaxprefix.checkpoint.wait_until_visible", lambda path: waited.append(path.name))
+    monkeypatch.setattr("jaxprefix.checkpoint.wait_for_all", waited.append)
+    (folder / "8" / "progress" / "progress.json").unlink()
+    read(folder)
+    assert waited == ["8", "4", "put checkpoint 8 aside"]
+
+
+def test_of_tensorstores_pages_the_beginning_is_told():
+    pages = ValueError('DATA_LOSS: no manifest [tensorstore_spec={"driver": "zarr"}]\n more')
+    assert first_words(pages) == "DATA_LOSS: no manifest"
+
+
+def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):
+    message = r"the checkpoint under way cannot be saved \(No space left on device\); the last good one is"
+    failed = Mock(side_effect=[ValueError("RESOURCE_EXHAUSTED: [os_error_code='28']"), None])
+
+    def save_and_fail():
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(12, CONTENT[8], {})
+            checkpoints._manager.wait_until_finished()
+            monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
+
+    with pytest.raises(RunError, match=message):
+        save_and_fail()

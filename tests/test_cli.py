@@ -1,9 +1,6 @@
-"""The command line as a user meets it: what it prints, and how it fails."""
-
 import importlib.metadata
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -15,12 +12,18 @@ import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix.cli import main
-from jaxprefix.inputs import read_prompts
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, run_config
 
+"""The command line as a user meets it: what it prints, and how it fails."""
+
+
 BASE = ["--pretrained_model_dir", str(GOLDEN_BASE)]
+
+
 PREFIX = ["--prefix_checkpoint_path", str(GOLDEN / "forward.weight")]
+
+
 GREEDY = ["--decode_method", "greedy", "--max_output_len", "8"]
 
 
@@ -123,17 +126,6 @@ def test_wrong_decode_settings(capsys):
     )
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "blank.txt"])
-def test_prompt_file_without_prompts(capsys, tmp_path, name):
-    (tmp_path / "blank.txt").write_text("\n\n")
-    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], name)
-
-
-def test_prefix_length_that_disagrees(capsys):
-    command = ["generate", *BASE, *PREFIX, "--prompt", "a", "--prefix_seq_len", "20"]
-    fails(capsys, command, "has prefix length 10, not --prefix_seq_len 20")
-
-
 def test_the_original_flags_work_unchanged(tmp_path):
     """The flags of rinna's README and their spelling; --deepspeed's own are DeepSpeed's."""
     flags = """--model_type gpt-neox --prefix_seq_len 5 --prefix_input_dim 6 --prefix_hidden_dim 7 --seed 1
@@ -146,92 +138,6 @@ def test_the_original_flags_work_unchanged(tmp_path):
     assert (tmp_path / "r.note" / "prefix" / "adapter_model.safetensors").is_file()
     resumed = ["train", *BASE, *data, *flags.split(), "--resume_training"]
     assert main(resumed) == 0
-
-
-def test_generate_tells_the_timing_of_every_batch(capsys):
-    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", "b", "c", *GREEDY, "--batch_size", "2", "--timing"]) == 0
-    found = re.findall(
-        r"^(\d) rows, (\d+) tokens in [\d.]+ s: ([\d.]+) tokens/s$", capsys.readouterr().err, re.MULTILINE
-    )
-    assert [int(n_rows) for n_rows, _, _ in found] == [2, 1]
-    assert all(float(speed) > 0 for _, _, speed in found)
-    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", *GREEDY, "--timing", "--compare"]) == 0
-    found = re.findall(r"^(.*): 1 rows, .* tokens/s$", capsys.readouterr().err, re.MULTILINE)
-    assert found == ["continuation", "continuation without prefix"]
-
-
-def test_generate_compares_as_text_and_json(capsys):
-    prompts = ["--prompt", "朝の市場は", "猫が二匹"]
-    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare"]) == 0
-    text = capsys.readouterr().out
-    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare", "--json"]) == 0
-    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [record["prompt"] for record in records] == prompts[1:]
-    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY]) == 0
-    assert capsys.readouterr().out.splitlines() == [r["prompt"] + r["continuation"] for r in records]
-    for record in records:
-        assert record["continuation"] != record["continuation_without_prefix"]
-        assert f"with prefix:    {record['prompt']}{record['continuation']}" in text
-        assert f"without prefix: {record['prompt']}{record['continuation_without_prefix']}" in text
-
-
-def test_the_prompt_loop_answers_line_by_line():
-    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, *GREEDY]
-    lines = "\r\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
-    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in locales of other names than C.UTF-8
-    result = subprocess.run(command, input=lines, capture_output=True, check=True, env=strict)
-    made, told = result.stdout.decode(), result.stderr.decode()
-    assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
-    assert "\r" not in made
-    assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
-    assert "error: prefix of 10 + --max_output_len and the longest prompt" in told
-    assert r"error: not a valid text: '\udcff'" in told
-
-
-def in_a_shell(redirected, *arguments, **environment):
-    """Run the command as a shell does that closes or redirects its streams."""
-    command = ["bash", "-c", f'"$@" {redirected}', "-", sys.executable, "-m", "jaxprefix", *arguments]
-    return subprocess.run(command, capture_output=True, env=os.environ | environment)
-
-
-def test_json_is_json_in_every_encoding():
-    arguments = ["generate", *BASE, *PREFIX, "--prompt", "朝😃", *GREEDY, "--json"]
-    made = [in_a_shell("", *arguments, PYTHONIOENCODING=name).stdout.decode(name) for name in ("euc_jp", "utf-8")]
-    assert json.loads(made[0]) == json.loads(made[1])
-    assert "\\ud83d\\ude03" in made[0]
-    assert "😃" in made[1]
-
-
-def test_closed_streams():
-    result = in_a_shell("<&-", "generate", *BASE)
-    assert (result.returncode, result.stdout) == (2, b"")
-    assert result.stderr.startswith(
-        b"error: there is no --prompt and no --prompt_file, and the standard input is closed"
-    )
-    result = in_a_shell("2>&-", "generate", *BASE, "--prompt", "🦀", *GREEDY, "--json")
-    assert list(json.loads(result.stdout)) == ["prompt", "continuation"], "no warning in front"
-
-
-def test_a_full_disk_that_the_output_is_on():
-    result = in_a_shell("> /dev/full", "generate", *BASE, "--prompt", "朝", *GREEDY)
-    assert result.returncode == 1
-    assert result.stderr == b"error: what is printed cannot be written (No space left on device)\n"
-
-
-def test_prompts_with_unknown_tokens_are_warned_of(capsys):
-    assert main(["generate", *BASE, "--prompt", "🦀", "朝の", *GREEDY]) == 0
-    assert "WARNING: 1 prompt(s) hold what the tokenizer does not know" in capsys.readouterr().err
-
-
-def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
-    (tmp_path / "prompts.txt").write_text("朝の\n朝の\n朝の")
-    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, "--max_output_len", "12"]
-    listed = subprocess.run(
-        [*command, "--prompt_file", tmp_path / "prompts.txt"], capture_output=True, text=True, check=True
-    )
-    typed = subprocess.run(command, input="朝の\n朝の\n朝の", capture_output=True, text=True, check=True)
-    assert typed.stdout == listed.stdout
-    assert len(set(typed.stdout.splitlines())) == 3
 
 
 def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, monkeypatch):
@@ -298,11 +204,6 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     capsys.readouterr()
     assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert report in capsys.readouterr().err
-
-
-def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
-    assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convert.errors import InputError
@@ -29,6 +30,7 @@ from tests.runs import run_config
         ({"save_name": ".."}, "--save_name and --filename_note make a folder's name, found '..'"),
         ({"filename_note": "a/b"}, "--save_name and --filename_note make a folder's name, found 'run'"),
         ({"mesh": "data=2,rows=2"}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found 'data=2,rows=2'"),
+        ({"dtype": "bfloat16", "fp16": True}, "--dtype bfloat16 contradicts --fp16"),
         ({"mesh": ""}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found ''"),
     ],
 )
@@ -125,3 +127,55 @@ def test_settings_of_evaluate_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         EvaluateConfig("base", **changes)
     assert str(error.value) == f"evaluate:\n  - {message}"
+
+
+POSITIVE = [
+    "prefix_seq_len",
+    "prefix_input_dim",
+    "max_seq_len",
+    "train_data_size",
+    "dev_data_size",
+    "batch_size",
+    "n_accum_steps",
+    "n_training_steps",
+    "n_epochs",
+    "log_every_n_steps",
+    "checkpoint_every_n_steps",
+    "checkpoint_every_minutes",
+    "max_lr",
+    "adam_eps",
+]
+
+
+NOT_NEGATIVE = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
+
+
+@pytest.mark.parametrize("name", POSITIVE + NOT_NEGATIVE)
+def test_every_setting_has_its_bounds(name):
+    kind = type(getattr(run_config(Path()), name))
+    value = kind(0 if name in POSITIVE else -1)
+    with pytest.raises(InputError, match=f"--{name} must "):
+        run_config(Path(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_lr", "min_lr", "weight_decay", "grad_clip", "adam_eps"])
+def test_no_setting_is_infinite(name):
+    with pytest.raises(InputError, match=f"--{name} must be finite"):
+        run_config(Path(), **{name: float("inf")})
+
+
+def test_an_address_has_a_host():
+    with pytest.raises(InputError, match="--coordinator_address is host:port, found ':1234'"):
+        HostsConfig(coordinator_address=":1234", num_processes=2, process_id=0)
+
+
+def test_what_has_no_effect_may_be_anything():
+    assert run_config(Path(), recipe="rinna", max_lr=1e-7).min_lr == 1e-6, "rinna ignores it"
+    assert EvaluateConfig("base", data_filepath=Path("a"), n_samples=0, suffix="").suffix == ""
+
+
+def test_numbers_may_be_numpys():
+    config = run_config(Path())
+    object.__setattr__(config, "batch_size", np.int64(5))
+    config.__post_init__()
+    assert (config.batch_size, type(config.batch_size)) == (5, int)

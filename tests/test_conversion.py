@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -20,7 +21,7 @@ from convert.weights import weight_files
 from jaxprefix import load_model, load_tokenizer, models
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, make_bpe_folder
 from torch_ref.prefix import to_rows
 
 WEIGHT = GOLDEN / "forward.weight"
@@ -216,3 +217,11 @@ def test_a_copy_that_fails_can_be_repeated(tmp_path):
         with pytest.raises(InputError, match="holds numbers that are not finite"):
             converted(source, tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_copied_gpt2_keeps_its_two_tokenizer_files(tmp_path):
+    source = make_bpe_folder(tmp_path / "base")
+    found = load_tokenizer(source).fingerprint
+    tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).model.save(str(source))
+    (source / "tokenizer.json").unlink()
+    assert load_tokenizer(converted(source, tmp_path / "copy")).fingerprint == found

@@ -8,6 +8,7 @@ from jaxprefix.data import (
     IGNORED,
     PackedShape,
     UpdatePlan,
+    epoch_order,
     fitting_shape,
     labels_of_each,
     longest_row,
@@ -19,9 +20,11 @@ from jaxprefix.data import (
     row_lengths,
     rows_of,
     split_examples,
+    update_plan,
 )
 from jaxprefix.examples import Example, Examples
 from tests.examples import EXAMPLES
+from tests.runs import run_config
 
 
 def test_rows_of_an_example_without_prompt():
@@ -180,3 +183,27 @@ def test_the_last_packed_shape_holds_what_was_not_sampled(monkeypatch, n_rows):
     monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", 1)
     shapes = packed_shapes(examples, iter(updates), n_rows)
     assert fitting_shape(shapes, [worst]) == shapes[-1]
+
+
+def test_the_order_of_an_epoch_is_that_of_earlier_versions_and_no_other_seeds():
+    """Runs that they began are gone on with."""
+    assert epoch_order(10, 42, 1).tolist() == [0, 8, 7, 4, 3, 1, 2, 9, 6, 5]
+    assert epoch_order(50, 42, 1).tolist() != epoch_order(50, 43, 0).tolist()
+
+
+def test_all_micro_batches_of_an_update_fit_its_shape(tokenizer):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(100)]
+    shapes = packed_shapes(examples, iter(updates), 1)
+    for batches in updates:
+        groups = [[examples[i] for i in batch] for batch in batches]
+        for group in groups:
+            made = make_packed_batch(group, tokenizer, fitting_shape(shapes, groups))
+            assert made.n_labels == sum(2 * len(example.target) + 1 for example in group)
+
+
+def test_under_rinna_an_update_may_take_a_whole_epoch(tmp_path):
+    assert update_plan(run_config(tmp_path, recipe="rinna", n_accum_steps=4), 14).n_updates == 2
+    with pytest.raises(InputError, match="--n_accum_steps 5 is more than the 4 batches of an epoch"):
+        update_plan(run_config(tmp_path, recipe="rinna", n_accum_steps=5), 14)

@@ -269,3 +269,14 @@ def test_timings_count_tokens_before_the_end(golden_model, tokenizer):
     [shorter] = ids_of(golden_model, stopping, [[5, 6]], decode=nine, timings=timings)
     assert [timing.n_tokens for timing in timings] == [len(shorter)]
     assert len(shorter) < 9
+
+
+def test_seeds_below_the_limit(golden_model, tokenizer):
+    with pytest.raises(InputError, match="seed must be at least 0 and below 4294967296, is 4294967296"):
+        list(generate_ids(golden_model, tokenizer, [], seed=2**32))
+
+
+def test_a_space_between_prompt_and_continuation_is_kept(golden_model, tokenizer, monkeypatch):
+    made = tokenizer.encode("朝の 市場")[len(tokenizer.encode("朝の")) :]
+    monkeypatch.setattr(jaxprefix.decode, "generate_ids", lambda *_: iter([made]))
+    assert generate(golden_model, tokenizer, ["朝の"]) == [" 市場"]

@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from convert.errors import InputError
 from jaxprefix.cli import main
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
@@ -132,3 +134,31 @@ def test_the_longest_row_needs_room_after_the_prefix(capsys, tmp_path):
     options = ["--data_filepath", str(data), "--n_samples", "0"]
     assert main(["evaluate", *BASE, *options]) == 0
     fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "the longest row, 50", "512 positions")
+
+
+def test_evaluate_samples_so_many_prompts_at_a_time(monkeypatch):
+    seen = []
+
+    def fake_ids(model, tokenizer, prompts, prefix, seed, batch_size, decode):
+        seen.append((len(prompts), batch_size, decode.max_output_len))
+        return iter([[5]] * len(prompts))
+
+    monkeypatch.setattr("jaxprefix.evaluation.generate_ids", fake_ids)
+    evaluate(EvaluateConfig(str(GOLDEN_BASE), n_samples=3, batch_size=2))
+    assert seen == [(3, 2, 60)]
+
+
+def test_evaluate_chunks_as_its_recipe_and_flags_say(monkeypatch):
+    seen = {}
+
+    def load(path, chunking):
+        seen.update(chunking._asdict())
+        raise InputError("enough")
+
+    monkeypatch.setattr("jaxprefix.evaluation.load_examples", load)
+    settings = {"n_samples": 0, "suffix": "!", "max_seq_len": 9, "skip_bad_lines": True}
+    config = EvaluateConfig(str(GOLDEN_BASE), data_filepath=Path("a"), decode=DecodeConfig(recipe="rinna"), **settings)
+    with pytest.raises(InputError, match="enough"):
+        evaluate(config)
+    del seen["tokenizer"]
+    assert seen == {"suffix": "!", "max_seq_len": 9, "recipe": RECIPES["rinna"], "skip_bad_lines": True}

@@ -314,3 +314,11 @@ def test_examples_are_a_sequence_with_views_for_slices():
         np.testing.assert_array_equal(labels_of_each(part), labels_of_each(expected))
         assert longest_row(part) == longest_row(expected)
     np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
+
+
+def test_lines_of_spaces_are_blank(tokenizer):
+    assert chunks_of("一つ。\n \u3000\t\r\n二つ。", tokenizer) == chunks_of("一つ。\n二つ。", tokenizer)
+
+
+def test_of_a_lines_end_carriage_returns_alone_are_left_out():
+    assert [bytes(chunk) for chunk in chunk_document(["a \r", " b"], Chunking(Bytes(), "!"))] == [b"a !\n b!"]

@@ -23,7 +23,7 @@ import jaxprefix.train as train_module
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import faults
-from jaxprefix.checkpoint import newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.loss import LossScale
@@ -301,3 +301,14 @@ def test_the_update_is_named_though_another_is_under_way(tmp_path):
     """Without a log point the loop is one update ahead."""
     with pytest.raises(RunError, match="update 2: the loss is nan"):
         train(run_config(tmp_path, prefix_hidden_dim=0, max_lr=1e38, grad_clip=0.0, log_every_n_steps=100))
+
+
+def test_a_checkpoint_under_way_is_finished_before_it_is_named(tmp_path, monkeypatch):
+    events, not_finite = [], train_module.not_finite
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: events.append("save"))
+    monkeypatch.setattr(Checkpoints, "finish", lambda _: events.append("finish"))
+    monkeypatch.setattr(train_module, "not_finite", lambda *given: events.append("told") or not_finite(*given))
+    changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
+    with pytest.raises(RunError, match="update 2"):
+        train(run_config(tmp_path, **changes))
+    assert events[:4] == ["finish", "save", "finish", "told"]

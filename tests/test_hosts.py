@@ -14,7 +14,8 @@ import pytest
 from convert.errors import InputError, RunError
 from jaxprefix import hosts
 from jaxprefix.config import HostsConfig
-from jaxprefix.hosts import joined
+from jaxprefix.hosts import Vote, joined
+from jaxprefix.sharding import make_mesh
 from tests.pairs import free_port, slurm
 
 
@@ -223,3 +224,47 @@ def test_who_has_joined_is_not_given_up(monkeypatch):
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
         own = [timer for timer in timers if timer.function is hosts._give_up]
         assert all(timer.finished.is_set() for timer in own), "one would end this program in two minutes"
+
+
+def test_how_processes_join_and_leave(monkeypatch):
+    order = []
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **how: order.append(how["cluster_detection_method"]))
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: order.append("shut down"))
+    monkeypatch.setattr(hosts, "wait_for_all", lambda name: order.append(f"wait to {name}"))
+    for config in HostsConfig(True), HostsConfig(False, "127.0.0.1:1", 2, 1):
+        with joined(config):
+            order.append("run")
+    assert order == [None, "run", "wait to end", "shut down", "deactivate", "run", "wait to end", "shut down"]
+
+
+def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    there = json.dumps({"seed": 42}).encode()
+    padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
+    monkeypatch.setattr(hosts, "first_says", lambda own: padded)
+    with pytest.raises(InputError, match="checkpoint_sha256: there None, here 'a'"):
+        hosts.check_same({"seed": 42, "checkpoint_sha256": "a"})
+    with pytest.raises(InputError, match="seed: there 42, here None"):
+        hosts.check_same({})
+
+
+def test_a_wish_is_followed_one_update_later_by_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    vote = Vote(make_mesh())
+    go_on = Vote.GO_ON
+    assert [vote.cast(wish) for wish in (go_on, 16, go_on, go_on)] == [go_on, go_on, 16, go_on]
+
+
+def test_jax_does_not_take_sigterm_for_itself(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
+    seen = []
+
+    def initialize(*_, **__):
+        seen.append(jax.config.jax_enable_preemption_service)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    jax.config.update("jax_enable_preemption_service", True)
+    with hosts.joined(HostsConfig(True)):
+        assert seen == [False]

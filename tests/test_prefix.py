@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers
@@ -220,3 +220,11 @@ def test_a_prefix_of_another_architecture_is_refused(golden_model, tokenizer, tm
     other = dataclasses.replace(golden_model.config, model_type="gpt2")
     with pytest.raises(InputError, match="model_type: made for gpt_neox, this base has gpt2"):
         load_prefix(tmp_path / "prefix", other)
+
+
+def test_a_prefix_in_half_precision_is_saved_in_float32(golden_model, tokenizer, tmp_path):
+    half = random_prefix(golden_model.config).astype(jnp.bfloat16)
+    save_prefix(tmp_path / "own", half, golden_model.config, tokenizer)
+    stored = load_file(tmp_path / "own" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(read_prefix(tmp_path / "own")[0], stored)

@@ -227,3 +227,13 @@ def test_the_loss_scale_and_its_skipped_updates_go_on(tmp_path, monkeypatch):
         arrays, progress = checkpoints.read()
     assert float(arrays["loss_scale"]) == 2**27
     assert progress["n_skipped"] == 3
+
+
+def test_a_run_of_one_epoch_that_ends_in_its_dev_set_goes_on_with_it(tmp_path, monkeypatch):
+    config = run_config(tmp_path, n_epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "dev_loss", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert train(run_config(tmp_path, n_epochs=1, resume=True)).best_dev_loss == losses_of(config.run_dir, "dev")[0]
+    assert (config.run_dir / "prefix").is_dir()

@@ -1,5 +1,7 @@
 import dataclasses
 import errno
+import fcntl
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxprefix.run_folder import (
     open_run_folder,
     setting_of,
 )
+from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.runs import run_config
 
@@ -165,6 +168,9 @@ def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
     settings = common_settings(config, describe_run(config, {}))
     (tmp_path / "state.pt").write_text("another encoder")
     assert common_settings(config, describe_run(config, {})) != settings
+    without = dataclasses.replace(config, checkpoint_path=None)
+    assert common_settings(without, describe_run(without, {}))["checkpoint_path"] is None
+    assert settings["checkpoint_path"] == "given"
 
 
 def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
@@ -224,3 +230,62 @@ def test_a_base_model_in_the_run_is_not_overwritten(tmp_path):
     changed = dataclasses.replace(config, overwrite=True, pretrained_model_dir=str(base))
     with pytest.raises(InputError, match="--overwrite would delete it"):
         check_run_folder(changed, {})
+
+
+def in_use(folder):
+    """Return by whom the refusal says that a folder is in use."""
+    with pytest.raises(InputError, match="is in use by") as error, only_writer(folder):
+        pass
+    return str(error.value).split("is in use by ")[1]
+
+
+def test_a_lock_names_its_owner_alone(tmp_path):
+    (tmp_path / ".run.lock").write_text("process 1 on a host where it was killed\n")
+    with only_writer(tmp_path / "run"):
+        assert in_use(tmp_path / "run").startswith(f"process {os.getpid()} on ")
+
+
+def test_of_a_link_in_a_run_that_is_overwritten_the_link_goes(tmp_path):
+    config = run_config(tmp_path)
+    begin(config)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "precious").touch()
+    (config.run_dir / "checkpoints").symlink_to(tmp_path / "disk")
+    begin(dataclasses.replace(config, overwrite=True))
+    assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
+    assert (tmp_path / "disk" / "precious").is_file()
+
+
+def test_the_prefix_in_a_run_has_its_settings_from_within_too(tmp_path, monkeypatch):
+    config = run_config(tmp_path, suffix="！")
+    begin(config)
+    (config.run_dir / "prefix").mkdir()
+    monkeypatch.chdir(config.run_dir / "prefix")
+    assert setting_of(Path(), "suffix") == "！"
+
+
+def test_without_checkpoints_there_is_a_log(tmp_path):
+    config = run_config(tmp_path, save_model=False, n_training_steps=1)
+    train(config)
+    logs = {"metrics.jsonl", "log.txt", "tensorboard"}
+    assert {path.name for path in config.run_dir.iterdir()} == {"config.json", *logs}
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock, path = fcntl.flock, tmp_path / ".run.lock"
+
+    def removed_first(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with only_writer(tmp_path / "run"):
+        assert in_use(tmp_path / "run")
+
+
+def test_a_run_has_one_lock_under_all_its_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with only_writer(tmp_path / "run"):
+        assert in_use(tmp_path / "link")

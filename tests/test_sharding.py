@@ -243,3 +243,32 @@ def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_p
     """Forward one for attention and MLP together, backward one for each."""
     printed = printed_by(ADDED_UP_BY_A_LAYER, JAX_PLATFORMS="cpu", **OPTIMIZED, XLA_FLAGS="")
     assert printed.split() == ["3.0", "0.0"]
+
+
+def test_heads_that_tensor_does_not_divide_stay_whole():
+    for n_head, qkv, out in ((6, (288, 96), (96, 96)), (8, (72, 96), (96, 24))):
+        place = base_sharding(abstract_mesh(tensor=4), n_head)
+        assert place("layers.0.attention.qkv.weight", (288, 96)).shard_shape((288, 96)) == qkv
+        assert place("layers.0.attention.out.weight", (96, 96)).shard_shape((96, 96)) == out
+        assert place("layers.0.mlp.up.weight", (384, 96)).shard_shape((384, 96)) == (96, 96)
+
+
+WHAT_THE_MESH_DECIDES = """
+import sys
+from pathlib import Path
+from jaxprefix import loss, metrics, update
+from jaxprefix.train import train
+from tests.runs import run_config
+
+told, next_token_loss, with_split_rows = set(), loss.next_token_loss, update.with_split_rows
+for module in (metrics, update):
+    module.with_split_rows = lambda *given, name=module.__name__: told.add(name) or with_split_rows(*given)
+    loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
+train(run_config(Path(sys.argv[1]), mesh="fsdp=8", n_training_steps=1, save_model=False, save_log=False))
+print(*sorted(told), sep=", ")
+"""
+
+
+def test_the_dev_sets_rows_are_split_as_an_updates_are(tmp_path):
+    printed = printed_by(WHAT_THE_MESH_DECIDES, str(tmp_path), **ON_CPUS)
+    assert printed == "8 devices, jaxprefix.metrics, jaxprefix.update\n"

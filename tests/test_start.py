@@ -1,5 +1,6 @@
 """What a run starts from: another run's encoder, a prefix file, its own checkpoint."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -7,9 +8,13 @@ import pytest
 
 from convert.errors import InputError
 from convert.prefix import read_prefix
+from jaxprefix import load_model, load_tokenizer, start
+from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.train import train
-from tests.base_folders import GOLDEN, make_base_folder
+from jaxprefix.update import learning_rate, make_optimizer
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import losses_of, run_config
+from tests.test_conversion import converted
 from tests.tolerances import LOSS
 
 
@@ -71,3 +76,29 @@ def test_a_best_prefix_that_is_gone_is_made_anew(finished, tmp_path, capsys):
     assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
     assert f"WARNING: {config.run_dir / 'prefix'}: is gone" in capsys.readouterr().err
     assert read_prefix(config.run_dir)[0].shape == (10, 384)
+
+
+def test_nothing_of_the_run_that_another_starts_from_is_moved_or_removed(finished, tmp_path):
+    earlier = shutil.copytree(finished.run_dir, tmp_path / "earlier")
+    (earlier / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir()
+    next((earlier / "checkpoints" / "8").rglob("progress.json")).unlink()
+    before = sorted(earlier.rglob("*"))
+    train(run_config(tmp_path, checkpoint_path=earlier, n_training_steps=1))
+    assert sorted(earlier.rglob("*")) == before
+
+
+def test_whether_the_best_prefix_is_there_the_first_process_says(finished, monkeypatch):
+    monkeypatch.setattr(start, "first_says", lambda answer: False)
+    config = dataclasses.replace(finished, n_epochs=3)
+    base = load_model(GOLDEN_BASE)
+    optimizer = make_optimizer(config, learning_rate(config, 12))
+    state = start.start_state(config, base, load_tokenizer(GOLDEN_BASE), optimizer, True)
+    with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
+        assert start.restored(config, checkpoints, state, 12)[1].best_dev_loss is None
+
+
+def test_a_run_can_start_from_a_torch_file(finished, tmp_path):
+    state = converted(finished.run_dir, tmp_path / "state.pt")
+    config = run_config(tmp_path, checkpoint_path=state, n_training_steps=1, max_lr=1e-9, min_lr=0.0)
+    train(config)
+    assert losses_of(config.run_dir, "dev") == pytest.approx(losses_of(finished.run_dir, "dev")[-1:], rel=LOSS)

@@ -2,13 +2,16 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram, WordLevel
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
-from tests.base_folders import GOLDEN_BASE
+from jaxprefix.models import fingerprint
+from jaxprefix.models.config import read_model_config
+from tests.base_folders import GOLDEN_BASE, make_bpe_folder
 
 TEXTS = ["朝の市場は", " 先頭の空白", "改行\nを含む", "全角 空白", "😃😃", "", "ABC 123", "①株式会社ｱｲｳ"]
 
@@ -106,3 +109,35 @@ def test_a_unigram_model_may_pad_with_its_unknown_token_and_must_have_one(tmp_pa
     assert load_tokenizer(padded).pad_id == 0
     with pytest.raises(InputError, match="has no token for what it does not know"):
         load_tokenizer(unigram_folder(tmp_path / "none", pieces, unk_id=None))
+
+
+def test_special_tokens_leave_no_trace(tokenizer):
+    ids = tokenizer.encode("朝の市場は")
+    special = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode([*ids, *special]) == tokenizer.decode(ids) == "朝の市場は"
+
+
+def test_a_token_for_padding_leaves_no_trace(tmp_path):
+    tokenizer = load_tokenizer(copy_with(tmp_path / "a", {"pad_token": "朝"}))
+    assert tokenizer.decode([tokenizer.pad_id, *tokenizer.encode("市場")]) == "市場"
+
+
+def test_prefixes_of_earlier_versions_know_their_tokenizer(tokenizer):
+    assert tokenizer.fingerprint == "f84676f3d8cb9adb"
+
+
+def test_runs_of_earlier_versions_know_their_base():
+    of_numbers = "3e9bd4cffaf2b73d72f0aa0cfbf74c44cfd40024c94e389c58bf80b3c672832b"
+    assert fingerprint(GOLDEN_BASE, read_model_config(GOLDEN_BASE)) == of_numbers
+
+
+def test_other_settings_of_the_byte_level_stay(tmp_path):
+    folder = make_bpe_folder(tmp_path / "bpe")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.model = tokenizers.models.BPE({"a": 0, "!": 1, "a!": 2, "Ġ": 3}, [("a", "!")])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_prefix_space": True, "bos_token": "a", "eos_token": "a"})
+    )
+    assert load_tokenizer(folder).encode("a!") == [3, 2], "in one piece"

@@ -13,7 +13,7 @@ import transformers
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
 from jaxprefix.tokenizer import TokenizersFile
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, make_bpe_folder
 
 SAMPLE = Path(__file__).parent.parent / "data" / "sample_data.jsonl"
 FRAGMENTS = [
@@ -323,3 +323,18 @@ def test_gaps_between_ids_count():
 def test_half_a_surrogate_pair_is_refused_in_bpe_too(bpe_folder):
     with pytest.raises(InputError, match="not a valid text"):
         load_tokenizer(bpe_folder).encode("\ud800")
+
+
+def test_word_and_normalizer_flags_of_added_tokens_count(tmp_path):
+    for flags in ({"single_word": True}, {"single_word": False}, {"normalized": True}, {"normalized": False}):
+        folder = make_bpe_folder(tmp_path / str(flags))
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        backend.normalizer = tokenizers.normalizers.Lowercase()
+        backend.save(str(folder / "tokenizer.json"))
+        token = {"content": "<Extra>", "special": False, **flags}
+        index = backend.get_vocab_size()
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {str(index): token}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        for text in ("a<Extra>b", "a <Extra> b", "a <extra> b"):
+            assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False), (flags, text)

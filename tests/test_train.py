@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,19 +20,22 @@ from convert.prefix import read_prefix
 from jaxprefix import load_model, load_prefix, load_tokenizer, run_folder
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
+from jaxprefix.data import labels_of_each, update_plan
 from jaxprefix.evaluation import evaluate
-from jaxprefix.examples import Chunking, read_examples
-from jaxprefix.inference_config import EvaluateConfig
-from jaxprefix.inputs import read_inputs, update_batches
+from jaxprefix.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
+from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import attention
+from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
+from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
-from tests.runs import losses_of, metrics_of, run_config
+from tests.runs import before_updates, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
-from torch_ref.config import train_parser
+from torch_ref.config import generate_parser, train_parser
 
 
 def test_files_of_a_run(finished):
@@ -252,3 +256,56 @@ def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     steps = ["read its inputs", "read the weights", "describe the run", "have process 0's settings"]
     steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
     assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]
+
+
+def test_flags_of_generating_have_the_same_defaults():
+    theirs = vars(generate_parser().parse_args(["--pretrained_model_dir", "a"]))
+    ours = vars(config := GenerateConfig("a")) | vars(config.decode)
+    shared = theirs.keys() & ours.keys() - {"model_type", "prefix_seq_len"}
+    assert {"max_output_len", "decode_method", "top_p", "top_k"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_evaluate_samples_as_its_readme_says():
+    config = EvaluateConfig("a")
+    assert (config.n_samples, config.decode.max_output_len) == (100, 60)
+
+
+def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
+    """By a clock that goes on by a second at each update, and by an hour while the dev set is gone through."""
+    now = [0.0]
+    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    before_updates(monkeypatch, lambda _: now.__setitem__(0, now[0] + 1))
+    dev_loss = train_module.dev_loss
+
+    def slow_dev_loss(*given):
+        now[0] += 3600
+        return dev_loss(*given)
+
+    monkeypatch.setattr(train_module, "dev_loss", slow_dev_loss)
+    config = run_config(tmp_path)
+    train(config)
+    assert all(point["tokens_per_s"] > 10 for point in metrics_of(config.run_dir))
+
+
+@pytest.mark.parametrize(("n_devices", "warned"), [(8, False), (16, True)])
+def test_devices_that_a_batch_does_not_fill_are_warned_of(tmp_path, monkeypatch, n_devices, warned):
+    monkeypatch.setattr(train_module, "rows_on", lambda mesh, n_rows: n_devices)
+    inputs = read_inputs(config := run_config(tmp_path))
+    lines = list(train_module.summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
+    message = f"rows are split over {n_devices} devices, which --batch_size 4 does not fill"
+    assert any(message in line for line in lines) == warned
+
+
+def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
+    for packing in (False, True):
+        config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
+        inputs = read_inputs(config)  # three micro-batches
+        batches = list(update_batches(config, inputs, make_mesh(), 0))
+        assert sum(batch.n_labels for batch in batches) == labels_of_each(inputs.train_set).sum()
+        assert len(batches) == 2
+
+
+def test_prompts_with_completions_make_one_row_each(tmp_path):
+    config, examples = run_config(tmp_path), Examples.of([Example([5], [6, 7])] * 8)
+    assert batch_shapes(config, examples, update_plan(config, 8), make_mesh()) == [(4, 3)]

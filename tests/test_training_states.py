@@ -1,6 +1,7 @@
 """Training states on their way between us and PyTorch."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE
 from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
-from tests.runs import losses_of, metrics_of, run_config
+from tests.runs import losses_of, metrics_of, run_config, stop_at
 from tests.test_conversion import converted
 from tests.tolerances import LOSS
 
@@ -150,3 +151,31 @@ def test_a_converted_state_begins_where_it_is_and_not_where_the_run_was(tmp_path
     with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
         progress = checkpoints.read()[1]
     assert progress == {"n_done": 3, "best_dev_loss": None, "window": [], "n_skipped": 0, "to_evaluate": False}
+
+
+def test_a_converted_state_leaves_the_best_prefix_its_place(finished, tmp_path):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    later = torch.load(converted(run, tmp_path / "state.pt"))
+    later["optimizer"]["step"] = 9
+    torch.save(later, tmp_path / "later.pt")
+    converted(tmp_path / "later.pt", run)
+    with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
+        progress = checkpoints.read()[1]
+    assert (progress["n_done"], progress["best_dev_loss"]) == (9, losses_of(run, "dev")[0])
+
+
+def test_a_training_state_is_taken_from_a_run_that_goes_on(finished, tmp_path):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    (run / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir()
+    next((run / "checkpoints" / "8").rglob("progress.json")).unlink()
+    before = sorted(run.rglob("*"))
+    converted(run, tmp_path / "state.pt")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_in_pytorch(tmp_path, uninterrupted, monkeypatch):
+    config = run_config(tmp_path, **RINNA, n_epochs=4)
+    stop_at(monkeypatch, 5)
+    train(config)
+    record = reference_run(tmp_path, converted(config.run_dir, tmp_path / "state.pt"), n_epochs=4)
+    np.testing.assert_allclose(record["losses"], uninterrupted[0][5:], rtol=LOSS)

@@ -15,7 +15,15 @@ from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
-from jaxprefix.update import FrozenBase, LearningRate, TrainState, learning_rate, make_optimizer, make_update
+from jaxprefix.update import (
+    FrozenBase,
+    LearningRate,
+    TrainState,
+    first_state,
+    learning_rate,
+    make_optimizer,
+    make_update,
+)
 from tests.base_folders import GOLDEN_BASE
 from tests.examples import EXAMPLES
 from tests.runs import run_config
@@ -186,3 +194,11 @@ def test_the_loss_scale_starts_at_two_to_the_tenth_and_ends_at_one():
     for _ in range(12):
         scale = scale.adjusted(jnp.bool_(False))
     assert float(scale.value) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "scaled"), [({"dtype": "float16"}, True), ({"fp16": True}, True), ({"bf16": True}, False), ({}, False)]
+)
+def test_float16_has_a_loss_scale_by_whichever_flag(tmp_path, golden_model, given, scaled):
+    state = first_state(run_config(tmp_path, **given), new_encoder(golden_model, 6, 5, 4, seed=0), optax.sgd(1.0))
+    assert (state.loss_scale is not None) == scaled

@@ -62,3 +62,8 @@ def test_a_strangers_unfinished_file_is_not_removed(tmp_path):
     with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
         pass
     assert (tmp_path / "thesis.tmp").read_text() == "hours of work"
+
+
+def test_what_fails_before_there_is_a_file_is_told_as_it_is(tmp_path):
+    with pytest.raises(ValueError, match="a fault"), replacing(tmp_path / "a"):
+        raise ValueError("a fault")

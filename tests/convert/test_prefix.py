@@ -1,6 +1,7 @@
 """Prefix files and caches that cannot be used."""
 
 import errno
+import json
 import types
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import save_file
 from convert.errors import InputError
 from convert.files import save_safetensors
 from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
+from tests.base_folders import GOLDEN_BASE
+from tests.test_conversion import converted
 
 
 def test_two_tensors_of_which_none_is_the_prefix(tmp_path):
@@ -111,3 +114,10 @@ def test_five_axes_of_which_the_second_is_not_of_keys_and_values(tmp_path):
 def test_what_safetensors_cannot_write_is_an_error_of_the_system(tmp_path):
     with pytest.raises(IsADirectoryError, match="Is a directory"):
         save_safetensors({"x": np.zeros(3, np.float32)}, tmp_path, {})
+
+
+def test_the_headers_shape_counts_before_the_configs(tmp_path):
+    adapter = converted(Path("tests/golden/forward.weight"), tmp_path / "adapter", GOLDEN_BASE)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
+    assert read_prefix(adapter)[1]["n_head"] == "4"

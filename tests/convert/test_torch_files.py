@@ -101,3 +101,32 @@ def test_tied_weights_may_stand_twice_and_no_more(tmp_path):
     twice = load_torch(saved(tmp_path / "two.pt", {"a": weight[:], "b": weight[:]}))
     assert twice.keys() == {"a", "b"}
     refused(saved(tmp_path / "many.pt", {name: weight.view(-1) for name in "abcd"}), "claim more numbers than it holds")
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides"),
+    [(-1, (5,), (1,)), (4, (5,), (-1,)), (0, (-5,), (1,)), (0, (True,), (1,)), (0, (5,), ())],
+)
+def test_a_tensor_has_no_negative_sizes(offset, shape, strides):
+    """What they reach lies in front of the file's numbers: other memory of this process."""
+    unpickler = torch_files._Unpickler(b"", lambda *_: None, 10**6)
+    with pytest.raises(ValueError, match="a tensor has shape"):
+        unpickler._rebuild_tensor(np.zeros(6, np.float32), offset, shape, strides)
+
+
+def test_the_old_formats_order_of_bytes_must_be_this_machines_too(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "x.pt").read_bytes()
+    place = content.index(b"\x88", content.index(b"little_endian"))
+    (tmp_path / "x.pt").write_bytes(content[:place] + b"\x89" + content[place + 1 :])
+    with pytest.raises(InputError, match="its byte order is not little"):
+        load_torch(tmp_path / "x.pt")
+
+
+def test_a_storage_has_as_many_numbers_as_it_says(tmp_path):
+    torch.save(torch.ones(3), tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive, zipfile.ZipFile(tmp_path / "long.pt", "w") as other:
+        for info in archive.infolist():
+            other.writestr(info, archive.read(info) + (b"more" if info.filename.endswith("data/0") else b""))
+    with pytest.raises(InputError, match="data/0 is compressed, or has not 3 numbers of type float32"):
+        load_torch(tmp_path / "long.pt")

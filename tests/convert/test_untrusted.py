@@ -3,7 +3,7 @@ import pytest
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from convert.torch_files import load_torch
-from convert.untrusted import read_object
+from convert.untrusted import member, read_object
 from convert.weights import read_safetensors
 from jaxprefix import load_tokenizer
 
@@ -35,3 +35,21 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "config.json").write_text('{"a": "\\ud800"}')
     with pytest.raises(InputError, match=r"config.json: not valid JSON"):
         read_object(tmp_path / "config.json")
+
+
+def test_only_a_snapshots_links_lead_to_blobs(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").touch()
+    for parent in ("snapshots", "models"):
+        (tmp_path / parent / "base").mkdir(parents=True)
+        (tmp_path / parent / "base" / "config.json").symlink_to("../../blobs/secret")
+    assert member(tmp_path / "snapshots" / "base", "config.json").is_file()
+    with pytest.raises(InputError, match=r"leads out of its folder, to .*secret"):
+        member(tmp_path / "models" / "base", "config.json")
+
+
+def test_of_many_problems_some_are_told_and_the_rest_counted():
+    lines = str(InputError.all("x:", [f"problem {n}" for n in range(45)])).split("\n  - ")
+    assert len(lines) == 42
+    assert lines[-2:] == ["problem 39", "and 5 more"]
+    assert "more" not in str(InputError.all("x:", ["problem"] * 40))

@@ -148,3 +148,11 @@ def test_a_prefix_of_another_model_is_refused(model, change):
 def test_a_path_is_no_prefix(model):
     with pytest.raises(InputError, match="found str"):
         model.config.prefix_length("runs/smile")
+
+
+def test_a_fingerprint_is_of_the_weights_in_whatever_order_they_stand(base_folder, tmp_path):
+    config = read_model_config(base_folder)
+    weights = load_file(base_folder / "model.safetensors")
+    backwards = {name: torch.from_numpy(weights[name]) for name in reversed(weights)}
+    torch.save(backwards, tmp_path / "pytorch_model.bin")
+    assert fingerprint(tmp_path, config) == fingerprint(base_folder, config)

@@ -329,3 +329,10 @@ def test_layers_that_differ_cannot_be_scanned(tmp_path):
 def test_activations_are_computed_in_float32(activation):
     x = jnp.linspace(-4, 4, 999, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(activate(x, activation), activate(x.astype(jnp.float32), activation).astype(x.dtype))
+
+
+def test_activations_keep_their_input_alone(cpu_compiler):
+    config = read_model_config(GOLDEN_BASE)
+    bases = (abstract_model(dataclasses.replace(config, n_layer=n)) for n in (2, 4))
+    fewer, more = (needed_memory(lowered_gradient(base, TOKENS).compile(cpu_compiler)) for base in bases)
+    assert (more - fewer) / 2 < 16 * TOKENS.size * config.n_embd * 4  # one more of the MLP's width would make 17.7

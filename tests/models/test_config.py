@@ -142,3 +142,13 @@ def test_positions_end_where_they_end(tmp_path):
         scaled.check_fit(440, 10, 502, "a row")
         with pytest.raises(InputError, match="is more than the base model's 512 positions"):
             scaled.check_fit(440, 10, 503, "a row")
+
+
+def test_dynamic_scaling_without_factor(tmp_path):
+    with pytest.raises(InputError, match=r"rope_scaling.factor is missing"):
+        read(tmp_path, BARE | {"rope_scaling": {"type": "dynamic"}})
+
+
+def test_gpt2_is_gpt_by_the_originals_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY_GPT2))
+    assert read_model_config(tmp_path, model_type="gpt").model_type == "gpt2"

@@ -18,7 +18,11 @@ from jaxprefix.decode import generate_ids
 from jaxprefix.inference_config import DecodeConfig
 from tests.arrays import normals, random_prefix
 from tests.base_folders import make_base_folder, with_config
+from tests.parity.cases import as_cache
 from tests.tolerances import MODEL
+from torch_ref import generate
+from torch_ref.config import generate_parser
+from torch_ref.models import load_base
 
 NEOX = {"model_type": "gpt_neox", "num_hidden_layers": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 NEOX |= {"rotary_emb_base": 10000, "tie_word_embeddings": False, "max_position_embeddings": 2048}
@@ -196,3 +200,16 @@ def test_a_wrong_head_is_noticed(tmp_path):
     other = random * model.embed.weight[...].std()
     expected = torch_logits(torch_model(folder), None).detach().numpy()
     assert np.abs(hidden @ other.T - expected).max() > 100 * MODEL
+
+
+def test_gpt2_generates_at_the_originals_positions_under_rinna(tmp_path, tokenizer):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2")
+    model = load_model(folder)
+    prefix = random_prefix(model.config)
+    flags = ["--pretrained_model_dir", str(folder), "--model_type", "gpt", "--decode_method", "greedy"]
+    flags = generate_parser().parse_args([*flags, "--max_output_len", "12"])
+    base, prompts = load_base(flags), [[30], [40, 41, 42, 43, 44], [50, 51, 52]]
+    past = torch.from_numpy(as_cache(prefix).copy())
+    theirs = [generate.generate_ids(base, prompt, past, tokenizer.eos_id, flags) for prompt in prompts]
+    decode = DecodeConfig("greedy", max_output_len=12, recipe="rinna")
+    assert list(generate_ids(model, tokenizer, prompts, prefix, decode=decode)) == theirs

@@ -10,17 +10,20 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
-from tests.parity.runs import reference_run
+from tests.parity.runs import reference_run, started_encoder
+from tests.runs import run_config
+from tests.tolerances import LOSS
 from torch_ref import generate, train
 from torch_ref.config import deepspeed_config, generate_parser, train_parser
 from torch_ref.data import Example, chunk_document, split_examples
+from torch_ref.generate import choose_token
 from torch_ref.models import load_base
 from torch_ref.prefix import PrefixEncoder
 from torch_ref.tokenizer import load_tokenizer
@@ -277,3 +280,54 @@ def test_two_ranks_log_and_save_once_and_end_equal(launcher, tmp_path, encoder_f
     for name in first:
         assert torch.equal(first[name], second[name]), name
         assert not torch.equal(first[name], initial[name]), name
+
+
+def test_micro_batches_that_were_applied_are_not_seen_again(tmp_path):
+    torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
+    sizes = {"train_data_size": 10, "n_accum_steps": 2}  # three batches an epoch
+    whole = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=2, **sizes)
+    reference_run(tmp_path, tmp_path / "encoder.pt", "--save_state", tmp_path / "state.pt", n_epochs=1, **sizes)
+    rest = reference_run(tmp_path, tmp_path / "state.pt", n_epochs=2, **sizes)
+    np.testing.assert_allclose(rest["losses"], whole["losses"][2:], rtol=LOSS)
+
+
+def test_updates_clip_and_decay_as_the_flags_say():
+    encoder = PrefixEncoder(1, 2, 8, 2, 3, 3)
+    steps = PlainSteps(encoder, flags_of(grad_clip=0.5, weight_decay=0.25), 0)
+    assert [group["weight_decay"] for group in steps.optimizer.param_groups] == [0.25, 0.0]
+    with patch.object(steps.optimizer, "zero_grad"):
+        steps.step(100 * encoder.folded().sum())
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    np.testing.assert_allclose(norm, 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "ids"), [("greedy", {1}), ("nucleus", {1, 2}), ("sample", {0, 1, 2})])
+def test_a_decoding_method_chooses_from_what_it_leaves(method, ids):
+    torch.manual_seed(0)
+    flags = ["--decode_method", method, "--top_k", "2", "--top_p", "0"]
+    flags = generate_parser().parse_args(["--pretrained_model_dir", "a", *flags])
+    logits = torch.tensor([[0.2, 0.45, 0.35]]).log().expand(200, -1)
+    assert set(choose_token(logits, flags).flatten().tolist()) == ids
+
+
+def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, capsys):
+    torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
+    record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=2, log_every_n_steps=3)
+    told = re.findall(r"step [36], .* loss: ([\d.]+), ppl: ([\d.]+)", capsys.readouterr().out)
+    losses = np.reshape(record["losses"], (2, 3))
+    expected = np.stack([losses.mean(axis=1), np.exp(losses).mean(axis=1)], axis=1)
+    np.testing.assert_allclose(np.array(told, float), expected, rtol=1e-4)
+
+
+def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path):
+    torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
+    record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=3, n_training_steps=3)
+    assert (len(record["rates"]), len(record["dev"])) == (3, 1)
+
+
+def test_an_empty_prompt_begins_with_bos(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["", EOFError]))
+    monkeypatch.setattr(generate, "generate_ids", lambda base, ids, *_: seen.append(ids) or [])
+    generate.main(["--pretrained_model_dir", str(GOLDEN_BASE)])
+    assert seen == [[1]]

@@ -1,0 +1,134 @@
+"""`jaxprefix generate`: what it is told, what it prints where, what it refuses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxprefix.cli import main
+from jaxprefix.inputs import read_prompts
+from tests.test_cli import BASE, GREEDY, PREFIX, fails
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "blank.txt"])
+def test_prompt_file_without_prompts(capsys, tmp_path, name):
+    (tmp_path / "blank.txt").write_text("\n\n")
+    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], name)
+
+
+def test_prefix_length_that_disagrees(capsys):
+    command = ["generate", *BASE, *PREFIX, "--prompt", "a", "--prefix_seq_len", "20"]
+    fails(capsys, command, "has prefix length 10, not --prefix_seq_len 20")
+
+
+def test_generate_tells_the_timing_of_every_batch(capsys):
+    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", "b", "c", *GREEDY, "--batch_size", "2", "--timing"]) == 0
+    found = re.findall(
+        r"^(\d) rows, (\d+) tokens in [\d.]+ s: ([\d.]+) tokens/s$", capsys.readouterr().err, re.MULTILINE
+    )
+    assert [int(n_rows) for n_rows, _, _ in found] == [2, 1]
+    assert all(float(speed) > 0 for _, _, speed in found)
+    assert main(["generate", *BASE, *PREFIX, "--prompt", "a", *GREEDY, "--timing", "--compare"]) == 0
+    found = re.findall(r"^(.*): 1 rows, .* tokens/s$", capsys.readouterr().err, re.MULTILINE)
+    assert found == ["continuation", "continuation without prefix"]
+
+
+def test_generate_compares_as_text_and_json(capsys):
+    prompts = ["--prompt", "朝の市場は", "猫が二匹"]
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare"]) == 0
+    text = capsys.readouterr().out
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY, "--compare", "--json"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["prompt"] for record in records] == prompts[1:]
+    assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY]) == 0
+    assert capsys.readouterr().out.splitlines() == [r["prompt"] + r["continuation"] for r in records]
+    for record in records:
+        assert record["continuation"] != record["continuation_without_prefix"]
+        assert f"with prefix:    {record['prompt']}{record['continuation']}" in text
+        assert f"without prefix: {record['prompt']}{record['continuation_without_prefix']}" in text
+
+
+def test_the_prompt_loop_answers_line_by_line():
+    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, *GREEDY]
+    lines = "\r\n".join(["朝の", "朝" * 600, "\udcff", "🦀猫が"]).encode(errors="surrogateescape")
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # as in locales of other names than C.UTF-8
+    result = subprocess.run(command, input=lines, capture_output=True, check=True, env=strict)
+    made, told = result.stdout.decode(), result.stderr.decode()
+    assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
+    assert "\r" not in made
+    assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
+    assert "error: prefix of 10 + --max_output_len and the longest prompt" in told
+    assert r"error: not a valid text: '\udcff'" in told
+
+
+def in_a_shell(redirected, *arguments, **environment):
+    """Run the command as a shell does that closes or redirects its streams."""
+    command = ["bash", "-c", f'"$@" {redirected}', "-", sys.executable, "-m", "jaxprefix", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | environment)
+
+
+def test_json_is_json_in_every_encoding():
+    arguments = ["generate", *BASE, *PREFIX, "--prompt", "朝😃", *GREEDY, "--json"]
+    made = [in_a_shell("", *arguments, PYTHONIOENCODING=name).stdout.decode(name) for name in ("euc_jp", "utf-8")]
+    assert json.loads(made[0]) == json.loads(made[1])
+    assert "\\ud83d\\ude03" in made[0]
+    assert "😃" in made[1]
+
+
+def test_closed_streams():
+    result = in_a_shell("<&-", "generate", *BASE)
+    assert (result.returncode, result.stdout) == (2, b"")
+    assert result.stderr.startswith(
+        b"error: there is no --prompt and no --prompt_file, and the standard input is closed"
+    )
+    result = in_a_shell("2>&-", "generate", *BASE, "--prompt", "🦀", *GREEDY, "--json")
+    assert list(json.loads(result.stdout)) == ["prompt", "continuation"], "no warning in front"
+
+
+def test_a_full_disk_that_the_output_is_on():
+    result = in_a_shell("> /dev/full", "generate", *BASE, "--prompt", "朝", *GREEDY)
+    assert result.returncode == 1
+    assert result.stderr == b"error: what is printed cannot be written (No space left on device)\n"
+
+
+def test_prompts_with_unknown_tokens_are_warned_of(capsys):
+    assert main(["generate", *BASE, "--prompt", "🦀", "朝の", *GREEDY]) == 0
+    assert "WARNING: 1 prompt(s) hold what the tokenizer does not know" in capsys.readouterr().err
+
+
+def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
+    (tmp_path / "prompts.txt").write_text("朝の\n朝の\n朝の")
+    command = [sys.executable, "-m", "jaxprefix", "generate", *BASE, *PREFIX, "--max_output_len", "12"]
+    listed = subprocess.run(
+        [*command, "--prompt_file", tmp_path / "prompts.txt"], capture_output=True, text=True, check=True
+    )
+    typed = subprocess.run(command, input="朝の\n朝の\n朝の", capture_output=True, text=True, check=True)
+    assert typed.stdout == listed.stdout
+    assert len(set(typed.stdout.splitlines())) == 3
+
+
+def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
+
+
+def test_prompts_end_with_their_lines_alone(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("朝の\u2028市場\x0c\r\n猫が\n".encode())
+    assert read_prompts(tmp_path / "prompts.txt") == ["朝の\u2028市場\x0c", "猫が"]
+
+
+def test_generate_does_as_it_is_told(monkeypatch, capsys):
+    seen = {}
+
+    def fake_stream(model, tokenizer, prompts, prefix, seed, batch_size, decode, *_):
+        seen.update(dtype=model.embed.weight.dtype.name, seed=seed, batch_size=batch_size, top_k=decode.top_k)
+        return iter(["。"])
+
+    monkeypatch.setattr("jaxprefix.generation.stream", fake_stream)
+    flags = ["--dtype", "bfloat16", "--seed", "7", "--batch_size", "2", "--top_k", "3"]
+    assert main(["generate", *BASE, "--prompt", "朝の", *flags, "--json"]) == 0
+    assert seen == {"dtype": "bfloat16", "seed": 7, "batch_size": 2, "top_k": 3}
+    assert capsys.readouterr().out == '{"prompt": "朝の", "continuation": "。"}\n'  # D38: readable, not \u671d

@@ -1,0 +1,6 @@
+def same(left, right):
+    return list(left) == list(right)
+
+
+def raising(error):
+    raise error

@@ -1,0 +1,169 @@
+"""The processes that tokenize together, and those that wait for them."""
+
+import concurrent.futures
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from convert.errors import InputError, RunError
+from jaxprefix import token_cache
+from jaxprefix.config import cache_folder
+from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.token_cache import load_examples
+from tests.token_cache.helpers import raising, same
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_processes_that_start_together_tokenize_once(data, tokenizer, monkeypatch):
+    tokenize, made, barrier = token_cache._tokenize, [], threading.Barrier(4)
+
+    def counted(*arguments):
+        made.append(1)
+        tokenize(*arguments)
+
+    def load(_):
+        barrier.wait()
+        return load_examples(data, Chunking(tokenizer))
+
+    monkeypatch.setattr(token_cache, "_tokenize", counted)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load, range(4)))
+    assert all(same(examples, found[0]) for examples in found)
+    assert len(made) == 1
+
+
+WITHOUT_GUARD = """
+import sys
+from pathlib import Path
+from jaxprefix import token_cache
+from jaxprefix.examples import Chunking
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+token_cache.CACHED_BYTES = 1
+token_cache.load_examples(Path(sys.argv[1]), Chunking(load_tokenizer(GOLDEN_BASE)))
+"""
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_a_program_that_its_helpers_would_run_again_is_told(data, tmp_path, from_file):
+    (script := tmp_path / "script.py").write_text(WITHOUT_GUARD)
+    command = [sys.executable, script if from_file else "-", data]
+    options = {"env": os.environ | {"PYTHONPATH": os.getcwd()}, "capture_output": True, "text": True, "timeout": 60}
+    result = subprocess.run(command, input="" if from_file else WITHOUT_GUARD, **options)
+    assert result.returncode == 1
+    assert ("put it under `if __name__ == '__main__':`" if from_file else "<stdin>") in result.stderr
+    assert "RunError: a process that tokenizes ended too early: it has said why" in result.stderr
+
+
+def test_a_helper_that_runs_the_program_again_ends(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(InputError, match="put it under `if __name__ == '__main__':`"):
+        load_examples(data, Chunking(tokenizer))
+
+
+WAITING_FOREVER = """
+import sys, time
+from pathlib import Path
+from jaxprefix import token_cache
+from jaxprefix.examples import Chunking
+from jaxprefix.tokenizer import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+def blocks(path):
+    yield token_cache.Block(1, [b'{"text": "a"}'], 13)
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    token_cache.CACHED_BYTES, token_cache._blocks = 1, blocks
+    token_cache.load_examples(Path(sys.argv[1]), Chunking(load_tokenizer(GOLDEN_BASE)))
+"""
+
+
+def test_what_a_killed_process_leaves_behind(data, tokenizer, tmp_path, monkeypatch):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING_FOREVER)
+    command = [sys.executable, script, data]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert main.stdout.readline() == "begun\n"
+    main.kill()
+    main.communicate()  # until all helpers have closed it, too
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
+    (bad := tmp_path / "bad.jsonl").write_text("[" * 2000)
+    with pytest.raises(InputError, match="line 1"):
+        load_examples(bad, Chunking(tokenizer))
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1, "it may be at work"
+    monkeypatch.setattr(token_cache, "ABANDONED_SECONDS", 0)
+    assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+    (entry,) = (cache_folder() / "tokens").iterdir()
+    assert "unfinished" not in entry.name
+
+
+def killed(block):
+    os._exit(9)
+
+
+def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache, "_tokenize_block", killed)
+    with pytest.raises(RunError, match="a process that tokenizes ended too early"):
+        load_examples(data, Chunking(tokenizer))
+
+
+def test_helpers_that_cannot_be_started_are_told(data, tokenizer, monkeypatch):
+    error = OSError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.submit", lambda *_: raising(error))
+    with pytest.raises(RunError, match=r"cannot be started \(Resource temporarily unavailable\)$"):
+        load_examples(data, Chunking(tokenizer))
+    for number in (errno.EROFS, errno.ENOENT, errno.EACCES):
+        error = OSError(number, "no semaphores")
+        monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor.__init__", lambda *_, e=error, **__: raising(e))
+        with pytest.raises(RunError, match=r"\(no semaphores\); is /dev/shm there and writable\?"):
+            load_examples(data, Chunking(tokenizer))
+
+
+@pytest.mark.parametrize(("limit", "n_cores"), [("max 100000", 128), ("400000 100000", 4), ("50000 100000", 1)])
+def test_a_containers_share_of_the_cores_counts(monkeypatch, limit, n_cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.setattr(Path, "read_text", lambda _: limit)
+    assert token_cache._n_cores() == n_cores
+
+
+def test_a_system_that_does_not_tell_a_processs_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(Path, "read_text", lambda _: raising(FileNotFoundError()))
+    assert token_cache._n_cores() == 3
+
+
+def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
+    asked = []
+
+    def flock(file, how):
+        asked.append(how)
+        if len(asked) == 1:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with token_cache._making(token_cache.cache_folder() / "tokens" / "entry"):
+        assert "another process tokenizes the same file; waiting for it" in capfd.readouterr().err
+    assert len(asked) == 2
+
+
+def test_ctrl_c_is_for_the_main_process_alone(data, tmp_path, monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(token_cache.threading, "Thread", Mock())
+    (tmp_path / "job").write_bytes(pickle.dumps((data, None)))
+    token_cache._prepare(tmp_path / "job")
+    assert handlers == {signal.SIGINT: signal.SIG_IGN}
