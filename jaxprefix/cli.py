@@ -48,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute_stdout()
         return 1
     except OSError as error:  # a path that the system refuses, or a full disk that stdout is on
         if error.filename is None and error.errno == errno.ENOSPC:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _mute_stdout()
             print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
             return RunError.exit_code
         if error.filename is None:
@@ -61,6 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         return InputError.exit_code
     except KeyboardInterrupt:
         return 130
+
+
+def _mute_stdout() -> None:
+    """Let what is still to be printed go nowhere, or Python fails at it once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(settings: Command) -> int:

@@ -192,11 +192,8 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[lis
     places = [*itertools.accumulate(map(len, whole), initial=0)]  # of each sentence's first character
     start, newline, per_token = 0, "\n" if recipe.keep_line_ends else "", GUESSED_CHARACTERS
     while start < len(whole):
-        chunk, end, too_far = (
-            list[int](),
-            start,
-            len(whole) + 1,
-        )  # those before `end` fit, those before `too_far` do not
+        # Those before `end` fit, those before `too_far` do not.
+        chunk, end, too_far = list[int](), start, len(whole) + 1
         while too_far - end > 1:
             guess = bisect.bisect_right(places, places[start] + per_token * max_seq_len) - 1
             stop = min(max(guess, end + 1), too_far - 1)

@@ -87,6 +87,7 @@ def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
 
     With weights split over `fsdp`, the partitioner would rather split the activations' width, and compute all rows
     everywhere: looked-up vectors by the embeddings' split, and those in the loop over scanned layers by the layers'.
+    Unrolled layers are `gathered_in_time`.
     """
     if mesh.shape["fsdp"] == 1:
         return base
