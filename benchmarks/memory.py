@@ -38,6 +38,7 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from jaxprefix.check import compiled_update
+    from jaxprefix.data import PaddedShape
 
     compute = Compute(remat=flags.remat, scan_layers=flags.scan_layers)
     names = (flags.shape, Path(), flags.shape)
@@ -46,7 +47,7 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", n_devices)
     started = time.perf_counter()
     with h100s(n_devices) if flags.gpu else contextlib.nullcontext():
-        compiled = compiled_update(config, model_config(SHAPES[flags.shape]), (flags.rows, flags.tokens))
+        compiled = compiled_update(config, model_config(SHAPES[flags.shape]), PaddedShape(flags.rows, flags.tokens))
     analysis = compiled.memory_analysis()
     parts = {
         "arguments": analysis.argument_size_in_bytes,

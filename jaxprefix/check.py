@@ -15,7 +15,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, PackedShape, Packing, Shape, labels_of_each, split_examples, update_plan
+from jaxprefix.data import Batch, PackedShape, Packing, PaddedShape, Shape, labels_of_each, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
@@ -60,7 +60,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         return
     mesh = make_mesh(config.mesh_sizes)
     if train_set is None:
-        yield describe_memory(config, model, (rows_on(mesh, 2 * config.batch_size), n_columns))
+        yield describe_memory(config, model, PaddedShape(rows_on(mesh, 2 * config.batch_size), n_columns))
     else:
         yield describe_memory(config, model, batch_shapes(config, train_set, plan, mesh)[-1])
 
@@ -174,8 +174,10 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:
     def rows(*axes: int) -> Any:
         return jax.ShapeDtypeStruct((config.n_accum_steps, *axes), jnp.int32, sharding=split_rows(mesh))
 
-    n_rows, n_columns = shape[:2]
-    packing = None
+    whole = rows(*shape[:2])
+    packing = labelled = None
     if isinstance(shape, PackedShape):
-        packing = Packing(rows(n_rows, shape.n_texts, shape.n_slots), rows(n_rows, n_columns))
-    return Batch(rows(n_rows, n_columns), rows(n_rows, n_columns), packing)
+        packing = Packing(rows(shape.n_rows, shape.n_texts, shape.n_slots), whole)
+    if shape.n_labels is not None:
+        labelled = Packing(rows(shape.n_rows, 1, shape.n_labels), whole)
+    return Batch(whole, whole, packing, labelled)

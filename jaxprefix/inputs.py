@@ -13,14 +13,12 @@ from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import (
     Batch,
-    PackedShape,
     Shape,
     UpdatePlan,
     fitting_shape,
-    make_batch,
-    make_packed_batch,
-    max_rows_per_example,
+    lay_out,
     packed_shapes,
+    padded_shape,
     row_lengths,
     split_examples,
     update_plan,
@@ -80,8 +78,7 @@ def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: Update
     """Return the shapes of a run's micro-batches, ascending; unpacked ones have the same."""
     if config.packing:
         return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
-    lengths = row_lengths(train_set)
-    return [(rows_on(mesh, max_rows_per_example(lengths) * config.batch_size), int(lengths.max()))]
+    return [padded_shape(train_set, config.batch_size, rows_on(mesh, 1))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
@@ -92,10 +89,7 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
         groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
         shape = fitting_shape(shapes, groups)
-        if isinstance(shape, PackedShape):
-            parts = [make_packed_batch(group, tokenizer, shape) for group in groups]
-        else:
-            parts = [make_batch(group, tokenizer, *shape) for group in groups]
+        parts = [lay_out(group, tokenizer, shape) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 

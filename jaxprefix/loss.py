@@ -12,6 +12,7 @@ from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.layers import einsum, matmul, vecdot
+from jaxprefix.models.packing import unpack
 from jaxprefix.prefix import Prefix
 
 CHUNK_TOKENS = 2048
@@ -28,7 +29,8 @@ def batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, n_devices: in
         last = jnp.where(batch.labels != IGNORED, slots, 0).max(axis=1, keepdims=True)
         positions = base.config.prefix_length(prefix) + jnp.minimum(slots, last)
     hidden, _ = base.hidden(batch.tokens, prefix, positions=positions, packing=batch.packing)
-    return next_token_loss(hidden, base.head_weight, batch.labels, n_devices)
+    hidden, labels = unpack(hidden, batch.labelled), unpack(batch.labels - IGNORED, batch.labelled) + IGNORED
+    return next_token_loss(hidden, base.head_weight, labels, n_devices)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.data import Batch, make_batch, max_rows_per_example, row_lengths
+from jaxprefix.data import Batch, make_batch, padded_shape
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import batch_loss
@@ -71,11 +71,9 @@ def dev_batches(
     examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | AbstractMesh | None = None
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
-    lengths = row_lengths(examples)
-    n_rows, n_columns = max_rows_per_example(lengths) * batch_size, int(lengths.max())
-    n_rows = n_rows if mesh is None else rows_on(mesh, n_rows)
+    shape = padded_shape(examples, batch_size, 1 if mesh is None else rows_on(mesh, 1))
     for first in range(0, len(examples), batch_size):
-        yield make_batch(examples[first : first + batch_size], tokenizer, n_rows, n_columns)
+        yield make_batch(examples[first : first + batch_size], tokenizer, *shape)
 
 
 def dev_loss(

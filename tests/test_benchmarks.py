@@ -23,7 +23,7 @@ from benchmarks.shapes import SHAPES, make_folder, model_config, neox
 from benchmarks.train import strung_together, torch_batches
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED
+from jaxprefix.data import IGNORED, PaddedShape
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
@@ -170,8 +170,8 @@ def test_the_largest_array_of_a_program():
     assert largest_array(f"{fused}\n\n{entry}") == "f32[2,3]"
 
 
-def compiled_train_step(n_tokens):
-    return compiled_update(TrainConfig("base", Path(), "run"), MODEL, (8, n_tokens))
+def compiled_train_step(n_tokens, n_labels=None):
+    return compiled_update(TrainConfig("base", Path(), "run"), MODEL, PaddedShape(8, n_tokens, n_labels))
 
 
 def summed_loss(base, prefix, tokens, labels):
@@ -189,6 +189,12 @@ def test_an_update_computes_about_twice_what_the_loss_does():
     assert flops(loss) < 1.1 * 2 * n_weights * n_tokens  # matrix products are nearly all of it
     assert flops(loss) > 2 * n_weights * n_tokens
     assert flops(compiled_train_step(64)) < 2.1 * flops(loss)
+
+
+def test_the_head_is_computed_for_labelled_columns_alone():
+    """Two products, each of two operations a weight."""
+    spared = flops(compiled_train_step(64)) - flops(compiled_train_step(64, n_labels=16))
+    assert spared == pytest.approx(2 * 2 * MODEL.vocab_size * MODEL.n_embd * 8 * (64 - 16), rel=0.05)
 
 
 def products_of_weight_shapes(program) -> set[tuple[int, int]]:

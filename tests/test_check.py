@@ -10,6 +10,7 @@ from benchmarks.shapes import SMALL_BASE
 from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
 from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
+from jaxprefix.data import PaddedShape
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
 from jaxprefix.sharding import make_mesh
@@ -108,8 +109,8 @@ def test_memory_of_several_hosts_is_not_told(capsys):
 def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(scan_layers):
     config = CheckConfig(str(GOLDEN_BASE), bf16=True, n_accum_steps=2, compute=Compute(scan_layers=scan_layers))
     model = dataclasses.replace(read_model_config(GOLDEN_BASE), n_layer=6)
-    guessed = training_memory(config, model, (8, 65))
-    whole = compiled_memory(config, model, (8, 65))
+    guessed = training_memory(config, model, PaddedShape(8, 65))
+    whole = compiled_memory(config, model, PaddedShape(8, 65))
     assert guessed[0] == pytest.approx(whole[0], rel=0.01)
     assert guessed[1] == pytest.approx(whole[1], rel=0.05)
 

@@ -17,13 +17,14 @@ from jaxprefix.data import (
     max_rows_per_example,
     pack_rows,
     packed_shapes,
+    padded_shape,
     row_lengths,
     rows_of,
     split_examples,
     update_plan,
 )
 from jaxprefix.examples import Example, Examples
-from tests.examples import EXAMPLES
+from tests.examples import EXAMPLES, PROMPTED
 from tests.runs import run_config
 
 
@@ -129,7 +130,7 @@ def test_order_depends_on_the_seed():
 def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
     texts = [text for example in EXAMPLES for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
     shape = PackedShape(n_rows=3, n_columns=32, n_texts=3, n_slots=15)
-    tokens, labels, packing = make_packed_batch(EXAMPLES, tokenizer, shape)
+    tokens, labels, packing, _ = make_packed_batch(EXAMPLES, tokenizer, shape)
     assert tokens.shape == labels.shape == packing.places.shape == (3, 32)
     assert packing.columns.shape == (3, 3, 15)
     found, n_found = [], 0
@@ -141,6 +142,39 @@ def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
             n_found += len(own)
     assert sorted(found) == sorted(texts)
     assert (packing.places < 45).sum() == n_found == (tokens != tokenizer.pad_id).sum()
+
+
+def test_where_the_labels_of_rows_lie(tokenizer):
+    whole = make_batch(PROMPTED, tokenizer, 4, 20)
+    assert whole.labelled is None
+    [columns, places] = make_batch(PROMPTED, tokenizer, 4, 20, n_labels=9).labelled
+    assert (columns.shape, places.shape) == ((4, 1, 9), (4, 20))
+    assert columns[:, 0].tolist()[:2] == [[*range(11, 17), 20, 20, 20], [0, 1, *[20] * 7]]
+    assert places[0].tolist() == [9] * 11 + [*range(6)] + [9] * 3
+    packed = make_packed_batch(PROMPTED, tokenizer, PackedShape(2, 40, 2, 20, n_labels=16))
+    for row, (own, labels) in enumerate(zip(packed.labelled.columns[:, 0], packed.labels, strict=True)):
+        assert own[own < 40].tolist() == np.flatnonzero(labels != IGNORED).tolist()
+        assert packed.labelled.places[row, own[own < 40]].tolist() == list(range((own < 40).sum()))
+
+
+def test_shapes_have_room_for_labels_where_those_are_few(monkeypatch, tokenizer):
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(3, 64, (300, 2)).tolist()
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(400)]
+    documents = [Example([], [7] * n) for n, _ in sizes]
+    prompted = [Example([7] * n, [7] * (m // 4 + 1)) for n, m in sizes]
+    assert padded_shape(documents, 4, 3) == (9, 64, None)
+    assert padded_shape(prompted, 4, 3)[::2] == (6, 24)
+    for n_rows in (1, 3):
+        assert {shape.n_labels for shape in packed_shapes(documents, iter(updates), n_rows)} == {None}
+        for n_sampled in (1, 2000):
+            monkeypatch.setattr("jaxprefix.data.SAMPLED_UPDATES", n_sampled)
+            shapes = packed_shapes(prompted, iter(updates), n_rows)
+            for groups in ([[prompted[i] for i in batch] for batch in batches] for batches in updates):
+                shape = fitting_shape(shapes, groups)
+                n_labels = [make_packed_batch(group, tokenizer, shape).n_labels for group in groups]
+                assert n_labels == [sum(len(example.target) + 1 for example in group) for group in groups]
+                assert shape.n_labels < 0.6 * shape.n_columns
 
 
 def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():

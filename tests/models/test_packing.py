@@ -7,12 +7,12 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix.config import Compute
-from jaxprefix.data import PackedShape, make_batch, make_packed_batch
+from jaxprefix.data import PackedShape, PaddedShape, lay_out, make_batch, make_packed_batch
 from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models.packing import pack, unpack
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
-from tests.examples import EXAMPLES
+from tests.examples import EXAMPLES, PROMPTED
 from tests.tolerances import FUNCTION, LOSS, MODEL
 
 
@@ -55,6 +55,26 @@ def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, mod
     for same in (model, load_model(base_folder, compute=Compute(remat="block"))):
         for ours, right in zip(jax.jit(jax.value_and_grad(loss))(prefix, same, packed), expected, strict=True):
             np.testing.assert_allclose(ours, right, rtol=0, atol=MODEL * float(jnp.abs(right).max()))
+
+
+@pytest.mark.parametrize(
+    "shape", [PaddedShape(4, 20, 8), PackedShape(1, 48, 4, 20, 24), PackedShape(2, 32, 2, 20, 16)], ids=str
+)
+@pytest.mark.parametrize(
+    "scaled", [{}, {"n_positions": 16, "rotary_scaling": "dynamic", "rotary_factor": 4.0}], ids=str
+)
+def test_labelled_columns_alone_have_the_loss_and_gradient_of_all(golden_model, tokenizer, shape, scaled):
+    model = with_config(golden_model, **scaled)
+
+    def loss(prefix, batch):
+        return batch_loss(model, prefix, jax.tree.map(jnp.asarray, batch))
+
+    prefix = random_prefix(model.config)
+    few, whole = (lay_out(PROMPTED, tokenizer, shape._replace(n_labels=n)) for n in (shape.n_labels, None))
+    assert few.labelled is not None
+    assert whole.labelled is None
+    for ours, right in zip(*(jax.jit(jax.value_and_grad(loss))(prefix, batch) for batch in (few, whole)), strict=True):
+        np.testing.assert_allclose(ours, right, rtol=0, atol=MODEL * float(jnp.abs(right).max()))
 
 
 def test_dynamic_rotary_scaling_leaves_packed_and_padded_texts_the_same_loss(golden_model, tokenizer, packed):
