@@ -37,8 +37,8 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # where a GPU is asked for that is not there, JAX finds no plugin either
     import jax
 
+    from jaxprefix.batches import PaddedShape
     from jaxprefix.check import compiled_update
-    from jaxprefix.data import PaddedShape
 
     compute = Compute(remat=flags.remat, scan_layers=flags.scan_layers)
     names = (flags.shape, Path(), flags.shape)

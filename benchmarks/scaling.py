@@ -38,8 +38,8 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     import jax
     import jax.numpy as jnp
 
+    from jaxprefix.batches import Batch
     from jaxprefix.config import TrainConfig
-    from jaxprefix.data import Batch
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
     from jaxprefix.recipe import RECIPES

@@ -36,8 +36,9 @@ from benchmarks.report import (
     wait_for_turn,
 )
 from benchmarks.shapes import SHAPES, is_gpt2, make_folder, sizes_of
+from jaxprefix.batches import make_batch
 from jaxprefix.config import Compute, TrainConfig
-from jaxprefix.data import IGNORED, longest_row, make_batch, update_plan
+from jaxprefix.data import IGNORED, longest_row, update_plan
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.tokenizer import load_tokenizer
 

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.errors import InputError
 from jaxprefix.base_folder import open_base
+from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import Batch, PackedShape, Packing, PaddedShape, Shape, labels_of_each, split_examples, update_plan
+from jaxprefix.data import labels_of_each, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data

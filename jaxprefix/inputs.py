@@ -10,19 +10,9 @@ from jax.sharding import Mesh
 
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
+from jaxprefix.batches import Batch, Shape, fitting_shape, lay_out, packed_shapes, padded_shape
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import (
-    Batch,
-    Shape,
-    UpdatePlan,
-    fitting_shape,
-    lay_out,
-    packed_shapes,
-    padded_shape,
-    row_lengths,
-    split_examples,
-    update_plan,
-)
+from jaxprefix.data import UpdatePlan, row_lengths, split_examples, update_plan
 from jaxprefix.examples import Chunking, Example, Examples, Skipped
 from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.data import Batch, make_batch, padded_shape
+from jaxprefix.batches import Batch, make_batch, padded_shape
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import batch_loss

@@ -15,9 +15,10 @@ import jax
 from jax.sharding import Mesh
 
 from convert.prefix import RUN_SUBFOLDER
+from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import Batch, labels_of_each, max_rows_per_example, row_lengths
+from jaxprefix.data import labels_of_each, max_rows_per_example, row_lengths
 from jaxprefix.devices import own_device
 from jaxprefix.faults import (
     FiniteGuard,

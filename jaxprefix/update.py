@@ -11,8 +11,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from jaxprefix.batches import Batch
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED, Batch
+from jaxprefix.data import IGNORED
 from jaxprefix.loss import LossScale, batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays

@@ -25,6 +25,7 @@ FLOORS = [
     {"prefix", "loss", "run_log", "sharding", "hosts", "memory"},
     {"base_folder"},
     {"models"},
+    {"batches"},
     {"data"},
     {"token_cache"},
     {"examples"},
@@ -92,7 +93,7 @@ def test_orbax_is_imported_when_a_checkpoint_needs_it():
 
 def test_tokenizing_needs_no_jax():
     script = (
-        "import sys, jaxprefix.token_cache, jaxprefix.data; assert not {'jax', 'flax', 'optax'} & sys.modules.keys()"
+        "import sys, jaxprefix.token_cache, jaxprefix.batches; assert not {'jax', 'flax', 'optax'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.data import IGNORED, longest_row, make_batch
+from jaxprefix.batches import make_batch
+from jaxprefix.data import IGNORED, longest_row
 from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.inference_config import DecodeConfig

@@ -147,7 +147,7 @@ import dataclasses, sys
 from pathlib import Path
 from jaxprefix.check import compiled_update
 from jaxprefix.config import Compute
-from jaxprefix.data import PaddedShape
+from jaxprefix.batches import PaddedShape
 from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
 
@@ -203,7 +203,7 @@ import dataclasses
 from pathlib import Path
 from benchmarks.shapes import SHAPES, model_config
 from jaxprefix.check import compiled_update
-from jaxprefix.data import PackedShape, PaddedShape
+from jaxprefix.batches import PackedShape, PaddedShape
 from tests.runs import run_config
 
 config = run_config(Path(), mesh="tensor=8")
@@ -224,7 +224,7 @@ import dataclasses, math, re
 from pathlib import Path
 from benchmarks.memory import h100s
 from jaxprefix.check import compiled_update
-from jaxprefix.data import PaddedShape
+from jaxprefix.batches import PaddedShape
 from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.data import IGNORED, Batch, make_batch
+from jaxprefix.batches import Batch, make_batch
+from jaxprefix.data import IGNORED
 from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
 from jaxprefix.recipe import RECIPES, Recipe

@@ -19,8 +19,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert.errors import InputError
+from jaxprefix.batches import Packing
 from jaxprefix.config import AttentionMethod
-from jaxprefix.data import Packing
 from jaxprefix.devices import own_device
 from jaxprefix.models.layers import einsum, vecdot
 

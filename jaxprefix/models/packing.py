@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from jaxprefix.data import Packing
+from jaxprefix.batches import Packing
 
 
 def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "BR C *rest"]:

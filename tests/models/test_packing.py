@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
+from jaxprefix.batches import PackedShape, PaddedShape, lay_out, make_batch, make_packed_batch
 from jaxprefix.config import Compute
-from jaxprefix.data import PackedShape, PaddedShape, lay_out, make_batch, make_packed_batch
 from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models.packing import pack, unpack
 from tests.arrays import normals, random_prefix

@@ -29,10 +29,11 @@ import torch_ref.tokenizer
 import torch_ref.train
 from convert.prefix import to_folded
 from jaxprefix import load_model, load_prefix, load_tokenizer
+from jaxprefix.batches import Batch, make_batch
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, Batch, longest_row, make_batch, split_examples
+from jaxprefix.data import IGNORED, longest_row, split_examples
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES

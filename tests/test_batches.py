@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+from jaxprefix.batches import (
+    PackedShape,
+    fitting_shape,
+    make_batch,
+    make_packed_batch,
+    pack_rows,
+    packed_shapes,
+    padded_shape,
+)
+from jaxprefix.data import (
+    IGNORED,
+    row_lengths,
+    rows_of,
+)
+from jaxprefix.examples import Example
+from tests.examples import EXAMPLES, PROMPTED
+
+
+def test_batch_is_padded_right_and_below(tokenizer):
+    batch = make_batch([Example([], [10, 11])], tokenizer, n_rows=4, n_columns=5)
+    pad = tokenizer.pad_id
+    assert batch.tokens.tolist() == [[1, 10, 11, pad, pad], [10, 11, pad, pad, pad], [pad] * 5, [pad] * 5]
+    assert (batch.labels == IGNORED).sum() == 20 - 5
+
+
+def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
+    texts = [text for example in EXAMPLES for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    shape = PackedShape(n_rows=3, n_columns=32, n_texts=3, n_slots=15)
+    tokens, labels, packing, _ = make_packed_batch(EXAMPLES, tokenizer, shape)
+    assert tokens.shape == labels.shape == packing.places.shape == (3, 32)
+    assert packing.columns.shape == (3, 3, 15)
+    found, n_found = [], 0
+    for row in range(3):
+        for place, columns in enumerate(packing.columns[row]):
+            own = columns[columns < 32]
+            assert packing.places[row, own].tolist() == list(range(place * 15, place * 15 + len(own)))
+            found.append((tokens[row, own].tolist(), labels[row, own].tolist()))
+            n_found += len(own)
+    assert sorted(found) == sorted(texts)
+    assert (packing.places < 45).sum() == n_found == (tokens != tokenizer.pad_id).sum()
+
+
+def test_where_the_labels_of_rows_lie(tokenizer):
+    whole = make_batch(PROMPTED, tokenizer, 4, 20)
+    assert whole.labelled is None
+    [columns, places] = make_batch(PROMPTED, tokenizer, 4, 20, n_labels=9).labelled
+    assert (columns.shape, places.shape) == ((4, 1, 9), (4, 20))
+    assert columns[:, 0].tolist()[:2] == [[*range(11, 17), 20, 20, 20], [0, 1, *[20] * 7]]
+    assert places[0].tolist() == [9] * 11 + [*range(6)] + [9] * 3
+    packed = make_packed_batch(PROMPTED, tokenizer, PackedShape(2, 40, 2, 20, n_labels=16))
+    for row, (own, labels) in enumerate(zip(packed.labelled.columns[:, 0], packed.labels, strict=True)):
+        assert own[own < 40].tolist() == np.flatnonzero(labels != IGNORED).tolist()
+        assert packed.labelled.places[row, own[own < 40]].tolist() == list(range((own < 40).sum()))
+
+
+def test_shapes_have_room_for_labels_where_those_are_few(monkeypatch, tokenizer):
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(3, 64, (300, 2)).tolist()
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(400)]
+    documents = [Example([], [7] * n) for n, _ in sizes]
+    prompted = [Example([7] * n, [7] * (m // 4 + 1)) for n, m in sizes]
+    assert padded_shape(documents, 4, 3) == (9, 64, None)
+    assert padded_shape(prompted, 4, 3)[::2] == (6, 24)
+    for n_rows in (1, 3):
+        assert {shape.n_labels for shape in packed_shapes(documents, iter(updates), n_rows)} == {None}
+        for n_sampled in (1, 2000):
+            monkeypatch.setattr("jaxprefix.batches.SAMPLED_UPDATES", n_sampled)
+            shapes = packed_shapes(prompted, iter(updates), n_rows)
+            for groups in ([[prompted[i] for i in batch] for batch in batches] for batches in updates):
+                shape = fitting_shape(shapes, groups)
+                n_labels = [make_packed_batch(group, tokenizer, shape).n_labels for group in groups]
+                assert n_labels == [sum(len(example.target) + 1 for example in group) for group in groups]
+                assert shape.n_labels < 0.6 * shape.n_columns
+
+
+def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():
+    assert [len(row) for row in pack_rows([9, 1, 1, 1, 1, 1], 2, 3)] == [3, 3]
+    lengths = [6, 5, 10, 9, 15, 14, 8, 7, 5]
+    assert max(sum(lengths[text] for text in row) for row in pack_rows(lengths, 3, 4)) < 30, "79 tokens in three"
+
+
+def test_packed_shapes_are_few_and_hold_every_batch(monkeypatch):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(400)]
+    for n_rows in (1, 8):
+        shapes = packed_shapes(examples, iter(updates), n_rows)
+        assert len(shapes) <= 4
+        for batches in updates:
+            groups = [[examples[i] for i in batch] for batch in batches]
+            assert fitting_shape(shapes, groups).n_rows == n_rows
+    most = max(row_lengths([examples[i] for i in batch]).sum() for batches in updates for batch in batches)
+    assert packed_shapes(examples, iter(updates), 1)[-1].n_columns < most + 8, "no room for what the run does not make"
+    worst = [examples[i] for i in sorted(range(300), key=lambda i: -len(examples[i].target))[:4]]
+    monkeypatch.setattr("jaxprefix.batches.SAMPLED_UPDATES", 1)
+    few = packed_shapes(examples, iter(updates), 1)
+    assert fitting_shape(few, [worst]) == few[-1]
+
+
+def test_shapes_that_hardly_differ_are_one():
+    """Four of 4032 to 4080 columns would each be compiled, to save a hundredth."""
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(2005, 2040, 10)]
+    assert len(packed_shapes(examples, iter([[[n]] for n in range(10)]), 1)) == 1
+
+
+@pytest.mark.parametrize("n_rows", [1, 3, 8])
+def test_the_last_packed_shape_holds_what_was_not_sampled(monkeypatch, n_rows):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(9)]
+    worst = sorted(examples, key=lambda example: -len(example.target))[:4]
+    monkeypatch.setattr("jaxprefix.batches.SAMPLED_UPDATES", 1)
+    shapes = packed_shapes(examples, iter(updates), n_rows)
+    assert fitting_shape(shapes, [worst]) == shapes[-1]
+
+
+def test_all_micro_batches_of_an_update_fit_its_shape(tokenizer):
+    generator = np.random.default_rng(0)
+    examples = [Example([], [7] * int(n)) for n in generator.integers(3, 64, 300)]
+    updates = [generator.choice(300, (2, 4), replace=False).tolist() for _ in range(100)]
+    shapes = packed_shapes(examples, iter(updates), 1)
+    for batches in updates:
+        groups = [[examples[i] for i in batch] for batch in batches]
+        for group in groups:
+            made = make_packed_batch(group, tokenizer, fitting_shape(shapes, groups))
+            assert made.n_labels == sum(2 * len(example.target) + 1 for example in group)
