@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -216,6 +216,23 @@ def lay_out(examples: Sequence[Example], tokenizer: Tokenizer, shape: Shape) -> 
     if isinstance(shape, PackedShape):
         return make_packed_batch(examples, tokenizer, shape)
     return make_batch(examples, tokenizer, *shape)
+
+
+def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, n_parts: int) -> Iterator[Batch]:
+    """Yield all examples in packed batches of one shape, equally full.
+
+    A batch has about the columns that batch_size examples take when they are padded, and at most twice their texts.
+    """
+    lengths, labels = row_lengths(examples), row_labels(examples)
+    padded = padded_shape(examples, batch_size, n_parts)
+    n_batches = math.ceil(max(lengths.sum() / (padded.n_rows * padded.n_columns), len(examples) / (2 * batch_size)))
+    groups = pack_rows(lengths.sum(axis=1).tolist(), n_batches, 2 * batch_size)
+    n_texts = -(-max(map(len, groups)) * max_rows_per_example(lengths) // n_parts)
+    needs = [_needs(lengths[group], labels[group], n_parts, n_texts) for group in groups]
+    n_columns, n_slots, n_labels = np.max(needs, axis=0).tolist()
+    shape = PackedShape(n_parts, _rounded(n_columns), n_texts, n_slots, _if_few(n_labels, n_columns))
+    for group in groups:
+        yield make_packed_batch([examples[number] for number in group], tokenizer, shape)
 
 
 def fitting_shape(shapes: Sequence[Shape], groups: Sequence[Sequence[Example]]) -> Shape:

@@ -52,7 +52,9 @@ def evaluate(config: EvaluateConfig) -> Report:
     report: Report = {way: {} for way in ways}
     if examples is not None:
         for way, values in report.items():
-            values |= dev_loss(model, ways[way], dev_batches(examples, base.tokenizer, config.batch_size), recipe)
+            packing = not recipe.average_batch_means
+            batches = dev_batches(examples, base.tokenizer, config.batch_size, packing=packing)
+            values |= dev_loss(model, ways[way], batches, recipe)
             if not math.isfinite(values["loss"]):
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
     if prompts:

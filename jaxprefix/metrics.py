@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.batches import Batch, make_batch, padded_shape
+from jaxprefix.batches import Batch, filled_batches, make_batch, padded_shape
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import batch_loss
@@ -68,10 +68,21 @@ def _exp(loss: float) -> float:
 
 
 def dev_batches(
-    examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, mesh: Mesh | AbstractMesh | None = None
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    batch_size: int,
+    mesh: Mesh | AbstractMesh | None = None,
+    packing: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the examples in batches of one shape, in order, whose rows can be split over the mesh."""
-    shape = padded_shape(examples, batch_size, 1 if mesh is None else rows_on(mesh, 1))
+    """Yield the examples in batches of one shape, whose rows can be split over the mesh.
+
+    Padded ones hold batch_size examples, in order; packed ones as many tokens as those with their padding.
+    """
+    n_parts = 1 if mesh is None else rows_on(mesh, 1)
+    if packing:
+        yield from filled_batches(examples, tokenizer, batch_size, n_parts)
+        return
+    shape = padded_shape(examples, batch_size, n_parts)
     for first in range(0, len(examples), batch_size):
         yield make_batch(examples[first : first + batch_size], tokenizer, *shape)
 

@@ -256,14 +256,15 @@ def log_training(run: Run, state: TrainState, n_done: int, epoch: int, window: L
 
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
     """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
-    prefix, inputs = prefix_of(state.encoder), run.inputs
+    prefix, inputs, recipe = prefix_of(state.encoder), run.inputs, RECIPES[run.config.recipe]
+    packing = run.config.packing and not recipe.average_batch_means
 
     def batches() -> Iterator[Batch]:
-        for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh):
+        for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh, packing):
             run.watchdog.progress()
             yield batch
 
-    metrics = dev_loss(run.base, prefix, batches(), RECIPES[run.config.recipe], run.mesh)
+    metrics = dev_loss(run.base, prefix, batches(), recipe, run.mesh)
     progress.to_evaluate = False
     run.log.point("dev", progress.n_done, epoch, **metrics)
     loss = metrics["loss"]

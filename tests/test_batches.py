@@ -1,8 +1,10 @@
+import jax
 import numpy as np
 import pytest
 
 from jaxprefix.batches import (
     PackedShape,
+    filled_batches,
     fitting_shape,
     make_batch,
     make_packed_batch,
@@ -74,6 +76,30 @@ def test_shapes_have_room_for_labels_where_those_are_few(monkeypatch, tokenizer)
                 n_labels = [make_packed_batch(group, tokenizer, shape).n_labels for group in groups]
                 assert n_labels == [sum(len(example.target) + 1 for example in group) for group in groups]
                 assert shape.n_labels < 0.6 * shape.n_columns
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+@pytest.mark.parametrize("prompt", [[], [7] * 30])
+def test_filled_batches_hold_all_examples_once_in_one_shape(tokenizer, n_parts, prompt):
+    """Of 3 to 63 tokens: padded, they would be twice as many."""
+    examples = [Example(prompt, [10 + i] * int(n)) for i, n in enumerate(np.random.default_rng(0).integers(3, 64, 101))]
+    batches = list(filled_batches(examples, tokenizer, 4, n_parts))
+    assert len({tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}) == 1
+    labels = np.concatenate([batch.labels for batch in batches])
+    ids, n_found = np.unique(labels[labels >= 10], return_counts=True)
+    n_rows = 1 if prompt else 2
+    assert ids.tolist() == list(range(10, 111))
+    assert n_found.tolist() == [n_rows * len(example.target) - n_rows + 1 for example in examples]
+    n_columns = sum(batch.tokens.size for batch in batches)
+    assert n_columns < 1.2 * row_lengths(examples).sum()
+    assert batches[0].tokens.size < 1.1 * np.prod(padded_shape(examples, 4, n_parts)[:2])
+    assert (batches[0].labelled is None) == (not prompt)
+
+
+def test_filled_batches_hold_at_most_twice_the_padded_ones_texts(tokenizer):
+    """Each of which attention pads to the longest."""
+    examples = [Example([], [7] * n) for n in [90, *[1] * 99]]
+    assert {batch.packing.columns.shape for batch in filled_batches(examples, tokenizer, 2, 1)} == {(1, 8, 91)}
 
 
 def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():

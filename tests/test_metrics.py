@@ -5,8 +5,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxprefix.examples import Example
-from jaxprefix.metrics import LossMeter, count_sentences, dev_batches, suffix_rate, without_cut_end
+from jaxprefix.metrics import LossMeter, count_sentences, dev_batches, dev_loss, suffix_rate, without_cut_end
 from jaxprefix.recipe import RECIPES, Recipe
+from tests.examples import EXAMPLES, PROMPTED
+from tests.tolerances import LOSS
 
 SMILE = " 😃"
 
@@ -85,3 +87,10 @@ def test_rows_of_dev_batches_can_be_split_evenly(tokenizer):
     mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
     [batch] = dev_batches([Example([5], [6])], tokenizer, 1, mesh)
     assert batch.tokens.shape == (4, 2)
+
+
+def test_packed_dev_batches_have_the_loss_of_padded_ones(golden_model, tokenizer):
+    examples = [*EXAMPLES, *PROMPTED]
+    packed, padded = (list(dev_batches(examples, tokenizer, 2, packing=packing)) for packing in (True, False))
+    assert len(packed) < len(padded)
+    assert dev_loss(golden_model, None, packed) == pytest.approx(dev_loss(golden_model, None, padded), rel=LOSS)

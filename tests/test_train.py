@@ -23,7 +23,7 @@ from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.data import labels_of_each, update_plan
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
-from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
 from jaxprefix.loss import LossScale
 from jaxprefix.metrics import dev_batches, dev_loss
@@ -32,7 +32,7 @@ from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
 from tests.arrays import random_prefix
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import before_updates, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
 from torch_ref.config import generate_parser, train_parser
@@ -182,6 +182,26 @@ def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer
     examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
     expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4))
     assert dev_loss(golden_model, None, [batch]) == pytest.approx(expected, rel=LOSS)
+
+
+def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
+    """As the original does, a mean over batches depends on what is in each."""
+    packed = []
+
+    def spy(base, prefix, batches, *others):
+        packed.extend(batch.packing is not None for batch in batches)
+        return {"loss": 1.0, "ppl": 1.0}
+
+    for module in ("train", "evaluation"):
+        monkeypatch.setattr(f"jaxprefix.{module}.dev_loss", spy)
+    for number, settings in enumerate(({"packing": True}, {"packing": False}, {"packing": True, "recipe": "rinna"})):
+        train(run_config(tmp_path, str(number), n_training_steps=1, train_data_size=9, **settings))
+    assert packed == [True, False, False]
+    packed.clear()
+    for recipe in ("default", "rinna"):
+        decode = DecodeConfig(recipe=recipe)
+        evaluate(EvaluateConfig(str(GOLDEN_BASE), data_filepath=GOLDEN / "documents.jsonl", n_samples=0, decode=decode))
+    assert packed == [True, True, False]
 
 
 def test_a_run_in_a_thread_hears_no_signals(tmp_path):
