@@ -76,10 +76,11 @@ def _run(settings: Command) -> int:
         return _train(settings)
     if isinstance(settings, ConvertConfig):
         return _convert(settings)
-    from jaxprefix.devices import compiling_for, own_device
+    from jaxprefix.devices import compiling_for, devices, own_device
     from jaxprefix.memory import within_memory
 
-    with within_memory(lambda: _less_memory(settings)), compiling_for([own_device()]):  # which holds the base model
+    base_on = devices() if settings.mesh else [own_device()]
+    with within_memory(lambda: _less_memory(settings)), compiling_for(base_on):
         return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
 
 

@@ -91,6 +91,20 @@ class HostsConfig:
         return self.distributed or self.coordinator_address is not None
 
 
+def sizes_of_mesh(mesh: str | None) -> dict[str, int] | None:
+    """Return the devices along each axis that --mesh names; None without it, or if it cannot be read."""
+    parts = [part.partition("=") for part in (mesh or "").split(",")]
+    sizes = {axis: int(size) for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
+    return sizes if len(sizes) == len(parts) else None
+
+
+def mesh_problems(mesh: str | None) -> list[str]:
+    """Return what is wrong with --mesh."""
+    if mesh is None or sizes_of_mesh(mesh) is not None:
+        return []
+    return [f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {mesh!r}"]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Train a prefix for a frozen base model."""
@@ -222,8 +236,7 @@ class TrainConfig:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
         if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
             problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
-        if self.mesh is not None and self.mesh_sizes is None:
-            problems.append(f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {self.mesh!r}")
+        problems += mesh_problems(self.mesh)
         if problems:
             raise InputError.all("train:", problems)
 
@@ -240,9 +253,7 @@ class TrainConfig:
     @property
     def mesh_sizes(self) -> dict[str, int] | None:
         """Devices along each axis that --mesh names; None without it."""
-        parts = [part.partition("=") for part in (self.mesh or "").split(",")]
-        sizes = {axis: int(size) for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
-        return sizes if len(sizes) == len(parts) else None
+        return sizes_of_mesh(self.mesh)
 
     @property
     def encoder_sizes(self) -> tuple[int, int, int]:

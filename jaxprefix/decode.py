@@ -26,6 +26,7 @@ from jaxprefix.models.attention import Cache, cache_of, own_slots
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
+from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
@@ -134,7 +135,8 @@ def generate_ids(
         raise InputError(f"seed must be at least 0 and below {SEED_LIMIT}, is {seed}")
     if not rows:
         return
-    batch_size = min(batch_size, len(rows))
+    sharding, n_parts = decoded_rows(model)
+    batch_size = -(-min(batch_size, len(rows)) // n_parts) * n_parts
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
@@ -147,7 +149,8 @@ def generate_ids(
             lengths[index] = len(ids)
         started = time.perf_counter()
         sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), place + first)
-        made, finite = jax.device_get(_decode(model, prefix, tokens, lengths, sampling, tokenizer.eos_id, program))
+        spread = jax.device_put((tokens, lengths), sharding)
+        made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, program))
         if not finite:
             raise RunError(f"the model's logits are not finite: {overflow_hint(model.embed.weight.dtype.name)}")
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]

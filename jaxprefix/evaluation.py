@@ -5,7 +5,7 @@ import sys
 from typing import TypeVar
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import TrainConfig, sizes_of_mesh
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference_config import EvaluateConfig
@@ -14,6 +14,7 @@ from jaxprefix.metrics import dev_batches, dev_loss, suffix_rate, without_cut_en
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import setting_of
+from jaxprefix.sharding import base_sharding, make_mesh
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ def evaluate(config: EvaluateConfig) -> Report:
 
     Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
     """
+    mesh = make_mesh(sizes_of_mesh(config.mesh))
     base, prefix = open_with_prefix(config)
     recipe = RECIPES[config.decode.recipe]
     suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)
@@ -47,14 +49,14 @@ def evaluate(config: EvaluateConfig) -> Report:
             print(line, file=sys.stderr)
         check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
 
-    model = load_model(base.path, config.dtype, config=base.config)
+    model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     report: Report = {way: {} for way in ways}
     if examples is not None:
         for way, values in report.items():
             packing = not recipe.average_batch_means
-            batches = dev_batches(examples, base.tokenizer, config.batch_size, packing=packing)
-            values |= dev_loss(model, ways[way], batches, recipe)
+            batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, packing)
+            values |= dev_loss(model, ways[way], batches, recipe, mesh)
             if not math.isfinite(values["loss"]):
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
     if prompts:

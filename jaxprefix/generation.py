@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator
 
 from convert.errors import InputError
+from jaxprefix.config import sizes_of_mesh
 from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference_config import GenerateConfig
 from jaxprefix.inputs import open_with_prefix, read_prompts
 from jaxprefix.models import load_model
 from jaxprefix.prefix import check_length
+from jaxprefix.sharding import base_sharding, make_mesh
 
 
 def continue_prompts(config: GenerateConfig) -> None:
@@ -21,12 +23,13 @@ def continue_prompts(config: GenerateConfig) -> None:
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:
         raise InputError("there is no --prompt and no --prompt_file, and the standard input is closed")
+    mesh = make_mesh(sizes_of_mesh(config.mesh))
     base, prefix = open_with_prefix(config)
     if config.prefix_checkpoint_path and prefix is not None and config.prefix_seq_len is not None:
         check_length(config.prefix_checkpoint_path, prefix, config.prefix_seq_len)
     encode = base.tokenizer.encode
     check_prompts(base.config, base.tokenizer, map(encode, prompts), prefix, config.decode)
-    model = load_model(base.path, config.dtype, config=base.config)
+    model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
 
     in_utf8 = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()

@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from convert.errors import InputError
-from jaxprefix.config import SEED_LIMIT, DType
+from jaxprefix.config import SEED_LIMIT, DType, mesh_problems
 from jaxprefix.recipe import RecipeName
 from jaxprefix.settings import check_types
 
@@ -71,6 +71,8 @@ class InferenceConfig:
     """Prompts at a time, and examples where evaluate measures a loss, which with --recipe rinna depends on it."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
+    mesh: str | None = None
+    """Devices by axis, as in training: tensor=8 for a base model that one device cannot hold. Default: one device."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
     def common_problems(self) -> list[str]:
@@ -81,7 +83,7 @@ class InferenceConfig:
             problems.append(f"--batch_size must be positive, is {self.batch_size}")
         if not 0 <= self.seed < SEED_LIMIT:
             problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
-        return problems
+        return problems + mesh_problems(self.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -140,6 +140,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_rows(mesh: Mesh, axis: int = 1) -> NamedSharding:
     """Rows split over `data` and `fsdp`: those of [micro-batches, rows, columns], or at another axis."""
     return NamedSharding(mesh, P(*[None] * axis, ROWS))
+
+
+def decoded_rows(base: BaseModel) -> tuple[Sharding, int]:
+    """Return where the rows lie that a model decodes, and of what number they are a multiple: split over `data` alone.
+
+    Under `fsdp`, few rows on every device cost less than weights gathered for each token.
+    """
+    sharding = base.embed.weight.get_value().sharding
+    if not isinstance(sharding, NamedSharding) or "data" not in sharding.mesh.shape:
+        return sharding, 1
+    return NamedSharding(sharding.mesh, P("data")), sharding.mesh.shape["data"]
 
 
 def split_heads(mesh: Mesh, n_head: int) -> NamedSharding:

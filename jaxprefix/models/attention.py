@@ -76,10 +76,9 @@ def write_cache(
     cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
-    n_rows, n_heads, *_ = k.shape
     slots = own_slots(k[:, 0]) if slots is None else slots
-    places = jnp.arange(n_rows)[:, None, None], jnp.arange(n_heads)[:, None], slots[:, None]
-    return cache[0].at[places].set(k), cache[1].at[places].set(v)
+    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads may be split over devices: all stay
+    return put(cache[0], k, slots), put(cache[1], v, slots)
 
 
 def attend(

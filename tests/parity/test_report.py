@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import conversion, data, loss, prefix, recipe, tokenizer, train, update
+from jaxprefix import batches, conversion, data, loss, prefix, recipe, tokenizer, train, update
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
@@ -74,7 +74,7 @@ FAULTS = {
         ),
     ),
     "document tails kept": ("chunks", lambda: with_recipe(drop_document_tails=False)),
-    "labels of the second row not shifted": ("batches", lambda: replaced(data, "rows_of", shift_of_second_row_lost)),
+    "labels of the second row not shifted": ("batches", lambda: replaced(batches, "rows_of", shift_of_second_row_lost)),
     "rotary base": (
         "base_keys_values",
         lambda: replaced(
