@@ -5,6 +5,7 @@ python -m benchmarks.data --gigabytes 1
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -27,8 +28,9 @@ def make_file(path: Path, n_bytes: int) -> None:
             number += len(documents)
 
 
-def measure(path: Path) -> dict[str, float]:
+def measure(path: Path, cache: str) -> dict[str, float]:
     """Read a file's examples in this process: seconds, and the most memory of it and its helpers together."""
+    os.environ["XDG_CACHE_HOME"] = cache
     from jaxprefix import load_tokenizer
     from jaxprefix.examples import Chunking
     from jaxprefix.token_cache import load_examples
@@ -52,19 +54,15 @@ def measure(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, or one measurement as JSON."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--measure", type=Path, help="read this file in this process")
     flags = parser.parse_args()
-    if flags.measure:
-        print(json.dumps(measure(flags.measure)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "data.jsonl"
         make_file(path, int(flags.gigabytes * 1e9))
         megabytes = path.stat().st_size / 1e6
-        runs = [in_process("benchmarks.data", "--measure", path, XDG_CACHE_HOME=temporary) for _ in range(2)]
+        runs = [in_process(measure, path, temporary) for _ in range(2)]
     rows = [
         [way, f"{run['seconds']:.1f}", f"{megabytes / run['seconds']:.1f}", f"{run['peak_bytes'] / 1e6:.0f}"]
         for way, run in zip(("first time", "from the cache"), runs, strict=True)

@@ -14,15 +14,15 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import (
+    Turn,
     add_turns,
-    end_turn,
     gib,
     largest,
     median,
@@ -33,7 +33,6 @@ from benchmarks.report import (
     table,
     take_turns,
     turns,
-    wait_for_turn,
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
@@ -115,27 +114,25 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str, n_times: int) -> None:
+def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str) -> Iterator[Turn | None]:
     """Decode with one way in this process, once a turn. Raises RuntimeError when a row stops early."""
     decoder, bandwidth = WAYS[way]
-    wait_for_turn()
     decode = decoder(folder, n_rows, n_new, dtype)
     decode()
     peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
     read, n_bytes = bandwidth()
     read()
-    end_turn()
-    for _ in range(n_times):
-        wait_for_turn()
+    yield None
+    while True:
         seconds, made = timed(decode)
         if [len(row) for row in made] != [n_new] * n_rows:
             raise RuntimeError(f"{way} made {[len(row) for row in made]} tokens instead of {n_rows} rows of {n_new}")
-        end_turn(
-            tokens_per_s=n_rows * n_new / seconds,
-            bytes_per_s=n_bytes / min(timed(read)[0] for _ in range(10)),
-            ids=hashlib.sha256(json.dumps(made).encode()).hexdigest(),
+        yield {
+            "tokens_per_s": n_rows * n_new / seconds,
+            "bytes_per_s": n_bytes / min(timed(read)[0] for _ in range(10)),
+            "ids": hashlib.sha256(json.dumps(made).encode()).hexdigest(),
             **peaks,
-        )
+        }
 
 
 def bytes_per_token(shape: str, dtype: str) -> int:
@@ -179,7 +176,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], steps_per_s: float) 
 
 
 def main() -> None:
-    """Print the table, or one measurement as JSON."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="prompts that are continued together")
@@ -187,18 +184,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--times", type=int, default=5, help="decodings of a process")
     add_turns(parser)
-    parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
-    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
-    if flags.measure:
-        measure(flags.measure, flags.folder, flags.rows[0], flags.new_tokens, flags.dtype, flags.times)
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape], flags.dtype)
         write_prefix(folder / "prefix", flags.shape)
-        common = ("--folder", folder, "--new_tokens", flags.new_tokens, "--dtype", flags.dtype, "--times", flags.times)
-        arguments = {f"{w}:{n}": ("--measure", w, "--rows", n, *common) for n in flags.rows for w in WAYS}
-        results = take_turns(arguments, "benchmarks.decode", flags.times, flags.alone)
+        arguments = {f"{w}:{n}": (w, folder, n, flags.new_tokens, flags.dtype) for n in flags.rows for w in WAYS}
+        results = take_turns(arguments, measure, flags.times, flags.alone)
     n_bytes = bytes_per_token(flags.shape, flags.dtype)
     bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)
     header = ["decoding", "rows", "new tokens/s", "jaxprefix is × as fast", "of its limit", "peak GiB", "same ids"]

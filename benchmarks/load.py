@@ -4,7 +4,6 @@ python -m benchmarks.load --shape 1.4b --disk float16 --dtype float16
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -78,22 +77,16 @@ def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the table, or one measurement as JSON."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--disk", default="float16", help="type of the weights in the files")
     parser.add_argument("--dtype", default="float16", help="type to load them as")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", choices=WAYS, help="measure one way in this process")
-    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
-    if flags.measure:
-        print(json.dumps(measure(flags.measure, flags.folder, flags.dtype)))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape], flags.disk, n_shards=3)
-        arguments = {way: ("--measure", way, "--folder", folder, "--dtype", flags.dtype) for way in WAYS}
-        results = alternate(arguments, "benchmarks.load", flags.rounds)
+        results = alternate({way: (way, folder, flags.dtype) for way in WAYS}, measure, flags.rounds)
     file_bytes = results["files"][0]["file_bytes"]
     weights = file_bytes * np.dtype(flags.dtype).itemsize / np.dtype(flags.disk).itemsize
     read = median(results["files"], "seconds")

@@ -11,7 +11,6 @@ compiler starts early what it can, and holds more.
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
@@ -20,9 +19,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import alternate, gib, largest, publish, table, take_turns
+from benchmarks.report import (
+    add_compute,
+    alternate,
+    compute_of,
+    gib,
+    largest,
+    publish,
+    suffix_of,
+    table,
+    take_turns,
+    told,
+)
 from benchmarks.shapes import SHAPES, make_folder, model_config
-from jaxprefix.config import Compute, TrainConfig
+from benchmarks.train import arguments_of, measure
+from jaxprefix.config import TrainConfig
 
 DEVICE_BYTES = 80e9
 H100 = Path(__file__).parent / "h100.txtpb"
@@ -30,8 +41,8 @@ SAVING_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 ARRAY_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
-def account(flags: argparse.Namespace) -> dict[str, Any]:
-    """Compile an update for the mesh `flags.measure`, and return its bytes on each of its devices."""
+def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """Compile an update for a mesh, and return its bytes on each of its devices."""
     # Both are read when JAX finds its devices.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"
     os.environ["JAX_PLATFORMS"] = "cpu"  # where a GPU is asked for that is not there, JAX finds no plugin either
@@ -40,9 +51,8 @@ def account(flags: argparse.Namespace) -> dict[str, Any]:
     from jaxprefix.batches import PaddedShape
     from jaxprefix.check import compiled_update
 
-    compute = Compute(remat=flags.remat, scan_layers=flags.scan_layers)
     names = (flags.shape, Path(), flags.shape)
-    config = TrainConfig(*names, dtype=flags.dtype, mesh=flags.measure, compute=compute)
+    config = TrainConfig(*names, dtype=flags.dtype, mesh=mesh, compute=compute_of(flags))
     n_devices = math.prod((config.mesh_sizes or {}).values())
     jax.config.update("jax_num_cpu_devices", n_devices)
     started = time.perf_counter()
@@ -88,11 +98,7 @@ def largest_array(program: str) -> str:
 
 def tell_account(flags: argparse.Namespace) -> None:
     """Print and write the table of accounts, a line for each mesh."""
-    names = ("shape", "dtype", "remat", "rows", "tokens")
-    common = [argument for name in names for argument in (f"--{name}", getattr(flags, name))]
-    common += [f"--{name}" for name in ("gpu", "scan_layers") if getattr(flags, name)]
-    arguments = {mesh: ("--measure", mesh, *common) for mesh in flags.mesh}
-    results = alternate(arguments, "benchmarks.memory", n_rounds=1)
+    results = alternate({mesh: (mesh, flags) for mesh in flags.mesh}, account, n_rounds=1)
     parts = ("arguments", "outputs", "temporaries", "total")
     rows = [
         [mesh, *(gib(r[name]) for name in parts), f"{r['total'] / DEVICE_BYTES:.2f}", f"`{r['largest']}`"]
@@ -112,21 +118,23 @@ def tell_measured(flags: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        common = ("--folder", folder, "--data", flags.data, "--updates", flags.updates)
-        arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        results = take_turns(arguments, "benchmarks.train", flags.updates, flags.rounds)
+        sizes = {"train_data_size": 4 * flags.updates, "n_training_steps": flags.updates, "n_epochs": 1}
+        config = TrainConfig(str(folder), flags.data, "benchmark", compute=compute_of(flags), **sizes)
+        results = take_turns(arguments_of(flags.ways, config, 1), measure, flags.updates, flags.rounds)
     rows = []
     for way, turns in results.items():
         held = weights if way.endswith("float32") else weights // 2
         peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
         rows.append([way, *map(gib, (held, *peaks)), f"{max(peaks) / held:.2f}"])
     header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
-    title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
-    publish(f"memory_{flags.shape}", f"{title}\n\n{table(header, rows)}", results)
+    title = (
+        f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates{told(config.compute)}"
+    )
+    publish(f"memory_{flags.shape}{suffix_of(config.compute)}", f"{title}\n\n{table(header, rows)}", results)
 
 
 def main() -> None:
-    """Print the table, or one account as JSON."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="default: 110m, with --abstract 20b")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
@@ -136,17 +144,14 @@ def main() -> None:
     parser.add_argument("--abstract", action="store_true", help="compile for shapes instead of training")
     parser.add_argument("--mesh", nargs="+", default=["fsdp=8", "tensor=8", "data=1"], help="with --abstract")
     parser.add_argument("--dtype", default="bfloat16", help="with --abstract")
-    parser.add_argument("--remat", default="block", help="with --abstract: elementwise or block")
-    parser.add_argument("--scan_layers", action="store_true", help="with --abstract: the layers in a loop")
+    add_compute(parser)
+    parser.set_defaults(remat=None)  # block with --abstract
     parser.add_argument("--gpu", action="store_true", help="with --abstract: for H100s, which need not be there")
     parser.add_argument("--rows", type=int, default=8, help="with --abstract")
     parser.add_argument("--tokens", type=int, default=2048, help="with --abstract: of each row")
-    parser.add_argument("--measure", help="account for this mesh in this process")
     flags = parser.parse_args()
-    if flags.measure:
-        print(json.dumps(account(flags)))
-        return
     flags.shape = flags.shape or ("20b" if flags.abstract else "110m")
+    flags.remat = flags.remat or ("block" if flags.abstract else "elementwise")
     (tell_account if flags.abstract else tell_measured)(flags)
 
 

@@ -1,94 +1,123 @@
 """What every benchmark shares: the machine's description, rounds and turns of processes, medians, files."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxprefix.config import Compute
+
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
-END_OF_TURN = "end of turn: "
+SPAWN = multiprocessing.get_context("spawn")
+Turn = dict[str, Any]
+"""What one turn of a way gave."""
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
 
 
-def in_process(module: str, *arguments: object, **environment: str) -> dict[str, Any]:
-    """Run `python -m module arguments` and return the JSON object on its last line of output."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+def in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """Call a function in a new process, and return its result."""
+    with ProcessPoolExecutor(1, SPAWN) as pool:
+        return pool.submit(measure, *arguments).result()
 
 
-def alternate(ways: Mapping[str, Sequence[object]], module: str, n_rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Run every way once in each round, each in a process of its own, and collect what they print."""
+def alternate(
+    ways: Mapping[str, Sequence[object]], measure: Callable[..., dict[str, Any]], n_rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure every way, by its arguments, once in each round, each time in a process of its own."""
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(n_rounds):
         for way, arguments in ways.items():
-            results[way].append(in_process(module, *arguments))
+            results[way].append(in_process(measure, *arguments))
             print(f"round {number + 1}, {way}: {json.dumps(results[way][-1])}", file=sys.stderr, flush=True)
     return results
 
 
 def take_turns(
-    ways: Mapping[str, Sequence[object]], module: str, n_turns: int, n_rounds: int = 0
-) -> dict[str, list[dict[str, Any]]]:
-    """Let every way, a process of its own, work from one `end_turn` to the next, and collect what the turns gave.
+    ways: Mapping[str, Sequence[object]], measure: Callable[..., Iterator[Turn | None]], n_turns: int, n_rounds: int = 0
+) -> dict[str, list[Turn]]:
+    """Let every way, a process of its own, go on with `measure` from one yield to the next, and collect what it yields.
 
     All ways are started and take turns, for machines whose speed changes from minute to minute; with `n_rounds`, each
     has its turns alone, every way once a round, for what fills a GPU's memory. A way that breaks off keeps the turns
-    that it has had. What a process tells at the end of its first turn, in which it prepares itself, is left out.
+    that it has had. What a process yields after its first turn, in which it prepares itself, is left out.
     """
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    results: dict[str, list[Turn]] = {way: [] for way in ways}
     if n_rounds:
         for way in [*ways] * n_rounds:
-            results[way] += take_turns({way: ways[way]}, module, n_turns)[way]
+            results[way] += take_turns({way: ways[way]}, measure, n_turns)[way]
         return results
-    environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ  # a GPU's memory is for all of them
-    at_work = {
-        way: subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for way, arguments in ways.items()
-    }
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for all of them
+    at_work = {way: _start(measure, arguments) for way, arguments in ways.items()}
     for number in range(n_turns + 1):
-        for way, process in [*at_work.items()]:
-            line = _next_turn(process)
-            if line is None:
-                at_work.pop(way).communicate()
-                print(f"{way} ended with {process.returncode} in turn {number}", file=sys.stderr, flush=True)
-            elif number:
-                results[way].append(json.loads(line.removeprefix(END_OF_TURN)))
-    for process in at_work.values():
-        process.communicate()
+        for way, (process, pipe) in [*at_work.items()]:
+            try:
+                pipe.send(None)
+                turn = pipe.recv()
+            except (EOFError, OSError):
+                del at_work[way]
+                process.join()
+                print(f"{way} ended with {process.exitcode} in turn {number}", file=sys.stderr, flush=True)
+            else:
+                results[way] += [turn] if number else []
+    for process, pipe in at_work.values():
+        pipe.close()
+        process.join()
     return results
 
 
-def _next_turn(process: subprocess.Popen[str]) -> str | None:
-    """Let a process have its turn, and return the line that ends it; None if the process ended instead."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
-    return next((line for line in process.stdout if line.startswith(END_OF_TURN)), None)
+def _start(measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[object]) -> tuple[Any, Connection]:
+    """Start a process that goes on with a generator when something is sent to it, and sends back what that yields."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=_work, args=(theirs, measure, arguments))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _work(pipe: Connection, measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[object]) -> None:
+    turns = measure(*arguments)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.recv()
+            pipe.send(next(turns))
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of how jaxprefix computes."""
+    parser.add_argument("--remat", default="elementwise", help="of jaxprefix: elementwise or block")
+    parser.add_argument("--scan_layers", action="store_true", help="of jaxprefix: the layers in a loop")
+
+
+def compute_of(flags: argparse.Namespace) -> Compute:
+    """Return how jaxprefix computes by these flags."""
+    return Compute(remat=flags.remat, scan_layers=flags.scan_layers)
+
+
+def told(compute: Compute) -> str:
+    """Return the flags of how jaxprefix computes, for a title."""
+    remat = "" if compute.remat == "elementwise" else f", --remat {compute.remat}"
+    return remat + (", --scan_layers" if compute.scan_layers else "")
+
+
+def suffix_of(compute: Compute) -> str:
+    """Return the same for a file's name."""
+    return told(compute).replace(", --remat ", "_").replace(", --scan_layers", "_scan")
 
 
 def add_turns(parser: argparse.ArgumentParser) -> None:
@@ -106,16 +135,6 @@ def turns(n_turns: int, what: str, n_rounds: int) -> str:
 def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
     """Return the median of ours ÷ theirs of a field, turn by turn as far as both have come; NaN if one has not."""
     return median([{field: a[field] / b[field]} for a, b in zip(ours, theirs, strict=False)], field)
-
-
-def wait_for_turn() -> None:
-    """In a process of `take_turns`: wait until it may go on."""
-    sys.stdin.readline()
-
-
-def end_turn(**result: float | str) -> None:
-    """In a process of `take_turns`: tell what the turn gave."""
-    print(f"{END_OF_TURN}{json.dumps(result)}", flush=True)
 
 
 def median(results: Sequence[Mapping[str, Any]], field: str) -> float:

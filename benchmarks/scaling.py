@@ -9,8 +9,6 @@ point lies off it, and the cost of what each point adds to the one before it ÷ 
 
 import argparse
 import dataclasses
-import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +40,8 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     from jaxprefix.config import TrainConfig
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
-    from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import make_mesh, replicated
-    from jaxprefix.update import FrozenBase, first_state, learning_rate, make_optimizer, make_update
+    from jaxprefix.update import FrozenBase, first_state, learning_rate, make_update
 
     model = dataclasses.replace(model_config(SHAPES[shape]), n_layer=layers)
     config = TrainConfig(shape, Path(), shape, dtype=dtype, prefix_seq_len=prefix)
@@ -56,10 +53,10 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     base = jax.device_put(jax.tree.map(weight, abstract_model(model)), replicated(mesh))
     rate = jax.device_put(learning_rate(config, config.n_training_steps), replicated(mesh))
     encoder = new_encoder(base, *config.encoder_sizes, config.seed)
-    state = jax.device_put(first_state(config, encoder, make_optimizer(config, rate)), replicated(mesh))
+    state = jax.device_put(first_state(config, encoder), replicated(mesh))
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
-    update = make_update(functools.partial(make_optimizer, config), RECIPES[config.recipe], mesh)
+    update = make_update(config, mesh)
     frozen_base = FrozenBase.of(base)
 
     def step() -> None:
@@ -110,7 +107,7 @@ def tell(sweep: str, points: list[int], results: list[dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Print the tables, or one sweep as JSON."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="13m", help="its layers are replaced")
     parser.add_argument("--dtype", default="float32")
@@ -118,16 +115,10 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="few and small points")
     parser.add_argument("--turns", type=int, default=3, help="of every point in a process")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--measure", choices=SWEEPS, help="measure one sweep in this process")
     flags = parser.parse_args()
     sweeps = SMALL if flags.small else SWEEPS
-    if flags.measure:
-        print(json.dumps(measure(flags.measure, sweeps[flags.measure], flags.shape, flags.dtype, flags.turns)))
-        return
-    common = ["--shape", flags.shape, "--dtype", flags.dtype, "--turns", flags.turns]
-    common += ["--small"] if flags.small else []
-    arguments = {sweep: ("--measure", sweep, *common) for sweep in flags.sweeps}
-    results = alternate(arguments, "benchmarks.scaling", flags.rounds)
+    arguments = {sweep: (sweep, sweeps[sweep], flags.shape, flags.dtype, flags.turns) for sweep in flags.sweeps}
+    results = alternate(arguments, measure, flags.rounds)
     usual = f"{USUAL['tokens']} tokens in rows of {ROW}, {USUAL['layers']} layers, prefix {USUAL['prefix']}"
     title = f"{flags.shape}, {flags.dtype}; where it is not said otherwise {usual}; {flags.rounds} rounds"
     text = "\n\n".join(tell(sweep, sweeps[sweep], runs) for sweep, runs in results.items())

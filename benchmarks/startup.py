@@ -8,7 +8,6 @@ after it (evaluation, saving) is cut off.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import alternate, median, publish, table
+from benchmarks.report import median, publish, table
 from benchmarks.shapes import SHAPES, make_folder
 
 WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cache
@@ -51,26 +50,18 @@ def measure(way: str, folder: Path, data: Path, round_folder: Path) -> dict[str,
 
 
 def main() -> None:
-    """Print the table, or one measurement as JSON."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measure", choices=WAYS, help="measure one way")
-    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
-    parser.add_argument("--round_folder", type=Path, help="with --measure: for the cache and the run")
     flags = parser.parse_args()
-    if flags.measure:
-        print(json.dumps(measure(flags.measure, flags.folder, flags.data, flags.round_folder)))
-        return
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(flags.rounds):
         with tempfile.TemporaryDirectory() as temporary:
             folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
-            common = ("--folder", folder, "--data", flags.data, "--round_folder", temporary)
-            once = alternate({way: ("--measure", way, *common) for way in WAYS}, "benchmarks.startup", 1)
-        for way in WAYS:
-            results[way] += once[way]
+            for way in WAYS:
+                results[way].append(measure(way, folder, flags.data, Path(temporary)))
     rows = []
     for way, runs in results.items():
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, results["torch_ref"], strict=True)]

@@ -5,24 +5,27 @@ python -m benchmarks.train --shape 1.4b --tokens 2048 --ways jaxprefix:bfloat16 
 
 All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
 machine whose speed changes from minute to minute changes for all; ratios are medians over turns. Useful tokens are
-labels in the loss. The limit is 4N FLOPs a token at the rate at which products of the MLP's shape, one after the
-other, run in the same process in the same turn.
+labels in the loss. The limit is 4N FLOPs a token, and attention's, at the rate at which products of the MLP's shape,
+one after the other, run in the same process in the same turn.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.report import (
+    Turn,
+    add_compute,
     add_turns,
-    end_turn,
+    compute_of,
     gib,
     largest,
     median,
@@ -30,15 +33,16 @@ from benchmarks.report import (
     peak_memory,
     publish,
     ratio,
+    suffix_of,
     table,
     take_turns,
+    told,
     turns,
-    wait_for_turn,
 )
 from benchmarks.shapes import SHAPES, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_batch
-from jaxprefix.config import Compute, TrainConfig
-from jaxprefix.data import IGNORED, longest_row, update_plan
+from jaxprefix.config import TrainConfig
+from jaxprefix.data import IGNORED, longest_row, row_lengths, update_plan
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.tokenizer import load_tokenizer
 
@@ -53,6 +57,8 @@ class Training(NamedTuple):
 
     n_useful: list[int]
     """Labels of each batch."""
+    lengths: list[np.ndarray]
+    """Tokens of each batch's rows."""
     first: list[int]
     """Batches whose updates come before the measured ones: they compile."""
     update: Callable[[int], Callable[[], object]]
@@ -66,10 +72,9 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     from jaxprefix.cli import prepare_compiling
     from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
-    from jaxprefix.recipe import RECIPES
+    from jaxprefix.prefix import new_encoder
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
-    from jaxprefix.start import start_state
-    from jaxprefix.update import FrozenBase, learning_rate, make_optimizer, make_update
+    from jaxprefix.update import FrozenBase, first_state, learning_rate, make_update
 
     prepare_compiling()
     mesh = make_mesh()
@@ -77,10 +82,9 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     place = base_sharding(mesh, inputs.base.config.n_head)
     base = load_model(Path(config.pretrained_model_dir), config.dtype, place, inputs.base.config, config.compute)
     rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
-    optimizer_of = functools.partial(make_optimizer, config)
-    state = start_state(config, base, inputs.base.tokenizer, optimizer_of(rate), False)
-    state = jax.device_put(state, replicated(mesh))
-    compiled_update = make_update(optimizer_of, RECIPES[config.recipe], mesh)
+    encoder = new_encoder(base, *config.encoder_sizes, config.seed)
+    state = jax.device_put(first_state(config, encoder), replicated(mesh))
+    compiled_update = make_update(config, mesh)
     batches = list(update_batches(config, inputs, mesh, 0))
     frozen_base = FrozenBase.of(base)
 
@@ -89,24 +93,27 @@ def jaxprefix_training(config: TrainConfig) -> Training:
         state, outcome = compiled_update(state, rate, frozen_base, batches[number])
         return outcome.loss.block_until_ready
 
-    n_useful = [batch.n_labels for batch in batches]
-    return Training(n_useful, _one_of_each([batch.tokens.shape for batch in batches]), update)
+    n_useful, examples = [batch.n_labels for batch in batches], inputs.train_set
+    groups = (inputs.plan.micro_batches(number)[0] for number in range(len(batches)))
+    lengths = [row_lengths([examples[i] for i in group]) for group in groups]
+    return Training(n_useful, lengths, _one_of_each([batch.tokens.shape for batch in batches]), update)
 
 
-def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int]]:
-    """Return the same batches as (tokens, labels), padded as the original pads them, and the useful tokens of each."""
+def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.ndarray]]:
+    """Return the same batches as (tokens, labels), padded as the original pads them; useful tokens; rows' lengths."""
     import torch
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
     examples = read_examples(config.data_filepath, Chunking(tokenizer, max_seq_len=config.max_seq_len))
     plan = update_plan(config, config.train_data_size)
-    batches, n_useful = [], []
+    batches, n_useful, lengths = [], list[int](), list[np.ndarray]()
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]
         batch = make_batch(group, tokenizer, 2 * len(group), longest_row(group))
         batches.append((torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()))
         n_useful.append(batch.n_labels)
-    return batches, n_useful
+        lengths.append(row_lengths(group))
+    return batches, n_useful, lengths
 
 
 def torch_ref_training(config: TrainConfig) -> Training:
@@ -126,7 +133,7 @@ def torch_ref_training(config: TrainConfig) -> Training:
     base = load_base(parsed, device=device)
     encoder = PrefixEncoder.of(base, PREFIX, 10, 10).to(device)
     steps = PlainSteps(encoder, parsed, 0)
-    batches, n_useful = torch_batches(config)
+    batches, n_useful, lengths = torch_batches(config)
 
     def update(number: int) -> Callable[[], object]:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -134,7 +141,7 @@ def torch_ref_training(config: TrainConfig) -> Training:
         steps.step(loss)
         return loss.item
 
-    return Training(n_useful, [0], update)
+    return Training(n_useful, lengths, [0], update)
 
 
 def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
@@ -151,7 +158,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
     if compiled:
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.99))
-    batches, n_useful = torch_batches(config)
+    batches, n_useful, lengths = torch_batches(config)
 
     def update(number: int) -> Callable[[], object]:
         tokens, labels = (part.to(device) for part in batches[number])
@@ -164,7 +171,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
         return loss.item
 
     first = _one_of_each([tokens.shape for tokens, _ in batches]) if compiled else [0]
-    return Training(n_useful, first, update)
+    return Training(n_useful, lengths, first, update)
 
 
 def _one_of_each(shapes: list[tuple[int, ...]]) -> list[int]:
@@ -236,18 +243,16 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
     return measured
 
 
-def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
+def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | None]:
     """Time updates of one way in this process, `n_a_turn` in a turn."""
     n_layer, width, inner, vocab = sizes_of(Path(config.pretrained_model_dir))
     n_matrix = n_layer * (4 * width * width + 2 * width * inner) + vocab * width
-    wait_for_turn()
     training = WAYS[way](config)
     for number in training.first:
         training.update(number)()
     measured_rate = matrix_rate(way, config.dtype, width, inner)
-    end_turn()
+    yield None
     for first in range(0, config.n_training_steps, n_a_turn):
-        wait_for_turn()
         numbers = range(first, first + n_a_turn)
         started = time.perf_counter()
         waiting = [training.update(number) for number in numbers]
@@ -255,9 +260,26 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> None:
         seconds = time.perf_counter() - started
         peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
         rate = measured_rate()
-        tokens_per_s = sum(training.n_useful[number] for number in numbers) / seconds
-        of_limit = tokens_per_s * 4 * n_matrix / rate
-        end_turn(tokens_per_s=tokens_per_s, step_s=seconds / n_a_turn, rate=rate, of_limit=of_limit, **peaks)
+        n_useful = sum(training.n_useful[number] for number in numbers)
+        of_attention = attention_flops([training.lengths[number] for number in numbers], n_layer, width)
+        of_limit = (4 * n_matrix * n_useful + of_attention) / (rate * seconds)
+        speed = {"tokens_per_s": n_useful / seconds, "step_s": seconds / n_a_turn}
+        yield {**speed, "rate": rate, "of_limit": of_limit, **peaks}
+
+
+def attention_flops(lengths: list[np.ndarray], n_layer: int, width: int) -> float:
+    """Return the operations of causal attention on rows of these tokens behind the prefix.
+
+    Scores and sums, forward; for the backward pass, which computes the scores again, 2.5 times as many.
+    """
+    n_pairs = sum(float((of_batch * (PREFIX + of_batch / 2)).sum()) for of_batch in lengths)
+    return 3.5 * 4 * n_layer * width * n_pairs
+
+
+def arguments_of(ways: Sequence[str], config: TrainConfig, n_a_turn: int) -> dict[str, tuple[object, ...]]:
+    """Return what `measure` takes for each way and type, such as peft:bfloat16."""
+    named = {way: way.split(":") for way in ways}
+    return {way: (name, dataclasses.replace(config, dtype=dtype), n_a_turn) for way, (name, dtype) in named.items()}
 
 
 def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int) -> Path:
@@ -290,7 +312,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Print the table, or one way's measurements."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
     parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
@@ -301,43 +323,30 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=30)
     parser.add_argument("--updates_a_turn", type=int, default=1, help="between which nothing waits: for fast devices")
     parser.add_argument("--batch_size", type=int, default=4, help="examples of a batch, each makes two rows")
-    parser.add_argument("--remat", default="elementwise", help="of jaxprefix: elementwise or block")
+    add_compute(parser)
     add_turns(parser)
-    parser.add_argument("--measure", help="measure one of the ways in this process")
-    parser.add_argument("--folder", type=Path, help="with --measure: the base model")
     flags = parser.parse_args()
     if flags.updates % flags.updates_a_turn:
         parser.error(f"--updates {flags.updates} is no multiple of --updates_a_turn {flags.updates_a_turn}")
     max_seq_len = flags.tokens - PREFIX - 1 if flags.tokens else TrainConfig.max_seq_len
-    if flags.measure:
-        way, dtype = flags.measure.split(":")
-        sizes = {"train_data_size": flags.updates * flags.batch_size, "batch_size": flags.batch_size}
-        lengths = {"prefix_seq_len": PREFIX, "max_seq_len": max_seq_len, "n_training_steps": flags.updates}
-        compute = Compute(remat=flags.remat)
-        config = TrainConfig(
-            str(flags.folder), flags.data, "benchmark", dtype=dtype, n_epochs=1, compute=compute, **sizes, **lengths
-        )
-        measure(way, config, flags.updates_a_turn)
-        return
     with tempfile.TemporaryDirectory() as temporary:
         disk = "bfloat16" if all(way.endswith(":bfloat16") for way in flags.ways) else "float32"
         folder, data = make_folder(Path(temporary) / "base", SHAPES[flags.shape], disk), flags.data
         if flags.tokens:
             n_examples = flags.updates * flags.batch_size + TrainConfig.dev_data_size
             data = strung_together(data, folder, max_seq_len, n_examples)
-        common = ["--folder", folder, "--data", data, *(["--tokens", flags.tokens] if flags.tokens else [])]
-        for name in ("updates", "updates_a_turn", "batch_size", "remat"):
-            common += [f"--{name}", getattr(flags, name)]
-        arguments = {way: ("--measure", way, *common) for way in flags.ways}
-        n_turns = flags.updates // flags.updates_a_turn
-        results = take_turns(arguments, "benchmarks.train", n_turns, flags.alone)
+        sizes = {"train_data_size": flags.updates * flags.batch_size, "batch_size": flags.batch_size, "n_epochs": 1}
+        sizes |= {"prefix_seq_len": PREFIX, "max_seq_len": max_seq_len, "n_training_steps": flags.updates}
+        config = TrainConfig(str(folder), data, "benchmark", compute=compute_of(flags), **sizes)
+        arguments = arguments_of(flags.ways, config, flags.updates_a_turn)
+        results = take_turns(arguments, measure, flags.updates // flags.updates_a_turn, flags.alone)
     first = flags.ways[0]
     header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
     header += ["host peak GiB", "GPU peak GiB"]
     rows_of = f"rows of up to {flags.tokens - PREFIX} tokens" if flags.tokens else "the original's rows"
     setting = f"batches of {flags.batch_size} examples, {rows_of}, prefix {PREFIX}"
-    title = f"{flags.shape}, {setting}, {turns(flags.updates, 'updates', flags.alone)}"
-    name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "")
+    title = f"{flags.shape}, {setting}, {turns(flags.updates, 'updates', flags.alone)}{told(config.compute)}"
+    name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "") + suffix_of(config.compute)
     publish(name, f"{title}\n\n{table(header, rows_of_table(results))}", results)
 
 

@@ -37,9 +37,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Let the block write files into a free folder, which after a failure is as it was. Raises InputError."""
-    check_free(folder)
-    existed = folder.is_dir()
+    """Let the block write files into a folder, which after a failure is as it was.
+
+    Raises InputError if it holds something already, but for what a killed copy left.
+    """
+    existed = folder.exists()
+    if existed and not (folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())):
+        raise InputError(f"{folder}: is not an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _clear(folder)
@@ -55,12 +59,6 @@ def filling(folder: Path) -> Iterator[None]:
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
-
-
-def check_free(folder: Path) -> None:
-    """Raise InputError if a folder that is to be written holds something already, but for what a killed copy left."""
-    if folder.exists() and not (folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())):
-        raise InputError(f"{folder}: is not an empty folder")
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:

@@ -110,11 +110,6 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
     write_safetensors(folder / ADAPTER_WEIGHTS, folded, base)
 
 
-def write_weight(path: Path, folded: np.ndarray) -> None:
-    """Write the original's format: `torch.save` of the folded tensor. Needs torch; raises OSError."""
-    torch_files.save_torch(path, folded)
-
-
 def write_npy(path: Path, folded: np.ndarray) -> None:
     """Write the folded array in numpy's format; raises OSError."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -241,7 +236,7 @@ def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if TENSOR_NAME not in weights and len(weights) != 1:
         raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {len(weights)}: {list(weights)[:3]}")
     _refuse_others(path, weights)
-    return next(iter(weights.values())).read(None), header
+    return next(iter(weights.values())).view(), header
 
 
 def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ every disagreement is reported in one error before any weight is read, but for c
 table, read backwards, writes a checkpoint.
 """
 
+import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,15 +17,7 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.files import save_safetensors
-from convert.weights import (
-    SHARD_INDEX,
-    SINGLE_FILE,
-    FiniteWeight,
-    SplitWeight,
-    StoredWeight,
-    TransposedWeight,
-    stored_weights,
-)
+from convert.weights import SHARD_INDEX, SINGLE_FILE, FiniteWeight, StoredWeight, stored_weights
 
 How = Literal["transpose", "split", "again"]
 Rule = str | tuple[str, *tuple[How, ...]] | None
@@ -58,7 +51,7 @@ def stream_weights(
         name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
         if name in found:
             problems.append(f"weight {name} stands twice")
-        found[name] = _as_ours(weight, _how(rules.get(name)))
+        found[name] = weight
 
     problems += [f"unknown weight {name}" for name in sorted(found) if name not in rules]
     wanted = {name: rule for name, rule in rules.items() if rule and "again" not in _how(rule)}
@@ -70,24 +63,23 @@ def stream_weights(
     problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():
         path = path_of(rules.get(name))
-        if path and weight.shape != tuple(shapes[path]):
-            found_shape = _shape_in_file(weight)
-            expected = _as_stored(np.broadcast_to(0, shapes[path]), _how(rules[name])).shape
-            problems.append(f"{name} has shape {found_shape}, config.json asks for {expected}")
+        if path and weight.shape != (expected := _as_stored(np.broadcast_to(0, shapes[path]), _how(rules[name])).shape):
+            problems.append(f"{name} has shape {weight.shape}, config.json asks for {expected}")
     if not found.keys() & {name.format(layer=n_layer - 1) for name in table if "{layer}" in name}:
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if not problems:
         problems += [
             f"{copy} is not {name}, to which config.json ties it"
             for copy, name in copies.items()
-            if copy in found and not _agree(found[copy], found[name])
+            if copy in found and not _agree(found[copy].view(), found[name].view())
         ]
     if problems:
         raise InputError.all(f"{folder}: weights do not fit the model:", problems)
 
     for name, weight in found.items():
         if path := path_of(wanted.get(name)):
-            yield path, FiniteWeight(weight, f"{folder}: weight {name}")
+            as_ours = functools.partial(_as_ours, how=_how(wanted[name]))
+            yield path, FiniteWeight(weight, as_ours, f"{folder}: weight {name}")
 
 
 def write_weights(
@@ -136,7 +128,7 @@ def _how(rule: Rule) -> tuple[How, ...]:
     return rule[1:] if isinstance(rule, tuple) else ()
 
 
-def _agree(one: StoredWeight, other: StoredWeight) -> bool:
+def _agree(one: np.ndarray, other: np.ndarray) -> bool:
     """Tell whether two weights are the same; what is not finite is told as such elsewhere."""
 
     def same(part: np.ndarray, twin: np.ndarray) -> bool:
@@ -144,8 +136,8 @@ def _agree(one: StoredWeight, other: StoredWeight) -> bool:
             return True  # by their bits, which takes a tenth of the time
         return np.array_equal(part, twin, equal_nan=True)
 
-    blocks = ((slice(start, start + COMPARED_ROWS),) for start in range(0, one.shape[0], COMPARED_ROWS))
-    return all(same(one.read(block), other.read(block)) for block in blocks)
+    blocks = (slice(start, start + COMPARED_ROWS) for start in range(0, len(one), COMPARED_ROWS))
+    return all(same(one[block], other[block]) for block in blocks)
 
 
 def _in_layer(rule: Rule, layer: int) -> Rule:
@@ -154,15 +146,11 @@ def _in_layer(rule: Rule, layer: int) -> Rule:
     return rule and rule.format(layer=layer)
 
 
-def _as_ours(weight: StoredWeight, how: tuple[How, ...]) -> StoredWeight:
-    weight = TransposedWeight(weight) if "transpose" in how else weight
-    return SplitWeight(weight) if "split" in how else weight
+def _as_ours(array: np.ndarray, how: tuple[How, ...]) -> np.ndarray:
+    array = array.T if "transpose" in how else array
+    return array.reshape(3, -1, *array.shape[1:]) if "split" in how else array
 
 
 def _as_stored(array: np.ndarray, how: tuple[How, ...]) -> np.ndarray:
     array = array.reshape(-1, *array.shape[2:]) if "split" in how else array
     return array.T if "transpose" in how else array
-
-
-def _shape_in_file(weight: StoredWeight) -> tuple[int, ...]:
-    return _shape_in_file(weight.stored) if isinstance(weight, TransposedWeight | SplitWeight) else weight.shape

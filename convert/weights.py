@@ -4,11 +4,12 @@ A tensor is mapped, copied and let go of again, so that nothing but what the cal
 """
 
 import dataclasses
+import functools
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -39,109 +40,42 @@ Index = tuple[slice, ...] | None
 """A part of a weight; None is all of it."""
 
 
-class StoredWeight(Protocol):
+class StoredWeight(NamedTuple):
     """One tensor of a file, not yet read."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Axes."""
-
-    def read(self, index: Index) -> np.ndarray:
-        """Return a part of it, in the type it is stored in. It may be a view of the file, which then stays mapped."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SafetensorsWeight:
-    """A tensor of a safetensors file."""
-
-    path: Path
-    dtype: np.dtype
     shape: tuple[int, ...]
-    start: int
-    """Its first byte in the file."""
-
-    def read(self, index: Index) -> np.ndarray:
-        """Map the file, until nothing holds the part any more: what stays mapped would count as memory."""
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.ndarray(self.shape, self.dtype, mapped, self.start)[index or ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchWeight:
-    """A tensor of a file that torch wrote, which is mapped, not read as a whole."""
-
-    array: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Axes as stored."""
-        return self.array.shape
-
-    def read(self, index: Index) -> np.ndarray:
-        """Return the part."""
-        return self.array[index or ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransposedWeight:
-    """A tensor with its two axes exchanged."""
-
-    stored: StoredWeight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Axes after the exchange."""
-        return self.stored.shape[::-1]
-
-    def read(self, index: Index) -> np.ndarray:
-        """Return the part, transposed."""
-        return self.stored.read(index and index[::-1]).T
-
-
-@dataclasses.dataclass(frozen=True)
-class SplitWeight:
-    """A tensor whose first axis, of q, k and v one after the other, becomes two."""
-
-    stored: StoredWeight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[3, a third, …]; as it was if there are no thirds."""
-        shape = self.stored.shape
-        return (3, shape[0] // 3, *shape[1:]) if shape and shape[0] % 3 == 0 else shape
-
-    def read(self, index: Index) -> np.ndarray:
-        """Return the part."""
-        whole = self.stored.read(index and (slice(None), *index[2:]))
-        split = whole.reshape(3, -1, *whole.shape[1:])
-        return split[index[:2]] if index else split
+    view: Callable[[], np.ndarray]
+    """Maps the file, which stays so as long as a part of what this returns is held: that would count as memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FiniteWeight:
-    """A tensor that is copied to memory, and whose numbers are checked, as it is read."""
+    """A tensor as we lay it out, which is copied to memory, and whose numbers are checked, as it is read."""
 
     stored: StoredWeight
+    as_ours: Callable[[np.ndarray], np.ndarray]
+    """Returns a view of the stored tensor with our axes."""
     name: str
     """What an error calls it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Axes."""
-        return self.stored.shape
-
-    @property
-    def first_row(self) -> Index:
-        """The part that lies first in the file: a row of a matrix, or a column of one whose axes are exchanged."""
-        return _first_row(self.stored)
+        """Our axes."""
+        return self.as_ours(np.broadcast_to(0, self.stored.shape)).shape
 
     def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
-        """Return the part in its own type, or another.
+        """Return a part of it in its own type, or another.
 
         Raises InputError when it holds NaN, infinity, no floating-point numbers, or what the other type does not.
         """
-        stored = self.stored.read(index)
+        return self._checked(self.as_ours(self.stored.view())[index or ...], dtype)
+
+    def read_first(self, dtype: str) -> np.ndarray:
+        """Return what lies first in the file: a row of a matrix, or all of a vector."""
+        stored = self.stored.view()
+        return self._checked(stored[:1] if stored.ndim > 1 else stored, dtype)
+
+    def _checked(self, stored: np.ndarray, dtype: str | None) -> np.ndarray:
         if stored.dtype.name not in FLOATS:
             raise InputError(f"{self.name}: holds numbers of type {stored.dtype}; supported: {', '.join(FLOATS)}")
         part = page_copy(stored, stored.dtype if dtype is None else np.dtype(dtype))
@@ -151,14 +85,6 @@ class FiniteWeight:
                 raise InputError(f"{self.name}: holds numbers beyond {most}, the largest of {dtype}{advice}")
             raise InputError(f"{self.name}: holds numbers that are not finite; the file is damaged or badly converted")
         return part
-
-
-def _first_row(stored: StoredWeight) -> Index:
-    if isinstance(stored, SplitWeight):
-        row = _first_row(stored.stored)
-        return row and (slice(None), *row)
-    row = (slice(0, 1), *[slice(None)] * (len(stored.shape) - 1))
-    return None if len(row) < 2 else row[::-1] if isinstance(stored, TransposedWeight) else row
 
 
 def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -215,22 +141,28 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
             for name, value in content.items():
                 if not isinstance(name, str) or not isinstance(value, np.ndarray):
                     raise InputError(f"{path}: expected a dict of weights, found {type(value).__name__} at {name!r}")
-                yield name, TorchWeight(value)
+                yield name, StoredWeight(value.shape, functools.partial(np.asarray, value))
             continue
         yield from read_safetensors(path)[0].items()
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, SafetensorsWeight], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     """Return a safetensors file's tensors, not yet read, and its metadata. Raises InputError."""
     header, start = _safetensors_header(path)
     metadata = header.pop("__metadata__", None) or {}
-    weights: dict[str, SafetensorsWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for name, about in header.items():
         if about["dtype"] not in _NUMPY_TYPES:
             raise InputError(f"{path}: {name} holds numbers of type {about['dtype']}, which numpy does not have")
         dtype, first = np.dtype(_NUMPY_TYPES[about["dtype"]]), start + about["data_offsets"][0]
-        weights[name] = SafetensorsWeight(path, dtype, tuple(about["shape"]), first)
+        shape = tuple(about["shape"])
+        weights[name] = StoredWeight(shape, functools.partial(_mapped, path, dtype, shape, first))
     return weights, metadata
+
+
+def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+    with path.open("rb") as file:
+        return np.ndarray(shape, dtype, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), start)
 
 
 def _shards(index: Path) -> set[str]:

@@ -66,7 +66,7 @@ def padded_shape(examples: Sequence[Example], batch_size: int, n_parts: int) -> 
     """Return the shape that holds any batch of these examples, whose rows can be split into n_parts."""
     lengths, n_labels = row_lengths(examples), int(row_labels(examples).max())
     n_rows, n_columns = max_rows_per_example(lengths) * batch_size, int(lengths.max())
-    return PaddedShape(-(-n_rows // n_parts) * n_parts, n_columns, _if_few(n_labels, n_columns))
+    return PaddedShape(round_up(n_rows, n_parts), n_columns, _if_few(n_labels, n_columns))
 
 
 def make_batch(
@@ -97,7 +97,7 @@ def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
 
 def _if_few(n_labels: int, n_columns: int) -> int | None:
     """Return the room that labels take, or None if they take nearly all columns."""
-    room = _rounded(n_labels)
+    room = round_up(n_labels)
     return room if room <= FEW_LABELS * n_columns else None
 
 
@@ -195,7 +195,7 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
     def taken(columns: Sequence[int]) -> np.ndarray:
         return np.searchsorted(columns, needs[:, 0])
 
-    steps = sorted({_rounded(columns) for columns in np.quantile(needs[:, 0], np.linspace(0, 1, COLUMN_STEPS + 1)[1:])})
+    steps = sorted({round_up(columns) for columns in np.quantile(needs[:, 0], np.linspace(0, 1, COLUMN_STEPS + 1)[1:])})
     choices = [chosen for n in range(SHAPES) for chosen in itertools.combinations(steps, n)]
     totals = [int(np.take([*chosen, last[0]], taken(chosen)).sum()) for chosen in choices]
     close = [(len(c), total, c) for c, total in zip(choices, totals, strict=True) if total <= WORTH_IT * min(totals)]
@@ -203,12 +203,13 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
     used = [(n, *needs[taken(best) <= i, 1:].max(axis=0).tolist()) for i, n in enumerate(best)]
     return [
         PackedShape(n_rows, n_columns, n_texts, n_slots, _if_few(n_labels, n_columns))
-        for n_columns, n_slots, n_labels in sorted({*used, (_rounded(last[0]), *last[1:])})
+        for n_columns, n_slots, n_labels in sorted({*used, (round_up(last[0]), *last[1:])})
     ]
 
 
-def _rounded(columns: float | int) -> int:
-    return -(-math.ceil(columns) // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+def round_up(number: float | int, multiple: int = COLUMN_MULTIPLE) -> int:
+    """Return the least multiple that is not below a number."""
+    return math.ceil(number / multiple) * multiple
 
 
 def lay_out(examples: Sequence[Example], tokenizer: Tokenizer, shape: Shape) -> Batch:
@@ -230,7 +231,7 @@ def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size
     n_texts = -(-max(map(len, groups)) * max_rows_per_example(lengths) // n_parts)
     needs = [_needs(lengths[group], labels[group], n_parts, n_texts) for group in groups]
     n_columns, n_slots, n_labels = np.max(needs, axis=0).tolist()
-    shape = PackedShape(n_parts, _rounded(n_columns), n_texts, n_slots, _if_few(n_labels, n_columns))
+    shape = PackedShape(n_parts, round_up(n_columns), n_texts, n_slots, _if_few(n_labels, n_columns))
     for group in groups:
         yield make_packed_batch([examples[number] for number in group], tokenizer, shape)
 

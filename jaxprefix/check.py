@@ -1,7 +1,6 @@
 """What a training run would find and need, told before it starts: base model, tokenizer, data, memory."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +12,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.errors import InputError
 from jaxprefix.base_folder import open_base
-from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape
+from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape, round_up
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig
-from jaxprefix.data import labels_of_each, split_examples, update_plan
+from jaxprefix.data import row_labels, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
 from jaxprefix.memory import GIB
-from jaxprefix.models import BaseModel, abstract_model, check_weights, weight_shapes
+from jaxprefix.models import abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.stack import stacked
-from jaxprefix.prefix import new_encoder
-from jaxprefix.recipe import RECIPES
-from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
+from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
+from jaxprefix.start import abstract_state
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
-from jaxprefix.update import FrozenBase, TrainState, first_state, learning_rate, make_optimizer, make_update
+from jaxprefix.update import FrozenBase, learning_rate, make_update
 
 
 def check(config: CheckConfig) -> Iterator[str]:
@@ -61,7 +59,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         return
     mesh = make_mesh(config.mesh_sizes)
     if train_set is None:
-        yield describe_memory(config, model, PaddedShape(rows_on(mesh, 2 * config.batch_size), n_columns))
+        yield describe_memory(config, model, PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns))
     else:
         yield describe_memory(config, model, batch_shapes(config, train_set, plan, mesh)[-1])
 
@@ -93,7 +91,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
     lengths = examples.prompt_lengths + examples.target_lengths
     shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
-        f"data: {len(examples):,} examples, {labels_of_each(examples).sum():,} tokens with a loss; lengths from "
+        f"data: {len(examples):,} examples, {row_labels(examples).sum():,} tokens with a loss; lengths from "
         f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
     )
     yield from examples.report_unknown(tokenizer.unk_id)
@@ -158,14 +156,9 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     if config.compute.scan_layers:
         base.layers = stacked(base.layers, stack)
     rate = learning_rate(config, config.n_training_steps)
-    optimizer_of = functools.partial(make_optimizer, config)
-
-    def start(base: BaseModel) -> TrainState:
-        return first_state(config, new_encoder(base, *config.encoder_sizes, config.seed), optimizer_of(rate))
-
-    everywhere = (jax.eval_shape(start, base), rate)
+    everywhere = (abstract_state(config, base), rate)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
-    update: Any = make_update(optimizer_of, RECIPES[config.recipe], mesh)
+    update: Any = make_update(config, mesh)
     return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
 
 

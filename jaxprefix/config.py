@@ -13,7 +13,7 @@ import tyro
 
 from convert.errors import InputError
 from jaxprefix.recipe import RecipeName
-from jaxprefix.settings import check_types
+from jaxprefix.settings import check_types, range_problems
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -66,7 +66,7 @@ class HostsConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        problems = []
+        problems = range_problems(self, ["stall_minutes"])
         named = ("coordinator_address", "num_processes", "process_id")
         missing = [f"--{name}" for name in named if getattr(self, name) is None]
         if self.distributed and len(missing) < len(named):
@@ -80,8 +80,6 @@ class HostsConfig:
             problems.append(f"--num_processes must be positive, is {self.num_processes}")
         elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
             problems.append(f"--process_id must be at least 0 and below --num_processes, is {self.process_id}")
-        if not self.stall_minutes > 0:
-            problems.append(f"--stall_minutes must be positive, is {self.stall_minutes}")
         if problems:
             raise InputError.all("train:", problems)
 
@@ -204,14 +202,7 @@ class TrainConfig:
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
         not_negative = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
-        problems = [  # `not … >`: NaN is not above 0, nor is it below
-            f"--{name} must be positive, is {getattr(self, name)}" for name in positive if not getattr(self, name) > 0
-        ]
-        problems += [
-            f"--{name} must not be negative, is {getattr(self, name)}"
-            for name in not_negative
-            if not getattr(self, name) >= 0
-        ]
+        problems = range_problems(self, positive, not_negative)
         for name in ("max_lr", "min_lr", "weight_decay", "grad_clip", "adam_eps"):
             if getattr(self, name) == math.inf:
                 problems.append(f"--{name} must be finite")

@@ -7,8 +7,8 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.files import filling
-from convert.prefix import ADAPTER_CONFIG, read_prefix, write_adapter, write_npy, write_safetensors, write_weight
-from convert.torch_files import is_torch_file, load_torch
+from convert.prefix import ADAPTER_CONFIG, read_prefix, write_adapter, write_npy, write_safetensors
+from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
 from jaxprefix.base_folder import open_base
@@ -73,7 +73,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
         check_prefix(source, folded, base, model_config, tokenizer)
         base = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
-        write_weight(target, folded)
+        save_torch(target, folded)
     elif target.suffix == ".npy":
         write_npy(target, folded)
     elif target.suffix == ".safetensors":

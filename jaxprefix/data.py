@@ -37,11 +37,6 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
 
 
-def labels_of_each(examples: Sequence[Example]) -> np.ndarray:
-    """Return the number of labels in all rows of each example: the target and eos, twice without a prompt."""
-    return row_labels(examples).sum(axis=1)
-
-
 def row_labels(examples: Sequence[Example]) -> np.ndarray:
     """Return the labels in both rows of each example, [examples, 2]; where a prompt makes it one, the second has 0."""
     prompts, targets = _lengths(examples)
@@ -76,39 +71,38 @@ def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
 class UpdatePlan:
     """Which examples each update sees: a function of the update's number alone, so a run can go on anywhere."""
 
+    config: TrainConfig
     n_examples: int
-    batch_size: int
-    n_accum_steps: int
-    n_epochs: int
-    n_training_steps: int
-    seed: int
-    carry_accumulation: bool
+
+    @property
+    def _carries(self) -> bool:
+        return RECIPES[self.config.recipe].carry_accumulation
 
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of an epoch; the last one may be smaller."""
-        return -(-self.n_examples // self.batch_size)
+        return -(-self.n_examples // self.config.batch_size)
 
     @property
     def n_updates(self) -> int:
         """Updates of the whole run."""
-        return min(self.n_training_steps, self._updates_before_epoch(self.n_epochs))
+        return min(self.config.n_training_steps, self._updates_before_epoch(self.config.n_epochs))
 
     def micro_batches(self, update: int) -> list[list[int]]:
         """Return the example numbers of each micro-batch of an update (counted from 0)."""
-        if self.carry_accumulation:
-            first = update * self.n_accum_steps
-            places = [divmod(first + i, self.batches_per_epoch) for i in range(self.n_accum_steps)]
+        if self._carries:
+            first = update * self.config.n_accum_steps
+            places = [divmod(first + i, self.batches_per_epoch) for i in range(self.config.n_accum_steps)]
         else:
             epoch, group = divmod(update, self._updates_before_epoch(1))
-            first = group * self.n_accum_steps
-            places = [(epoch, i) for i in range(first, min(first + self.n_accum_steps, self.batches_per_epoch))]
+            first = group * self.config.n_accum_steps
+            places = [(epoch, i) for i in range(first, min(first + self.config.n_accum_steps, self.batches_per_epoch))]
         return [self._batch(epoch, index) for epoch, index in places]
 
     def epoch_of(self, update: int) -> int:
         """Return the epoch in which an update is made: that of its last micro-batch."""
-        if self.carry_accumulation:
-            return ((update + 1) * self.n_accum_steps - 1) // self.batches_per_epoch
+        if self._carries:
+            return ((update + 1) * self.config.n_accum_steps - 1) // self.batches_per_epoch
         return update // self._updates_before_epoch(1)
 
     def ends_epoch(self, n_done: int) -> bool:
@@ -116,27 +110,19 @@ class UpdatePlan:
         return n_done in (self._updates_before_epoch(self.epoch_of(n_done - 1) + 1), self.n_updates)
 
     def _updates_before_epoch(self, epoch: int) -> int:
-        if self.carry_accumulation:
-            return epoch * self.batches_per_epoch // self.n_accum_steps
-        return epoch * -(-self.batches_per_epoch // self.n_accum_steps)
+        if self._carries:
+            return epoch * self.batches_per_epoch // self.config.n_accum_steps
+        return epoch * -(-self.batches_per_epoch // self.config.n_accum_steps)
 
     def _batch(self, epoch: int, index: int) -> list[int]:
-        order = epoch_order(self.n_examples, self.seed, epoch)
-        return order[index * self.batch_size : (index + 1) * self.batch_size].tolist()
+        order = epoch_order(self.n_examples, self.config.seed, epoch)
+        return order[index * self.config.batch_size : (index + 1) * self.config.batch_size].tolist()
 
 
 def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
     """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
-    plan = UpdatePlan(
-        n_examples=n_train,
-        batch_size=config.batch_size,
-        n_accum_steps=config.n_accum_steps,
-        n_epochs=config.n_epochs,
-        n_training_steps=config.n_training_steps,
-        seed=config.seed,
-        carry_accumulation=RECIPES[config.recipe].carry_accumulation,
-    )
-    if plan.carry_accumulation and config.n_accum_steps > plan.batches_per_epoch:
+    plan = UpdatePlan(config, n_train)
+    if plan._carries and config.n_accum_steps > plan.batches_per_epoch:
         raise InputError(
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
             f"which --recipe {config.recipe} cannot fill"

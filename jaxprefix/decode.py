@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
+from jaxprefix.batches import round_up
 from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference_config import DecodeConfig
@@ -141,7 +142,7 @@ def generate_ids(
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
-        width = -(-max(map(len, group)) // PROMPT_BUCKET) * PROMPT_BUCKET
+        width = round_up(max(map(len, group)), PROMPT_BUCKET)
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
         lengths = np.zeros(batch_size, np.int32)  # 0: no prompt is left for this row
         for index, ids in enumerate(group):

@@ -66,7 +66,7 @@ class Examples(Sequence[Example]):
     def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, skipped: Skipped = Skipped()):
         """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length.
 
-        `skipped` tells which lines of the file made none.
+        `skipped` tells which lines of the file made none; a slice knows it, too.
         """
         self._tokens, self._ends, self.prompt_lengths, self.skipped = tokens, ends, prompt_lengths, skipped
         self._starts = np.concatenate([[0], ends[:-1]])
@@ -91,7 +91,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> "Examples": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index])
+            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index], self.skipped)
             part._starts = self._starts[index]
             return part
         ids = self._tokens[self._starts[index] : self._ends[index]].tolist()

@@ -23,8 +23,6 @@ MOST_SKIPPED = 20
 """Updates that float16 may skip in a row: after so many halvings the scale of the loss is not what overflows."""
 ONE_SIGNAL = 1.0
 """Seconds within which two signals are one."""
-MOST_SHOWN = 16
-"""Examples that a message shows."""
 
 
 class StopRequest:
@@ -165,9 +163,3 @@ class FiniteGuard:
                 return None
             what += f", and float16 has skipped the {MOST_SKIPPED} updates before; try --dtype bfloat16"
         return what
-
-
-def not_finite(fault: str, config: TrainConfig, examples: list[str]) -> RunError:
-    """Return the error that ends a run for what its guard found, with the examples that it comes from, a line each."""
-    more = [f"and {len(examples) - MOST_SHOWN} more"] if len(examples) > MOST_SHOWN else []
-    return RunError.all(f"{fault}; {what_is_left(config)}. It comes from:", examples[:MOST_SHOWN] + more)

@@ -168,6 +168,11 @@ def agree(name: str, attempt: Callable[[], Result]) -> Result:
     return result
 
 
+def agree_first(name: str, attempt: Callable[[], object]) -> None:
+    """Run `attempt` on the first process alone; if it fails there, the others raise InputError."""
+    agree(name, lambda: attempt() if is_first() else None)
+
+
 def first_says(answer: np.ndarray | bool) -> np.ndarray:
     """Return the first process's answer everywhere: files appear on the other hosts a little later."""
     answer = np.asarray(answer)

@@ -10,7 +10,7 @@ import tyro
 from convert.errors import InputError
 from jaxprefix.config import SEED_LIMIT, DType, mesh_problems
 from jaxprefix.recipe import RecipeName
-from jaxprefix.settings import check_types
+from jaxprefix.settings import check_types, range_problems
 
 LEAST_TEMPERATURE = 1e-6
 """Little enough to be greedy; much less would divide by 0."""
@@ -36,13 +36,9 @@ class DecodeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "decoding")
-        problems = []
-        if self.max_output_len < 1:
-            problems.append(f"--max_output_len must be positive, is {self.max_output_len}")
+        problems = range_problems(self, ["max_output_len"], ["top_k"])
         if not 0 <= self.top_p <= 1:
             problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
-        if self.top_k < 0:
-            problems.append(f"--top_k must not be negative, is {self.top_k}")
         if not LEAST_TEMPERATURE <= self.temperature < math.inf:
             problems.append(f"--temperature must be finite and at least {LEAST_TEMPERATURE}, is {self.temperature}")
         if problems:
@@ -78,9 +74,7 @@ class InferenceConfig:
     def common_problems(self) -> list[str]:
         """Return what is wrong with these settings. Raises InputError for those that are not of their types."""
         check_types(self, "generate or evaluate")
-        problems = []
-        if self.batch_size < 1:
-            problems.append(f"--batch_size must be positive, is {self.batch_size}")
+        problems = range_problems(self, ["batch_size"])
         if not 0 <= self.seed < SEED_LIMIT:
             problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
         return problems + mesh_problems(self.mesh)
@@ -129,11 +123,7 @@ class EvaluateConfig(InferenceConfig):
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
 
     def __post_init__(self) -> None:
-        problems = self.common_problems()
-        if self.max_seq_len is not None and self.max_seq_len < 1:
-            problems.append(f"--max_seq_len must be positive, is {self.max_seq_len}")
-        if self.n_samples < 0:
-            problems.append(f"--n_samples must not be negative, is {self.n_samples}")
+        problems = self.common_problems() + range_problems(self, ["max_seq_len"], ["n_samples"])
         if not self.n_samples and self.data_filepath is None:
             problems.append("nothing to measure: neither --data_filepath nor --n_samples")
         if self.n_samples and self.suffix is not None and not self.suffix.strip():

@@ -12,14 +12,14 @@ from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.batches import Batch, Shape, fitting_shape, lay_out, packed_shapes, padded_shape
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import UpdatePlan, row_lengths, split_examples, update_plan
-from jaxprefix.examples import Chunking, Example, Examples, Skipped
+from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples, update_plan
+from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix, load_prefix
 from jaxprefix.recipe import RECIPES
-from jaxprefix.sharding import rows_on
+from jaxprefix.sharding import n_row_parts
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 
@@ -31,7 +31,6 @@ class Inputs(NamedTuple):
     train_set: Examples
     dev_set: Examples
     plan: UpdatePlan
-    skipped: Skipped
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
@@ -41,7 +40,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     examples = load_data(config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
-    return Inputs(base, train_set, dev_set, update_plan(config, len(train_set)), examples.skipped)
+    return Inputs(base, train_set, dev_set, update_plan(config, len(train_set)))
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
@@ -56,10 +55,9 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
 
     Raises InputError that tells the beginning of its text.
     """
-    lengths = [row_lengths(part).max(axis=1) for part in parts]
-    which = int(np.argmax([of_part.max() for of_part in lengths]))
-    prompt, target = parts[which][int(lengths[which].argmax())]
-    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths[which].max())
+    part = max(parts, key=longest_row)
+    prompt, target = part[int(row_lengths(part).max(axis=1).argmax())]
+    begins, longest = tokenizer.decode([*prompt, *target][:40]), longest_row(part)
     model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
     return longest
 
@@ -67,8 +65,8 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
 def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
     """Return the shapes of a run's micro-batches, ascending; unpacked ones have the same."""
     if config.packing:
-        return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), rows_on(mesh, 1))
-    return [padded_shape(train_set, config.batch_size, rows_on(mesh, 1))]
+        return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), n_row_parts(mesh))
+    return [padded_shape(train_set, config.batch_size, n_row_parts(mesh))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:

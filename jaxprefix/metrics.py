@@ -19,7 +19,7 @@ from jaxprefix.loss import batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import Recipe
-from jaxprefix.sharding import rows_on, split_rows, with_split_rows
+from jaxprefix.sharding import n_row_parts, split_rows, with_split_rows
 from jaxprefix.tokenizer import Tokenizer
 
 
@@ -78,7 +78,7 @@ def dev_batches(
 
     Padded ones hold batch_size examples, in order; packed ones as many tokens as those with their padding.
     """
-    n_parts = 1 if mesh is None else rows_on(mesh, 1)
+    n_parts = 1 if mesh is None else n_row_parts(mesh)
     if packing:
         yield from filled_batches(examples, tokenizer, batch_size, n_parts)
         return

@@ -20,7 +20,7 @@ from convert.files import replacing
 from convert.untrusted import member, read_object
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.hosts import agree, check_shared, is_first, wait_until_visible
+from jaxprefix.hosts import agree, agree_first, check_shared, wait_until_visible
 from jaxprefix.lines import sha256_of
 from jaxprefix.prefix import differing_fields
 
@@ -280,24 +280,13 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """Let the first process lock the run's folder, as long as the stack lasts; check that all see where it lies."""
-
-    def lock_folder() -> None:
-        if is_first() and config.writes:
-            stack.enter_context(only_writer(config.run_dir))
-
-    agree("lock the run's folder", lock_folder)
     if config.writes:
+        agree_first("lock the run's folder", lambda: stack.enter_context(only_writer(config.run_dir)))
         check_shared(config.run_dir.resolve().parent)
 
 
 def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     """Let the first process open the run's folder, and the others see it."""
-    if not config.writes:
-        return
-
-    def open_folder() -> None:
-        if is_first():
-            open_run_folder(config, description)
-
-    agree("open the run's folder", open_folder)
-    agree("see the run's folder", lambda: wait_until_visible(config.run_dir))
+    if config.writes:
+        agree_first("open the run's folder", lambda: open_run_folder(config, description))
+        agree("see the run's folder", lambda: wait_until_visible(config.run_dir))

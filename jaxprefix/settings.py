@@ -1,6 +1,7 @@
 """What all settings have in common: each is of its field's type, where Python code gives them, too."""
 
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,3 +33,13 @@ def check_types(settings: Any, what: str) -> None:
                 problems.append(f"--{name} must be of type {getattr(kind, '__name__', kind)}, is {value!r}")
     if problems:
         raise InputError.all(f"{what}:", problems)
+
+
+def range_problems(settings: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> list[str]:
+    """Say which numbers are out of range, as NaN always is; None, which is no number, never."""
+    given = {name: value for name in (*positive, *not_negative) if (value := getattr(settings, name)) is not None}
+    problems = [f"--{name} must be positive, is {given[name]}" for name in positive if not given.get(name, 1) > 0]
+    problems += [
+        f"--{name} must not be negative, is {given[name]}" for name in not_negative if not given.get(name, 0) >= 0
+    ]
+    return problems

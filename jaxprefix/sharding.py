@@ -158,7 +158,6 @@ def split_heads(mesh: Mesh, n_head: int) -> NamedSharding:
     return NamedSharding(mesh, P(None, None, None, "tensor", None) if n_head % mesh.shape["tensor"] == 0 else P())
 
 
-def rows_on(mesh: Mesh | AbstractMesh, n_rows: int) -> int:
-    """Round a number of rows up to a multiple of the devices that they are split over."""
-    n_parts = math.prod(mesh.shape[axis] for axis in ROWS)
-    return -(-n_rows // n_parts) * n_parts
+def n_row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Return into how many parts rows are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from convert.errors import InputError
 from convert.prefix import RUN_SUBFOLDER, is_bare_prefix
@@ -62,35 +61,23 @@ def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.nd
         return checkpoints.read()[0]
 
 
-def start_state(
-    config: TrainConfig,
-    base: BaseModel,
-    tokenizer: Tokenizer,
-    optimizer: optax.GradientTransformation,
-    resuming: bool,
-    earlier: Mapping[str, np.ndarray] | None = None,
-) -> TrainState:
-    """Make the state that training starts from; only its shapes when a checkpoint is to replace it.
-
-    `earlier` are the arrays of another run, whose encoder is taken.
-    """
-    if resuming:
-        sizes = config.encoder_sizes
-        return jax.eval_shape(lambda: first_state(config, new_encoder(base, *sizes, config.seed), optimizer))
-    return first_state(config, start_encoder(config, base, tokenizer, earlier), optimizer)
+def abstract_state(config: TrainConfig, base: BaseModel) -> TrainState:
+    """Return the state that training starts from with shapes for arrays."""
+    sizes = config.encoder_sizes
+    return jax.eval_shape(lambda base: first_state(config, new_encoder(base, *sizes, config.seed)), base)
 
 
 def start_encoder(
     config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, earlier: Mapping[str, np.ndarray] | None
 ) -> Encoder:
-    """Make the encoder that training starts from: fitted to the base model, or another run's."""
+    """Make the encoder that training starts from: fitted to the base model, or that of another run's arrays."""
     if config.checkpoint_path is None:
         return new_encoder(base, *config.encoder_sizes, config.seed)
     if config.prefix_hidden_dim == 0:
         prefix = load_prefix(config.checkpoint_path, base.config, tokenizer)
         check_length(config.checkpoint_path, prefix, config.prefix_seq_len)
         return DirectPrefix(prefix)
-    like = {"encoder": jax.eval_shape(lambda: new_encoder(base, *config.encoder_sizes, config.seed))}
+    like = {"encoder": abstract_state(config, base).encoder}
     if earlier is None:  # the original's: a torch file with the encoder's state
         earlier = read_training_state(config.checkpoint_path)
     return from_names(like, earlier, config.checkpoint_path)["encoder"]

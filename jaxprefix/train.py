@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 import time
 from collections import deque
@@ -14,25 +13,27 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from convert.errors import RunError
 from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import labels_of_each, max_rows_per_example, row_lengths
+from jaxprefix.data import max_rows_per_example, row_labels, row_lengths
 from jaxprefix.devices import own_device
 from jaxprefix.faults import (
     FiniteGuard,
     StopRequest,
     check_still_there,
     less_memory,
-    not_finite,
     stop_on_signal,
+    what_is_left,
     within_disk,
 )
 from jaxprefix.hosts import (
     Vote,
     Watchdog,
     agree,
+    agree_first,
     check_same,
     first_says,
     is_first,
@@ -54,16 +55,16 @@ from jaxprefix.run_folder import (
     open_shared_folder,
 )
 from jaxprefix.run_log import RunLog
-from jaxprefix.sharding import base_sharding, make_mesh, replicated, rows_on, split_rows
-from jaxprefix.start import Progress, earlier_arrays, restored, start_state
+from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
+from jaxprefix.start import Progress, abstract_state, earlier_arrays, restored, start_encoder
 from jaxprefix.update import (
     FrozenBase,
     LearningRate,
     Outcome,
     TrainState,
     Update,
+    first_state,
     learning_rate,
-    make_optimizer,
     make_update,
     n_applied,
 )
@@ -125,13 +126,15 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             lambda: load_model(inputs.base.path, config.dtype, place, inputs.base.config, config.compute),
         )
         rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
-        optimizer_of = functools.partial(make_optimizer, config)
         resuming = has_checkpoint(config)
         earlier = None if resuming else earlier_arrays(config, identity)
-        state = agree(
-            "start the prefix",
-            lambda: start_state(config, base, inputs.base.tokenizer, optimizer_of(rate), resuming, earlier),
-        )
+
+        def start() -> TrainState:
+            if resuming:
+                return abstract_state(config, base)
+            return first_state(config, start_encoder(config, base, inputs.base.tokenizer, earlier))
+
+        state = agree("start the prefix", start)
         progress = Progress()
         if config.writes:
             stack.enter_context(within_disk(config))
@@ -146,7 +149,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             log.line(line)
         if progress.n_done:
             log.line(f"resumed after update {progress.n_done}")
-        update = make_update(optimizer_of, RECIPES[config.recipe], mesh)
+        update = make_update(config, mesh)
         watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
@@ -161,12 +164,8 @@ def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str,
     weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
     description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
     agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
-
-    def look_at_folder() -> None:
-        if is_first() and config.writes:  # before minutes go by
-            check_run_folder(config, description)
-
-    agree("check the run's folder", look_at_folder)
+    if config.writes:  # before minutes go by
+        agree_first("check the run's folder", lambda: check_run_folder(config, description))
     return description
 
 
@@ -196,7 +195,8 @@ class InFlight:
             if fault := self.guard.fault(number, loss, float(outcome.gradient_norm)):
                 if run.checkpoints:
                     run.checkpoints.finish()
-                raise not_finite(fault, run.config, offending_examples(run, state, number))
+                examples = offending_examples(run, state, number)
+                raise RunError.all(f"{fault}; {what_is_left(run.config)}. It comes from:", examples)
             self.window.add(loss, n_labels, self.clock - started)
             run.log.progress(number, loss, self.window.tokens_per_s)
             run.watchdog.progress()
@@ -316,15 +316,15 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
-    n_labels = labels_of_each(inputs.train_set).sum()
+    n_labels = row_labels(inputs.train_set).sum()
     devices = f"{mesh.size} device(s), {own_device().device_kind}"
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
     yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
-    yield from inputs.skipped.report(config.data_filepath)
+    yield from inputs.train_set.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
-    if (n_parts := rows_on(mesh, 1)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
+    if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, which --batch_size {config.batch_size} does not fill"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
         yield f"WARNING: the suffix {config.suffix!r} holds an unknown token for this tokenizer; it cannot be learnt"

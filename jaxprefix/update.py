@@ -111,8 +111,9 @@ def clipping(config: TrainConfig) -> optax.GradientTransformation:
     return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
 
 
-def first_state(config: TrainConfig, encoder: Encoder, optimizer: optax.GradientTransformation) -> TrainState:
+def first_state(config: TrainConfig, encoder: Encoder) -> TrainState:
     """Return the state before the first update of an encoder."""
+    optimizer = make_optimizer(config, optax.constant_schedule(0))  # the rate has no part in how it starts
     scale = LossScale.start() if config.dtype == "float16" else None
     return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
 
@@ -152,9 +153,7 @@ def loss_and_gradient(
     return loss / scale, pull_back(gradient / scale)[0]
 
 
-def make_update(
-    optimizer_of: Callable[[LearningRate], optax.GradientTransformation], recipe: Recipe, mesh: Mesh
-) -> Update:
+def make_update(config: TrainConfig, mesh: Mesh) -> Update:
     """Compile one update: (state, learning rate, frozen base, batch [micro-batches, rows, columns]) → (state, outcome).
 
     An update whose loss or gradient is not finite leaves the state as it was, but for the loss scale. The base stays
@@ -162,10 +161,10 @@ def make_update(
     """
 
     def update(state: TrainState, rate: LearningRate, base: FrozenBase, batch: Batch) -> tuple[TrainState, Outcome]:
-        optimizer = optimizer_of(rate)
+        optimizer = make_optimizer(config, rate)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         model = with_split_rows(base.model, mesh)
-        loss, gradient = loss_and_gradient(state.encoder, model, batch, recipe, scale, mesh)
+        loss, gradient = loss_and_gradient(state.encoder, model, batch, RECIPES[config.recipe], scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         outcome = Outcome(loss, optax.tree.norm(gradient))
         finite = jnp.isfinite(loss) & jnp.isfinite(outcome.gradient_norm)

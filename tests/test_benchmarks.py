@@ -20,7 +20,7 @@ from benchmarks.memory import largest_array
 from benchmarks.report import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
 from benchmarks.shapes import SHAPES, make_folder, model_config, neox
-from benchmarks.train import strung_together, torch_batches
+from benchmarks.train import attention_flops, strung_together, torch_batches
 from jaxprefix.batches import PaddedShape
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
@@ -60,23 +60,16 @@ def test_decode(run_benchmark):
     assert "| peft | 2 |" in printed
 
 
-BREAKS_OFF_IN_TURN = """
-import sys
-from benchmarks.report import end_turn, wait_for_turn
-
-for turn in range(4):
-    wait_for_turn()
-    if str(turn) == sys.argv[1]:
-        sys.exit(3)
-    end_turn(turn=turn)
-"""
+def breaks_off_in(last):
+    for turn in range(4):
+        if turn == last:
+            sys.exit(3)
+        yield {"turn": turn}
 
 
 @pytest.mark.parametrize(("n_rounds", "whole"), [(0, [1, 2, 3]), (2, [1, 2, 3, 1, 2, 3])])
-def test_a_way_that_breaks_off_keeps_its_turns(tmp_path, monkeypatch, capsys, n_rounds, whole):
-    (tmp_path / "work.py").write_text(BREAKS_OFF_IN_TURN)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
-    results = report.take_turns({"fine": ["never"], "lost": [2], "failed": [0]}, "work", 3, n_rounds)
+def test_a_way_that_breaks_off_keeps_its_turns(capsys, n_rounds, whole):
+    results = report.take_turns({"fine": [None], "lost": [2], "failed": [0]}, breaks_off_in, 3, n_rounds)
     turns = {way: [turn["turn"] for turn in of_way] for way, of_way in results.items()}
     assert turns == {"fine": whole, "lost": [1] * max(n_rounds, 1), "failed": []}
     assert "lost ended with 3 in turn 2" in capsys.readouterr().err
@@ -88,8 +81,9 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     data = strung_together(Path("data/sample_data.jsonl"), folder, 100, 14)
     sizes = {"max_seq_len": 100, "train_data_size": 4, "batch_size": 2, "n_epochs": 1}
     config = TrainConfig(str(folder), data, "benchmark", **sizes)
-    batches, n_useful = torch_batches(config)
+    batches, n_useful, lengths = torch_batches(config)
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
+    assert [of_batch.sum() for of_batch in lengths] == n_useful  # without a prompt, each token has a label
     ours = update_batches(config, read_inputs(config), make_mesh(), 0)
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
 
@@ -134,9 +128,10 @@ def test_startup(run_benchmark):
 @pytest.mark.slow
 def test_memory(run_benchmark):
     flags = ("--shape", "1m", "--rounds", 1, "--updates", 1, "--ways", "jaxprefix:float32")
-    printed, results = run_benchmark("memory", *flags)
+    printed, results = run_benchmark("memory", *flags, "--remat", "block", "--scan_layers")
     assert results["jaxprefix:float32"][0]["peak_bytes"] > 0
     assert "| jaxprefix:float32 |" in printed
+    assert "1 updates, --remat block, --scan_layers\n" in printed
 
 
 @pytest.mark.parametrize("compiler", [(), pytest.param(("--gpu",), marks=needs_cuda_plugin)], ids=["CPU", "H100"])
@@ -156,6 +151,13 @@ def test_scaling(run_benchmark):
     printed, results = run_benchmark("scaling", *flags)
     assert set(results["layers"][0]) == {"1", "2"}
     assert "| layers | ms an update |" in printed
+
+
+def test_attention_has_3_and_a_half_times_the_operations_of_its_scores_and_sums():
+    """Of a token's pairs with the prefix and the half of its row: two operations each for q k and for the sum."""
+    rows = [np.array([[100, 0], [20, 19]]), np.array([[7, 0]])]
+    pairs = sum(n * (10 + n / 2) for n in (100, 20, 19, 7))
+    assert attention_flops(rows, n_layer=3, width=64) == pytest.approx(3.5 * 3 * pairs * 64 * 2 * 2)
 
 
 def test_the_line_of_a_sweep():
@@ -246,21 +248,14 @@ def test_memory_is_the_most_and_of_all_descendants():
     assert during - before > 2**27
 
 
-SHOWS = """
-import os
-from benchmarks.report import end_turn, wait_for_turn
-
-for _ in range(2):
-    wait_for_turn()
-    end_turn(told=os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset"))
-"""
+def shows():
+    while True:
+        yield {"told": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset")}
 
 
 @pytest.mark.parametrize(("own", "told"), [(None, "false"), ("true", "true")])
-def test_processes_share_a_gpus_memory_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, told):
-    (tmp_path / "shows.py").write_text(SHOWS)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])]))
+def test_processes_share_a_gpus_memory_unless_the_user_says_otherwise(monkeypatch, own, told):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     if own:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
-    assert report.take_turns({"way": []}, "shows", 1) == {"way": [{"told": told}]}
+    assert report.take_turns({"way": []}, shows, 1) == {"way": [{"told": told}]}

@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from jaxprefix.data import (
     IGNORED,
     UpdatePlan,
     epoch_order,
-    labels_of_each,
     longest_row,
     max_rows_per_example,
+    row_labels,
     row_lengths,
     rows_of,
     split_examples,
@@ -36,7 +37,7 @@ def test_loss_of_a_prompt_is_on_the_completion_only():
 @pytest.mark.parametrize("example", [Example([], [10, 11]), Example([7, 8], [10, 11, 12])])
 def test_counts_agree_with_the_rows(example):
     rows = rows_of(example, 1, 2)
-    assert labels_of_each([example])[0] == sum(label != IGNORED for _, labels in rows for label in labels)
+    assert row_labels([example]).sum() == sum(label != IGNORED for _, labels in rows for label in labels)
     lengths = [len(inputs) for inputs, _ in rows]
     assert row_lengths([example]).tolist() == [lengths if len(rows) == 2 else [*lengths, 0]]
     assert longest_row([example]) == max(lengths)
@@ -61,8 +62,10 @@ def seen_in(plan, first, last):
     return flat(flat(plan.micro_batches(update)) for update in range(first, last))
 
 
-def make_plan(carry, n_accum_steps=3, n_training_steps=1000, n_epochs=4):
-    return UpdatePlan(10, 2, n_accum_steps, n_epochs, n_training_steps, 42, carry)
+def make_plan(carry, n_accum_steps=3, n_training_steps=1000, n_epochs=4, n_examples=10):
+    recipe = "rinna" if carry else "default"
+    sizes = {"n_accum_steps": n_accum_steps, "n_epochs": n_epochs, "n_training_steps": n_training_steps}
+    return UpdatePlan(run_config(Path(), batch_size=2, recipe=recipe, **sizes), n_examples)
 
 
 def test_every_epoch_sees_every_example_once_in_a_fresh_order():
@@ -86,7 +89,7 @@ def test_carried_accumulation_joins_the_next_epoch():
     ("n_examples", "n_accum_steps", "n_epochs"), [(5, 2, 2), (10, 3, 4), (3, 5, 9), (9, 4, 5), (2, 3, 7)]
 )
 def test_carried_accumulation_is_applied_in_the_epoch_of_its_last_batch(n_examples, n_accum_steps, n_epochs):
-    plan = UpdatePlan(n_examples, 2, n_accum_steps, n_epochs, 1000, 1, carry_accumulation=True)
+    plan = make_plan(True, n_accum_steps, n_epochs=n_epochs, n_examples=n_examples)
     n_batches, epochs, evaluated = 0, [], {}
     for epoch in range(n_epochs):  # as the original goes through them
         for _ in range(plan.batches_per_epoch):
@@ -107,7 +110,7 @@ def test_a_run_cut_short_ends_its_epoch():
 
 
 def test_order_depends_on_the_seed():
-    orders = [UpdatePlan(50, 50, 1, 1, 1, seed, False).micro_batches(0) for seed in (1, 1, 2)]
+    orders = [UpdatePlan(run_config(Path(), batch_size=50, seed=seed), 50).micro_batches(0) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     assert np.sort(orders[2][0]).tolist() == list(range(50))
 

@@ -304,10 +304,10 @@ def test_the_update_is_named_though_another_is_under_way(tmp_path):
 
 
 def test_a_checkpoint_under_way_is_finished_before_it_is_named(tmp_path, monkeypatch):
-    events, not_finite = [], train_module.not_finite
+    events, what_is_left = [], train_module.what_is_left
     monkeypatch.setattr(Checkpoints, "save", lambda *_: events.append("save"))
     monkeypatch.setattr(Checkpoints, "finish", lambda _: events.append("finish"))
-    monkeypatch.setattr(train_module, "not_finite", lambda *given: events.append("told") or not_finite(*given))
+    monkeypatch.setattr(train_module, "what_is_left", lambda config: events.append("told") or what_is_left(config))
     changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
     with pytest.raises(RunError, match="update 2"):
         train(run_config(tmp_path, **changes))

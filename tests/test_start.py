@@ -8,10 +8,9 @@ import pytest
 
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import load_model, load_tokenizer, start
+from jaxprefix import load_model, start
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.train import train
-from jaxprefix.update import learning_rate, make_optimizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import losses_of, run_config
 from tests.test_conversion import converted
@@ -91,8 +90,7 @@ def test_whether_the_best_prefix_is_there_the_first_process_says(finished, monke
     monkeypatch.setattr(start, "first_says", lambda answer: False)
     config = dataclasses.replace(finished, n_epochs=3)
     base = load_model(GOLDEN_BASE)
-    optimizer = make_optimizer(config, learning_rate(config, 12))
-    state = start.start_state(config, base, load_tokenizer(GOLDEN_BASE), optimizer, True)
+    state = start.abstract_state(config, base)
     with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
         assert start.restored(config, checkpoints, state, 12)[1].best_dev_loss is None
 

@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import load_model, load_prefix, load_tokenizer, run_folder
+from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
-from jaxprefix.data import labels_of_each, update_plan
+from jaxprefix.data import row_labels, update_plan
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
@@ -270,7 +270,7 @@ def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypat
 
 def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     named, agree = [], train_module.agree
-    for module in (train_module, run_folder):
+    for module in (train_module, run_folder, hosts):
         monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
     steps = ["read its inputs", "read the weights", "describe the run", "have process 0's settings"]
@@ -310,7 +310,7 @@ def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("n_devices", "warned"), [(8, False), (16, True)])
 def test_devices_that_a_batch_does_not_fill_are_warned_of(tmp_path, monkeypatch, n_devices, warned):
-    monkeypatch.setattr(train_module, "rows_on", lambda mesh, n_rows: n_devices)
+    monkeypatch.setattr(train_module, "n_row_parts", lambda mesh: n_devices)
     inputs = read_inputs(config := run_config(tmp_path))
     lines = list(train_module.summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
     message = f"rows are split over {n_devices} devices, which --batch_size 4 does not fill"
@@ -322,7 +322,7 @@ def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
         config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
         inputs = read_inputs(config)  # three micro-batches
         batches = list(update_batches(config, inputs, make_mesh(), 0))
-        assert sum(batch.n_labels for batch in batches) == labels_of_each(inputs.train_set).sum()
+        assert sum(batch.n_labels for batch in batches) == row_labels(inputs.train_set).sum()
         assert len(batches) == 2
 
 

@@ -1,7 +1,8 @@
 """One update: what it computes, what it leaves alone, and how often it is compiled."""
 
 import dataclasses
-import functools
+import unittest.mock
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import optax
 import pytest
 
 from jaxprefix import load_model
+from jaxprefix import update as update_module
 from jaxprefix.batches import Batch, make_batch
 from jaxprefix.data import IGNORED
 from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
-from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
     FrozenBase,
@@ -49,10 +50,11 @@ def start(golden_model):
     return make
 
 
-def run(start, base, batch, recipe=Recipe(), optimizer=None, loss_scale=None):
+def run(start, base, batch, recipe="default", optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
-    update = make_update(lambda _: optimizer, recipe, make_mesh())
-    moved, outcome = update(start(optimizer, loss_scale), RATE, FrozenBase.of(base), batch)
+    update = make_update(run_config(Path(), recipe=recipe), make_mesh())
+    with unittest.mock.patch.object(update_module, "make_optimizer", return_value=optimizer):
+        moved, outcome = update(start(optimizer, loss_scale), RATE, FrozenBase.of(base), batch)
     return moved, outcome.loss
 
 
@@ -87,7 +89,7 @@ def test_accumulation_equals_one_large_batch(start, golden_model, tokenizer):
 def test_rinna_averages_the_means_of_micro_batches(start, golden_model, tokenizer):
     groups = (EXAMPLES[:1], EXAMPLES[1:])
     losses = [float(run(start, golden_model, stacked(tokenizer, group))[1]) for group in groups]
-    _, loss = run(start, golden_model, stacked(tokenizer, *groups), RECIPES["rinna"])
+    _, loss = run(start, golden_model, stacked(tokenizer, *groups), "rinna")
     _, sound = run(start, golden_model, stacked(tokenizer, *groups))
     assert float(loss) == pytest.approx(sum(losses) / 2, rel=FUNCTION)
     assert abs(float(sound) - float(loss)) > 1e-3
@@ -111,7 +113,7 @@ def test_padding_has_no_part_in_the_update(start, golden_model, tokenizer):
 def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer, tmp_path):
     before = [np.array(leaf) for leaf in jax.tree.leaves(golden_model)]
     mesh, config = make_mesh(), run_config(tmp_path)
-    update = make_update(functools.partial(make_optimizer, config), Recipe(), mesh)
+    update = make_update(config, mesh)
     state, golden_model = jax.device_put((start(make_optimizer(config, RATE)), golden_model), replicated(mesh))
     for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
         rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), 3)
@@ -201,5 +203,5 @@ def test_the_loss_scale_starts_at_two_to_the_tenth_and_ends_at_one():
     ("given", "scaled"), [({"dtype": "float16"}, True), ({"fp16": True}, True), ({"bf16": True}, False), ({}, False)]
 )
 def test_float16_has_a_loss_scale_by_whichever_flag(tmp_path, golden_model, given, scaled):
-    state = first_state(run_config(tmp_path, **given), new_encoder(golden_model, 6, 5, 4, seed=0), optax.sgd(1.0))
+    state = first_state(run_config(tmp_path, **given), new_encoder(golden_model, 6, 5, 4, seed=0))
     assert (state.loss_scale is not None) == scaled

@@ -130,7 +130,7 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
     """
     digest = hashlib.sha256()
     for path, weight in sorted(_stream(folder, config), key=itemgetter(0)):
-        digest.update(path.encode() + weight.read(weight.first_row, "float32").astype("<f4").tobytes())
+        digest.update(path.encode() + weight.read_first("float32").astype("<f4").tobytes())
     return digest.hexdigest()
 
 

@@ -146,11 +146,7 @@ _FIELDS: dict[str, Fields] = {
     },
 }
 # Settings that change the arithmetic, with the one value that the forward pass computes.
-_CAUSAL: Fields = {"is_causal": (("is_causal",), True)}
-_FIXED: dict[str, Fields] = {
-    "gpt_neox": _CAUSAL,
-    "gpt2": _CAUSAL | {"add_cross_attention": (("add_cross_attention",), False)},
-}
+_FIXED = {"is_causal": True, "add_cross_attention": False}
 # Far above any model's: what a damaged or hostile config.json claims must not take minutes or gigabytes to refuse.
 _LARGEST = {
     "n_layer": 2**7,
@@ -209,8 +205,8 @@ def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) ->
         found["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
     if raw.get("rope_scaling") and raw.get("rope_parameters") not in (None, {}, raw["rope_scaling"]):
         problems.append("contradiction: rope_scaling and rope_parameters differ")
-    for field, (spellings, supported) in _FIXED[architecture].items():
-        if (value := _lookup(raw, spellings, supported, problems)[1]) != supported:
+    for field, supported in _FIXED.items():
+        if (value := raw.get(field)) not in (None, supported):
             problems.append(f"{field} {value!r} is not supported, only {supported!r}")
     return {
         field: _checked(field, spelling, value, fields[field][1], problems)

@@ -110,7 +110,7 @@ FAULTS = {
     "Adam's epsilon": (
         "losses",
         lambda: replaced(
-            train,
+            update,
             "make_optimizer",
             lambda make: lambda config, rate: make(dataclasses.replace(config, adam_eps=1e-3), rate),
         ),
@@ -127,7 +127,7 @@ FAULTS = {
         "saved",
         lambda: replaced(
             conversion,
-            "write_weight",
+            "save_torch",
             lambda write: lambda path, folded: write(path, folded.reshape(10, -1, 2, 64)[:, :, ::-1]),
         ),
     ),
