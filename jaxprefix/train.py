@@ -208,17 +208,20 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     Returns the signal that ended it early. Raises RunError for numbers that are not finite.
     """
     config, plan, vote = run.config, run.inputs.plan, Vote(run.mesh)
-    batches = update_batches(config, run.inputs, run.mesh, progress.n_done)
+    batches = (
+        (batch.n_labels, spread(batch, split_rows(run.mesh)))
+        for batch in update_batches(config, run.inputs, run.mesh, progress.n_done)
+    )
     batch, base = next(batches, None), FrozenBase.of(run.base)
     if progress.to_evaluate:
         evaluate(run, state, progress, plan.epoch_of(progress.n_done - 1))
     in_flight, saved_at = InFlight(run, progress), time.monotonic()
     while batch is not None:
-        n_labels, epoch = batch.n_labels, plan.epoch_of(progress.n_done)
-        state, outcome = run.update(state, run.rate, base, spread(batch, split_rows(run.mesh)))
+        (n_labels, arrays), epoch = batch, plan.epoch_of(progress.n_done)
+        state, outcome = run.update(state, run.rate, base, arrays)
         progress.n_done += 1
         in_flight.add(progress.n_done, outcome, n_labels)
-        batch = next(batches, None)  # laid out while the device is at work
+        batch = next(batches, None)  # laid out, and sent, while the device is at work
         epoch_ends = plan.ends_epoch(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxprefix.batches import Batch
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED
+from jaxprefix.devices import on_a_cpu
 from jaxprefix.loss import LossScale, batch_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
@@ -142,9 +143,11 @@ def loss_and_gradient(
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         batch, weight = micro_batch
+        # XLA's CPU compiler would transpose bfloat16 weights before the loop, and keep a second copy of all.
+        here, weight = jax.lax.optimization_barrier((base, weight)) if on_a_cpu() else (base, weight)
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-            return batch_loss(base, prefix, batch, n_devices) * weight * scale
+            return batch_loss(here, prefix, batch, n_devices) * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 

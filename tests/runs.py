@@ -21,6 +21,9 @@ from tests.base_folders import GOLDEN, GOLDEN_BASE
 
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
+ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
 
 def run_config(folder: Path, name: str = "run", **changes: object) -> TrainConfig:
     """14 train and 4 dev chunks, 4 updates an epoch; every update is logged."""
@@ -119,3 +122,11 @@ def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[],
 def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
     """Press Ctrl-C while the given update is made."""
     at_update(monkeypatch, update, lambda: signal.raise_signal(signal.SIGINT))
+
+
+def printed_by(program, *arguments, **environment):
+    """Run a program in a process of its own, whose devices are not ours."""
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

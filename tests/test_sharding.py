@@ -1,9 +1,6 @@
 import ast
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,20 +19,10 @@ from jaxprefix.sharding import base_sharding, make_mesh, with_gathered_embedding
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.markers import needs_cuda_plugin
-from tests.runs import losses_of, run_config
+from tests.runs import ON_CPUS, OPTIMIZED, losses_of, printed_by, run_config
 from tests.tolerances import LOSS
 
 NEOX_20B = model_config(SHAPES["20b"])
-ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-
-
-def printed_by(program, *arguments, **environment):
-    """Run a program in a process of its own, whose devices are not ours."""
-    command = [sys.executable, "-c", program, *arguments]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def abstract_mesh(**sizes):
