@@ -133,7 +133,7 @@ def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tu
 
 
 def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
-    """Return the same of the model as it is, from an update compiled for shapes."""
+    """Return what `training_memory` does, by compiling the model with all its layers."""
     analysis = compiled_update(config, model, shape).memory_analysis()
     assert analysis is not None
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes

@@ -192,8 +192,9 @@ def _decode(
 ) -> tuple[Int[Array, "B max_output_len"], Bool[Array, ""]]:
     """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos.
 
-    Returns them, and whether all logits on the way were finite. Of `decode`, temperature and top_p have no part: they
-    are in `sampling`. Steps beyond max_output_len, up to GPU_STEPS − 1, write nowhere: JAX drops what is out of bounds.
+    Returns them, and whether all logits on the way were finite. `decode.temperature` and `decode.top_p` are not read:
+    `sampling` holds them as traced inputs. Steps beyond max_output_len, up to GPU_STEPS − 1, write nowhere: JAX drops
+    what is out of bounds.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
@@ -245,7 +246,7 @@ def cache_dtype(model: BaseModel) -> DTypeLike:
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Tell it of each row by its largest, which choosing takes anyway: NaN and ∞ do not hide there."""
+    """Tell of each row whether its largest logit is finite: NaN or ∞ anywhere in it makes that NaN or ∞."""
     return jnp.isfinite(logits.max(axis=-1))
 
 

@@ -19,7 +19,7 @@ from jaxprefix.tokenizer import Tokenizer
 SCANNED = 2**24
 """Tokens that are looked at together: of a mapped file, no more is in memory."""
 GUESSED_CHARACTERS = 2.0
-"""Of a token, before a document's first is seen."""
+"""Characters that a token is taken to have until a document's first chunk has been tokenized."""
 
 
 class Example(NamedTuple):

@@ -252,7 +252,7 @@ class Vote:
 
     GO_ON = 0
     SAVE = 1
-    """Save a checkpoint. A wish above it is to stop as well: it, and the number of the signal that asked for that."""
+    """Save a checkpoint. SAVE + n: save one and stop, because of signal number n."""
 
     def __init__(self, mesh: Mesh):
         self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -1,11 +1,11 @@
-"""Next-token cross entropy without all logits in memory; the scale of float16 losses. Legend: `models/attention.py`."""
+"""Next-token cross entropy without all logits in memory. Legend: `models/attention.py`."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxprefix.data import IGNORED
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
@@ -150,24 +150,3 @@ def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], n_devic
     labels = jnp.pad(labels, ((0, 0), (0, padding)), constant_values=IGNORED)
     cut = (n_rows, n_chunks, chunk)
     return jnp.moveaxis(hidden.reshape(*cut, width), 1, 0), jnp.moveaxis(labels.reshape(cut), 1, 0)
-
-
-class LossScale(NamedTuple):
-    """A factor on the loss that keeps float16 gradients from vanishing, adapted as training goes on.
-
-    Starts at 2^10; halves when a gradient overflows (that update is skipped), doubles after 1000 that did not.
-    """
-
-    value: Float[Array, ""]
-    n_good: Int[Array, ""]
-
-    @classmethod
-    def start(cls) -> "LossScale":
-        """Return the scale of the first update."""
-        return cls(jnp.float32(2**10), jnp.int32(0))
-
-    def adjusted(self, finite: Bool[Array, ""]) -> "LossScale":
-        """Return the scale for the next update, given whether this one's gradients were finite."""
-        grow = finite & (self.n_good + 1 >= 1000)
-        value = jnp.where(finite, jnp.where(grow, self.value * 2, self.value), jnp.maximum(self.value / 2, 1))
-        return LossScale(value, jnp.where(finite & ~grow, self.n_good + 1, 0))

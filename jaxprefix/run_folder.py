@@ -35,7 +35,7 @@ PLACES = {
     "data_filepath",
     "checkpoint_path",
 }
-"""Where things lie, which each process of a run may spell in its way. Weights and data have checksums."""
+"""Settings that are paths. Processes may spell them differently: weights and data are compared by checksum."""
 MAY_CHANGE_ON_RESUME = PLACES | {
     "resume",
     "overwrite",

@@ -83,7 +83,7 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
 
 
 def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
-    """Return a base model, inside jit, of whose activations every device computes its rows.
+    """Constrain a base model, inside jit, so that each device computes only its own rows.
 
     With weights split over `fsdp`, the partitioner would rather split the activations' width, and compute all rows
     everywhere: looked-up vectors by the embeddings' split, and those in the loop over scanned layers by the layers'.

@@ -14,12 +14,11 @@ from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, first_says, is_first
-from jaxprefix.loss import LossScale
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_folder import CHECKPOINTS, check_base
 from jaxprefix.tokenizer import Tokenizer
-from jaxprefix.update import TrainState, first_state
+from jaxprefix.update import LossScale, TrainState, first_state
 
 
 @dataclasses.dataclass

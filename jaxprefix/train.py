@@ -113,7 +113,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def train_jointly(config: TrainConfig) -> TrainResult:
-    """Do the same, the other processes having joined."""
+    """Make the run that `train` describes, in a process that has joined the others."""
     inputs = agree("read its inputs", lambda: read_inputs(config))
     mesh = make_mesh(config.mesh_sizes)
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)

@@ -26,10 +26,10 @@ from jaxprefix import faults
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.faults import FiniteGuard, within_disk
-from jaxprefix.loss import LossScale
 from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_folder import only_writer
 from jaxprefix.train import train
+from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
 from tests.torture.disk import OWN_MOUNTS, can_mount

@@ -17,9 +17,9 @@ import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
-from jaxprefix.loss import LossScale
 from jaxprefix.run_folder import open_run_folder
 from jaxprefix.train import train
+from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import at_update, before_updates, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
 

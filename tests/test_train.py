@@ -25,12 +25,12 @@ from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
-from jaxprefix.loss import LossScale
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import attention
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import train
+from jaxprefix.update import LossScale
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import before_updates, losses_of, metrics_of, run_config

@@ -14,12 +14,12 @@ from jaxprefix import load_model
 from jaxprefix import update as update_module
 from jaxprefix.batches import Batch, make_batch
 from jaxprefix.data import IGNORED
-from jaxprefix.loss import LossScale
 from jaxprefix.prefix import new_encoder
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
     FrozenBase,
     LearningRate,
+    LossScale,
     TrainState,
     first_state,
     learning_rate,
