@@ -50,26 +50,25 @@ def evaluate(config: EvaluateConfig) -> Report:
         check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
 
     model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
+
+    def sampled(prompt: list[int], made: list[int]) -> str:
+        text = continuation(base.tokenizer, prompt, made)
+        cut_off = len(made) == config.decode.max_output_len
+        return without_cut_end(text, generated_suffix) if cut_off else text
+
+    report: Report = {}
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
-    report: Report = {way: {} for way in ways}
-    if examples is not None:
-        for way, values in report.items():
+    for way, used in ways.items():
+        values = report[way] = {}
+        if examples is not None:
             packing = not recipe.average_batch_means
             batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, packing)
-            values |= dev_loss(model, ways[way], batches, recipe, mesh)
+            values |= dev_loss(model, used, batches, recipe, mesh)
             if not math.isfinite(values["loss"]):
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
-    if prompts:
-        for way, values in report.items():
-            options = (ways[way], config.seed, config.batch_size, config.decode)
-            made_ids = generate_ids(model, base.tokenizer, prompts, *options)
-
-            def sample(prompt: list[int], made: list[int]) -> str:
-                text = continuation(base.tokenizer, prompt, made)
-                cut_off = len(made) == config.decode.max_output_len
-                return without_cut_end(text, generated_suffix) if cut_off else text
-
-            values |= suffix_rate(map(sample, prompts, made_ids), generated_suffix)
+        if prompts:
+            made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
+            values |= suffix_rate(map(sampled, prompts, made_ids), generated_suffix)
     return report
 
 
