@@ -39,7 +39,8 @@ class Compute:
     """How a base model is computed; what comes out is the same, up to rounding."""
 
     attention: AttentionMethod = "auto"
-    """`cudnn`: flash attention on an NVIDIA GPU in half precision. `auto`: where it pays."""
+    """`cudnn`: flash attention on an NVIDIA GPU in half precision. `dense`: plain products, of long rows a block of
+    queries at a time. `auto`: `cudnn` where it pays, else `dense`."""
     remat: Literal["elementwise", "block"] = "elementwise"
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False

@@ -22,14 +22,15 @@ from convert.errors import InputError
 from jaxprefix.batches import Packing
 from jaxprefix.config import AttentionMethod
 from jaxprefix.devices import own_device
+from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
 Cache = tuple[LayerCache, ...]
 
-CUDNN_TOKENS = 512
-"""Rows of at least this many tokens go to cuDNN; the scores of shorter ones fit into memory."""
+LONG_ROW = 512
+"""Rows of at least this many tokens go to cuDNN, or in blocks; the scores of shorter ones fit into memory."""
 CUDNN_MULTIPLE = 128
 """cuDNN's tile: rows are padded to a multiple of this many slots, which JAX does not require."""
 
@@ -94,20 +95,30 @@ def attend(
 
     Slots (by default 0 … T−1) after the query's own (later tokens, padding on the right, unused cache) are
     invisible. Scores, multiplied by `scale` (by default 1/√H; no array), and softmax are float32, whatever the
-    inputs are; the result has q's type, k and v may be of another. `method` is how it is computed, where
-    cuDNN can: for whole rows.
+    inputs are; the result has q's type, k and v may be of another. `method` is how whole rows are computed:
+    "dense" is both forms that are not cuDNN's, which of the two goes by their length.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole_rows = slots is None and q.shape[1] == k.shape[2]
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
         return square_causal(q, heads_first(k), heads_first(v), prefix, scale, "cudnn")
-    return _dense(q, k, v, prefix, own_slots(q) if slots is None else slots, scale)
+    n_prefix = 0
+    if prefix is not None:  # copies cost a CPU less than scores, weights and sums of the prefix's own would
+        n_prefix = prefix.shape[1]
+        k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
+    if whole_rows and q.shape[1] >= LONG_ROW:
+        attended = attend_in_blocks(heads_first(q), k, v, scale)
+    else:
+        last = (own_slots(q) if slots is None else slots) + n_prefix
+        visible = jnp.arange(k.shape[2]) <= last[:, None, :, None]
+        attended = _masked(heads_first(q), k, v, visible, scale)
+    return heads_first(attended.astype(q.dtype))
 
 
 def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
     """Tell whether cuDNN's flash attention runs here, and is worth its dummy queries."""
     in_half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return in_half and q.shape[1] >= CUDNN_TOKENS and cudnn_takes(q.shape[3])
+    return in_half and q.shape[1] >= LONG_ROW and cudnn_takes(q.shape[3])
 
 
 def cudnn_takes(head_dim: int) -> bool:
@@ -161,26 +172,6 @@ def square_causal(
     return attended[:, n_prefix : n_prefix + n_tokens]
 
 
-def _dense(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B N S H"],
-    v: Float[Array, "B N S H"],
-    prefix: LayerPrefix | None,
-    slots: Int[Array, "B T"],
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """The attention with all scores in memory.
-
-    Copies of the prefix in front of every row's keys cost a CPU less than scores, weights and sums of its own would.
-    """
-    n_prefix = 0
-    if prefix is not None:
-        n_prefix = prefix.shape[1]
-        k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
-    visible = jnp.arange(k.shape[2]) <= slots[:, None, :, None] + n_prefix
-    return heads_first(_masked(heads_first(q), k, v, visible, scale).astype(q.dtype))
-
-
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
     """Put a prefix's keys or values, in the rows' type, in front of every row's."""
     rows = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
@@ -195,7 +186,7 @@ def _masked(
     visible: Bool[Array, "#B 1 T keys"],
     scale: float,
 ) -> Float[Array, "B N T H"]:
-    """Attention to what is visible.
+    """Attention to what is visible, with all scores in memory.
 
     The weights are the only T × S array kept for the backward pass, in v's type, in which that multiplies, too, as
     `frozen_matmul`'s does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.

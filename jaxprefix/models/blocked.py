@@ -1,0 +1,83 @@
+"""Attention of long rows, a block of queries at a time (flash attention, arXiv:2205.14135). Legend: `attention.py`."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprefix.models.layers import after, einsum, vecdot
+
+BLOCK = 256
+"""Queries of a block: fewer make smaller products and more of them, more compute more that is hidden."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend_in_blocks(
+    q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"], v: Float[Array, "B N keys H"], scale: float
+) -> Float[Array, "B N T H"]:
+    """Attention to the keys up to a query's own: that is the last one for the last query, and so on backwards.
+
+    No array has T × keys numbers. A block of queries, one after the other, is multiplied with the keys that its last
+    query sees, and the backward pass computes the weights again: all it keeps beside q, k and v is the output and the
+    logarithm of each query's sum. The flash kernels cut keys into blocks as well, for memory smaller than a row's.
+    """
+    return _forward(q, k, v, scale)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[Array, ...]]:
+    outs: list[Array] = []
+    log_sums: list[Array] = []
+    for own, seen in _blocks(q, k):
+        own_q = _in_turn(outs, q[:, :, own])
+        scores = _scores(own_q, k[:, :, seen], scale)
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest).astype(v.dtype)
+        # The sum of the rounded weights: by another, what all values have in common would pull at q and k.
+        total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
+        outs.append(einsum("bnts,bnsh->bnth", weights, v[:, :, seen]) / total)
+        log_sums.append(largest + jnp.log(total))
+    out, log_sum = (jnp.concatenate(blocks, axis=2) for blocks in (outs, log_sums))
+    return out.astype(v.dtype), (q, k, v, out, log_sum)
+
+
+def _backward(scale: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
+    q, k, v, out, log_sum = kept
+    q = after(gradient, q)  # or the forward pass's weights would be kept instead
+    along = vecdot(gradient, out)[..., None]  # in float32, both: it is subtracted from what is about as large
+    towards_q: list[Array] = []
+    towards_k, towards_v = jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for own, seen in _blocks(q, k):
+        own_q, own_gradient = (_in_turn(towards_q, x[:, :, own]) for x in (q, gradient))
+        seen_k, seen_v = k[:, :, seen], v[:, :, seen]
+        weights = jnp.exp(_scores(own_q, seen_k, scale) - log_sum[:, :, own])
+        towards_weights = einsum("bnth,bnsh->bnts", own_gradient, seen_v)
+        towards_scores = (weights * (towards_weights - along[:, :, own])).astype(q.dtype)
+        towards_q.append((einsum("bnts,bnsh->bnth", towards_scores, seen_k) * scale).astype(q.dtype))
+        towards_k = towards_k.at[:, :, seen].add(einsum("bnts,bnth->bnsh", towards_scores, own_q) * scale)
+        towards_v = towards_v.at[:, :, seen].add(einsum("bnts,bnth->bnsh", weights.astype(v.dtype), own_gradient))
+    return jnp.concatenate(towards_q, axis=2), towards_k.astype(k.dtype), towards_v.astype(v.dtype)
+
+
+attend_in_blocks.defvjp(_forward, _backward)
+
+
+def _blocks(q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"]) -> Iterator[tuple[slice, slice]]:
+    """Yield for each block which queries are its own, and which keys they see."""
+    n_tokens, n_keys = q.shape[2], k.shape[2]
+    for start in range(0, n_tokens, BLOCK):
+        end = min(start + BLOCK, n_tokens)
+        yield slice(start, end), slice(n_keys - n_tokens + end)
+
+
+def _in_turn(done: list[Float[Array, "B N _ H"]], x: Float[Array, "B N own H"]) -> Float[Array, "B N own H"]:
+    """Return x, available only once the last block is done: XLA would make all scores first, and then use them."""
+    return after(jnp.broadcast_to(done[-1][:, :, :1, :1], x.shape), x) if done else x
+
+
+def _scores(q: Float[Array, "B N own H"], k: Float[Array, "B N seen H"], scale: float) -> Float[Array, "B N own seen"]:
+    """Return a block's scores, −∞ for keys behind a query's own; the last query's is the last one."""
+    n_own, n_seen = q.shape[2], k.shape[2]
+    visible = jnp.tri(n_own, n_seen, n_seen - n_own, dtype=bool)
+    return jnp.where(visible, einsum("bnth,bnsh->bnts", q, k) * scale, -jnp.inf)
