@@ -44,7 +44,7 @@ def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[A
 
 def _backward(scale: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     q, k, v, out, log_sum = kept
-    q = after(gradient, q)  # or the forward pass's weights would be kept instead
+    q = after(gradient, q)  # or the first block's scores, those of the forward pass, would be kept
     along = vecdot(gradient, out)[..., None]  # in float32, both: it is subtracted from what is about as large
     towards_q: list[Array] = []
     towards_k, towards_v = jnp.zeros(k.shape), jnp.zeros(v.shape)

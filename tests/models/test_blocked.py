@@ -1,7 +1,5 @@
 """Attention of long rows in blocks is that with all scores in memory, without them."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,18 +126,28 @@ def test_a_model_with_long_rows_is_the_same(base_folder, model, tokenizer, short
         np.testing.assert_allclose(one, other, rtol=0, atol=MODEL * float(jnp.abs(other).max()))
 
 
-@pytest.mark.parametrize(("function", "has_them"), [(in_blocks, False), (whole, True)])
-def test_no_array_of_all_scores_is_ever_in_memory(cpu_compiler, function, has_them):
-    """Of three layers, whose output is the next one's queries."""
-    n_tokens, n_prefix = 1000, 10
+def program_of_layers(cpu_compiler, function, n_layers, n_tokens, n_prefix):
+    """Gradients of layers, each of whose output is the next one's queries; and the bytes of a layer's scores."""
 
     def summed(q, k, v, prefix):
-        for _ in range(3):
+        for _ in range(n_layers):
             q = function(q, k, v, prefix)
         return q.sum()
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in heads_of(n_tokens, n_prefix)]
     compiled = jax.jit(jax.grad(summed, (0, 1, 2, 3))).lower(*shapes).compile(cpu_compiler)
-    assert bool(re.search(rf"\[2,4,{n_tokens},{n_tokens + n_prefix}\]", compiled.as_text())) == has_them
-    scores = 4 * 2 * 4 * n_tokens * (n_tokens + n_prefix)  # bytes
+    return compiled, 4 * 2 * 4 * n_tokens * (n_prefix + n_tokens)
+
+
+@pytest.mark.parametrize(("function", "has_them"), [(in_blocks, False), (whole, True)])
+def test_no_array_of_all_scores_is_ever_in_memory(cpu_compiler, function, has_them):
+    compiled, scores = program_of_layers(cpu_compiler, function, 3, 1000, 10)
+    assert ("[2,4,1000,1010]" in compiled.as_text()) == has_them
     assert (compiled.memory_analysis().temp_size_in_bytes > 1.75 * scores) == has_them, "three layers', or some blocks'"
+
+
+@pytest.mark.parametrize(("function", "are_kept"), [(in_blocks, False), (whole, True)])
+def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(cpu_compiler, monkeypatch, function, are_kept):
+    monkeypatch.setattr(attention, "LONG_ROW", 1)
+    compiled, scores = program_of_layers(cpu_compiler, function, 8, blocked.BLOCK, 10)
+    assert (compiled.memory_analysis().temp_size_in_bytes > 6 * scores) == are_kept
