@@ -4,7 +4,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,14 @@ WORTH_IT = 1.01
 COLUMN_STEPS = 20
 """Quantiles of the batches' column counts that are tried as widths of the shapes."""
 COLUMN_MULTIPLE = 8
+CLASSES = 3
+"""Most classes of lengths that the texts of a packed row fall into: attention is compiled once for each."""
+CLASSES_WORTH_IT = 1.1
+"""Up to so many times the least work is better than another class."""
+CLASS_STEP = 1.1
+"""Slots are tried as those of a class where they have fallen past another power of this."""
+SLOT_WORK, COLUMN_WORK = 64, 1000
+"""What a slot takes besides its scores in attention, and a column besides attention, as so many scores (110m, CPU)."""
 FEW_LABELS = 0.9
 """Where at most this share of the columns has labels, as behind prompts, the loss is computed for those alone."""
 
@@ -31,10 +39,10 @@ class Packing(NamedTuple):
     An index one past the end means that nothing is there.
     """
 
-    columns: np.ndarray
-    """[rows, texts, slots]: the column of each token; n_columns after the text's last one."""
+    columns: tuple[np.ndarray, ...]
+    """[rows, texts, slots] for each class of lengths: the column of each token; n_columns after the text's last one."""
     places: np.ndarray
-    """[rows, columns]: each token's index into texts × slots, flattened; texts × slots for padding."""
+    """[rows, columns]: each token's index into all classes' texts × slots, one behind the other, flattened."""
 
 
 class Batch(NamedTuple):
@@ -92,7 +100,7 @@ def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
     for row, own in enumerate(map(np.flatnonzero, labels != IGNORED)):
         columns[row, 0, : len(own)] = own
         places[row, own] = np.arange(len(own))
-    return Packing(columns, places)
+    return Packing((columns,), places)
 
 
 def _if_few(n_labels: int, n_columns: int) -> int | None:
@@ -102,7 +110,10 @@ def _if_few(n_labels: int, n_columns: int) -> int | None:
 
 
 def pack_rows(lengths: Sequence[int], n_rows: int, n_texts: int) -> list[list[int]]:
-    """Spread texts over packed rows of n_texts at most, longest first into the emptiest; return each row's numbers."""
+    """Spread texts over packed rows of n_texts at most, longest first into the emptiest.
+
+    Return each row's numbers, the longest text's first.
+    """
     loads = [(0, row) for row in range(n_rows)]
     rows: list[list[int]] = [[] for _ in range(n_rows)]
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
@@ -118,60 +129,87 @@ class PackedShape(NamedTuple):
 
     n_rows: int
     n_columns: int
-    n_texts: int
-    """Texts of a row."""
-    n_slots: int
-    """Tokens of a text."""
+    classes: tuple[tuple[int, int], ...]
+    """(texts of a row, slots: their tokens) for each class of lengths, longest first."""
     n_labels: int | None = None
     """Most labels of a row, if the loss is computed for labelled columns alone."""
 
     def holds(self, examples: Sequence[Example]) -> bool:
         """Tell whether examples have room."""
-        columns, slots, labels = _needs(row_lengths(examples), row_labels(examples), self.n_rows, self.n_texts)
-        fit = columns <= self.n_columns and slots <= self.n_slots
-        return fit and (self.n_labels is None or labels <= self.n_labels)
+        slots = self.slots
+        needs = _needs(row_lengths(examples), row_labels(examples), self.n_rows, len(slots))
+        n_labels = self.n_columns if self.n_labels is None else self.n_labels
+        return bool((needs <= [self.n_columns, n_labels, *slots]).all())
+
+    @property
+    def slots(self) -> list[int]:
+        """Return the slots of each text of a row, longest first."""
+        return [n_slots for n_texts, n_slots in self.classes for _ in range(n_texts)]
 
 
 Shape = PackedShape | PaddedShape
+Choice = TypeVar("Choice", bound=tuple)
 
 
-def _needs(lengths: np.ndarray, labels: np.ndarray, n_rows: int, n_texts: int) -> tuple[int, int, int]:
-    """Return the columns, slots and labels that the rows of examples, [examples, 2], need when they are packed."""
-    texts = lengths > 0
-    lengths_of_texts = lengths[texts].tolist()
-    rows = pack_rows(lengths_of_texts, n_rows, n_texts)
-    return max(_loads(lengths_of_texts, rows)), max(lengths_of_texts), max(_loads(labels[texts].tolist(), rows))
+def _needs(lengths: np.ndarray, labels: np.ndarray, n_rows: int, n_texts: int) -> np.ndarray:
+    """Return what the rows of examples, [examples, 2], need when they are packed.
+
+    That is columns, labels, and the slots of a row's longest text, of its second, and so on, at least 1: [2 + n_texts].
+    """
+    lengths, labels = lengths[lengths > 0], labels[lengths > 0]
+    rows, needs = pack_rows(lengths.tolist(), n_rows, n_texts), np.ones((n_rows, 2 + n_texts), int)
+    for row, members in zip(needs, rows, strict=True):
+        row[:2] = lengths[members].sum(), labels[members].sum()
+        row[2 : 2 + len(members)] = lengths[members]
+    return needs.max(axis=0)
 
 
-def _loads(lengths: Sequence[int], rows: list[list[int]]) -> list[int]:
-    return [sum(lengths[text] for text in row) for row in rows]
+def text_classes(slots: Sequence[int], n_columns: int) -> tuple[tuple[int, int], ...]:
+    """Group texts of so many slots, longest first, into the classes (texts, slots) of a `PackedShape`.
+
+    They are the fewest that leave next to the least work. None begins where the slots have hardly fallen.
+    """
+
+    def classes(starts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+        return tuple((end - start, slots[start]) for start, end in itertools.pairwise([*starts, len(slots)]))
+
+    def work(classes: tuple[tuple[int, int], ...]) -> int:
+        return n_columns * COLUMN_WORK + sum(n * slots * (slots + SLOT_WORK) for n, slots in classes)
+
+    falls = 1 + np.flatnonzero(np.diff(np.log(slots) // np.log(CLASS_STEP)))
+    choices = [classes((0, *cuts)) for n in range(CLASSES) for cuts in itertools.combinations(falls.tolist(), n)]
+    return _fewest(choices, [work(choice) for choice in choices], CLASSES_WORTH_IT)
 
 
 def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: PackedShape) -> Batch:
     """Lay the examples' rows end to end, padded on the right."""
-    n_rows, n_columns, n_texts, n_slots, n_labels = shape
+    n_rows, n_columns, classes, n_labels = shape
+    *starts, n_places = [0, *itertools.accumulate(shape.slots)]  # of each text's places
     tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
     labels = np.full((n_rows, n_columns), IGNORED, np.int32)
-    columns = np.full((n_rows, n_texts, n_slots), n_columns, np.int32)
-    places = np.full((n_rows, n_columns), n_texts * n_slots, np.int32)
+    columns = np.full((n_rows, n_places), n_columns, np.int32)
+    places = np.full((n_rows, n_columns), n_places, np.int32)
     texts = [row for example in examples for row in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
-    for row, members in enumerate(pack_rows([len(inputs) for inputs, _ in texts], n_rows, n_texts)):
+    for row, members in enumerate(pack_rows([len(inputs) for inputs, _ in texts], n_rows, len(starts))):
         start = 0
-        for place, (inputs, targets) in enumerate(texts[text] for text in members):
+        for place, (inputs, targets) in zip(starts, (texts[text] for text in members), strict=False):
             end = start + len(inputs)
             tokens[row, start:end], labels[row, start:end] = inputs, targets
-            columns[row, place, : len(inputs)] = np.arange(start, end)
-            places[row, start:end] = place * n_slots + np.arange(len(inputs))
+            columns[row, place : place + len(inputs)] = np.arange(start, end)
+            places[row, start:end] = place + np.arange(len(inputs))
             start = end
-    return Batch(tokens, labels, Packing(columns, places), _labelled(labels, n_labels))
+    ends = itertools.accumulate(n_texts * n_slots for n_texts, n_slots in classes)
+    of_classes = np.split(columns, list(ends)[:-1], axis=1)
+    by_text = (part.reshape(n_rows, *size) for part, size in zip(of_classes, classes, strict=True))
+    return Batch(tokens, labels, Packing(tuple(by_text), places), _labelled(labels, n_labels))
 
 
 def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
-    Shapes ascend. Their widths leave next to the least padding over the sampled updates; n_slots is the longest text
-    of the updates that use a shape, n_labels their most labels. The last shape holds every update or, if there are
-    more updates than are sampled, any batch that these examples can make.
+    Shapes ascend. Their widths leave next to the least padding over the sampled updates; their slots and labels are the
+    most that the updates that use a shape need. The last shape holds every update or, if there are more updates than
+    are sampled, any batch that these examples can make.
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
@@ -188,7 +226,8 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
         return min(n_texts * int(of_texts.max()), int(np.sort(of_texts.sum(axis=1))[-n_examples:].sum()))
 
     if len(sample) > SAMPLED_UPDATES:
-        last = [at_most_in_a_row(lengths), int(lengths.max()), at_most_in_a_row(labels)]
+        longest = np.sort(lengths.clip(1), axis=None)[::-1][:n_texts]
+        last = [at_most_in_a_row(lengths), at_most_in_a_row(labels), *longest.tolist()]
     else:
         last = needs.max(axis=0).tolist()
 
@@ -198,13 +237,22 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
     steps = sorted({round_up(columns) for columns in np.quantile(needs[:, 0], np.linspace(0, 1, COLUMN_STEPS + 1)[1:])})
     choices = [chosen for n in range(SHAPES) for chosen in itertools.combinations(steps, n)]
     totals = [int(np.take([*chosen, last[0]], taken(chosen)).sum()) for chosen in choices]
-    close = [(len(c), total, c) for c, total in zip(choices, totals, strict=True) if total <= WORTH_IT * min(totals)]
-    best = min(close)[2]
-    used = [(n, *needs[taken(best) <= i, 1:].max(axis=0).tolist()) for i, n in enumerate(best)]
-    return [
-        PackedShape(n_rows, n_columns, n_texts, n_slots, _if_few(n_labels, n_columns))
-        for n_columns, n_slots, n_labels in sorted({*used, (round_up(last[0]), *last[1:])})
-    ]
+    best = _fewest(choices, totals, WORTH_IT)
+    used = [[n, *needs[taken(best) <= i, 1:].max(axis=0).tolist()] for i, n in enumerate(best)]
+    return [_shape_for(n_rows, each) for each in [*used, last]]
+
+
+def _fewest(choices: Sequence[Choice], totals: Sequence[int], worth_it: float) -> Choice:
+    """Return the shortest choice whose total is up to so many times the least; of those as short, the best."""
+    close = [(len(c), total, c) for c, total in zip(choices, totals, strict=True) if total <= worth_it * min(totals)]
+    return min(close)[2]
+
+
+def _shape_for(n_rows: int, needs: Sequence[int]) -> PackedShape:
+    """Return the shape of so many rows that has room for `_needs`."""
+    n_columns, n_labels, *slots = needs
+    n_columns = round_up(n_columns)
+    return PackedShape(n_rows, n_columns, text_classes(slots, n_columns), _if_few(n_labels, n_columns))
 
 
 def round_up(number: float | int, multiple: int = COLUMN_MULTIPLE) -> int:
@@ -222,16 +270,15 @@ def lay_out(examples: Sequence[Example], tokenizer: Tokenizer, shape: Shape) -> 
 def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, n_parts: int) -> Iterator[Batch]:
     """Yield all examples in packed batches of one shape, equally full.
 
-    A batch has about the columns that batch_size examples take when they are padded, and at most twice their texts.
+    A batch has about the columns that batch_size examples take when they are padded, and at most four times the texts.
     """
     lengths, labels = row_lengths(examples), row_labels(examples)
     padded = padded_shape(examples, batch_size, n_parts)
-    n_batches = math.ceil(max(lengths.sum() / (padded.n_rows * padded.n_columns), len(examples) / (2 * batch_size)))
-    groups = pack_rows(lengths.sum(axis=1).tolist(), n_batches, 2 * batch_size)
+    n_batches = math.ceil(max(lengths.sum() / (padded.n_rows * padded.n_columns), len(examples) / (4 * batch_size)))
+    groups = pack_rows(lengths.sum(axis=1).tolist(), n_batches, 4 * batch_size)
     n_texts = -(-max(map(len, groups)) * max_rows_per_example(lengths) // n_parts)
     needs = [_needs(lengths[group], labels[group], n_parts, n_texts) for group in groups]
-    n_columns, n_slots, n_labels = np.max(needs, axis=0).tolist()
-    shape = PackedShape(n_parts, round_up(n_columns), n_texts, n_slots, _if_few(n_labels, n_columns))
+    shape = _shape_for(n_parts, np.max(needs, axis=0).tolist())
     for group in groups:
         yield make_packed_batch([examples[number] for number in group], tokenizer, shape)
 

@@ -171,7 +171,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:
     whole = rows(*shape[:2])
     packing = labelled = None
     if isinstance(shape, PackedShape):
-        packing = Packing(rows(shape.n_rows, shape.n_texts, shape.n_slots), whole)
+        packing = Packing(tuple(rows(shape.n_rows, *size) for size in shape.classes), whole)
     if shape.n_labels is not None:
-        labelled = Packing(rows(shape.n_rows, 1, shape.n_labels), whole)
+        labelled = Packing((rows(shape.n_rows, 1, shape.n_labels),), whole)
     return Batch(whole, whole, packing, labelled)

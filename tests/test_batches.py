@@ -11,9 +11,11 @@ from jaxprefix.batches import (
     pack_rows,
     packed_shapes,
     padded_shape,
+    text_classes,
 )
 from jaxprefix.data import (
     IGNORED,
+    labels_of_each,
     row_lengths,
     rows_of,
 )
@@ -28,32 +30,36 @@ def test_batch_is_padded_right_and_below(tokenizer):
     assert (batch.labels == IGNORED).sum() == 20 - 5
 
 
-def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer):
+@pytest.mark.parametrize("classes", [((3, 15),), ((1, 15), (2, 9)), ((1, 15), (1, 9), (1, 6))], ids=str)
+def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer, classes):
     texts = [text for example in EXAMPLES for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
-    shape = PackedShape(n_rows=3, n_columns=32, n_texts=3, n_slots=15)
+    shape = PackedShape(n_rows=3, n_columns=32, classes=classes)
     tokens, labels, packing, _ = make_packed_batch(EXAMPLES, tokenizer, shape)
     assert tokens.shape == labels.shape == packing.places.shape == (3, 32)
-    assert packing.columns.shape == (3, 3, 15)
+    assert [columns.shape for columns in packing.columns] == [(3, *size) for size in classes]
     found, n_found = [], 0
     for row in range(3):
-        for place, columns in enumerate(packing.columns[row]):
+        place = 0
+        for columns in (columns for of_class in packing.columns for columns in of_class[row]):
             own = columns[columns < 32]
-            assert packing.places[row, own].tolist() == list(range(place * 15, place * 15 + len(own)))
+            assert packing.places[row, own].tolist() == list(range(place, place + len(own)))
             found.append((tokens[row, own].tolist(), labels[row, own].tolist()))
             n_found += len(own)
+            place += len(columns)
+        assert packing.places[row].max() == place, "of padding"
     assert sorted(found) == sorted(texts)
-    assert (packing.places < 45).sum() == n_found == (tokens != tokenizer.pad_id).sum()
+    assert (packing.places < place).sum() == n_found == (tokens != tokenizer.pad_id).sum()
 
 
 def test_where_the_labels_of_rows_lie(tokenizer):
     whole = make_batch(PROMPTED, tokenizer, 4, 20)
     assert whole.labelled is None
-    [columns, places] = make_batch(PROMPTED, tokenizer, 4, 20, n_labels=9).labelled
+    [(columns,), places] = make_batch(PROMPTED, tokenizer, 4, 20, n_labels=9).labelled
     assert (columns.shape, places.shape) == ((4, 1, 9), (4, 20))
     assert columns[:, 0].tolist()[:2] == [[*range(11, 17), 20, 20, 20], [0, 1, *[20] * 7]]
     assert places[0].tolist() == [9] * 11 + [*range(6)] + [9] * 3
-    packed = make_packed_batch(PROMPTED, tokenizer, PackedShape(2, 40, 2, 20, n_labels=16))
-    for row, (own, labels) in enumerate(zip(packed.labelled.columns[:, 0], packed.labels, strict=True)):
+    packed = make_packed_batch(PROMPTED, tokenizer, PackedShape(2, 40, ((2, 20),), n_labels=16))
+    for row, (own, labels) in enumerate(zip(packed.labelled.columns[0][:, 0], packed.labels, strict=True)):
         assert own[own < 40].tolist() == np.flatnonzero(labels != IGNORED).tolist()
         assert packed.labelled.places[row, own[own < 40]].tolist() == list(range((own < 40).sum()))
 
@@ -96,10 +102,89 @@ def test_filled_batches_hold_all_examples_once_in_one_shape(tokenizer, n_parts, 
     assert (batches[0].labelled is None) == (not prompt)
 
 
-def test_filled_batches_hold_at_most_twice_the_padded_ones_texts(tokenizer):
-    """Each of which attention pads to the longest."""
+def test_filled_batches_hold_at_most_four_times_the_padded_ones_texts(tokenizer):
+    """Each of which has the prefix in front of it."""
     examples = [Example([], [7] * n) for n in [90, *[1] * 99]]
-    assert {batch.packing.columns.shape for batch in filled_batches(examples, tokenizer, 2, 1)} == {(1, 8, 91)}
+    [batch, *others] = filled_batches(examples, tokenizer, 2, 1)
+    assert len(others) == 12
+    assert [columns.shape for columns in batch.packing.columns] == [(1, 2, 91), (1, 14, 2)]
+
+
+def scores(shape):
+    """The pairs of slots that attention looks at, and how many there would be if all texts had the longest's slots."""
+    return sum(n * slots**2 for n, slots in shape.classes), len(shape.slots) * shape.slots[0] ** 2
+
+
+def pairs(n, seed=0):
+    """Prompts with completions: median 60 tokens, longest 500."""
+    lengths = np.random.default_rng(seed).lognormal(np.log(60), 0.8, n).clip(10, 500).astype(int)
+    return [Example([7] * (n_tokens // 2), [10 + i] * (n_tokens - n_tokens // 2)) for i, n_tokens in enumerate(lengths)]
+
+
+def batches_of(n_examples, batch_size, n_updates, seed=0):
+    """An update's examples: micro-batches of different ones."""
+    generator = np.random.default_rng(seed)
+    return [[generator.choice(n_examples, batch_size, replace=False).tolist()] for _ in range(n_updates)]
+
+
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(1, 3), (4, 2)])
+def test_texts_of_skewed_lengths_fall_into_few_classes_that_hold_them(monkeypatch, tokenizer, n_rows, n_classes):
+    examples, updates = pairs(400), batches_of(400, 16, 300)
+    sampled = packed_shapes(examples, iter(updates), n_rows)
+    assert max(len(shape.classes) for shape in sampled) == n_classes
+    for shape in sampled:
+        few, whole = scores(shape)
+        assert few < whole / (1.5 if n_rows > 1 else 2.5)
+    monkeypatch.setattr("jaxprefix.batches.SAMPLED_UPDATES", 20)
+    for shapes in (sampled, packed_shapes(examples, iter(updates), n_rows)):
+        for [batch] in updates:
+            group = [examples[i] for i in batch]
+            made = make_packed_batch(group, tokenizer, fitting_shape(shapes, [group]))
+            assert made.n_labels == sum(len(example.target) + 1 for example in group)
+            n_found = sum(int((columns < made.tokens.shape[1]).sum()) for columns in made.packing.columns)
+            assert n_found == row_lengths(group).sum()
+
+
+def test_a_shape_does_not_hold_a_text_that_is_too_long_for_its_place():
+    shape = PackedShape(1, 400, ((1, 100), (2, 40)))
+    for lengths, fits in (([100, 40, 40], True), ([40, 1], True), ([100, 41], False), ([101], False)):
+        assert shape.holds([Example([7], [7] * (n - 1)) for n in lengths]) == fits
+
+
+def test_a_class_must_save_a_tenth_of_the_work():
+    assert text_classes([65] * 8, 456) == ((8, 65),)
+    assert text_classes([65, 60, 50, 40, 30, 20, 10, 5], 280) == ((8, 65),), "of short texts attention is little"
+    assert text_classes([337, 270, 149, 90, 60, 40, 20, 10], 976) == ((2, 337), (6, 149))
+    assert text_classes([400] * 2 + [200] * 4 + [50] * 40, 3600) == ((2, 400), (4, 200), (40, 50))
+
+
+def test_unevenly_long_examples_have_dev_batches_of_one_shape_and_few_scores(tokenizer):
+    examples = pairs(320)
+    batches = list(filled_batches(examples, tokenizer, 4, 1))
+    assert len({tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}) == 1
+    classes = [columns.shape[1:] for columns in batches[0].packing.columns]
+    few, whole = scores(PackedShape(1, 0, tuple(classes)))
+    assert few < whole / 5
+    ids, n_found = np.unique(
+        np.concatenate([batch.labels[batch.labels >= 10] for batch in batches]), return_counts=True
+    )
+    assert dict(zip(ids.tolist(), n_found.tolist(), strict=True)) == {
+        10 + i: len(example.target) for i, example in enumerate(examples)
+    }
+
+
+def test_updates_of_more_texts_than_the_sampled_ones_have_room(monkeypatch, tokenizer):
+    """An example with a prompt makes one text, one without makes two."""
+    examples = [*pairs(20), *[Example([], [7] * 30)] * 20]
+    updates = [[list(range(first, first + 8))] for first in (0, 8, 20)]
+    monkeypatch.setattr("jaxprefix.batches.SAMPLED_UPDATES", 1)
+    for n_rows in (1, 3):
+        shapes = packed_shapes(examples, iter(updates), n_rows)
+        assert all(n_slots > 0 for shape in shapes for _, n_slots in shape.classes)
+        for [batch] in updates:
+            group = [examples[i] for i in batch]
+            made = make_packed_batch(group, tokenizer, fitting_shape(shapes, [group]))
+            assert made.n_labels == labels_of_each(group).sum()
 
 
 def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():

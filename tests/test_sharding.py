@@ -20,7 +20,7 @@ from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.markers import needs_cuda_plugin
 from tests.runs import ON_CPUS, OPTIMIZED, losses_of, printed_by, run_config
-from tests.tolerances import LOSS
+from tests.tolerances import LOSS, MODEL
 
 NEOX_20B = model_config(SHAPES["20b"])
 
@@ -203,7 +203,7 @@ config = run_config(Path(), mesh="tensor=8")
 sizes = {"n_layer": 2, "n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}
 for shape in ("110m", "gpt2"):
     model = dataclasses.replace(model_config(SHAPES[shape]), **sizes)
-    for rows in (PaddedShape(8, 64), PackedShape(2, 64, 4, 32), PackedShape(2, 64, 4, 32, 24)):
+    for rows in (PaddedShape(8, 64), PackedShape(2, 64, ((4, 32),)), PackedShape(2, 64, ((1, 32), (3, 16)), 24)):
         print(compiled_update(config, model, rows).as_text().count(" all-gather("))
 attention.LONG_ROW, blocked.BLOCK = 64, 16
 jax.clear_caches()
@@ -213,6 +213,40 @@ print(compiled_update(config, model, PaddedShape(8, 64)).as_text().count(" all-g
 
 def test_devices_that_share_heads_gather_the_prefixs_gradient_alone():
     assert printed_by(GATHERED_UNDER_TENSOR, **ON_CPUS).split() == ["1"] * 7
+
+
+PACKED_ON_A_MESH = """
+import jax
+import numpy as np
+from jaxprefix import load_model, load_tokenizer
+from jaxprefix.batches import PackedShape, make_packed_batch
+from jaxprefix.hosts import spread
+from jaxprefix.loss import batch_loss
+from jaxprefix.sharding import base_sharding, make_mesh, split_rows, with_split_rows
+from tests.arrays import random_prefix
+from tests.base_folders import GOLDEN_BASE
+from tests.examples import EXAMPLES
+
+batch = make_packed_batch(EXAMPLES, load_tokenizer(GOLDEN_BASE), PackedShape(4, 24, ((1, 15), (2, 9))))
+
+def loss(prefix, base, batch, mesh=None):
+    return batch_loss(base if mesh is None else with_split_rows(base, mesh), prefix, batch)
+
+computed = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+base = load_model(GOLDEN_BASE)
+prefix = random_prefix(base.config)
+right = computed(prefix, base, batch)
+mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+placed = load_model(GOLDEN_BASE, sharding_of=base_sharding(mesh, base.config.n_head))
+ours = computed(prefix, placed, spread(batch, split_rows(mesh, axis=0)), mesh)
+print(*(float(abs(np.asarray(a) - b).max() / abs(b).max()) for a, b in zip(ours, right)))
+"""
+
+
+def test_packed_texts_of_two_classes_have_the_loss_and_gradient_of_one_device_on_a_mesh():
+    differences = [float(number) for number in printed_by(PACKED_ON_A_MESH, **ON_CPUS).split()]
+    assert len(differences) == 2
+    assert max(differences) < MODEL
 
 
 ADDED_UP_BY_A_LAYER = """

@@ -24,6 +24,7 @@ from jaxprefix.config import AttentionMethod
 from jaxprefix.devices import own_device
 from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
+from jaxprefix.models.packing import on_texts
 
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
@@ -40,10 +41,8 @@ def positions_of(slots: Int[Array, "B T"], prefix_len: int) -> Int[Array, "B T"]
     return slots + prefix_len
 
 
-def own_slots(rows: Shaped[Array, "B T *rest"], packing: Packing | None = None) -> Int[Array, "B T"]:
-    """Number each row's tokens from 0; in packed rows, each text's."""
-    if packing is not None:
-        return packing.places % packing.columns.shape[-1]
+def own_slots(rows: Shaped[Array, "B T *rest"]) -> Int[Array, "B T"]:
+    """Number each row's tokens from 0."""
     return jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
 
 
@@ -90,14 +89,22 @@ def attend(
     slots: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     method: AttentionMethod = "auto",
+    packing: Packing | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (by default 0 … T−1) after the query's own (later tokens, padding on the right, unused cache) are
     invisible. Scores, multiplied by `scale` (by default 1/√H; no array), and softmax are float32, whatever the
-    inputs are; the result has q's type, k and v may be of another. `method` is how whole rows are computed:
-    "dense" is both forms that are not cuDNN's, which of the two goes by their length.
+    inputs are; the result has q's type, k and v may be of another. With `packing`, each text of a row is one.
+    `method` is how whole rows are computed: "dense" is both forms that are not cuDNN's, which of the two goes by
+    their length.
     """
+    if packing is not None:
+
+        def attend_texts(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, heads_first(k), heads_first(v), prefix, None, scale, method)
+
+        return on_texts(attend_texts, packing, q, heads_first(k), heads_first(v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole_rows = slots is None and q.shape[1] == k.shape[2]
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):

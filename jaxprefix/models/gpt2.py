@@ -17,7 +17,7 @@ from jaxprefix.models.attention import (
 )
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, Embedding, FrozenLinear, LayerNorm, matmul
-from jaxprefix.models.packing import pack, unpack
+from jaxprefix.models.packing import on_texts
 from jaxprefix.models.stack import run_layers
 
 
@@ -42,12 +42,12 @@ class Attention(nnx.Module):
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
-        qkv = unpack(self.qkv(x), packing)  # [B, T, 3, N·H]
+        qkv = self.qkv(x)  # [B, T, 3, N·H]
         q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.n_head, -1) for i in range(3))
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        attended = attend(q, *cache, prefix, slots, self.scale, self.method)
-        return pack(attended, packing).reshape(x.shape), cache
+        attended = attend(q, *cache, prefix, slots, self.scale, self.method, packing)
+        return attended.reshape(x.shape), cache
 
 
 class Layer(nnx.Module):
@@ -116,7 +116,7 @@ class GPT2(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
-            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix_len)
+            positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)
         x = self.embed(tokens) + self.embed_positions(positions)
         x, written = run_layers(self.layers, x, prefix, cache, (slots, packing), self.compute.remat == "block")
         return self.final_norm(x), written

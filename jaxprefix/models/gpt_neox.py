@@ -1,5 +1,7 @@
 """GPT-NeoX (arXiv:2204.06745) with a prefix of keys and values as an explicit input. Legend: `attention.py`."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -18,7 +20,7 @@ from jaxprefix.models.attention import (
 )
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import MLP, CosSin, Embedding, FrozenLinear, LayerNorm, matmul, rotary_cos_sin, rotate
-from jaxprefix.models.packing import pack, unpack
+from jaxprefix.models.packing import on_texts
 from jaxprefix.models.stack import run_layers
 
 
@@ -42,13 +44,13 @@ class Attention(nnx.Module):
         packing: Packing | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
-        qkv = unpack(self.qkv(x), packing)
+        qkv = self.qkv(x)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         k, v = heads_first(k), heads_first(v)
         cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        attended = attend(q, *cache, prefix, slots, None, self.method)
-        return pack(attended, packing).reshape(x.shape), cache
+        attended = attend(q, *cache, prefix, slots, None, self.method, packing)
+        return attended.reshape(x.shape), cache
 
 
 class Layer(nnx.Module):
@@ -110,7 +112,7 @@ class GPTNeoX(nnx.Module):
         `positions` are by default P + slots. With a cache, the keys and values are written into it at their
         slots, and tokens attend to what was written before as well. Rows are padded on the right.
         `packing`, without slots or a cache, tells where the texts lie when a row holds several: they do not see
-        each other, positions restart at P, and keys and values come back in a row for each text.
+        each other, and positions restart at P.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -127,8 +129,9 @@ class GPTNeoX(nnx.Module):
         """Everything before the head: the last layer's output after the final norm."""
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
-            positions = positions_of(own_slots(tokens, packing) if slots is None else slots, prefix_len)
-        shared = (rotary_cos_sin(unpack(positions, packing), self.config), slots, packing)
+            positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)
+        cos_sin = on_texts(partial(rotary_cos_sin, config=self.config), packing, positions)
+        shared = (cos_sin, slots, packing)
         x, written = run_layers(self.layers, self.embed(tokens), prefix, cache, shared, self.compute.remat == "block")
         return self.final_norm(x), written
 

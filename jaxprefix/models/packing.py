@@ -1,8 +1,12 @@
 """Packed rows: everything but attention takes a batch's texts end to end, attention each on its own row.
 
 So no position is computed for padding but in attention, which is the smallest part of short rows, and needs no mask for
-where a text begins. R texts of C slots lie in each of B rows of T tokens; the rest of the legend: `attention.py`.
+where a text begins. B rows of T tokens have room for R texts of C slots, and R and C are others for each class of
+lengths; all these texts' slots, one behind the other, are a row's places. The rest of the legend: `attention.py`.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +15,35 @@ from jaxtyping import Array, Int, Shaped
 from jaxprefix.batches import Packing
 
 
-def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "BR C *rest"]:
-    """Give every text a row of its own, padded with zeros; without packing each has one."""
+def on_texts(function: Callable[..., Any], packing: Packing | None, *arrays: Shaped[Array, "B T ..."]) -> Any:
+    """Apply a function of arrays [rows, slots, ...] to packed rows' texts, each on a row of its own: [BR, C, ...].
+
+    It is called for one class of lengths after the other; what it makes of them, arrays of as many rows and slots, is
+    laid end to end again. Without packing a row is a text.
+    """
     if packing is None:
-        return x
-    n_rows, n_texts, n_slots = packing.columns.shape
-    taken = _take(x, packing.columns.reshape(n_rows, -1), packing.places)
-    return taken.reshape(n_rows * n_texts, n_slots, *x.shape[2:])
+        return function(*arrays)
+    unpacked, made, start = [unpack(x, packing) for x in arrays], [], 0
+    for n_rows, n_texts, n_slots in (columns.shape for columns in packing.columns):
+        end = start + n_texts * n_slots
+        texts = (x[:, start:end].reshape(n_rows * n_texts, n_slots, *x.shape[2:]) for x in unpacked)
+        made.append(jax.tree.map(lambda x: x.reshape(len(packing.places), -1, *x.shape[2:]), function(*texts)))
+        start = end
+    return jax.tree.map(lambda *classes: pack(jnp.concatenate(classes, axis=1), packing), *made)
 
 
-def pack(x: Shaped[Array, "BR C *rest"], packing: Packing | None) -> Shaped[Array, "B T *rest"]:
-    """Lay the texts' rows end to end again."""
-    if packing is None:
-        return x
-    n_rows = len(packing.places)
-    return _take(x.reshape(n_rows, -1, *x.shape[2:]), packing.places, packing.columns.reshape(n_rows, -1))
+def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "B places *rest"]:
+    """Put every text into its places, padded with zeros; without packing it is there."""
+    return x if packing is None else _take(x, _columns_of_places(packing), packing.places)
+
+
+def pack(x: Shaped[Array, "B places *rest"], packing: Packing) -> Shaped[Array, "B T *rest"]:
+    """Lay the texts end to end again."""
+    return _take(x, packing.places, _columns_of_places(packing))
+
+
+def _columns_of_places(packing: Packing) -> Int[Array, "B places"]:
+    return jnp.concatenate([columns.reshape(len(columns), -1) for columns in packing.columns], axis=1)
 
 
 @jax.custom_vjp

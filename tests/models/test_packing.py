@@ -8,38 +8,67 @@ import pytest
 from jaxprefix import load_model
 from jaxprefix.batches import PackedShape, PaddedShape, lay_out, make_batch, make_packed_batch
 from jaxprefix.config import Compute
+from jaxprefix.data import rows_of
 from jaxprefix.loss import batch_loss, next_token_loss
-from jaxprefix.models.packing import pack, unpack
+from jaxprefix.models.attention import own_slots
+from jaxprefix.models.packing import on_texts, pack, unpack
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
 from tests.examples import EXAMPLES, PROMPTED
 from tests.tolerances import FUNCTION, LOSS, MODEL
 
+SHAPES = [
+    PackedShape(1, 88, ((9, 15),)),
+    PackedShape(3, 32, ((4, 16),)),
+    PackedShape(1, 88, ((2, 15), (3, 10), (4, 8))),
+    PackedShape(3, 32, ((1, 15), (3, 9))),
+]
 
-@pytest.fixture(params=[(1, 88, 9, 15), (3, 32, 4, 16)], ids=["one row", "three rows"])
+
+@pytest.fixture(params=SHAPES, ids=str)
 def packed(request, tokenizer):
-    return jax.tree.map(jnp.asarray, make_packed_batch(EXAMPLES, tokenizer, PackedShape(*request.param)))
+    return jax.tree.map(jnp.asarray, make_packed_batch(EXAMPLES, tokenizer, request.param))
+
+
+def columns_of_places(packing):
+    return jnp.concatenate([columns.reshape(len(columns), -1) for columns in packing.columns], axis=1)
 
 
 def test_unpacking_and_packing_undo_each_other(packed):
     (x,) = normals((*packed.tokens.shape, 2, 3))
-    has_text = packed.packing.places < np.prod(packed.packing.columns.shape[1:])
-    rows = unpack(x, packed.packing)
-    np.testing.assert_array_equal(pack(rows, packed.packing), jnp.where(has_text[..., None, None], x, 0))
-    assert (rows[packed.packing.columns.reshape(rows.shape[:2]) == packed.tokens.shape[1]] == 0).all()
+    columns = columns_of_places(packed.packing)
+    has_text = packed.packing.places < columns.shape[1]
+    texts = unpack(x, packed.packing)
+    np.testing.assert_array_equal(pack(texts, packed.packing), jnp.where(has_text[..., None, None], x, 0))
+    assert (texts[columns == packed.tokens.shape[1]] == 0).all()
+
+
+def test_a_function_of_texts_sees_each_on_a_row_of_its_own(packed, tokenizer):
+    seen = []
+
+    def numbered(tokens):
+        seen.extend(tokens.tolist())
+        return jnp.arange(tokens.size).reshape(tokens.shape), tokens
+
+    numbers, tokens = on_texts(numbered, packed.packing, packed.tokens)
+    texts = [inputs for example in EXAMPLES for inputs, _ in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
+    assert sorted(row[: row.index(0)] if 0 in row else row for row in seen if any(row)) == sorted(texts)
+    has_text = packed.packing.places < columns_of_places(packed.packing).shape[1]
+    np.testing.assert_array_equal(tokens, jnp.where(has_text, packed.tokens, 0))
+    goes_on = has_text[:, 1:] & (on_texts(own_slots, packed.packing, packed.tokens)[:, 1:] > 0)
+    assert (jnp.diff(numbers, axis=1)[goes_on] == 1).all()
 
 
 @pytest.mark.parametrize("way", [unpack, pack])
 def test_the_gradient_of_a_way_is_that_of_its_indexing(packed, way):
-    packing = packed.packing
-    n_rows, n_texts, n_slots = packing.columns.shape
-    index = packing.columns.reshape(n_rows, -1) if way is unpack else packing.places
-    shape = (*packed.tokens.shape, 4) if way is unpack else (n_rows * n_texts, n_slots, 4)
+    packing, columns = packed.packing, columns_of_places(packed.packing)
+    index = columns if way is unpack else packing.places
+    shape = (packed.tokens if way is unpack else columns).shape
 
     def plainly(x):
-        return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x.reshape(n_rows, -1, 4), index)
+        return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
 
-    (x,) = normals(shape)
+    (x,) = normals((*shape, 4))
     (weights,) = normals(plainly(x).shape, seed=1)
     ours, expected = (jax.grad(lambda x, f=f: jnp.vdot(f(x), weights))(x) for f in (lambda x: way(x, packing), plainly))
     np.testing.assert_allclose(ours, expected, rtol=0, atol=FUNCTION)
@@ -58,7 +87,9 @@ def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, mod
 
 
 @pytest.mark.parametrize(
-    "shape", [PaddedShape(4, 20, 8), PackedShape(1, 48, 4, 20, 24), PackedShape(2, 32, 2, 20, 16)], ids=str
+    "shape",
+    [PaddedShape(4, 20, 8), PackedShape(1, 48, ((4, 20),), 24), PackedShape(2, 32, ((1, 20), (1, 10)), 16)],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "scaled", [{}, {"n_positions": 16, "rotary_scaling": "dynamic", "rotary_factor": 4.0}], ids=str
