@@ -37,9 +37,11 @@ def check_types(settings: Any, what: str) -> None:
 
 def range_problems(settings: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> list[str]:
     """Say which numbers are out of range, as NaN always is; None, which is no number, never."""
-    given = {name: value for name in (*positive, *not_negative) if (value := getattr(settings, name)) is not None}
-    problems = [f"--{name} must be positive, is {given[name]}" for name in positive if not given.get(name, 1) > 0]
-    problems += [
-        f"--{name} must not be negative, is {given[name]}" for name in not_negative if not given.get(name, 0) >= 0
-    ]
+    problems = []
+    for name in positive:
+        if (value := getattr(settings, name)) is not None and not value > 0:
+            problems.append(f"--{name} must be positive, is {value}")
+    for name in not_negative:
+        if (value := getattr(settings, name)) is not None and not value >= 0:
+            problems.append(f"--{name} must not be negative, is {value}")
     return problems

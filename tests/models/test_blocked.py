@@ -109,7 +109,7 @@ def test_whole_rows_are_attended_to_in_blocks_by_their_length(
 @pytest.mark.parametrize("compute", [Compute(), Compute(remat="block"), Compute("dense", scan_layers=True)], ids=str)
 def test_a_model_with_long_rows_is_the_same(base_folder, model, tokenizer, short_blocks, monkeypatch, compute):
     """Packed: texts of up to 15 tokens, padded to 20, on rows of their own."""
-    batch = jax.tree.map(jnp.asarray, make_packed_batch(EXAMPLES, tokenizer, PackedShape(3, 32, 4, 20)))
+    batch = jax.tree.map(jnp.asarray, make_packed_batch(EXAMPLES, tokenizer, PackedShape(3, 32, ((4, 20),))))
     prefix = random_prefix(model.config)
 
     def loss_and_gradient(model):
