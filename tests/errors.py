@@ -205,21 +205,24 @@ class Recorder:
         if frame is None or not Path(frame.f_code.co_filename).is_relative_to(ROOT):
             return
         module = Path(frame.f_code.co_filename).relative_to(ROOT).as_posix()
-        here = [message for message in self._messages if message.module == module]
-        self._seen |= {message.key for message in triggered(here, text, frame.f_lineno)}
+        self._seen |= {message.key for message in triggered(self._messages, module, text, frame.f_lineno)}
 
 
-def triggered(messages: Iterable[Message], text: str, line: int) -> Iterator[Message]:
-    """Of a file's messages, yield those that make up an error's text: the one made in a line, and its problems.
+def triggered(messages: Iterable[Message], module: str, text: str, line: int) -> Iterator[Message]:
+    """Yield the messages that make up an error's text: the one made in a line of a file, and its problems.
 
-    A problem is told by its words: of the messages that it fits, those with the most words of their own.
+    A problem is told by its words: of the file's that it fits, else of all, those with the most words of their own.
     """
-    problems = [message for message in messages if message.is_problem]
-    yield from (message for message in messages if line in message.lines and message not in problems)
+    here = [message for message in messages if message.module == module]
+    yield from (message for message in here if line in message.lines and not message.is_problem)
     for told in text.split("\n  - ")[1:]:
-        fitting = [problem for problem in problems if problem.pattern.fullmatch(told)]
+        fitting = _problems_that_fit(here, told) or _problems_that_fit(messages, told)
         most = max((len(problem.pattern.pattern) for problem in fitting), default=0)
         yield from (problem for problem in fitting if len(problem.pattern.pattern) == most)
+
+
+def _problems_that_fit(messages: Iterable[Message], told: str) -> list[Message]:
+    return [message for message in messages if message.is_problem and message.pattern.fullmatch(told)]
 
 
 def recorded_tests(paths: Iterable[Path]) -> tuple[dict[Key, str], set[str]]:

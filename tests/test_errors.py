@@ -51,12 +51,14 @@ def test_messages_are_found_whatever_way_they_are_made():
         ("train:\n  - --n must be positive", "InputError.all", {"train:", "--{name} must be positive"}),
         ("train:\n  - 9 is too much", "InputError.all", {"train:", "{config.n} is too {…}"}),
         ("train:\n  - something else", "InputError.all", {"train:"}),
+        ("train:\n  - b is told by another file", "InputError.all", {"train:", "{b} is told by another file"}),
     ],
 )
 def test_an_error_is_told_by_where_it_is_made_and_its_problems_by_their_words(text, words, expected):
     line = next(number for number, line in enumerate(SOURCE.split("\n"), start=1) if words in line)
-    messages = list(Module("a.py", SOURCE).messages())
-    assert {message.text for message in triggered(messages, text, line)} == expected
+    elsewhere = 'def some_problems(b):\n    return [f"{b} is told by another file"]'
+    messages = [*Module("a.py", SOURCE).messages(), *Module("b.py", elsewhere).messages()]
+    assert {message.text for message in triggered(messages, "a.py", text, line)} == expected
 
 
 def test_the_test_that_triggers_the_fewest_messages_is_named(tmp_path):
