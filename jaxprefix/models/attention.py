@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from convert.errors import InputError
 from jaxprefix.batches import Packing
 from jaxprefix.config import AttentionMethod
-from jaxprefix.devices import own_device
+from jaxprefix.devices import alone_on_a_cpu, own_device
 from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
 from jaxprefix.models.packing import on_texts
@@ -77,7 +77,10 @@ def write_cache(
 ) -> LayerCache:
     """Put the new keys and values at their rows' slots."""
     slots = own_slots(k[:, 0]) if slots is None else slots
-    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads may be split over devices: all stay
+    if alone_on_a_cpu():  # whose compiler writes one row in place only if heads have indices, too
+        places = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[1])[:, None], slots[:, None]
+        return cache[0].at[places].set(k), cache[1].at[places].set(v)
+    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads that are split stay where they are
     return put(cache[0], k, slots), put(cache[1], v, slots)
 
 
