@@ -34,7 +34,7 @@ FEW_LABELS = 0.9
 
 
 class Packing(NamedTuple):
-    """Where the texts of packed rows lie: two int32 index arrays, each the inverse of the other.
+    """Where the texts of packed rows lie: int32 index arrays, `places` the inverse of all `columns`.
 
     An index one past the end means that nothing is there.
     """

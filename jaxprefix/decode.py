@@ -137,7 +137,7 @@ def generate_ids(
     if not rows:
         return
     sharding, n_parts = decoded_rows(model)
-    batch_size = -(-min(batch_size, len(rows)) // n_parts) * n_parts
+    batch_size = round_up(min(batch_size, len(rows)), n_parts)
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
     program = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
@@ -246,7 +246,7 @@ def cache_dtype(model: BaseModel) -> DTypeLike:
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Tell of each row whether its largest logit is finite: NaN or ∞ anywhere in it makes that NaN or ∞."""
+    """Tell of each row whether its largest logit is finite: NaN or +∞ anywhere in it makes that NaN or +∞."""
     return jnp.isfinite(logits.max(axis=-1))
 
 

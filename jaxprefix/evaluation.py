@@ -24,7 +24,7 @@ Setting = TypeVar("Setting", str, int)
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Measure what the settings ask for.
+    """Measure what the settings ask for, without --mesh on all devices that `compiling_for` names.
 
     Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
     """

@@ -16,7 +16,7 @@ from jaxprefix.sharding import base_sharding, make_mesh
 
 
 def continue_prompts(config: GenerateConfig) -> None:
-    """Print continuations of the prompts, or of one typed line after another.
+    """Print continuations of the prompts, or of one typed line after another; without --mesh as `evaluate`.
 
     Raises InputError before the base model's weights are read; what is wrong with a typed line is printed.
     """

@@ -64,7 +64,8 @@ class InferenceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts at a time, and examples where evaluate measures a loss, which with --recipe rinna depends on it."""
+    """Prompts at a time, and examples where evaluate measures a loss, which with --recipe rinna depends on it. Prompts
+    are a multiple of the mesh's `data`."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     mesh: str | None = None

@@ -35,7 +35,7 @@ PLACES = {
     "data_filepath",
     "checkpoint_path",
 }
-"""Settings that are paths. Processes may spell them differently: weights and data are compared by checksum."""
+"""Settings that say where things lie, which processes may spell differently: weights and data have checksums."""
 MAY_CHANGE_ON_RESUME = PLACES | {
     "resume",
     "overwrite",

@@ -148,8 +148,10 @@ def decoded_rows(base: BaseModel) -> tuple[Sharding, int]:
     Under `fsdp`, few rows on every device cost less than weights gathered for each token.
     """
     sharding = base.embed.weight.get_value().sharding
-    if not isinstance(sharding, NamedSharding) or "data" not in sharding.mesh.shape:
+    if not isinstance(sharding, NamedSharding):
         return sharding, 1
+    if "data" not in sharding.mesh.shape:  # the user's own mesh
+        return NamedSharding(sharding.mesh, P()), 1
     return NamedSharding(sharding.mesh, P("data")), sharding.mesh.shape["data"]
 
 

@@ -296,7 +296,7 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
     for number, (prompt, target), alone in zip(
         numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True
     ):
-        lines.append(f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:80]!r}")
+        lines.append(f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:50]!r}")
         if not math.isfinite(dev_loss(run.base, prefix, [alone], mesh=run.mesh)["loss"]):
             offending.append(lines[-1])
         run.watchdog.progress()

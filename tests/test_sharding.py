@@ -331,6 +331,26 @@ def test_devices_that_share_the_base_generate_and_measure_what_one_does():
             assert values == pytest.approx(measured[way], rel=LOSS)
 
 
+GENERATED_ON_A_MESH_OF_ONES_OWN = """
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxprefix import generate, load_model, load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+specs = {1: P(), 2: P("model", None)}
+split = load_model(GOLDEN_BASE, sharding_of=lambda _, shape: NamedSharding(mesh, specs[len(shape)]))
+whole, tokenizer = load_model(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
+for prompts in ["朝の", "猫が"], ["朝の", "猫が", ""]:
+    of_one, of_two = (generate(base, tokenizer, prompts, max_output_len=5) for base in (whole, split))
+    print(of_one == of_two)
+"""
+
+
+def test_a_model_on_a_mesh_of_ones_own_generates():
+    assert printed_by(GENERATED_ON_A_MESH_OF_ONES_OWN, **ON_CPUS).split() == ["True"] * 2
+
+
 DECODED_UNDER_TENSOR = """
 import dataclasses, re
 import jax, jax.numpy as jnp, numpy as np
