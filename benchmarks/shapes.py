@@ -114,3 +114,12 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
     shard_bytes = -(-n_bytes * 103 // 100) // n_shards
     write_weights(folder, weight_table(model), model.n_layer, weights(), shard_bytes)
     return folder
+
+
+def attention_flops(lengths: list[np.ndarray], prefix_len: int, n_layer: int, width: int) -> float:
+    """Return the operations of causal attention on rows of these tokens behind the prefix.
+
+    Scores and sums, forward; for the backward pass, which computes the scores again, 2.5 times as many.
+    """
+    n_pairs = sum(float((of_batch * (prefix_len + of_batch / 2)).sum()) for of_batch in lengths)
+    return 3.5 * 4 * n_layer * width * n_pairs

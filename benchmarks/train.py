@@ -39,7 +39,7 @@ from benchmarks.report import (
     told,
     turns,
 )
-from benchmarks.shapes import SHAPES, is_gpt2, make_folder, sizes_of
+from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_batch
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, longest_row, row_lengths, update_plan
@@ -261,19 +261,10 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | Non
         peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
         rate = measured_rate()
         n_useful = sum(training.n_useful[number] for number in numbers)
-        of_attention = attention_flops([training.lengths[number] for number in numbers], n_layer, width)
+        of_attention = attention_flops([training.lengths[number] for number in numbers], PREFIX, n_layer, width)
         of_limit = (4 * n_matrix * n_useful + of_attention) / (rate * seconds)
         speed = {"tokens_per_s": n_useful / seconds, "step_s": seconds / n_a_turn}
         yield {**speed, "rate": rate, "of_limit": of_limit, **peaks}
-
-
-def attention_flops(lengths: list[np.ndarray], n_layer: int, width: int) -> float:
-    """Return the operations of causal attention on rows of these tokens behind the prefix.
-
-    Scores and sums, forward; for the backward pass, which computes the scores again, 2.5 times as many.
-    """
-    n_pairs = sum(float((of_batch * (PREFIX + of_batch / 2)).sum()) for of_batch in lengths)
-    return 3.5 * 4 * n_layer * width * n_pairs
 
 
 def arguments_of(ways: Sequence[str], config: TrainConfig, n_a_turn: int) -> dict[str, tuple[object, ...]]:

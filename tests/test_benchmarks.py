@@ -19,8 +19,8 @@ from benchmarks.decode import bytes_per_token
 from benchmarks.memory import largest_array
 from benchmarks.report import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
-from benchmarks.shapes import SHAPES, make_folder, model_config, neox
-from benchmarks.train import attention_flops, strung_together, torch_batches
+from benchmarks.shapes import SHAPES, attention_flops, make_folder, model_config, neox
+from benchmarks.train import strung_together, torch_batches
 from jaxprefix.batches import PaddedShape
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
@@ -157,7 +157,7 @@ def test_attention_has_3_and_a_half_times_the_operations_of_its_scores_and_sums(
     """Of a token's pairs with the prefix and the half of its row: two operations each for q k and for the sum."""
     rows = [np.array([[100, 0], [20, 19]]), np.array([[7, 0]])]
     pairs = sum(n * (10 + n / 2) for n in (100, 20, 19, 7))
-    assert attention_flops(rows, n_layer=3, width=64) == pytest.approx(3.5 * 3 * pairs * 64 * 2 * 2)
+    assert attention_flops(rows, prefix_len=10, n_layer=3, width=64) == pytest.approx(3.5 * 3 * pairs * 64 * 2 * 2)
 
 
 def test_the_line_of_a_sweep():
