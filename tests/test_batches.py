@@ -30,6 +30,13 @@ def test_batch_is_padded_right_and_below(tokenizer):
     assert (batch.labels == IGNORED).sum() == 20 - 5
 
 
+def test_pad_tokens_of_a_text_are_learnt(tokenizer):
+    """The original takes them for padding: the README tells of it."""
+    example = Example([], [tokenizer.pad_id, 10])
+    labels = make_batch([example], tokenizer, *padded_shape([example], 1, 1)).labels
+    assert labels.tolist() == [[tokenizer.pad_id, 10, tokenizer.eos_id], [10, tokenizer.eos_id, IGNORED]]
+
+
 @pytest.mark.parametrize("classes", [((3, 15),), ((1, 15), (2, 9)), ((1, 15), (1, 9), (1, 6))], ids=str)
 def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer, classes):
     texts = [text for example in EXAMPLES for text in rows_of(example, tokenizer.bos_id, tokenizer.eos_id)]
