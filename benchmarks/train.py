@@ -69,7 +69,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     """The update of `jaxprefix train`, with its packed batches."""
     import jax
 
-    from jaxprefix.cli import prepare_compiling
+    from jaxprefix.compiling import prepare_compiling
     from jaxprefix.inputs import read_inputs, update_batches
     from jaxprefix.models import load_model
     from jaxprefix.prefix import new_encoder

@@ -4,6 +4,7 @@ User errors print plain lines on stderr and exit with code 2; a run that fails e
 exits with 128 plus the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for a closed terminal.
 """
 
+import contextlib
 import errno
 import gc
 import importlib.metadata
@@ -13,12 +14,13 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
 
 from convert.errors import InputError, PlainError, RunError
-from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig, cache_folder
+from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
 
 Command = (
@@ -69,39 +71,39 @@ def _mute_stdout() -> None:
 
 
 def _run(settings: Command) -> int:
-    prepare_compiling()
-    if isinstance(settings, CheckConfig):
-        return _check(settings)
-    if isinstance(settings, TrainConfig):
-        return _train(settings)
-    if isinstance(settings, ConvertConfig):
-        return _convert(settings)
+    from jaxprefix import compiling
+
+    compiling.prepare_compiling()
+    match settings:
+        case CheckConfig():  # first: it is a TrainConfig as well
+            return _check(settings)
+        case TrainConfig():
+            return _train(settings)
+        case ConvertConfig():
+            return _convert(settings)
+        case GenerateConfig():
+            with _inference(settings):
+                return _generate(settings)
+        case EvaluateConfig():
+            with _inference(settings):
+                return _evaluate(settings)
+
+
+@contextlib.contextmanager
+def _inference(settings: InferenceConfig) -> Iterator[None]:
+    """Compile for the mesh's devices, or for one; say what to lower when their memory is too small."""
     from jaxprefix.devices import compiling_for, devices, own_device
     from jaxprefix.memory import within_memory
 
-    base_on = devices() if settings.mesh else [own_device()]
-    with within_memory(lambda: _less_memory(settings)), compiling_for(base_on):
-        return _generate(settings) if isinstance(settings, GenerateConfig) else _evaluate(settings)
+    used = devices() if settings.mesh else [own_device()]
+    with within_memory(lambda: _less_memory(settings)), compiling_for(used):
+        yield
 
 
 def _less_memory(settings: InferenceConfig) -> str:
     needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
     needed += ["--max_seq_len"] if isinstance(settings, EvaluateConfig) else []
     return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
-
-
-def prepare_compiling() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX has another; return memory that compiling frees."""
-    import jax
-
-    from jaxprefix.memory import trim_after_compiling
-
-    trim_after_compiling()
-    jax.config.update("jax_enable_x64", False)  # types here are what they say
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
 
 
 def _train(config: TrainConfig) -> int:

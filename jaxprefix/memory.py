@@ -1,8 +1,6 @@
-"""What compiling leaves behind is given back; a device's memory that was too small, told plainly."""
+"""A device whose memory is too small: the error that says by how much, and what to lower."""
 
 import contextlib
-import ctypes
-import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,25 +10,7 @@ import jax
 from convert.errors import RunError
 
 GIB = 2**30
-COMPILED = "/jax/core/compile/backend_compile_duration"
-"""JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@functools.cache
-def trim_after_compiling(seconds: float = 0.1) -> None:
-    """After each compilation of at least `seconds`, return freed heap memory to the system (glibc only).
-
-    That is 50 to 150 MB, too fragmented for the program's arrays to reuse. Registers once per process.
-    """
-    library = ctypes.CDLL(None)
-
-    def give_back(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED and duration_secs >= seconds:
-            library.malloc_trim(0)
-
-    if hasattr(library, "malloc_trim"):
-        jax.monitoring.register_event_duration_secs_listener(give_back)
 
 
 @contextlib.contextmanager

@@ -215,7 +215,7 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     ],
 )
 def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwise(given, kept):
-    program = "import jax\nfrom jaxprefix.cli import prepare_compiling\nprepare_compiling()\n"
+    program = "import jax\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
     program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"
     others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment = others | {"XDG_CACHE_HOME": "cache"} | given

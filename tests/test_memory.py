@@ -6,7 +6,8 @@ import pytest
 
 import jaxprefix.decode
 from jaxprefix.cli import main
-from jaxprefix.memory import shortage, trim_after_compiling
+from jaxprefix.compiling import trim_after_compiling
+from jaxprefix.memory import shortage
 from tests.base_folders import GOLDEN_BASE
 
 

@@ -292,7 +292,8 @@ def fuzz(n_inputs: int, seed: int, keep: Path | None = None) -> dict[str, Tally]
     actions = {f"_{name}": lambda _: 0 for name in ("train", "generate", "evaluate", "convert", "check")}
     with (
         tempfile.TemporaryDirectory() as folder,
-        unittest.mock.patch.multiple(cli, prepare_compiling=lambda: None, **actions),
+        unittest.mock.patch("jaxprefix.compiling.prepare_compiling"),
+        unittest.mock.patch.multiple(cli, **actions),
     ):
         every_target = targets(Path(folder))
         before_handler = signal.signal(signal.SIGALRM, hang)

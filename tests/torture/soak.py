@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tyro
 
 import jaxprefix
-from jaxprefix.cli import prepare_compiling
+from jaxprefix.compiling import prepare_compiling
 from jaxprefix.decode import PROMPT_BUCKET
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.memory import memory

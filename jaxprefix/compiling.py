@@ -1,0 +1,38 @@
+"""How programs are compiled: kept in a folder for the next start, and the memory that compiling frees given back."""
+
+import ctypes
+import functools
+import os
+
+import jax
+
+from jaxprefix.config import cache_folder
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+"""JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
+
+
+def prepare_compiling() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX has another; give freed memory back."""
+    trim_after_compiling()
+    jax.config.update("jax_enable_x64", False)  # types here are what they say
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
+
+
+@functools.cache
+def trim_after_compiling(seconds: float = 0.1) -> None:
+    """After each compilation of at least `seconds`, return freed heap memory to the system (glibc only).
+
+    That is 50 to 150 MB, too fragmented for the program's arrays to reuse. Registers once per process.
+    """
+    library = ctypes.CDLL(None)
+
+    def give_back(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs >= seconds:
+            library.malloc_trim(0)
+
+    if hasattr(library, "malloc_trim"):
+        jax.monitoring.register_event_duration_secs_listener(give_back)
