@@ -33,7 +33,7 @@ from benchmarks.report import (
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from benchmarks.train import arguments_of, measure
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import TrainConfig, mesh_sizes
 
 DEVICE_BYTES = 80e9
 H100 = Path(__file__).parent / "h100.txtpb"
@@ -53,7 +53,7 @@ def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
 
     names = (flags.shape, Path(), flags.shape)
     config = TrainConfig(*names, dtype=flags.dtype, mesh=mesh, compute=compute_of(flags))
-    n_devices = math.prod((config.mesh_sizes or {}).values())
+    n_devices = math.prod((mesh_sizes(mesh) or {}).values())
     jax.config.update("jax_num_cpu_devices", n_devices)
     started = time.perf_counter()
     with h100s(n_devices) if flags.gpu else contextlib.nullcontext():

@@ -14,7 +14,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape, round_up
 from jaxprefix.checkpoint import path_name
-from jaxprefix.config import CheckConfig, TrainConfig
+from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
 from jaxprefix.data import row_labels, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
@@ -57,7 +57,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     if config.hosts.several:
         yield "memory: not told for several hosts, whose devices are not seen from one"
         return
-    mesh = make_mesh(config.mesh_sizes)
+    mesh = make_mesh(mesh_sizes(config.mesh))
     if train_set is None:
         yield describe_memory(config, model, PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns))
     else:
@@ -141,7 +141,7 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tu
 
 def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
     """Compile an update for shapes on the config's mesh: no weight is made."""
-    mesh = make_mesh(config.mesh_sizes)
+    mesh = make_mesh(mesh_sizes(config.mesh))
     place = base_sharding(mesh, model.n_head)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -90,7 +90,7 @@ class HostsConfig:
         return self.distributed or self.coordinator_address is not None
 
 
-def sizes_of_mesh(mesh: str | None) -> dict[str, int] | None:
+def mesh_sizes(mesh: str | None) -> dict[str, int] | None:
     """Return the devices along each axis that --mesh names; None without it, or if it cannot be read."""
     parts = [part.partition("=") for part in (mesh or "").split(",")]
     sizes = {axis: int(size) for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
@@ -99,7 +99,7 @@ def sizes_of_mesh(mesh: str | None) -> dict[str, int] | None:
 
 def mesh_problems(mesh: str | None) -> list[str]:
     """Return what is wrong with --mesh."""
-    if mesh is None or sizes_of_mesh(mesh) is not None:
+    if mesh is None or mesh_sizes(mesh) is not None:
         return []
     return [f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {mesh!r}"]
 
@@ -241,11 +241,6 @@ class TrainConfig:
     def run_dir(self) -> Path:
         """Folder of this run's files."""
         return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))
-
-    @property
-    def mesh_sizes(self) -> dict[str, int] | None:
-        """Devices along each axis that --mesh names; None without it."""
-        return sizes_of_mesh(self.mesh)
 
     @property
     def encoder_sizes(self) -> tuple[int, int, int]:

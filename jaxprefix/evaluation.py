@@ -5,7 +5,7 @@ import sys
 from typing import TypeVar
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import TrainConfig, sizes_of_mesh
+from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference_config import EvaluateConfig
@@ -28,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> Report:
 
     Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
     """
-    mesh = make_mesh(sizes_of_mesh(config.mesh))
+    mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
     recipe = RECIPES[config.decode.recipe]
     suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)

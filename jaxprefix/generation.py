@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from convert.errors import InputError
-from jaxprefix.config import sizes_of_mesh
+from jaxprefix.config import mesh_sizes
 from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference_config import GenerateConfig
 from jaxprefix.inputs import open_with_prefix, read_prompts
@@ -23,7 +23,7 @@ def continue_prompts(config: GenerateConfig) -> None:
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:
         raise InputError("there is no --prompt and no --prompt_file, and the standard input is closed")
-    mesh = make_mesh(sizes_of_mesh(config.mesh))
+    mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
     if config.prefix_checkpoint_path and prefix is not None and config.prefix_seq_len is not None:
         check_length(config.prefix_checkpoint_path, prefix, config.prefix_seq_len)

@@ -17,7 +17,7 @@ from convert.errors import RunError
 from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.data import max_rows_per_example, row_labels, row_lengths
 from jaxprefix.devices import own_device
 from jaxprefix.faults import (
@@ -115,7 +115,7 @@ def train(config: TrainConfig) -> TrainResult:
 def train_jointly(config: TrainConfig) -> TrainResult:
     """Make the run that `train` describes, in a process that has joined the others."""
     inputs = agree("read its inputs", lambda: read_inputs(config))
-    mesh = make_mesh(config.mesh_sizes)
+    mesh = make_mesh(mesh_sizes(config.mesh))
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
     description = checked_description(config, inputs, identity)
     with contextlib.ExitStack() as stack:
