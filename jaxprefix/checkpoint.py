@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.hosts import anywhere, first_says, is_first, wait_for_all, wait_until_visible
+from jaxprefix.hosts import anywhere, broadcast_from_first, is_first, wait_for_all, wait_until_visible
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
@@ -144,7 +144,7 @@ class Checkpoints:
         """The checkpoints that the first process sees, the newest first, once this one sees them too."""
         steps = sorted(self._manager.all_steps(), reverse=True)[:MOST_CHECKPOINTS]
         padded = np.array(steps + [-1] * (MOST_CHECKPOINTS - len(steps)), np.int32)
-        steps = [step for step in first_says(padded).tolist() if step >= 0]
+        steps = [step for step in broadcast_from_first(padded).tolist() if step >= 0]
         for step in steps:
             with contextlib.suppress(InputError):  # then reading it tells
                 wait_until_visible(self.folder / str(step))

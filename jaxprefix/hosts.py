@@ -1,7 +1,7 @@
 """One run of many processes, one or more on each host: they join, agree, and stop together.
 
-With a single process nothing in here does anything. Every process makes the same updates on its own devices. Files are
-written by the first one, checkpoints by all together, so that the folder of runs must be one that all of them share.
+Every process makes the same updates on its own devices. The first one writes the files, all together the checkpoints,
+so they must share the folder of runs. In a run of one process, nothing in here does anything.
 """
 
 import collections
@@ -30,9 +30,9 @@ from jaxprefix.devices import devices
 JOIN_SECONDS = 120
 """How long a process waits for the others to join."""
 HEARTBEAT_SECONDS = 30
-"""After so long a silence a process counts as dead, and the others end."""
+"""A process that has been silent for so long counts as dead, and the others end."""
 PATIENCE_SECONDS = 3600
-"""How long the others wait while one is at something slow of its own, like downloading the base model."""
+"""How long the others wait for a process that is busy with something slow, like downloading the base model."""
 LEAVE_SECONDS = 5
 """How long a process that failed waits for the others to have failed, too."""
 VISIBLE_SECONDS = 60
@@ -46,10 +46,10 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def joined(config: HostsConfig) -> Iterator[None]:
-    """Join the other processes of a run for the time of the `with`; before JAX is first used.
+    """Join the other processes of a run for the duration of the `with`. JAX must not have been used before.
 
     Raises InputError when the cluster is not recognised, the port is taken, or JAX is in use already. When the others
-    are not all there after JOIN_SECONDS the program ends with an error: JAX would abort it.
+    are not all there after JOIN_SECONDS, the program ends with an error, before JAX would abort it.
     """
     if not config.several:
         _warn_of_slurm()
@@ -105,8 +105,8 @@ def _bypass_proxy() -> None:
 
 
 def _warn_of_slurm() -> None:
-    """Say that SLURM's tasks each make a run of their own, if nobody said that they belong together."""
-    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # srun's alone
+    """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
+    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
     if task is not None and n_tasks != "1":
         what = f"task {task} of SLURM's {n_tasks} makes a run of its own; --distributed joins them"
         print(f"WARNING: {what}", file=sys.stderr)
@@ -119,7 +119,7 @@ def _give_up(config: HostsConfig) -> None:
 
 
 def _end_at_once(error: PlainError) -> None:
-    """End the program from a thread of its own: the one that waits cannot be interrupted."""
+    """End the program from a background thread: the main one waits where it cannot be interrupted."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     os._exit(error.exit_code)
 
@@ -130,22 +130,23 @@ def is_first() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Wait until all processes come to the same place, however long each was at something of its own."""
-    if jax.process_count() > 1:
-        from orbax.checkpoint import multihost  # late: decoding needs nothing of it
+    """Wait at a barrier for all processes. Raises RunError when they are not there within PATIENCE_SECONDS."""
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # late: decoding needs nothing of it
 
-        try:
-            multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-            raise RunError(f"{name}: not all processes came to it within {PATIENCE_SECONDS} seconds") from error
+    try:
+        multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise RunError(f"{name}: not all processes came to it within {PATIENCE_SECONDS} seconds") from error
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
-    """Run `attempt` on every process. If it fails on any, that one raises its own error, the others InputError.
+    """Run `attempt` on every process. Where it fails, its own error is raised, on all the others InputError.
 
-    `name` identifies the barrier and must be unique to the call.
+    `name` says what is attempted, in the others' error; it also names the barrier, so no two calls may share it.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -173,22 +174,23 @@ def agree_first(name: str, attempt: Callable[[], object]) -> None:
     agree(name, lambda: attempt() if is_first() else None)
 
 
-def first_says(answer: np.ndarray | bool) -> np.ndarray:
-    """Return the first process's answer everywhere: files appear on the other hosts a little later."""
-    answer = np.asarray(answer)
-    return np.asarray(multihost_utils.broadcast_one_to_all(answer)) if jax.process_count() > 1 else answer
+def broadcast_from_first(value: np.ndarray | bool) -> np.ndarray:
+    """Return the first process's value on all of them: of a file, say, which other hosts see a little later."""
+    value = np.asarray(value)
+    return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
-    """Check that this process has the first one's settings, all processes at once. Raises InputError naming the others.
+    """Check that this process has the first one's settings; all processes call it together.
 
-    Otherwise a run could mix settings, or wait for ever.
+    Processes that differ could train on a mixture, or wait for each other for ever. Raises InputError that names the
+    settings that differ.
     """
     if jax.process_count() == 1:
         return
     own, padded = json.dumps(settings).encode(), np.zeros(SETTINGS_BYTES, np.uint8)
     padded[: len(own)] = np.frombuffer(own, np.uint8)
-    first = json.loads(first_says(padded).tobytes().rstrip(b"\0"))
+    first = json.loads(broadcast_from_first(padded).tobytes().rstrip(b"\0"))
     differing = [name for name in {**settings, **first} if first.get(name) != settings.get(name)]
     if differing:
         told = [f"{name}: there {first.get(name)!r}, here {settings.get(name)!r}" for name in differing]
@@ -196,8 +198,8 @@ def check_same(settings: Mapping[str, Any]) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Tell every process whether a flag is set on any of them."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any()) if jax.process_count() > 1 else flag
+    """Tell whether a flag is set on any process, the same on all of them."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def wait_until_visible(path: Path) -> None:
@@ -213,10 +215,10 @@ def wait_until_visible(path: Path) -> None:
 
 
 def check_shared(folder: Path) -> None:
-    """Check that all processes see the same folder: a mark of the first one's. Raises InputError."""
+    """Check that all processes see the same folder, by a file that the first one makes there. Raises InputError."""
     if jax.process_count() == 1:
         return
-    mark = folder / f".shared-{int(first_says(np.array(secrets.randbits(31), np.int32)))}"
+    mark = folder / f".shared-{int(broadcast_from_first(np.array(secrets.randbits(31), np.int32)))}"
 
     def look() -> None:
         if is_first():
@@ -231,7 +233,7 @@ def check_shared(folder: Path) -> None:
 
 
 def leave_soon(exit_code: int) -> None:
-    """End a process that failed alone in LEAVE_SECONDS: JAX would wait for the others at its end, and then abort it."""
+    """End a process that failed alone within LEAVE_SECONDS: JAX would wait for the others as it ends, then abort it."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
         timer.daemon = True
@@ -239,15 +241,15 @@ def leave_soon(exit_code: int) -> None:
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:
-    """Make arrays that every process holds whole into arrays over all devices."""
+    """Return global arrays over all processes' devices, of arrays that every process holds whole."""
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), arrays)
 
 
 class Vote:
-    """Lets all processes do the same after the same update when one of them wishes it: the highest wish counts.
+    """Makes one process's wish, to save or to stop, every process's action after the same update; the highest wins.
 
-    The devices gather the votes after each update, and each outcome is read one update later, when the loop has waited
-    for that update anyway: nothing stands still for it.
+    The devices gather the votes after each update. The outcome is read one update later, when the loop has waited for
+    that update anyway, so that voting costs no time.
     """
 
     GO_ON = 0
@@ -269,10 +271,10 @@ class Vote:
 
 
 class Watchdog:
-    """Ends this process when it makes no progress for long, as when another one hangs: a collective waits for ever.
+    """Ends this process when it makes no progress for long, because another one hangs: a collective waits for ever.
 
-    Used as a context manager around the loop; alone, it does nothing. A process that is dead or frozen is noticed
-    earlier, by its missing heartbeat; this is for one that lives and is stuck.
+    Used as a context manager around the loop; in a run of one process it does nothing. A process that died or froze is
+    noticed earlier, by its missing heartbeat; this is for one that is alive and stuck.
     """
 
     def __init__(self, minutes: float):

@@ -13,7 +13,7 @@ from convert.prefix import RUN_SUBFOLDER, is_bare_prefix
 from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
-from jaxprefix.hosts import agree, first_says, is_first
+from jaxprefix.hosts import agree, broadcast_from_first, is_first
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_folder import CHECKPOINTS, check_base
@@ -93,7 +93,7 @@ def restored(
     if state.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
-    if progress.best_dev_loss is not None and not first_says(best.is_dir()):
+    if progress.best_dev_loss is not None and not broadcast_from_first(best.is_dir()):
         progress.best_dev_loss = None
         if is_first():
             print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)

@@ -34,8 +34,8 @@ from jaxprefix.hosts import (
     Watchdog,
     agree,
     agree_first,
+    broadcast_from_first,
     check_same,
-    first_says,
     is_first,
     joined,
     spread,
@@ -305,7 +305,7 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
 
 def has_checkpoint(config: TrainConfig) -> bool:
     """Tell whether there is a checkpoint that the run is to go on from."""
-    return bool(first_says(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
+    return bool(broadcast_from_first(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
 
 
 def open_log(config: TrainConfig, n_updates: int, progress: Progress) -> RunLog:

@@ -240,7 +240,7 @@ def test_checkpoints_that_come_into_sight_late_are_removed_too(folder, monkeypat
         shutil.move(folder / "2", folder.parent / "2")
         assert checkpoints._manager.all_steps()
         shutil.move(folder.parent / "2", folder / "2")
-        monkeypatch.setattr("jaxprefix.checkpoint.first_says", lambda _: np.int32([8, 4, 2]))
+        monkeypatch.setattr("jaxprefix.checkpoint.broadcast_from_first", lambda _: np.int32([8, 4, 2]))
         checkpoints.read()
     assert {path.name for path in folder.iterdir()} == {"4", "8"}
 

@@ -65,7 +65,7 @@ def second_of_two(monkeypatch):
 def test_settings_that_differ_are_named(monkeypatch):
     there = json.dumps({"seed": 42, "suffix": " 😃", "mesh": None}).encode()
     padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
-    monkeypatch.setattr(hosts, "first_says", lambda own: padded)
+    monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
     hosts.check_same({"seed": 42, "suffix": " 😃", "mesh": None})
     with pytest.raises(InputError, match=r"differs from process 0 in:\n  - seed: there 42, here 7$"):
         hosts.check_same({"seed": 7, "suffix": " 😃", "mesh": None})
@@ -242,7 +242,7 @@ def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     there = json.dumps({"seed": 42}).encode()
     padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
-    monkeypatch.setattr(hosts, "first_says", lambda own: padded)
+    monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
     with pytest.raises(InputError, match="checkpoint_sha256: there None, here 'a'"):
         hosts.check_same({"seed": 42, "checkpoint_sha256": "a"})
     with pytest.raises(InputError, match="seed: there 42, here None"):

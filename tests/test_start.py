@@ -87,7 +87,7 @@ def test_nothing_of_the_run_that_another_starts_from_is_moved_or_removed(finishe
 
 
 def test_whether_the_best_prefix_is_there_the_first_process_says(finished, monkeypatch):
-    monkeypatch.setattr(start, "first_says", lambda answer: False)
+    monkeypatch.setattr(start, "broadcast_from_first", lambda answer: False)
     config = dataclasses.replace(finished, n_epochs=3)
     base = load_model(GOLDEN_BASE)
     state = start.abstract_state(config, base)
