@@ -113,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
         self._open_storage = open_storage
         self._n_left = 2 * n_bytes  # tied weights are one storage under two names
         self._names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): _StateDict.empty,
+            ("collections", "OrderedDict"): _StateDict,
             ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
             ("torch._utils", "_rebuild_parameter_with_state"): self._rebuild_parameter,
@@ -161,11 +161,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _StateDict(dict):
-    """In the place of OrderedDict, whose attributes (`_metadata`, names of versions) are dropped."""
+    """In the place of OrderedDict: made empty, filled item by item, and its attributes (`_metadata`) are dropped."""
 
-    @classmethod
-    def empty(cls) -> "_StateDict":
-        return cls()
+    def __init__(self) -> None:
+        super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         pass
