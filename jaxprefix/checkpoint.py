@@ -1,9 +1,9 @@
-"""The whole training state on disk, through Orbax: encoder, optimizer, and where the run is.
+"""The whole training state on disk, through Orbax: encoder, optimizer, and how far the run has come.
 
-Arrays are stored under their path in the state (`encoder.prefix_mlp.2.weight`), so that a checkpoint can be
-read without this package's classes. Beside them stands a JSON object: `step`, the checkpoint's
-number, `progress`, where the run is, and `sha256`, the checksum of each array and of `progress`. A checkpoint counts
-only if all of it can be read and fits its number and these sums.
+Arrays are stored under their path in the state (`encoder.prefix_mlp.2.weight`), so that a checkpoint can be read
+without this package's classes. A JSON object beside them holds `step`, the checkpoint's number, `progress`, how far the
+run has come, and `sha256`, the checksum of each array and of `progress`. A checkpoint is valid only if all of it can be
+read and agrees with its number and its checksums.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from jaxprefix.hosts import anywhere, broadcast_from_first, is_first, wait_for_a
 KEPT = 2
 MOST_CHECKPOINTS = 8
 """Checkpoints considered; more than KEPT exist only if removing failed, or the run was killed before it could."""
-MOST_WORDS = 200
-"""Characters of another library's error that a message repeats."""
+REASON_CHARACTERS = 200
+"""Most characters of another library's error that a message repeats."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
 
 
 def newest_checkpoint(folder: Path) -> int | None:
-    """Return the number of the newest complete checkpoint; Orbax gives those under way another name."""
+    """Return the number of the newest complete checkpoint; Orbax names unfinished ones differently."""
     return max((int(child.name) for child in folder.glob("*") if child.name.isdecimal()), default=None)
 
 
@@ -43,10 +43,10 @@ class SaveError(RunError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest two kept. Saving goes on in the background; leaving `with` waits for it.
+    """The checkpoints of one run, of which the newest two are kept. Saves run in the background; leaving `with` waits.
 
-    With `writing` the run is the caller's: what a killed run left unfinished is removed, as is what it left beyond the
-    newest two, and a damaged checkpoint is put aside. Without, nothing is written.
+    With `writing` the run is the caller's: what a killed run left unfinished, or beyond the newest two, is removed, and
+    a damaged checkpoint is put aside. Without it, nothing on the disk changes.
     """
 
     def __init__(self, folder: Path, writing: bool = True):
@@ -85,13 +85,13 @@ class Checkpoints:
         return "_manager" in vars(self)
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Save a pytree of arrays, and a JSON object beside it, as checkpoint number `step`.
+        """Save a pytree of arrays, and `progress` beside it, as checkpoint number `step`.
 
         Raises SaveError when this cannot be done, or when the save before it has failed in the background.
         """
         from orbax.checkpoint import args
 
-        self.finish()  # the manager would leave this one out while another is being written
+        self.finish()  # while another save is under way, the manager would skip this one
         arrays = named(state)
         sums = {name: _sha256(np.asarray(array)) for name, array in arrays.items()}
         record = {"step": step, "progress": progress, "sha256": {**sums, "progress": _sha256(progress)}}
@@ -113,10 +113,10 @@ class Checkpoints:
     def _unsaved(self, which: str, error: Exception) -> SaveError:
         newest = newest_checkpoint(self.folder)
         left = "there is none before it" if newest is None else f"the last good one is {newest}"
-        return SaveError(f"{self.folder}: the checkpoint {which} cannot be saved ({first_words(error)}); {left}")
+        return SaveError(f"{self.folder}: the checkpoint {which} cannot be saved ({short_reason(error)}); {left}")
 
     def read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the newest undamaged checkpoint: arrays by name, and the JSON object. Damaged ones are put aside.
+        """Return the newest undamaged checkpoint: arrays by name, and `progress`. Damaged ones are put aside.
 
         Raises InputError when there is none.
         """
@@ -141,18 +141,18 @@ class Checkpoints:
         raise InputError.all(f"{self.folder}: every checkpoint is damaged; --overwrite starts the run again:", problems)
 
     def _steps(self) -> list[int]:
-        """The checkpoints that the first process sees, the newest first, once this one sees them too."""
+        """Wait until this process sees the checkpoints that the first one sees; return them, the newest first."""
         steps = sorted(self._manager.all_steps(), reverse=True)[:MOST_CHECKPOINTS]
         padded = np.array(steps + [-1] * (MOST_CHECKPOINTS - len(steps)), np.int32)
         steps = [step for step in broadcast_from_first(padded).tolist() if step >= 0]
         for step in steps:
-            with contextlib.suppress(InputError):  # then reading it tells
+            with contextlib.suppress(InputError):  # reading it fails then, and says why
                 wait_until_visible(self.folder / str(step))
         self._manager.reload()  # it has listed them once, perhaps too early
         return steps
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Read what Orbax wrote by itself: its own reader leaves threads that complain when a file is damaged."""
+        """Read a checkpoint without Orbax, whose reader leaves threads behind that complain of damaged files."""
         folder = self.folder / str(step)
         try:
             record = json.loads((folder / PROGRESS / PROGRESS_FILE).read_bytes())
@@ -160,7 +160,7 @@ class Checkpoints:
             arrays = {name: _stored_array(folder / STATE, name) for name in sums if name != "progress"}
             found = {name: _sha256(value) for name, value in [*arrays.items(), ("progress", progress)]}
         except Exception as error:  # whatever damaged bytes make the readers raise
-            raise _DamagedError(first_words(error)) from error
+            raise _DamagedError(short_reason(error)) from error
         if number != step:
             raise _DamagedError(f"it is another one, number {number}")
         if differing := [name for name in found if found[name] != sums.get(name)]:
@@ -168,7 +168,7 @@ class Checkpoints:
         return arrays, progress
 
     def _put_aside(self, step: int, problem: str) -> None:
-        """Say that a checkpoint is damaged, and free its number; the last one so found is kept for inspection."""
+        """Warn of a damaged checkpoint and free its number; keep the latest one, as NUMBER.damaged, to inspect."""
         if is_first():
             print(f"WARNING: {self.folder / str(step)}: damaged, {problem}", file=sys.stderr, flush=True)
             if self._writing:
@@ -205,7 +205,7 @@ def named(state: Any) -> dict[str, Any]:
 
 
 def path_name(path: Any) -> str:
-    """Join a leaf's path by dots; a weight's ends in what holds its array, which is left out."""
+    """Join a leaf's path by dots, without the `.value` that ends a Flax parameter's."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
@@ -221,9 +221,9 @@ def _sha256(value: np.ndarray | dict[str, Any]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def first_words(error: BaseException | None) -> str:
-    """Return the system's message if the error has an errno, else the start of its text; TensorStore's fills pages."""
+def short_reason(error: BaseException | None) -> str:
+    """Return the system's message for the errno in an error, else the start of its text: TensorStore's fills pages."""
     if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0] or type(error).__name__
-    return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}…"
+    return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS]}…"

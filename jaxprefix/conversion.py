@@ -1,4 +1,4 @@
-"""What `jaxprefix convert` does: tells by content what the source is, checks it, and writes the target."""
+"""What `jaxprefix convert` does: finds out what the source is, by its content, checks it, and writes the target."""
 
 import dataclasses
 from pathlib import Path
@@ -20,8 +20,8 @@ from jaxprefix.run_folder import CHECKPOINTS, check_takes_state, is_run_folder, 
 from jaxprefix.start import Progress
 
 BASE_CONFIG = "config.json"
-TRAINING_STATE = ".pt"
-PREFIX_FILES = (".weight", ".checkpoint", ".npy", ".safetensors")
+TRAINING_STATE_SUFFIX = ".pt"
+PREFIX_SUFFIXES = (".weight", ".checkpoint", ".npy", ".safetensors")
 
 
 def convert(config: ConvertConfig) -> str:
@@ -31,7 +31,7 @@ def convert(config: ConvertConfig) -> str:
     """
     source, target = config.source, config.target
     try:
-        return _converted(config)
+        return _convert(config)
     except OSError as error:
         path = Path(error.filename or target)
         written = target.is_relative_to(path) or path.is_relative_to(target) or path.name == f"{target.name}.tmp"
@@ -40,15 +40,15 @@ def convert(config: ConvertConfig) -> str:
         raise InputError(f"{target}: cannot be written ({error.strerror})") from error
 
 
-def _converted(config: ConvertConfig) -> str:
+def _convert(config: ConvertConfig) -> str:
     """Convert by what the source is."""
     source, target = config.source, config.target
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    if target.suffix == TRAINING_STATE:
-        return _training_state_out(config)
+    if target.suffix == TRAINING_STATE_SUFFIX:
+        return _export_training_state(config)
     if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
-        return _training_state_in(config)
+        return _import_training_state(config)
     if _is_base_model(source):
         if config.pretrained_model_dir is not None:
             raise InputError(f"{source}: is a base model, for which --pretrained_model_dir has no use")
@@ -59,7 +59,7 @@ def _converted(config: ConvertConfig) -> str:
 
 
 def _is_base_model(source: Path) -> bool:
-    """Tell whether a folder is a base model, and no adapter that lies beside a copy of its base's config.json."""
+    """Tell whether a folder is a base model; an adapter folder may hold a copy of its base's config.json."""
     if not (source / BASE_CONFIG).is_file() or is_run_folder(source):
         return False
     return has_weights(source) or not (source / ADAPTER_CONFIG).is_file()
@@ -87,8 +87,8 @@ def _convert_prefix(config: ConvertConfig) -> str:
     return f"{target}: {kind}prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes"
 
 
-def _training_state_out(config: ConvertConfig) -> str:
-    """From a run's newest checkpoint to a torch file."""
+def _export_training_state(config: ConvertConfig) -> str:
+    """Write the state in a run's newest checkpoint as a torch file."""
     if newest_checkpoint(config.source / CHECKPOINTS) is None:
         raise InputError(f"{config.source}: no run folder with a checkpoint, whose training state could be written")
     with Checkpoints(config.source / CHECKPOINTS, writing=False) as checkpoints:
@@ -98,8 +98,8 @@ def _training_state_out(config: ConvertConfig) -> str:
     return f"{config.target}: encoder and optimizer after {progress['n_done']} updates"
 
 
-def _training_state_in(config: ConvertConfig) -> str:
-    """From a torch file to the newest checkpoint of a run folder, from which --resume goes on."""
+def _import_training_state(config: ConvertConfig) -> str:
+    """Make a torch file the newest checkpoint of a run folder, from which --resume goes on."""
     resume = "; train --resume goes on from there and keeps a prefix"
     _check_folder_name(config, "a training state, which becomes a run folder", resume)
     check_takes_state(config.target)
@@ -123,8 +123,8 @@ def _training_state_in(config: ConvertConfig) -> str:
 
 
 def _check_folder_name(config: ConvertConfig, what: str, advice: str = "") -> None:
-    """Refuse a folder under the name of a prefix file."""
-    if (suffix := config.target.suffix) in PREFIX_FILES:
+    """Raise InputError for a target that becomes a folder, and is named as a prefix file."""
+    if (suffix := config.target.suffix) in PREFIX_SUFFIXES:
         raise InputError(f"{config.source}: is {what}, not a {suffix} file{advice}")
 
 

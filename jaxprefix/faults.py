@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from convert.errors import RunError
-from jaxprefix.checkpoint import SaveError, first_words, newest_checkpoint
+from jaxprefix.checkpoint import SaveError, newest_checkpoint, short_reason
 from jaxprefix.config import TrainConfig
 from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
 
@@ -113,7 +113,7 @@ def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
 
 def reason(error: BaseException | None) -> str:
     """Return the system's own words, or the beginning of what an error says."""
-    return getattr(error, "strerror", None) or first_words(error)
+    return getattr(error, "strerror", None) or short_reason(error)
 
 
 def what_is_left(config: TrainConfig) -> str:

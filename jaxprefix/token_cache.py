@@ -35,29 +35,29 @@ from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_e
 from jaxprefix.lines import read_lines, sha256_of
 
 FORMAT = 2
-"""Raised when examples change that the same file and settings make."""
+"""To be raised when the same file and settings make other examples than before."""
 CACHED_BYTES = 2**22
 """Smaller files are tokenized on every run, in a second or two. Compressed files count eightfold."""
 BLOCK_BYTES = 2**22
 """What a process tokenizes at a time."""
 ABANDONED_SECONDS = 600
-"""Unfinished entries untouched for this long are abandoned: their maker writes every few seconds."""
+"""Unfinished entries untouched for so long are abandoned: the process that makes one writes every few seconds."""
 
 
 def load_examples(path: Path, chunking: Chunking) -> Examples:
-    """Return what `read_examples` does, from the cache if the same file and settings have been there before.
+    """Return what `read_examples` does, from the cache if the same file was read with the same settings before.
 
     Large files are mapped into memory, not read. Raises InputError, also when the cache cannot be written, and
     RunError when a process that tokenizes is killed.
     """
     if not path.is_file() or path.stat().st_size * (8 if path.suffix == ".gz" else 1) < CACHED_BYTES:
         return read_examples(path, chunking)
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself finds it out
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's own test for this
         raise InputError("a helper runs the program that it is to help; put it under `if __name__ == '__main__':`")
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
-            with _making(folder):
+            with _entry_lock(folder):
                 if (examples := _open(folder)) is None:
                     examples = _make(path, chunking, folder)
     except OSError as error:
@@ -81,7 +81,7 @@ def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
 
 
 def _remove_abandoned(tokens: Path) -> None:
-    """Remove what killed processes have left: that which nobody has written to for long."""
+    """Remove what killed processes have left unfinished."""
     for unfinished in tokens.glob("unfinished-*"):
         with contextlib.suppress(OSError):  # it may be finished at this moment
             newest = max(path.stat().st_mtime for path in (unfinished, *unfinished.rglob("*")))
@@ -90,8 +90,8 @@ def _remove_abandoned(tokens: Path) -> None:
 
 
 @contextlib.contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    """Wait until no other process is making the same entry, where the file system has locks."""
+def _entry_lock(folder: Path) -> Iterator[None]:
+    """Hold a lock on an entry, so that only one process makes it; without effect on a file system without locks."""
     path = cache_folder() / "locks" / folder.name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -128,7 +128,7 @@ def _open(folder: Path) -> Examples | None:
 
 
 def _move(unfinished: Path, folder: Path) -> None:
-    """Give a finished entry its name; without locks, another process may have been first with the same."""
+    """Give a finished entry its name; where locks have no effect, another process may have made the same first."""
     finished = unfinished / "entry"
     try:
         finished.rename(folder)
@@ -164,7 +164,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
 
 
 def _n_cores() -> int:
-    """Return the cores that this process may keep busy: a container's quota may be less than those it sees."""
+    """Return how many cores this process may use: a container's quota may allow fewer than it sees."""
     n_seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     with contextlib.suppress(OSError, ValueError):  # no quota is "max 100000"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
@@ -193,28 +193,28 @@ def _blocks(path: Path) -> Iterator[Block]:
 
 
 def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> Iterator[tuple[int, Examples]]:
-    """Yield, for every block of a file, its length and the examples that a process made of it.
+    """Yield, for every block of a file in order, its length and its examples, which a pool of processes makes.
 
-    What all of them need goes through the file `job`: a pipe that a process does not read would block when it is full.
+    What all processes need reaches them through the file `job`: a pipe would block when full and not yet read.
     """
     job.write_bytes(pickle.dumps((path, chunking)))
     spawn = multiprocessing.get_context("spawn")
-    with _told_apart():
+    with _start_errors():
         processes = concurrent.futures.ProcessPoolExecutor(n_processes, spawn, initializer=_prepare, initargs=(job,))
     with processes:
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
-            with _told_apart():
+            with _start_errors():
                 pending.append((block.n_bytes, processes.submit(_tokenize_block, block)))
             if len(pending) > 2 * n_processes:
                 n_bytes, future = pending.popleft()
-                yield n_bytes, _made(future)
-        yield from ((n_bytes, _made(future)) for n_bytes, future in pending)
+                yield n_bytes, _result_of(future)
+        yield from ((n_bytes, _result_of(future)) for n_bytes, future in pending)
 
 
 @contextlib.contextmanager
-def _told_apart() -> Iterator[None]:
-    """Tell that a process cannot be started apart from a cache that cannot be written."""
+def _start_errors() -> Iterator[None]:
+    """Raise RunError where a process cannot be started: the caller takes OSError for a cache it cannot write."""
     try:
         yield
     except OSError as error:
@@ -222,7 +222,7 @@ def _told_apart() -> Iterator[None]:
         raise RunError(f"a process that tokenizes cannot be started ({error.strerror}){advice}") from error
 
 
-def _made(future: concurrent.futures.Future[Examples]) -> Examples:
+def _result_of(future: concurrent.futures.Future[Examples]) -> Examples:
     try:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:

@@ -10,7 +10,7 @@ import pytest
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.checkpoint import Checkpoints, first_words, from_names, newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint, short_reason
 
 CONTENT = {
     step: {"encoder.weight": np.arange(600, dtype=np.float32).reshape(20, 30) * step, "count": np.int32([step])}
@@ -274,7 +274,7 @@ def test_the_system_says_why_in_tensorstores_errors(tmp_path):
     store = tensorstore.KvStore.open(f"file://{tmp_path / 'file' / 'folder'}/").result()
     with pytest.raises(ValueError, match="FAILED_PRECONDITION") as error:
         store.write("key", b"value").result()
-    assert first_words(error.value) == "Not a directory"
+    assert short_reason(error.value) == "Not a directory"
 
 
 def test_the_newest_is_the_one_of_the_largest_number(tmp_path):
@@ -325,7 +325,7 @@ def test_processes_wait_for_a_checkpoint_and_until_a_damaged_one_is_moved(folder
 
 def test_of_tensorstores_pages_the_beginning_is_told():
     pages = ValueError('DATA_LOSS: no manifest [tensorstore_spec={"driver": "zarr"}]\n more')
-    assert first_words(pages) == "DATA_LOSS: no manifest"
+    assert short_reason(pages) == "DATA_LOSS: no manifest"
 
 
 def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):

@@ -155,7 +155,7 @@ def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
             raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with token_cache._making(token_cache.cache_folder() / "tokens" / "entry"):
+    with token_cache._entry_lock(token_cache.cache_folder() / "tokens" / "entry"):
         assert "another process tokenizes the same file; waiting for it" in capfd.readouterr().err
     assert len(asked) == 2
 
