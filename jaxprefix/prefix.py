@@ -115,17 +115,17 @@ def decays(encoder: Encoder) -> Encoder:
 
 
 def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """Describe a base model for the header of a prefix file; all but its name must agree on loading."""
+    """Describe a base model for the header of a prefix file; on loading, all fields but the name must agree."""
     fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
     identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
     return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
 
 
-def differing_fields(found: Mapping[str, Any], base: Mapping[str, str]) -> list[str]:
-    """Say in what a `base_identity` that a file holds, or a part of one, differs from that of a base at hand."""
+def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
+    """Say in which fields a file's base model differs from a `base_identity`; a field that the file lacks does not."""
     return [
         f"{field}: made for {found[field]}, this base has {value}"
-        for field, value in base.items()
+        for field, value in identity.items()
         if field != "base_model" and found.get(field, value) != value
     ]
 

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write it, and config.json, which holds enough to rebuild the run."""
+"""The folder of a run: who may write to it, and config.json, which holds enough to rebuild the run."""
 
 import contextlib
 import dataclasses
@@ -26,16 +26,8 @@ from jaxprefix.prefix import differing_fields
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
-PLACES = {
-    "hosts",
-    "output_dir",
-    "pretrained_model_dir",
-    "revision",
-    "base_model",
-    "data_filepath",
-    "checkpoint_path",
-}
-"""Settings that say where things lie, which processes may spell differently: weights and data have checksums."""
+PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}
+"""Settings that say where things lie; they may differ between processes, since weights and data have checksums."""
 MAY_CHANGE_ON_RESUME = PLACES | {
     "resume",
     "overwrite",
@@ -59,8 +51,8 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a lock beside a run's folder, `.NAME.lock`, which the system releases however this process ends.
 
-    Raises InputError when another process holds it, naming it, or when it cannot be made. On a file system without
-    locks nothing is held, which is told.
+    Raises InputError that names the process which holds it, or when it cannot be made. On a file system without locks,
+    warns and goes on without one.
     """
     path = folder.resolve()
     path = path.with_name(f".{path.name}.lock")
@@ -69,7 +61,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         file = _locked(path)
     except BlockingIOError as error:
         owner = "another process"
-        with contextlib.suppress(OSError):  # it may leave at this moment
+        with contextlib.suppress(OSError):  # that process may end at this moment
             owner = path.read_text(encoding="utf-8").strip() or owner
         advice = f"wait for it or choose another --save_name (its lock is {path})"
         raise InputError(f"{folder}: is in use by {owner}; {advice}") from error
@@ -98,7 +90,7 @@ def _locked(path: Path) -> IO[str]:
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
-        file.close()  # the owner before removed it between opening and locking
+        file.close()  # its former owner removed it between opening and locking
     if not locked:
         print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
     file.truncate(0)
@@ -107,16 +99,16 @@ def _locked(path: Path) -> IO[str]:
         file.flush()
     except OSError:  # a full disk
         path.unlink()
-        with contextlib.suppress(OSError):  # which closing tells once more
+        with contextlib.suppress(OSError):  # closing fails for the same reason
             file.close()
         raise
     return file
 
 
-def describe_run(config: TrainConfig, base: dict[str, str]) -> dict[str, Any]:
-    """Return what config.json says of a run; `base` describes its base model."""
-    about = {"data_sha256": sha256_of(config.data_filepath), "base": base, "versions": _versions()}
-    return {**_plain(config), **about}
+def describe_run(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any]:
+    """Return what config.json says of a run; `identity` is that of its base model."""
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config).items()}
+    return settings | {"data_sha256": sha256_of(config.data_filepath), "base": identity, "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:
@@ -132,7 +124,7 @@ def _versions() -> dict[str, str]:
 def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
     settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
-    settings["checkpoint_path"] = None if config.checkpoint_path is None else "given"  # or some wait for ever
+    settings["checkpoint_path"] = None if config.checkpoint_path is None else "given"  # else some would wait for ever
     if config.checkpoint_path is not None and config.checkpoint_path.is_file():
         settings["checkpoint_sha256"] = sha256_of(config.checkpoint_path)
     return settings
@@ -145,7 +137,7 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     settings, data or base have changed.
     """
     folder = config.run_dir
-    with _within(folder):
+    with _write_errors(folder):
         if config.resume and not _is_converted(folder):
             _check_same_run(folder, description)
         elif config.overwrite and folder.is_dir() and _content(folder):
@@ -161,11 +153,11 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
 def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     """Make the run's folder, emptied with --overwrite, and write its config.json.
 
-    Raises InputError when it cannot be written, or is not what `check_run_folder` wants by now.
+    Raises InputError when it cannot be written, or no longer passes `check_run_folder`.
     """
     folder = config.run_dir
     check_run_folder(config, description)
-    with _within(folder):
+    with _write_errors(folder):
         if config.overwrite and folder.is_dir():
             _empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +165,8 @@ def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _within(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turn the system's error into InputError."""
     try:
         yield
     except OSError as error:
@@ -181,7 +174,7 @@ def _within(folder: Path) -> Iterator[None]:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Tell whether a folder is a run's: a base model's has a config.json too."""
+    """Tell whether a folder is a run's, by what its config.json says: a base model's has one, too."""
     return bool(_read_description(folder))
 
 
@@ -192,20 +185,17 @@ def setting_of(folder: Path | None, name: str) -> Any:
     return (_read_description(folder) or _read_description(folder.absolute().parent)).get(name)
 
 
-def check_base(run_dir: Path, base: dict[str, str]) -> None:
-    """Check that an earlier run belongs to a base model. Raises InputError naming the fields that differ."""
+def check_base(run_dir: Path, identity: dict[str, str]) -> None:
+    """Check that an earlier run is of a base model. Raises InputError that names the fields that differ."""
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
         raise InputError(f"{run_dir}: no run, {CONFIG_FILE} is missing or damaged")
-    if differing := differing_fields(dict.fromkeys(base) | earlier, base):  # a run has all fields
+    if differing := differing_fields(dict.fromkeys(identity) | earlier, identity):  # a run has all fields
         raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
 
 
 def check_takes_state(folder: Path) -> None:
-    """Check that a training state from elsewhere may go into a folder: a run's, or one of its own.
-
-    Raises InputError.
-    """
+    """Raise InputError unless a training state from elsewhere may go into a folder: a run's or an empty one."""
     if folder.exists() and not (folder.is_dir() and (_content(folder) <= {CHECKPOINTS} or is_run_folder(folder))):
         raise InputError(f"{folder}: is neither a run's folder nor an empty one")
 
@@ -216,12 +206,12 @@ def _is_converted(folder: Path) -> bool:
 
 
 def _content(folder: Path) -> set[str]:
-    """Return the names in a folder, but for what a run leaves that was killed while it began."""
+    """Return the names in a folder, without the file that a run leaves when it is killed as it begins."""
     return {path.name for path in folder.iterdir()} - {f"{CONFIG_FILE}.tmp"}
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a run's folder, its config.json last: if this is cut short, it is still known as a run's."""
+    """Empty a run's folder, config.json last: if this is cut short, the folder is still known as a run's."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -234,7 +224,7 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)
-    compared = earlier.keys() - MAY_CHANGE_ON_RESUME  # what an earlier version did not know is not among them
+    compared = earlier.keys() - MAY_CHANGE_ON_RESUME  # a setting that an earlier version did not have is not compared
     if newest_checkpoint(folder / CHECKPOINTS) is None:  # the run starts over, from there
         compared |= earlier.keys() & {"checkpoint_path"}
     changed = [
@@ -247,7 +237,7 @@ def _check_same_run(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _flat(description: dict[str, Any]) -> dict[str, Any]:
-    """Replace `base` by its fields; its `model_type` stands for the setting, which only checks it."""
+    """Replace `base` by its fields. Its `model_type` takes the place of the setting, which only checks it."""
     base = description.get("base")
     return description | ({"base": None} | base if isinstance(base, dict) else {})
 
@@ -265,7 +255,7 @@ def _write_description(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    """Return a run's config.json, empty when there is none or it is not one of ours; it may come from a stranger."""
+    """Return a run's config.json, which may come from a stranger; empty if there is none, or it is not a run's."""
     try:
         description = read_object(member(folder, CONFIG_FILE))
     except InputError:
@@ -273,20 +263,15 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return description if "data_sha256" in description else {}
 
 
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
-    """Let the first process lock the run's folder, as long as the stack lasts; check that all see where it lies."""
+    """Let the first process lock the run's folder until the stack is closed; check that all see its parent folder."""
     if config.writes:
         agree_first("lock the run's folder", lambda: stack.enter_context(only_writer(config.run_dir)))
         check_shared(config.run_dir.resolve().parent)
 
 
 def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:
-    """Let the first process open the run's folder, and the others see it."""
+    """Let the first process open the run's folder, and wait until the others see it."""
     if config.writes:
         agree_first("open the run's folder", lambda: open_run_folder(config, description))
         agree("see the run's folder", lambda: wait_until_visible(config.run_dir))

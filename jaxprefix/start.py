@@ -1,4 +1,4 @@
-"""What training starts from: an encoder fitted to the base model, another run's, or the run's own checkpoint."""
+"""What training starts from: an encoder fitted to the base model, another run's encoder, or a checkpoint."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ from jaxprefix.update import LossScale, TrainState, first_state
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run is, besides its arrays."""
+    """How far a run has come, besides its arrays."""
 
     n_done: int = 0
     best_dev_loss: float | None = None
@@ -32,14 +32,14 @@ class Progress:
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
     to_evaluate: bool = False
-    """The dev set was due when this was saved; a resumed run goes through it, once more if that was done."""
+    """Whether an evaluation was due when this was saved; a resumed run begins with it, even if it was made since."""
 
 
-def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.ndarray] | None:
+def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, np.ndarray] | None:
     """Return the arrays of the run that this one starts from, by name; None if it starts from no run.
 
-    Raises InputError for a folder that is no run, or one of another base model. All processes read together, so all
-    must have found it first.
+    `identity` is that of the base model. Raises InputError for a folder that is no run, or a run of another base. All
+    processes read together, so none begins before all have found the run.
     """
     path = config.checkpoint_path
     if path is None or config.prefix_hidden_dim == 0:
@@ -50,7 +50,7 @@ def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.nd
             raise InputError(f"{path}: is a prefix, without its encoder; --prefix_hidden_dim 0 trains it directly")
         if path.is_file():
             return None
-        check_base(path, base)
+        check_base(path, identity)
         return Checkpoints(path / CHECKPOINTS, writing=False)
 
     checkpoints = agree("find the earlier run", find)
@@ -61,7 +61,7 @@ def earlier_arrays(config: TrainConfig, base: dict[str, str]) -> dict[str, np.nd
 
 
 def abstract_state(config: TrainConfig, base: BaseModel) -> TrainState:
-    """Return the state that training starts from with shapes for arrays."""
+    """Return the state that training starts from, with shapes in place of arrays."""
     sizes = config.encoder_sizes
     return jax.eval_shape(lambda base: first_state(config, new_encoder(base, *sizes, config.seed)), base)
 
@@ -85,7 +85,7 @@ def start_encoder(
 def restored(
     config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
 ) -> tuple[TrainState, Progress]:
-    """Return what the newest checkpoint holds, `state` being of its shapes.
+    """Return the state and progress in the newest checkpoint; `state` tells the structure and shapes to expect.
 
     Raises InputError when no update is left that could make a prefix.
     """
