@@ -33,9 +33,9 @@ from jaxprefix.tokenizer import Tokenizer
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
 LIKELY = 4096
-"""So many of the likeliest tokens a CPU looks at for a nucleus of all; sorting all takes it longer than the model."""
+"""Tokens that a CPU sorts to find a nucleus without top_k: sorting all would take longer than running the model."""
 GPU_STEPS = 8
-"""Tokens between two looks at whether all rows have stopped, each of which keeps a GPU waiting for the host."""
+"""Tokens between two checks whether all rows have stopped: a GPU waits for the host at each of them."""
 
 
 class BatchTiming(NamedTuple):
@@ -47,26 +47,26 @@ class BatchTiming(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """The numbers that are inputs of the compiled loop: changing them compiles nothing."""
+    """The numbers that are inputs of the compiled loop, so that other values need no new program."""
 
     temperature: Float[Array, ""] | float
     top_p: Float[Array, ""] | float
     seed: Int[Array, ""] | np.uint32
-    place: Int[Array, ""] | int
-    """Where in the list of prompts the batch begins: a row's random numbers come from the seed and its place there."""
+    first_index: Int[Array, ""] | int
+    """Of the batch's first row in the list of prompts: a row's random numbers come from the seed and its own index."""
 
 
 class Made(NamedTuple):
-    """What the decoding loop has made so far."""
+    """What the decoding loop has generated so far."""
 
-    n: Int[Array, ""]  # tokens of every row
+    n: Int[Array, ""]  # tokens in every row
     ids: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
     finite: Bool[Array, ""]  # all logits, of rows that had not stopped
 
 
 DecodeState = tuple[Made, Int[Array, "B"], Cache]
-"""What the decoding loop carries: the last token of every row, too, whose keys and values are not in the cache yet."""
+"""What the decoding loop carries. The tokens are each row's last: their keys and values are not in the cache yet."""
 
 
 def generate(
@@ -99,20 +99,20 @@ def stream(
     batch_size: int,
     decode: DecodeConfig,
     timings: list[BatchTiming] | None = None,
-    place: int = 0,
+    first_index: int = 0,
 ) -> Iterator[str]:
     """Yield what `generate` returns, a batch of prompts at a time; append to `timings` what each took.
 
-    `place` is that of the first prompt, if the list is the end of a longer one.
+    `first_index` is the first prompt's index in the whole list, where `prompts` is a later part of it.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, place)
+    made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, first_index)
     for prompt, made in zip(ids, made_ids, strict=True):
         yield continuation(tokenizer, prompt, made)
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], made: Sequence[int]) -> str:
-    """Return the text of what was made: decoded together with the prompt, so that a space at the seam is kept."""
+    """Return the text of the new ids: decoded together with the prompt, so that a space between them is kept."""
     return tokenizer.decode([*prompt, *made])[len(tokenizer.decode([*prompt])) :]
 
 
@@ -125,7 +125,7 @@ def generate_ids(
     batch_size: int = 16,
     decode: DecodeConfig = DecodeConfig(),
     timings: list[BatchTiming] | None = None,
-    place: int = 0,
+    first_index: int = 0,
 ) -> Iterator[list[int]]:
     """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
     check_prompts(model.config, tokenizer, prompts, prefix, decode)
@@ -138,20 +138,21 @@ def generate_ids(
         return
     sharding, n_parts = decoded_rows(model)
     batch_size = round_up(min(batch_size, len(rows)), n_parts)
+    # The program is compiled for these settings: those that it does not read, or that are its inputs, are fixed.
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
-    program = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
+    compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
         width = round_up(max(map(len, group)), PROMPT_BUCKET)
         tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
-        lengths = np.zeros(batch_size, np.int32)  # 0: no prompt is left for this row
+        lengths = np.zeros(batch_size, np.int32)  # 0: a row without a prompt
         for index, ids in enumerate(group):
             tokens[index, : len(ids)] = ids
             lengths[index] = len(ids)
         started = time.perf_counter()
-        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), place + first)
+        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), first_index + first)
         spread = jax.device_put((tokens, lengths), sharding)
-        made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, program))
+        made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, compiled_for))
         if not finite:
             raise RunError(f"the model's logits are not finite: {overflow_hint(model.embed.weight.dtype.name)}")
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
@@ -168,7 +169,7 @@ def check_prompts(
     prefix: Prefix | None,
     decode: DecodeConfig,
 ) -> None:
-    """Check that prefix, prompts (an empty one is bos) and output have room in the positions. Raises InputError."""
+    """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions."""
     prefix_len = config.prefix_length(prefix)
     if longest := max((len(prompt) or 1 for prompt in prompts), default=0):
         what = f"--max_output_len and the longest prompt of {longest}"
@@ -176,7 +177,7 @@ def check_prompts(
 
 
 def overflow_hint(dtype: str) -> str:
-    """Tell what makes a model's numbers infinite, and what helps."""
+    """Say why a model's numbers became infinite, and what helps."""
     return f"its numbers grow beyond {dtype}" + ("; take --dtype bfloat16" if dtype == "float16" else "")
 
 
@@ -190,16 +191,17 @@ def _decode(
     eos_id: int,
     decode: DecodeConfig,
 ) -> tuple[Int[Array, "B max_output_len"], Bool[Array, ""]]:
-    """Prefill, then loop until every row has made eos or max_output_len tokens; the rest is eos.
+    """Prefill, then loop until every row has made eos or max_output_len tokens.
 
-    Returns them, and whether all logits on the way were finite. `decode.temperature` and `decode.top_p` are not read:
-    `sampling` holds them as traced inputs. Steps beyond max_output_len, up to GPU_STEPS − 1, write nowhere: JAX drops
-    what is out of bounds.
+    Returns the new tokens, filled up with eos, and whether all logits on the way were finite. `decode.temperature` and
+    `decode.top_p` are not read: `sampling` holds them as traced inputs. The up to GPU_STEPS − 1 steps beyond
+    max_output_len have no effect: JAX drops writes that are out of bounds.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), sampling.place + jnp.arange(n_rows))
+    indices = sampling.first_index + jnp.arange(n_rows)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), indices)
 
     def choose(made: Made, hidden: Float[Array, "B D"]) -> tuple[Made, Int[Array, "B"]]:
         """Choose what follows every row's last token, from its hidden state."""
@@ -217,7 +219,7 @@ def _decode(
 
     def step(state: DecodeState) -> DecodeState:
         made, tokens, cache = state
-        slots = (prefix_len + lengths + made.n - 1)[:, None]  # of the last token, behind its row
+        slots = (prefix_len + lengths + made.n - 1)[:, None]  # of each row's last token
         positions = slots - prefix_len + 1 if restarts else None
         hidden, cache = model.hidden(tokens[:, None], None, cache, slots, positions)
         return *choose(made, hidden[:, 0]), cache
@@ -226,7 +228,7 @@ def _decode(
         return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
 
     ends = jnp.maximum(lengths - 1, 0)[:, None]
-    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding reaches no further
+    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding has the last token's
     hidden, keys_values = model.hidden(tokens, prefix, positions=positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
     nothing, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
@@ -246,7 +248,7 @@ def cache_dtype(model: BaseModel) -> DTypeLike:
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Tell of each row whether its largest logit is finite: NaN or +∞ anywhere in it makes that NaN or +∞."""
+    """Tell for each row whether its largest logit is finite: one NaN or +∞ makes that NaN or +∞."""
     return jnp.isfinite(logits.max(axis=-1))
 
 
@@ -271,19 +273,19 @@ def choose_tokens(
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     likeliest, ids = nucleus(logits, LIKELY, sampling.top_p, drop_crossing, normaliser)
     return jax.lax.cond(
-        jnp.isneginf(likeliest[:, -1]).all(),  # what is less likely than one outside is outside
+        jnp.isneginf(likeliest[:, -1]).all(),  # the last one is outside, so all less likely ones are
         lambda: from_nucleus(likeliest, ids),
         lambda: from_nucleus(*nucleus(logits, 0, sampling.top_p, drop_crossing)),
     )
 
 
 def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Draw an index of each row from its softmax, by one number from [0, 1): where the running sum passes it.
+    """Draw an index from each row's softmax with one number from [0, 1): the index where the running sum passes it.
 
-    A random number for each token, as `jax.random.categorical` needs, takes a CPU a third of a step.
+    `jax.random.categorical` needs a random number for each token, which takes a CPU a third of a step.
     """
     sums = jnp.cumsum(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-    below = jnp.nextafter(sums[:, -1], 0)  # of rounding up to the end, an index without probability would come
+    below = jnp.nextafter(sums[:, -1], 0)  # a product that is rounded up to the last sum would lie behind all indices
     return (sums <= jnp.minimum(numbers * sums[:, -1], below)[:, None]).sum(axis=-1)
 
 
@@ -296,10 +298,10 @@ def nucleus(
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
-    That is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751). With
-    `drop_crossing` the token that takes the sum beyond top_p is dropped as well, unless it is the likeliest, as the
-    original does. Of equal logits the lower id comes first, also where top_k ends. `normaliser` is the log of summed
-    exponentials by which logits become probabilities: by default of those top_k.
+    The nucleus is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751).
+    With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as the
+    original does. Of equal logits the lower id comes first, also at the end of top_k. `normaliser` is the log of the
+    summed exponentials that probabilities are relative to: by default over those top_k.
     """
     n_tokens = logits.shape[-1]
     likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))

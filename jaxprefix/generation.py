@@ -1,4 +1,4 @@
-"""What `jaxprefix generate` does: continues the prompts it is given, or what the user types."""
+"""What `jaxprefix generate` does: continues the prompts that it is given, or one typed line after another."""
 
 import io
 import json
@@ -16,9 +16,9 @@ from jaxprefix.sharding import base_sharding, make_mesh
 
 
 def continue_prompts(config: GenerateConfig) -> None:
-    """Print continuations of the prompts, or of one typed line after another; without --mesh as `evaluate`.
+    """Print continuations of the prompts, or of one typed line after another; devices as for `evaluate`.
 
-    Raises InputError before the base model's weights are read; what is wrong with a typed line is printed.
+    Raises InputError before the base model's weights are read; for a typed line, the error is printed instead.
     """
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:
@@ -31,32 +31,28 @@ def continue_prompts(config: GenerateConfig) -> None:
     check_prompts(base.config, base.tokenizer, map(encode, prompts), prefix, config.decode)
     model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
+    ascii_only = "utf" not in str(getattr(sys.stdout, "encoding", "")).lower()
 
-    in_utf8 = "utf" in str(getattr(sys.stdout, "encoding", "")).lower()
-
-    def answer(prompts: list[str], place: int = 0) -> None:
+    def answer(prompts: list[str], first_index: int = 0) -> None:
         if n_unknown := sum(base.tokenizer.unk_id in encode(prompt) for prompt in prompts):
             print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
         timings = {way: list[BatchTiming]() for way in ways}
         options = (config.seed, config.batch_size, config.decode)
         streams = [
-            stream(model, base.tokenizer, prompts, prefix, *options, timings[way], place)
-            for way, prefix in ways.items()
+            stream(model, base.tokenizer, prompts, used, *options, timings[way], first_index)
+            for way, used in ways.items()
         ]
         for prompt, *made in zip(prompts, *streams, strict=True):
             result = {"prompt": prompt, **dict(zip(ways, made, strict=True))}
-            print(json.dumps(result, ensure_ascii=not in_utf8) if config.json else _as_text(result), flush=True)
-        for way, batches in timings.items() if config.timing else ():
-            which = f"{way.replace('_', ' ')}: " if config.compare else ""
-            for n_rows, n_tokens, seconds in batches:
-                speed = f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s"
-                print(which + speed, file=sys.stderr)
+            print(json.dumps(result, ensure_ascii=ascii_only) if config.json else _as_text(result), flush=True)
+        if config.timing:
+            _print_timings(timings)
 
     if prompts:
         return answer(prompts)
-    for place, prompt in enumerate(_typed_lines()):
+    for index, prompt in enumerate(_typed_lines()):
         try:
-            answer([prompt], place)
+            answer([prompt], index)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -68,10 +64,18 @@ def _as_text(result: dict[str, str]) -> str:
     return f"with prefix:    {text}\nwithout prefix: {result['prompt'] + result['continuation_without_prefix']}\n"
 
 
+def _print_timings(timings: dict[str, list[BatchTiming]]) -> None:
+    for way, batches in timings.items():
+        which = f"{way.replace('_', ' ')}: " if len(timings) > 1 else ""
+        for n_rows, n_tokens, seconds in batches:
+            speed = f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s"
+            print(which + speed, file=sys.stderr)
+
+
 def _typed_lines() -> Iterator[str]:
     """Yield what the user types, a line at a time, until Ctrl-D or Ctrl-C."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is the tokenizer's to refuse, by the line
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer refuses a line that is no text
     interactive = sys.stdin.isatty()
     shown = interactive and sys.stdout is not None and sys.stdout.isatty()
     if interactive:
