@@ -1,4 +1,4 @@
-"""Rows → the arrays of a batch, padded or packed, and of what shapes. No jax in here."""
+"""Rows → the arrays of a batch, padded or packed, and the choice of their shapes. No jax in here."""
 
 import heapq
 import itertools
@@ -8,29 +8,29 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from jaxprefix.data import IGNORED, max_rows_per_example, row_labels, row_lengths, rows_of
+from jaxprefix.data import IGNORED, label_counts, max_rows_per_example, row_lengths, rows_of
 from jaxprefix.examples import Example
 from jaxprefix.tokenizer import Tokenizer
 
 SAMPLED_UPDATES = 2000
-"""Updates whose batches are looked at to choose the shapes of packed ones."""
+"""Updates from whose batches the shapes of packed ones are chosen."""
 SHAPES = 4
 """Most shapes of a run's packed batches."""
 WORTH_IT = 1.01
-"""Up to so many times the least columns are better than another shape, which takes time to compile, and memory."""
+"""Fewer shapes, each of which takes time and memory to compile, may take up to so many times the least columns."""
 COLUMN_STEPS = 20
 """Quantiles of the batches' column counts that are tried as widths of the shapes."""
 COLUMN_MULTIPLE = 8
 CLASSES = 3
 """Most classes of lengths that the texts of a packed row fall into: attention is compiled once for each."""
 CLASSES_WORTH_IT = 1.1
-"""Up to so many times the least work is better than another class."""
+"""Fewer classes may take up to so many times the least work."""
 CLASS_STEP = 1.1
-"""Slots are tried as those of a class where they have fallen past another power of this."""
+"""A class may begin only at a text whose slots have fallen below the next power of this."""
 SLOT_WORK, COLUMN_WORK = 64, 1000
-"""What a slot takes besides its scores in attention, and a column besides attention, as so many scores (110m, CPU)."""
+"""Work of a slot besides its attention scores, and of a column outside of attention, counted in scores (110m, CPU)."""
 FEW_LABELS = 0.9
-"""Where at most this share of the columns has labels, as behind prompts, the loss is computed for those alone."""
+"""Where at most this share of the columns has labels, because of prompts, the loss is computed for those alone."""
 
 
 class Packing(NamedTuple):
@@ -53,11 +53,11 @@ class Batch(NamedTuple):
     packing: Packing | None = None
     """For packed rows, the texts in them."""
     labelled: Packing | None = None
-    """For rows of few labels, the columns that have one, as if they were a text; the loss is computed for no others."""
+    """For rows with few labels, the columns that have one, packed as if they were a text: only they enter the loss."""
 
     @property
     def n_labels(self) -> int:
-        """Positions that have a part in the loss."""
+        """Positions that enter the loss."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -72,7 +72,7 @@ class PaddedShape(NamedTuple):
 
 def padded_shape(examples: Sequence[Example], batch_size: int, n_parts: int) -> PaddedShape:
     """Return the shape that holds any batch of these examples, whose rows can be split into n_parts."""
-    lengths, n_labels = row_lengths(examples), int(row_labels(examples).max())
+    lengths, n_labels = row_lengths(examples), int(label_counts(examples).max())
     n_rows, n_columns = max_rows_per_example(lengths) * batch_size, int(lengths.max())
     return PaddedShape(round_up(n_rows, n_parts), n_columns, _if_few(n_labels, n_columns))
 
@@ -91,7 +91,7 @@ def make_batch(
 
 
 def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
-    """Return where the labels of rows lie, in room for n_labels of each."""
+    """Return where the labels of each row lie, with room for n_labels in each."""
     if n_labels is None:
         return None
     n_rows, n_columns = labels.shape
@@ -104,15 +104,15 @@ def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
 
 
 def _if_few(n_labels: int, n_columns: int) -> int | None:
-    """Return the room that labels take, or None if they take nearly all columns."""
+    """Return the columns to set aside for labels, or None if that is nearly all of them."""
     room = round_up(n_labels)
     return room if room <= FEW_LABELS * n_columns else None
 
 
 def pack_rows(lengths: Sequence[int], n_rows: int, n_texts: int) -> list[list[int]]:
-    """Spread texts over packed rows of n_texts at most, longest first into the emptiest.
+    """Spread texts over packed rows of at most n_texts each: the longest first, each into the emptiest row.
 
-    Return each row's numbers, the longest text's first.
+    Returns the indices of each row's texts, the longest one's first.
     """
     loads = [(0, row) for row in range(n_rows)]
     rows: list[list[int]] = [[] for _ in range(n_rows)]
@@ -130,20 +130,20 @@ class PackedShape(NamedTuple):
     n_rows: int
     n_columns: int
     classes: tuple[tuple[int, int], ...]
-    """(texts of a row, slots: their tokens) for each class of lengths, longest first."""
+    """(texts in a row, slots for the tokens of each) for each class of lengths, the longest first."""
     n_labels: int | None = None
     """Most labels of a row, if the loss is computed for labelled columns alone."""
 
     def holds(self, examples: Sequence[Example]) -> bool:
-        """Tell whether examples have room."""
+        """Tell whether there is room for these examples."""
         slots = self.slots
-        needs = _needs(row_lengths(examples), row_labels(examples), self.n_rows, len(slots))
+        needs = _needs(row_lengths(examples), label_counts(examples), self.n_rows, len(slots))
         n_labels = self.n_columns if self.n_labels is None else self.n_labels
         return bool((needs <= [self.n_columns, n_labels, *slots]).all())
 
     @property
     def slots(self) -> list[int]:
-        """Return the slots of each text of a row, longest first."""
+        """The slots of each text of a row, the longest first."""
         return [n_slots for n_texts, n_slots in self.classes for _ in range(n_texts)]
 
 
@@ -151,23 +151,23 @@ Shape = PackedShape | PaddedShape
 Choice = TypeVar("Choice", bound=tuple)
 
 
-def _needs(lengths: np.ndarray, labels: np.ndarray, n_rows: int, n_texts: int) -> np.ndarray:
-    """Return what the rows of examples, [examples, 2], need when they are packed.
+def _needs(lengths: np.ndarray, n_labels: np.ndarray, n_rows: int, n_texts: int) -> np.ndarray:
+    """Return what examples need when they are packed, by the lengths and labels [examples, 2] of their rows.
 
-    That is columns, labels, and the slots of a row's longest text, of its second, and so on, at least 1: [2 + n_texts].
+    That is [2 + n_texts] numbers: columns, labels, and the slots (at least 1) of a row's longest text, its second, ….
     """
-    lengths, labels = lengths[lengths > 0], labels[lengths > 0]
+    lengths, n_labels = lengths[lengths > 0], n_labels[lengths > 0]
     rows, needs = pack_rows(lengths.tolist(), n_rows, n_texts), np.ones((n_rows, 2 + n_texts), int)
     for row, members in zip(needs, rows, strict=True):
-        row[:2] = lengths[members].sum(), labels[members].sum()
+        row[:2] = lengths[members].sum(), n_labels[members].sum()
         row[2 : 2 + len(members)] = lengths[members]
     return needs.max(axis=0)
 
 
 def text_classes(slots: Sequence[int], n_columns: int) -> tuple[tuple[int, int], ...]:
-    """Group texts of so many slots, longest first, into the classes (texts, slots) of a `PackedShape`.
+    """Group texts of so many slots, the longest first, into the classes (texts, slots) of a `PackedShape`.
 
-    They are the fewest that leave next to the least work. None begins where the slots have hardly fallen.
+    Returns the fewest classes whose work is close to the least possible.
     """
 
     def classes(starts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -207,17 +207,17 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
-    Shapes ascend. Their widths leave next to the least padding over the sampled updates; their slots and labels are the
-    most that the updates that use a shape need. The last shape holds every update or, if there are more updates than
-    are sampled, any batch that these examples can make.
+    Shapes ascend. Their widths are the fewest whose padding over the sampled updates is close to the least possible.
+    Each has the slots and labels that the updates which use it need at most. The last one holds every update or, if not
+    all were sampled, any batch that these examples can make.
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
-    lengths, labels = row_lengths(examples), row_labels(examples)
+    lengths, n_labels = row_lengths(examples), label_counts(examples)
     n_texts = -(-n_examples * max_rows_per_example(lengths) // n_rows)
     needs = np.array(
         [
-            np.max([_needs(lengths[batch], labels[batch], n_rows, n_texts) for batch in batches], axis=0)
+            np.max([_needs(lengths[batch], n_labels[batch], n_rows, n_texts) for batch in batches], axis=0)
             for batches in sample
         ]
     )
@@ -227,7 +227,7 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
 
     if len(sample) > SAMPLED_UPDATES:
         longest = np.sort(lengths.clip(1), axis=None)[::-1][:n_texts]
-        last = [at_most_in_a_row(lengths), at_most_in_a_row(labels), *longest.tolist()]
+        last = [at_most_in_a_row(lengths), at_most_in_a_row(n_labels), *longest.tolist()]
     else:
         last = needs.max(axis=0).tolist()
 
@@ -243,20 +243,20 @@ def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]
 
 
 def _fewest(choices: Sequence[Choice], totals: Sequence[int], worth_it: float) -> Choice:
-    """Return the shortest choice whose total is up to so many times the least; of those as short, the best."""
+    """Return the shortest choice whose total is at most `worth_it` times the least; of equally short ones, the best."""
     close = [(len(c), total, c) for c, total in zip(choices, totals, strict=True) if total <= worth_it * min(totals)]
     return min(close)[2]
 
 
 def _shape_for(n_rows: int, needs: Sequence[int]) -> PackedShape:
-    """Return the shape of so many rows that has room for `_needs`."""
+    """Return the shape with n_rows rows and room for `_needs`."""
     n_columns, n_labels, *slots = needs
     n_columns = round_up(n_columns)
     return PackedShape(n_rows, n_columns, text_classes(slots, n_columns), _if_few(n_labels, n_columns))
 
 
 def round_up(number: float | int, multiple: int = COLUMN_MULTIPLE) -> int:
-    """Return the least multiple that is not below a number."""
+    """Round up to the next multiple."""
     return math.ceil(number / multiple) * multiple
 
 
@@ -268,16 +268,16 @@ def lay_out(examples: Sequence[Example], tokenizer: Tokenizer, shape: Shape) -> 
 
 
 def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, n_parts: int) -> Iterator[Batch]:
-    """Yield all examples in packed batches of one shape, equally full.
+    """Yield all examples in packed batches of one shape, about equally full.
 
-    A batch has about the columns that batch_size examples take when they are padded, and at most four times the texts.
+    A batch has about as many columns as batch_size padded examples take, and at most four times as many examples.
     """
-    lengths, labels = row_lengths(examples), row_labels(examples)
+    lengths, n_labels = row_lengths(examples), label_counts(examples)
     padded = padded_shape(examples, batch_size, n_parts)
     n_batches = math.ceil(max(lengths.sum() / (padded.n_rows * padded.n_columns), len(examples) / (4 * batch_size)))
     groups = pack_rows(lengths.sum(axis=1).tolist(), n_batches, 4 * batch_size)
     n_texts = -(-max(map(len, groups)) * max_rows_per_example(lengths) // n_parts)
-    needs = [_needs(lengths[group], labels[group], n_parts, n_texts) for group in groups]
+    needs = [_needs(lengths[group], n_labels[group], n_parts, n_texts) for group in groups]
     shape = _shape_for(n_parts, np.max(needs, axis=0).tolist())
     for group in groups:
         yield make_packed_batch([examples[number] for number in group], tokenizer, shape)

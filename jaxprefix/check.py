@@ -15,7 +15,7 @@ from jaxprefix.base_folder import open_base
 from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape, round_up
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
-from jaxprefix.data import row_labels, split_examples, update_plan
+from jaxprefix.data import label_counts, split_examples, update_plan
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
@@ -91,7 +91,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
     lengths = examples.prompt_lengths + examples.target_lengths
     shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
-        f"data: {len(examples):,} examples, {row_labels(examples).sum():,} tokens with a loss; lengths from "
+        f"data: {len(examples):,} examples, {label_counts(examples).sum():,} tokens with a loss; lengths from "
         f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
     )
     yield from examples.report_unknown(tokenizer.unk_id)

@@ -37,30 +37,30 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
     return [([bos_id, *target], [*target, eos_id]), (target, [*target[1:], eos_id])]
 
 
-def row_labels(examples: Sequence[Example]) -> np.ndarray:
-    """Return the labels in both rows of each example, [examples, 2]; where a prompt makes it one, the second has 0."""
+def label_counts(examples: Sequence[Example]) -> np.ndarray:
+    """Return how many labels both rows of each example have: [examples, 2]; an example with a prompt has no second."""
     prompts, targets = _lengths(examples)
     return np.stack([targets + 1, np.where(prompts > 0, 0, targets)], axis=1)
 
 
 def row_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Return the tokens of both rows of each example, [examples, 2]; where a prompt makes it one, the second has 0."""
+    """Return how many tokens both rows of each example have: [examples, 2]; an example with a prompt has no second."""
     prompts, targets = _lengths(examples)
     return np.stack([np.where(prompts > 0, prompts + targets, targets + 1), np.where(prompts > 0, 0, targets)], axis=1)
 
 
 def longest_row(examples: Sequence[Example]) -> int:
-    """Return the tokens of the longest row that any example makes."""
+    """Return how many tokens the longest row of the examples has."""
     return int(row_lengths(examples).max())
 
 
 def max_rows_per_example(lengths: np.ndarray) -> int:
-    """Return the rows that one of the examples of these `row_lengths` makes at most: one if all have prompts."""
+    """Return how many rows one example makes at most, by all their `row_lengths`: one if all have prompts."""
     return 2 if lengths[:, 1].any() else 1
 
 
 def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of each example's prompt and target."""
+    """Return how many tokens each example's prompt has, and its target."""
     if isinstance(examples, Examples):
         return examples.prompt_lengths, examples.target_lengths
     prompts, targets = zip(*((len(prompt), len(target)) for prompt, target in examples), strict=True)
@@ -69,7 +69,7 @@ def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class UpdatePlan:
-    """Which examples each update sees: a function of the update's number alone, so a run can go on anywhere."""
+    """Which examples each update sees: a function of the update's number alone, so a run can resume at any update."""
 
     config: TrainConfig
     n_examples: int
@@ -120,7 +120,7 @@ class UpdatePlan:
 
 
 def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
-    """Plan the updates of a run. Raises InputError for accumulation that an epoch cannot fill."""
+    """Plan the updates of a run. Raises InputError if an epoch has fewer batches than a recipe must accumulate."""
     plan = UpdatePlan(config, n_train)
     if plan._carries and config.n_accum_steps > plan.batches_per_epoch:
         raise InputError(

@@ -82,15 +82,15 @@ def start_encoder(
     return from_names(like, earlier, config.checkpoint_path)["encoder"]
 
 
-def restored(
-    config: TrainConfig, checkpoints: Checkpoints, state: TrainState, n_updates: int
+def restore_state(
+    config: TrainConfig, checkpoints: Checkpoints, like: TrainState, n_updates: int
 ) -> tuple[TrainState, Progress]:
-    """Return the state and progress in the newest checkpoint; `state` tells the structure and shapes to expect.
+    """Return the state and progress in the newest checkpoint; `like` tells the structure and shapes to expect.
 
     Raises InputError when no update is left that could make a prefix.
     """
     arrays, saved = checkpoints.read()
-    if state.loss_scale is not None:  # a training state from PyTorch has none
+    if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
     if progress.best_dev_loss is not None and not broadcast_from_first(best.is_dir()):
@@ -102,4 +102,4 @@ def restored(
             f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
             "raise --n_training_steps or --n_epochs"
         )
-    return from_names(state, arrays, checkpoints.folder), progress
+    return from_names(like, arrays, checkpoints.folder), progress

@@ -18,7 +18,7 @@ from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig, mesh_sizes
-from jaxprefix.data import max_rows_per_example, row_labels, row_lengths
+from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
 from jaxprefix.devices import own_device
 from jaxprefix.faults import (
     FiniteGuard,
@@ -56,7 +56,7 @@ from jaxprefix.run_folder import (
 )
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
-from jaxprefix.start import Progress, abstract_state, earlier_arrays, restored, start_encoder
+from jaxprefix.start import Progress, abstract_state, earlier_arrays, restore_state, start_encoder
 from jaxprefix.update import (
     FrozenBase,
     LearningRate,
@@ -141,7 +141,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         stop = stack.enter_context(stop_on_signal(config))
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
-            state, progress = restored(config, checkpoints, state, inputs.plan.n_updates)
+            state, progress = restore_state(config, checkpoints, state, inputs.plan.n_updates)
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
@@ -319,7 +319,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
-    n_labels = row_labels(inputs.train_set).sum()
+    n_labels = label_counts(inputs.train_set).sum()
     devices = f"{mesh.size} device(s), {own_device().device_kind}"
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"

@@ -15,7 +15,7 @@ from jaxprefix.batches import (
 )
 from jaxprefix.data import (
     IGNORED,
-    row_labels,
+    label_counts,
     row_lengths,
     rows_of,
 )
@@ -191,7 +191,7 @@ def test_updates_of_more_texts_than_the_sampled_ones_have_room(monkeypatch, toke
         for [batch] in updates:
             group = [examples[i] for i in batch]
             made = make_packed_batch(group, tokenizer, fitting_shape(shapes, [group]))
-            assert made.n_labels == row_labels(group).sum()
+            assert made.n_labels == label_counts(group).sum()
 
 
 def test_packed_rows_are_even_and_hold_no_more_texts_than_they_may():

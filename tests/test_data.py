@@ -9,9 +9,9 @@ from jaxprefix.data import (
     IGNORED,
     UpdatePlan,
     epoch_order,
+    label_counts,
     longest_row,
     max_rows_per_example,
-    row_labels,
     row_lengths,
     rows_of,
     split_examples,
@@ -37,7 +37,7 @@ def test_loss_of_a_prompt_is_on_the_completion_only():
 @pytest.mark.parametrize("example", [Example([], [10, 11]), Example([7, 8], [10, 11, 12])])
 def test_counts_agree_with_the_rows(example):
     rows = rows_of(example, 1, 2)
-    assert row_labels([example]).sum() == sum(label != IGNORED for _, labels in rows for label in labels)
+    assert label_counts([example]).sum() == sum(label != IGNORED for _, labels in rows for label in labels)
     lengths = [len(inputs) for inputs, _ in rows]
     assert row_lengths([example]).tolist() == [lengths if len(rows) == 2 else [*lengths, 0]]
     assert longest_row([example]) == max(lengths)

@@ -20,7 +20,7 @@ from convert.prefix import read_prefix
 from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
-from jaxprefix.data import row_labels, update_plan
+from jaxprefix.data import label_counts, update_plan
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
@@ -322,7 +322,7 @@ def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
         config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
         inputs = read_inputs(config)  # three micro-batches
         batches = list(update_batches(config, inputs, make_mesh(), 0))
-        assert sum(batch.n_labels for batch in batches) == row_labels(inputs.train_set).sum()
+        assert sum(batch.n_labels for batch in batches) == label_counts(inputs.train_set).sum()
         assert len(batches) == 2
 
 
