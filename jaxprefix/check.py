@@ -1,4 +1,4 @@
-"""What a training run would find and need, told before it starts: base model, tokenizer, data, memory."""
+"""What `jaxprefix check` reports of a training run before it starts: base model, tokenizer, data, memory."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -89,10 +89,10 @@ def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
 def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield how many examples a file makes, how long they are, and what the tokenizer does not know."""
     lengths = examples.prompt_lengths + examples.target_lengths
-    shares = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
+    quantiles = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
         f"data: {len(examples):,} examples, {label_counts(examples).sum():,} tokens with a loss; lengths from "
-        f"{shares[0]}, median {shares[0.5]}, 95 % {shares[0.95]}, longest {shares[1]} tokens"
+        f"{quantiles[0]}, median {quantiles[0.5]}, 95 % {quantiles[0.95]}, longest {quantiles[1]} tokens"
     )
     yield from examples.report_unknown(tokenizer.unk_id)
 
@@ -121,9 +121,9 @@ def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> st
 
 
 def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
-    """Return the bytes that an update needs on each device: (weights and state, work), by the compiler's account.
+    """Return the bytes that an update needs on each device, as the compiler reports them: (weights and state, work).
 
-    Only models of two and three layers are compiled; each further layer adds what the third did.
+    Only models of two and three layers are compiled; each further layer is taken to add what the third one did.
     """
     if model.n_layer <= 3:
         return compiled_memory(config, model, shape)
@@ -133,14 +133,14 @@ def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tu
 
 
 def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
-    """Return what `training_memory` does, by compiling the model with all its layers."""
+    """Return the same as `training_memory`, by compiling the model with all its layers."""
     analysis = compiled_update(config, model, shape).memory_analysis()
     assert analysis is not None
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
 
 def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
-    """Compile an update for shapes on the config's mesh: no weight is made."""
+    """Compile an update on the config's mesh for shapes alone: no array is made."""
     mesh = make_mesh(mesh_sizes(config.mesh))
     place = base_sharding(mesh, model.n_head)
 
@@ -155,15 +155,14 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     if config.compute.scan_layers:
         base.layers = stacked(base.layers, stack)
-    rate = learning_rate(config, config.n_training_steps)
-    everywhere = (abstract_state(config, base), rate)
-    state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), everywhere)
+    arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
+    state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
     update: Any = make_update(config, mesh)
     return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:
-    """Return the batch of an update with shapes for arrays."""
+    """Return the batch of an update, with shapes in place of arrays."""
 
     def rows(*axes: int) -> Any:
         return jax.ShapeDtypeStruct((config.n_accum_steps, *axes), jnp.int32, sharding=split_rows(mesh))

@@ -1,4 +1,4 @@
-"""What `jaxprefix evaluate` does: reads and checks what is quick to read, then measures with and without the prefix."""
+"""What `jaxprefix evaluate` does: checks what is quick to read, then measures with and without the prefix."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ Setting = TypeVar("Setting", str, int)
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Measure what the settings ask for, without --mesh on all devices that `compiling_for` names.
+    """Measure what the settings ask for, on the devices that `compiling_for` names.
 
     Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
     """
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> Report:
 
 
 def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
-    """Return a suffix as generated texts have it, normalised. Raises InputError if none of their sentences can."""
+    """Return a suffix as it appears, normalised, in generated texts. Raises InputError if no sentence can end so."""
     ids = tokenizer.encode(suffix)
     if tokenizer.unk_id in ids:
         raise InputError(f"the suffix {suffix!r} holds an unknown token; --n_samples 0 skips its rate")
@@ -86,7 +86,7 @@ def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
 
 
 def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
-    """Return a setting as it is given, or else that of the prefix's run, or else train's default."""
+    """Return a setting if it is given, else that of the prefix's run, else train's default."""
     given, found = getattr(config, name), setting_of(config.prefix_checkpoint_path, name)
     if given is None and found is not None and (type(found) is not kind or (isinstance(found, int) and found < 1)):
         raise InputError(f"{config.prefix_checkpoint_path}: its config.json has {name} {found!r}")

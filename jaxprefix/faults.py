@@ -1,4 +1,4 @@
-"""What can end a run before its time, told plainly: signals, numbers that are not finite, the disk."""
+"""What can end a run early, with an error that explains it: signals, numbers that are not finite, the disk."""
 
 import contextlib
 import logging
@@ -20,24 +20,24 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
 
 MOST_SKIPPED = 20
-"""Updates that float16 may skip in a row: after so many halvings the scale of the loss is not what overflows."""
+"""Updates that float16 may skip in a row: after so many halvings it is not the loss scale that overflows."""
 ONE_SIGNAL = 1.0
-"""Seconds within which two signals are one."""
+"""Signals within so many seconds count as one."""
 
 
 class StopRequest:
-    """The signal that asked the run to end, once one has."""
+    """Holds the signal that asked the run to end, once there is one."""
 
     received: signal.Signals | None = None
 
 
 @contextlib.contextmanager
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
-    """Note the first SIGINT, SIGTERM or SIGHUP; the second one ends the run at once. Raises RunError then.
+    """Note the first SIGINT, SIGTERM or SIGHUP; a second one ends the run at once, with RunError.
 
-    A launcher may pass on what its process group was sent as well, so one that follows within ONE_SIGNAL seconds is the
-    same. SIGHUP is left alone where `nohup` has switched it off. Outside of a program's main thread Python hands out no
-    signals: nothing is noted there.
+    A launcher may pass on a signal that its process group was sent as well, so one that follows within ONE_SIGNAL
+    seconds counts as the same. SIGHUP is left alone where `nohup` has switched it off. Python delivers signals to the
+    main thread only: in any other, nothing is noted.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -70,20 +70,20 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def within_disk(config: TrainConfig) -> Iterator[None]:
-    """Turn what can happen to an open run's folder (full, read-only, removed) into RunError, with the cause attached.
+    """Turn errors of an open run's folder (disk full, read-only, removed) into RunError, with the cause attached.
 
-    Meanwhile, what other libraries' threads would print about it is cut to a line. After a failure their loggers stay
-    silent: Orbax may leave threads behind that fail in their turn while Python ends.
+    Inside, an error in a library's thread is one line instead of a traceback. After a failure the libraries' loggers
+    stay silent: Orbax may leave threads behind that fail while Python ends.
     """
-    thread_hook, hook = threading.excepthook, sys.unraisablehook
+    thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
 
     def leave_out_closed_loops(failure: Any) -> None:
         """Drop "Event loop is closed": if one array cannot be written, TensorStore reports the others to Orbax's loop.
 
-        While that is still open, asyncio's logger reports them, hence its level.
+        While the loop is open, asyncio's logger reports them; hence its level below.
         """
         if str(failure.exc_value) != "Event loop is closed":
-            hook(failure)
+            unraisable_hook(failure)
 
     threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
     levels = {logger: logger.level for logger in map(logging.getLogger, ["absl", "asyncio"])}
@@ -91,11 +91,11 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         logger.setLevel(logging.CRITICAL)
     try:
         yield
-        sys.unraisablehook = hook
+        sys.unraisablehook = unraisable_hook
         for logger, level in levels.items():
             logger.setLevel(level)
     except (OSError, SaveError) as error:
-        # what Orbax had not begun to write, told whenever garbage is collected next
+        # Python warns of what Orbax had not begun to write whenever it next collects garbage
         warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         check_still_there(config)
         if isinstance(error, SaveError):
@@ -107,7 +107,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
 
 
 def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """Say in one line that a thread failed: those that write in the background fail in the loop, too, where it ends."""
+    """Say in one line that a background thread failed: the training loop meets the same failure, and ends the run."""
     print(f"WARNING: in the background: {reason(failure.exc_value)}", file=sys.stderr, flush=True)
 
 
@@ -117,7 +117,7 @@ def reason(error: BaseException | None) -> str:
 
 
 def what_is_left(config: TrainConfig) -> str:
-    """Tell what a run that ended early can be resumed from."""
+    """Say what a run that ended early can be resumed from."""
     newest = newest_checkpoint(config.run_dir / CHECKPOINTS)
     if newest is None:
         return "the run has no checkpoint"
@@ -125,13 +125,13 @@ def what_is_left(config: TrainConfig) -> str:
 
 
 def check_still_there(config: TrainConfig) -> None:
-    """Raise RunError when the run's folder is gone, instead of making half of it again."""
+    """Raise RunError when the run's folder is gone; writing would make half of it again."""
     if not (config.run_dir / CONFIG_FILE).is_file():
         raise RunError(f"{config.run_dir}: vanished while the run was going on; nothing of it is left to resume")
 
 
 def less_memory(config: TrainConfig) -> str:
-    """Tell which flags of a run need less memory: those that it can be resumed with, and those of a new one."""
+    """Say which flags take less memory: those that this run can be resumed with, and those that need a new run."""
     same_run = ["--remat block"] if config.compute.remat != "block" else []
     same_run.append("more devices with --mesh fsdp=N")
     new_run = [f"a --batch_size below {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
@@ -149,10 +149,10 @@ class FiniteGuard:
     def __init__(self, config: TrainConfig, n_skipped: int):
         self._config = config
         self.n_skipped = n_skipped
-        """Updates skipped in a row up to now."""
+        """Updates skipped in a row so far."""
 
     def fault(self, update: int, loss: float, gradient_norm: float) -> str | None:
-        """Take in what came out of an update; say what ends the run, if it does."""
+        """Take in an update's outcome; return why it ends the run, None if it does not."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.n_skipped = 0
             return None

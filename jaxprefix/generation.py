@@ -16,9 +16,10 @@ from jaxprefix.sharding import base_sharding, make_mesh
 
 
 def continue_prompts(config: GenerateConfig) -> None:
-    """Print continuations of the prompts, or of one typed line after another; devices as for `evaluate`.
+    """Print continuations of the prompts, or of one typed line after another.
 
-    Raises InputError before the base model's weights are read; for a typed line, the error is printed instead.
+    It computes on the devices that `compiling_for` names. Raises InputError before the base model's weights are read;
+    for a typed line, the error is printed instead.
     """
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:

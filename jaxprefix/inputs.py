@@ -1,4 +1,4 @@
-"""What is read before a run, a generation or an evaluation starts, checked; and the batch of every update."""
+"""What a run, a generation or an evaluation reads, and checks, before it starts; and the batch of every update."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from jaxprefix.tokenizer import Tokenizer
 
 
 class Inputs(NamedTuple):
-    """What a run reads before it starts, checked."""
+    """What a run reads before it starts; checked."""
 
     base: BaseFolder
     train_set: Examples
@@ -51,9 +51,9 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
 
 
 def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:
-    """Check that the examples' longest row has room after the prefix, and return its tokens.
+    """Check that the longest row of all examples fits behind the prefix, and return how many tokens it has.
 
-    Raises InputError that tells the beginning of its text.
+    Raises InputError that quotes the beginning of its text.
     """
     part = max(parts, key=longest_row)
     prompt, target = part[int(row_lengths(part).max(axis=1).argmax())]
@@ -63,14 +63,14 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
 
 
 def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
-    """Return the shapes of a run's micro-batches, ascending; unpacked ones have the same."""
+    """Return the shapes of a run's micro-batches, ascending; padded ones all have one shape."""
     if config.packing:
         return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), n_row_parts(mesh))
     return [padded_shape(train_set, config.batch_size, n_row_parts(mesh))]
 
 
 def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
-    """Yield every update's batch from `first` on: [micro-batches, rows, columns] of one shape, or of four if packed."""
+    """Yield the batches [micro-batches, rows, columns] of all updates from `first` on, of one or a few shapes."""
     plan, tokenizer = inputs.plan, inputs.base.tokenizer
     shapes = batch_shapes(config, inputs.train_set, plan, mesh)
     for number in range(first, plan.n_updates):
@@ -82,7 +82,7 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
 
 
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model of generating or evaluating, and load its prefix; neither waits for weights to be read.
+    """Open the base model to generate or evaluate with, and load the prefix: all that can be checked before weights.
 
     Raises InputError.
     """
@@ -92,7 +92,7 @@ def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read one prompt a line; blank lines are left out."""
+    """Read a file of one prompt a line; blank lines are left out. Raises InputError."""
     try:
         prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -38,24 +38,24 @@ class LossSums(NamedTuple):
 
 
 class LossMeter:
-    """Averages losses over batches, by labels; or plainly, as the original does (`average_batch_means`)."""
+    """Averages losses over all labels or, as the original does, over the batches' means (`average_batch_means`)."""
 
     def __init__(self, recipe: Recipe, window: Sequence[Any] = ()):
-        """Go on from the `LossSums` that a checkpoint holds."""
-        self._plain = recipe.average_batch_means
+        """Begin with the `LossSums` of a checkpoint, if there are any."""
+        self._average_batch_means = recipe.average_batch_means
         self.sums = LossSums(*window)
 
     def add(self, loss: float, n_labels: int, seconds: float = 0.0) -> None:
         """Take in a batch's mean loss, its number of labels and how long it took."""
-        batch = LossSums(1, n_labels, loss * n_labels, loss, _exp(loss), seconds)
+        batch = LossSums(1, n_labels, loss * n_labels, loss, _perplexity(loss), seconds)
         self.sums = LossSums(*map(operator.add, self.sums, batch))
 
     def means(self) -> dict[str, float]:
         """Return loss (nats per label) and ppl."""
         sums = self.sums
-        if self._plain:
+        if self._average_batch_means:
             return {"loss": sums.mean_loss / sums.n_batches, "ppl": sums.mean_ppl / sums.n_batches}
-        return {"loss": sums.loss / sums.n_labels, "ppl": _exp(sums.loss / sums.n_labels)}
+        return {"loss": sums.loss / sums.n_labels, "ppl": _perplexity(sums.loss / sums.n_labels)}
 
     @property
     def tokens_per_s(self) -> float:
@@ -63,7 +63,7 @@ class LossMeter:
         return self.sums.n_labels / max(self.sums.seconds, 1e-9)
 
 
-def _exp(loss: float) -> float:
+def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -76,7 +76,7 @@ def dev_batches(
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, whose rows can be split over the mesh.
 
-    Padded ones hold batch_size examples, in order; packed ones as many tokens as those with their padding.
+    Padded batches hold batch_size examples, in order; packed ones about as many tokens as those take with padding.
     """
     n_parts = 1 if mesh is None else n_row_parts(mesh)
     if packing:
@@ -133,6 +133,7 @@ def count_sentences(text: str, suffix: str) -> tuple[int, int]:
 
 
 def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
+    """Return the same for one line, whose newline is there unless the text ended before it."""
     first, *others = line.split(suffix.strip())
     *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
     suffixed = [piece.strip() for piece in before_suffix if piece.strip(f"{_MARKS}{_BRACKETS} ")]
@@ -148,9 +149,9 @@ def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def without_cut_end(text: str, suffix: str) -> str:
-    """Return a text that the length limit cut off, less the end of a sentence whose suffix may have been to come.
+    """Return a text that the length limit cut off, without the marks of a last sentence whose suffix may be cut off.
 
-    A part of the suffix may be there already; of an emoji's bytes, as a replacement character.
+    Part of the suffix may be there already; of an emoji, as a replacement character.
     """
     task, rest = suffix.strip(), text.rstrip(" \ufffd")
     begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)

@@ -92,7 +92,7 @@ class TrainResult:
     n_done: int
     best_dev_loss: float | None
     stopped_by: Signals | None
-    """The signal that ended it before its last update."""
+    """The signal that ended the run before its last update."""
 
     @property
     def finished(self) -> bool:
@@ -103,10 +103,10 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
 
-    Raises InputError for anything wrong with the user's input, before anything is written; RunError when numbers that
-    are not finite, the disk or the memory end a run that began. SIGINT, SIGTERM and SIGHUP end it after the update at
-    hand, with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all
-    have made the run; a signal to any of them ends it for all.
+    Raises InputError for anything wrong with the user's input, before anything is written, and RunError when numbers
+    that are not finite, the disk or the memory end a run that has begun. SIGINT, SIGTERM and SIGHUP end it after the
+    current update, with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns
+    when all of them are done; a signal to any of them ends the run for all.
     """
     with within_memory(lambda: less_memory(config)), joined(config.hosts):
         return train_jointly(config)
@@ -160,7 +160,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:
-    """Return what config.json is to say, which is the same on all processes and may go into the run's folder."""
+    """Return the content of config.json, once it is the same on all processes and the run may have its folder."""
     weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
     description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
     agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
@@ -170,23 +170,23 @@ def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str,
 
 
 class InFlight:
-    """Updates that the device may be working on. When they end, in order, they go into the log's window."""
+    """Updates that the device may still be working on; as each ends, in order, its loss enters the log's window."""
 
     def __init__(self, run: Run, progress: Progress):
-        """Go on with the window, and the updates skipped in a row, that a checkpoint holds."""
+        """Continue the window, and the count of updates skipped in a row, of a checkpoint."""
         self._run = run
         self._updates: deque[tuple[int, Outcome, int]] = deque()
         self.window = LossMeter(RECIPES[run.config.recipe], progress.window)
         self.guard = FiniteGuard(run.config, progress.n_skipped)
         self.clock = time.monotonic()
-        """When the last one ended."""
+        """When the last update ended."""
 
     def add(self, number: int, outcome: Outcome, n_labels: int) -> None:
         """Take in an update that was started."""
         self._updates.append((number, outcome, n_labels))
 
     def settle(self, state: TrainState, n_left: int) -> None:
-        """Wait until only n_left updates are in flight. Raises RunError for what `FiniteGuard` does not let pass."""
+        """Wait until only n_left updates are in flight. Raises RunError for one that `FiniteGuard` objects to."""
         run = self._run
         while len(self._updates) > n_left:
             number, outcome, n_labels = self._updates.popleft()
@@ -203,9 +203,9 @@ class InFlight:
 
 
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:
-    """Make the updates that are left; log, evaluate and save where due. Moves `progress` on.
+    """Make the remaining updates; log, evaluate and save when due. Updates `progress` in place.
 
-    Returns the signal that ended it early. Raises RunError for numbers that are not finite.
+    Returns the signal that ended the loop early, if one did. Raises RunError for numbers that are not finite.
     """
     config, plan, vote = run.config, run.inputs.plan, Vote(run.mesh)
     batches = (
@@ -221,7 +221,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         state, outcome = run.update(state, run.rate, base, arrays)
         progress.n_done += 1
         in_flight.add(progress.n_done, outcome, n_labels)
-        batch = next(batches, None)  # laid out, and sent, while the device is at work
+        batch = next(batches, None)  # laid out and transferred while the device is busy
         epoch_ends = plan.ends_epoch(progress.n_done)
         logging = progress.n_done % config.log_every_n_steps == 0 or batch is None
         due = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
@@ -234,7 +234,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         if logging:
             log_training(run, state, progress.n_done, epoch, in_flight.window)
             in_flight.window = LossMeter(RECIPES[config.recipe])
-        if run.checkpoints and saving:  # before a long evaluation, and while it goes on
+        if run.checkpoints and saving:  # begins before an evaluation, which may take long
             progress.window, progress.n_skipped = in_flight.window.sums, in_flight.guard.n_skipped
             progress.to_evaluate = epoch_ends
             save(run, state, progress)
@@ -279,16 +279,16 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 
 
 def save(run: Run, state: TrainState, progress: Progress) -> None:
-    """Save a checkpoint, and before it what metrics.jsonl says of the updates that it holds."""
+    """Save a checkpoint, once metrics.jsonl is on the disk up to the checkpoint's last update."""
     assert run.checkpoints is not None
-    run.checkpoints.finish()  # meanwhile the folder may vanish, so the look comes after
+    run.checkpoints.finish()  # before the check, since the folder may vanish in the meantime
     check_still_there(run.config)
     run.log.to_disk()
     run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
 
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
-    """Tell which examples of an update have a loss that is not finite, or all if each alone has one that is."""
+    """Describe the examples of an update whose loss is not finite; all of them if each alone has a finite one."""
     numbers = [number for batch in run.inputs.plan.micro_batches(update - 1) for number in batch]
     examples = [run.inputs.train_set[number] for number in numbers]
     tokenizer, prefix = run.inputs.base.tokenizer, prefix_of(state.encoder)
@@ -304,18 +304,18 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
 
 
 def has_checkpoint(config: TrainConfig) -> bool:
-    """Tell whether there is a checkpoint that the run is to go on from."""
+    """Tell whether the run resumes from a checkpoint."""
     return bool(broadcast_from_first(config.resume and newest_checkpoint(config.run_dir / CHECKPOINTS) is not None))
 
 
 def open_log(config: TrainConfig, n_updates: int, progress: Progress) -> RunLog:
-    """Open the log where the run is; of many processes only the first one writes and speaks."""
+    """Open the log at the run's progress; of many processes, only the first one writes and prints."""
     folder = config.run_dir if config.save_log and is_first() else None
     return RunLog(folder, n_updates, progress.n_done, progress.to_evaluate, quiet=not is_first())
 
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
-    """Yield the lines that tell what is about to be trained, on what, and what looks wrong."""
+    """Yield the lines that say what is about to be trained, on what, and what looks wrong."""
     model, plan = inputs.base.config, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
