@@ -1,4 +1,4 @@
-"""The devices that programs are compiled for: this machine's, unless others are named, which need not be there."""
+"""The devices that programs are compiled for: this machine's, or others that are named and need not exist."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,12 @@ _named: Sequence[Any] = ()
 
 
 def devices() -> Sequence[Any]:
-    """Return the devices that rows and weights may be split over: of all processes, unless others are named."""
+    """Return the devices that rows and weights may be split over: those of all processes, or the named ones."""
     return _named or _found(jax.devices)
 
 
 def own_device() -> Any:
-    """Return this process's first device: all devices are of its kind."""
+    """Return this process's first device, whose kind all of them are."""
     return _named[0] if _named else _found(jax.local_devices)[0]
 
 
@@ -32,20 +32,20 @@ def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
 
 
 def on_a_cpu() -> bool:
-    """Tell whether this computes on CPUs, for what their compiler needs and a GPU's is better off without."""
+    """Tell whether programs run on CPUs, whose compiler needs some things that a GPU's is better off without."""
     return own_device().platform == "cpu"
 
 
 def alone_on_a_cpu() -> bool:
-    """Tell whether a CPU is the only device; GPUs are fast at other forms, and several devices split an array."""
+    """Tell whether one CPU is the only device: for forms that are slow on GPUs, or with arrays split over devices."""
     return on_a_cpu() and len(devices()) == 1
 
 
 @contextlib.contextmanager
 def compiling_for(named: Sequence[Any]) -> Iterator[None]:
-    """Compile for these devices; a GPU will do that is only described (`jax.experimental.topologies`).
+    """Compile for these devices, which may be mere descriptions of GPUs (`jax.experimental.topologies`).
 
-    What was traced for other devices is forgotten, before and after: some of it depends on them.
+    JAX's caches are cleared before and after if that changes the devices: traced programs depend on them.
     """
     global _named
     before, others = _named, list(named) != list(devices())

@@ -1,4 +1,4 @@
-"""Next-token cross entropy without all logits in memory. Legend: `models/attention.py`."""
+"""Next-token cross entropy that never holds all logits in memory. Legend: `models/attention.py`."""
 
 import functools
 from typing import Any
@@ -16,15 +16,15 @@ from jaxprefix.models.packing import unpack
 from jaxprefix.prefix import Prefix
 
 CHUNK_TOKENS = 2048
-"""Of each device, so many tokens' logits are in memory at a time, up to twice as many; fewer slow the products down."""
+"""Tokens, on each device, whose logits are in memory together (up to twice as many); fewer make products slower."""
 CPU_BLOCK = 2048
-"""Rows of the head that a CPU takes at a time: what becomes of their logits stays in its cache."""
+"""Rows of the head that a CPU multiplies at a time, so that their logits stay in its cache."""
 
 
 def batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, n_devices: int = 1) -> Float[Array, ""]:
-    """Return the cross entropy of a `Batch` of JAX's arrays behind a prefix, in nats, summed over all labels."""
+    """Return the cross entropy in nats of a `Batch` of JAX arrays behind a prefix, summed over all labels."""
     positions = None
-    if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # which goes by a row's last position
+    if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # it depends on a row's last position
         slots = own_slots(batch.tokens)
         last = jnp.where(batch.labels != IGNORED, slots, 0).max(axis=1, keepdims=True)
         positions = base.config.prefix_length(prefix) + jnp.minimum(slots, last)
@@ -39,9 +39,9 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Return the cross entropy in nats, summed over all labels that are not IGNORED.
 
-    Columns are processed in chunks of CHUNK_TOKENS tokens or more for each of the `n_devices` that share the rows; on
-    a CPU, chunks without a label are skipped. The head is frozen: its gradient is not computed, and the hidden states'
-    is computed along with the loss, so that no logits wait for a backward pass.
+    Columns are processed in chunks, of at least CHUNK_TOKENS tokens for each of the `n_devices` that share the rows;
+    on a CPU, chunks without a label are skipped. The head is frozen and gets no gradient. The hidden states' gradient
+    is computed along with the loss, so that no logits are kept for a backward pass.
     """
     return _over_chunks(hidden, head, labels, n_devices, with_gradient=False)[0]
 
@@ -81,7 +81,7 @@ def _over_chunks(
     def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array | None]:
         if on_a_cpu():
             loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
-        else:  # a GPU would wait for the host to choose
+        else:  # choosing, a GPU would wait for the host
             loss, gradient = compute(chunk)
         return total + loss, gradient
 
@@ -95,22 +95,22 @@ def _chunk_loss(
 
     The gradient is p·W − W[target], where p are the probabilities: no one-hot array, no scatter.
     """
-    counts = labels != IGNORED
+    is_label = labels != IGNORED
     normaliser, expected = _softmax_over_vocabulary(hidden, head, with_gradient)
-    target = head[jnp.where(counts, labels, 0)].astype(jnp.float32)
+    target = head[jnp.where(is_label, labels, 0)].astype(jnp.float32)
     losses = normaliser - vecdot(hidden.astype(jnp.float32), target)
     if expected is not None:
-        expected = jnp.where(counts[..., None], expected - target, 0).astype(hidden.dtype)
-    return jnp.sum(losses, where=counts), expected
+        expected = jnp.where(is_label[..., None], expected - target, 0).astype(hidden.dtype)
+    return jnp.sum(losses, where=is_label), expected
 
 
 def _softmax_over_vocabulary(
     hidden: Float[Array, "B C D"], head: Float[Array, "V D"], with_expected: bool
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C D"] | None]:
-    """Return the log of the summed exponentials of all logits, and the head's rows averaged by their probabilities.
+    """Return the log of the summed exponentials of all logits, and the head's rows weighted by their probabilities.
 
-    The head is taken in blocks, with the running maximum and sums of an online softmax (Milakov & Gimelshein,
-    arXiv:1805.02867); it is both keys and values of an attention.
+    That is attention with the head as both keys and values. The head is taken in blocks, with the running maximum and
+    sums of an online softmax (Milakov & Gimelshein, arXiv:1805.02867).
     """
     Sums = tuple[Float[Array, "B C"], Float[Array, "B C"], Float[Array, "B C D"] | None]
 
@@ -119,7 +119,7 @@ def _softmax_over_vocabulary(
         logits = matmul(hidden, block)
         raised = jnp.maximum(highest, logits.max(axis=-1))
         weights, shrink = jnp.exp(logits - raised[..., None]), jnp.exp(highest - raised)
-        if expected is not None:  # multiplied in the head's type, which in half precision is the faster one
+        if expected is not None:  # multiplied in the head's type: half precision is faster
             expected = expected * shrink[..., None] + einsum("bcv,vd->bcd", weights.astype(head.dtype), block)
         return raised, total * shrink + weights.sum(axis=-1), expected
 
@@ -140,7 +140,7 @@ def _softmax_over_vocabulary(
 
 
 def _in_chunks(hidden: Float[Array, "B T D"], labels: Int[Array, "B T"], n_devices: int) -> tuple[Array, Array]:
-    """Cut the columns into chunks: [chunks, B, C, D] and [chunks, B, C]; rows stay whole, and where they are."""
+    """Cut the columns into chunks: [chunks, B, C, D] and [chunks, B, C]. Every row stays on its device."""
     n_rows, n_columns, width = hidden.shape
     n_chunks = max(1, n_rows * n_columns // (CHUNK_TOKENS * n_devices))
     chunk = -(-n_columns // n_chunks)

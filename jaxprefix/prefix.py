@@ -1,9 +1,9 @@
 """The prefix: what is trained, how it starts, and its files. Legend: `models/attention.py`.
 
-What is trained is an encoder, a module that returns the prefix [L, 2, P, N, H] when called:
+Training changes an encoder, a module that returns the prefix [L, 2, P, N, H] when called:
     PrefixEncoder   embedding → tanh MLP → keys and values (Li & Liang, arXiv:2101.00190), the original's
     DirectPrefix    the keys and values themselves
-What is kept is the prefix alone, folded to [P, L·2·N·H].
+Prefix files hold its result alone, folded to [P, L·2·N·H].
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class PrefixEncoder(nnx.Module):
     """Embedding → linear → tanh → linear; parameter names, shapes and initialisation are the original's."""
 
     def __init__(self, config: ModelConfig, prefix_seq_len: int, input_dim: int, hidden_dim: int, seed: int):
-        rng = np.random.default_rng(seed)  # NumPy's has nothing to compile
+        rng = np.random.default_rng(seed)  # NumPy's: JAX's would have to be compiled
         self.prefix_wte = Embedding(prefix_seq_len, input_dim, rng)
         self.prefix_mlp = nnx.Dict(
             {"0": Linear(input_dim, hidden_dim, rng), "2": Linear(hidden_dim, config.folded_width, rng)}
@@ -74,7 +74,7 @@ def new_encoder(base: BaseModel, prefix_seq_len: int, input_dim: int, hidden_dim
 
 @jax.jit
 def prefix_of(encoder: Encoder) -> Prefix:
-    """Return the prefix that an encoder makes: by one program, instead of one for each operation."""
+    """Return an encoder's prefix; jitted, so that it is one program instead of one for each operation."""
     return encoder()
 
 
@@ -110,7 +110,7 @@ def fit(encoder: PrefixEncoder, target: Prefix, n_steps: int = 200) -> PrefixEnc
 
 
 def decays(encoder: Encoder) -> Encoder:
-    """Mark the parameters that weight decay applies to: all but biases."""
+    """Return True for each parameter that weight decay applies to, False for biases."""
     return jax.tree.map_with_path(lambda path, _: "bias" not in jax.tree_util.keystr(path), encoder)
 
 
@@ -169,12 +169,12 @@ def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
 def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model.
 
-    Raises InputError for a prefix that would not load, and OSError; what stood there stays then.
+    Raises InputError for a prefix that could not be loaded again, and OSError; an earlier prefix is kept then.
     """
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:
         raise InputError(f"{folder}: a prefix has 1 to {config.max_positions - 1} positions here, this one {length}")
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
-    folded = to_folded(array)  # on the host: only one of many processes writes
+    folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices
     write_adapter(Path(folder), folded, config.n_layer, config.n_head, base_identity(config, tokenizer))

@@ -1,9 +1,9 @@
 """The device mesh and how arrays lie on it. Models hold no sharding code.
 
 Axes of the mesh:
-    data    rows of a batch are split over it, weights are whole on each of its parts
-    fsdp    rows are split over it, too, and so is every large weight; XLA gathers a weight where it is used
-    tensor  heads and the inner width of the MLP are split over it
+    data    splits the rows of a batch; weights are whole on each part
+    fsdp    splits rows, too, and every large weight; XLA gathers a weight where it is used
+    tensor  splits heads and the inner width of the MLP
 
 The prefix encoder is whole on every device; the prefix it makes is split on heads over `tensor`.
 """
@@ -27,8 +27,8 @@ from jaxprefix.models import BaseModel
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split; the first match counts, of a match with as many axes or none.
-# [out, in], see `layers.Linear`.
+# Path of a base model's weight → how its axes are split. The first match counts that has as many axes as the weight, or
+# none. Weights are [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
@@ -47,7 +47,7 @@ BASE_RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
-    """Make a mesh over all devices of all processes from axis sizes; all of them are `data` if none is given.
+    """Make a mesh of the given sizes over all devices of all processes; without sizes, all devices are `data`.
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
@@ -60,10 +60,10 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
 
 
 def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """Return the function from a base weight's path and shape to its place on the mesh.
+    """Return a function from a base weight's path and shape to its sharding; it raises KeyError if no rule matches.
 
     An axis whose length the mesh does not divide stays whole, and so do all heads if `tensor` does not divide their
-    number. Raises KeyError for a path without a rule.
+    number.
     """
     whole_heads = n_head % mesh.shape["tensor"] != 0
 
@@ -85,9 +85,9 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
 def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
     """Constrain a base model, inside jit, so that each device computes only its own rows.
 
-    With weights split over `fsdp`, the partitioner would rather split the activations' width, and compute all rows
-    everywhere: looked-up vectors by the embeddings' split, and those in the loop over scanned layers by the layers'.
-    Unrolled layers are `gathered_in_time`.
+    With weights split over `fsdp`, the partitioner would split the activations' width instead, and compute all rows on
+    every device: after the embedding, because its weight is split so, and in the loop over scanned layers, because
+    theirs are. Unrolled layers are `gathered_in_time`.
     """
     if mesh.shape["fsdp"] == 1:
         return base
@@ -107,16 +107,16 @@ def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
 
 
 def gathered_in_time(layer: Any, x: Array, *others: Any) -> Any:
-    """Run a layer, of which attention's output weight is gathered when x is there.
+    """Run a layer whose attention output weight is gathered only once x is computed.
 
     XLA would gather those of all layers at the start of the program and keep them: 2.5 GiB for NeoX-20B.
     """
     weight, x = jax.lax.optimization_barrier((layer.attention.out.weight[...], x))
 
-    def tied(path: Any, leaf: Array) -> Array:
+    def ordered(path: Any, leaf: Array) -> Array:
         return weight if "attention.out.weight" in jax.tree_util.keystr(path, simple=True, separator=".") else leaf
 
-    return jax.tree.map_with_path(tied, layer)(x, *others)
+    return jax.tree.map_with_path(ordered, layer)(x, *others)
 
 
 def with_gathered_embeddings(base: Weights, mesh: Mesh | AbstractMesh) -> Weights:
@@ -133,19 +133,19 @@ def with_gathered_embeddings(base: Weights, mesh: Mesh | AbstractMesh) -> Weight
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, P())
 
 
 def split_rows(mesh: Mesh, axis: int = 1) -> NamedSharding:
-    """Rows split over `data` and `fsdp`: those of [micro-batches, rows, columns], or at another axis."""
+    """Return the sharding that splits rows over `data` and `fsdp`: of [micro-batches, rows, columns], or by `axis`."""
     return NamedSharding(mesh, P(*[None] * axis, ROWS))
 
 
 def decoded_rows(base: BaseModel) -> tuple[Sharding, int]:
-    """Return where the rows lie that a model decodes, and of what number they are a multiple: split over `data` alone.
+    """Return the sharding of rows to decode, split over `data` alone, and the number they must be a multiple of.
 
-    Under `fsdp`, few rows on every device cost less than weights gathered for each token.
+    Under `fsdp`, few rows computed on every device cost less than gathering weights for each token.
     """
     sharding = base.embed.weight.get_value().sharding
     if not isinstance(sharding, NamedSharding):
@@ -156,10 +156,10 @@ def decoded_rows(base: BaseModel) -> tuple[Sharding, int]:
 
 
 def split_heads(mesh: Mesh, n_head: int) -> NamedSharding:
-    """The heads of a prefix [L, 2, P, N, H] split over `tensor`, if it divides them."""
+    """Return the sharding that splits the heads of a prefix [L, 2, P, N, H] over `tensor`, if it divides them."""
     return NamedSharding(mesh, P(None, None, None, "tensor", None) if n_head % mesh.shape["tensor"] == 0 else P())
 
 
 def n_row_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Return into how many parts rows are split."""
+    """Return how many parts rows are split into."""
     return math.prod(mesh.shape[axis] for axis in ROWS)

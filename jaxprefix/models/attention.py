@@ -31,7 +31,7 @@ LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
 Cache = tuple[LayerCache, ...]
 
 LONG_ROW = 512
-"""Rows of at least this many tokens go to cuDNN, or in blocks; the scores of shorter ones fit into memory."""
+"""Rows of at least this many tokens are computed by cuDNN or in blocks; the scores of shorter ones fit into memory."""
 CUDNN_MULTIPLE = 128
 """cuDNN's tile: rows are padded to a multiple of this many slots, which JAX does not require."""
 
@@ -52,9 +52,9 @@ def cache_of(
     n_free: int,
     dtype: DTypeLike,
 ) -> Cache:
-    """Make room for n_free more tokens behind every row's keys and values, and put the prefix in front of them.
+    """Lay out a cache: the prefix, every row's keys and values, and room for n_free more tokens.
 
-    Slots count from the prefix's first position then: what is written needs no prefix any more.
+    Slots in it count from the prefix's first position, and attention to it takes no prefix any more.
     """
 
     def laid_out(x: Float[Array, "B N T H"], front: Float[Array, "P N H"] | None) -> Float[Array, "B N S H"]:
@@ -68,19 +68,19 @@ def cache_of(
 
 
 def heads_first(x: Float[Array, "*rest T N H"]) -> Float[Array, "*rest N T H"]:
-    """Lay keys or values out as attention multiplies them; the same turns them back."""
+    """Swap the axes of tokens and heads: attention multiplies in the order N, T. Its own inverse."""
     return jnp.swapaxes(x, -3, -2)
 
 
 def write_cache(
     cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
-    """Put the new keys and values at their rows' slots."""
+    """Write new keys and values into a cache at their rows' slots."""
     slots = own_slots(k[:, 0]) if slots is None else slots
-    if alone_on_a_cpu():  # whose compiler writes one row in place only if heads have indices, too
+    if alone_on_a_cpu():  # its compiler writes one row in place only if heads have indices, too
         places = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[1])[:, None], slots[:, None]
         return cache[0].at[places].set(k), cache[1].at[places].set(v)
-    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads that are split stay where they are
+    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads split over devices stay there
     return put(cache[0], k, slots), put(cache[1], v, slots)
 
 
@@ -97,10 +97,9 @@ def attend(
     """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (by default 0 … T−1) after the query's own (later tokens, padding on the right, unused cache) are
-    invisible. Scores, multiplied by `scale` (by default 1/√H; no array), and softmax are float32, whatever the
-    inputs are; the result has q's type, k and v may be of another. With `packing`, each text of a row is one.
-    `method` is how whole rows are computed: "dense" is both forms that are not cuDNN's, which of the two goes by
-    their length.
+    invisible. Scores, multiplied by `scale` (a number; by default 1/√H), and softmax are float32 whatever the
+    inputs are; the result has q's type, k and v may have another. With `packing`, each text is a row of its own.
+    `method` says how whole rows are computed; "dense" stands for both forms besides cuDNN's, chosen by their length.
     """
     if packing is not None:
 
@@ -113,7 +112,7 @@ def attend(
     if whole_rows and (method == "cudnn" or (method == "auto" and _cudnn_pays(q))):
         return square_causal(q, heads_first(k), heads_first(v), prefix, scale, "cudnn")
     n_prefix = 0
-    if prefix is not None:  # copies cost a CPU less than scores, weights and sums of the prefix's own would
+    if prefix is not None:  # a copy costs a CPU less than separate scores, weights and sums for the prefix
         n_prefix = prefix.shape[1]
         k, v = (_behind(front, x) for front, x in zip(prefix, (k, v), strict=True))
     if whole_rows and q.shape[1] >= LONG_ROW:
@@ -126,13 +125,13 @@ def attend(
 
 
 def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
-    """Tell whether cuDNN's flash attention runs here, and is worth its dummy queries."""
+    """Tell whether cuDNN's flash attention runs here and is worth its dummy queries."""
     in_half = q.dtype in (jnp.bfloat16, jnp.float16)
     return in_half and q.shape[1] >= LONG_ROW and cudnn_takes(q.shape[3])
 
 
 def cudnn_takes(head_dim: int) -> bool:
-    """Tell whether cuDNN's flash attention runs on this machine's GPU, from Ampere on, and with heads of that width."""
+    """Tell whether cuDNN's flash attention runs on this machine's GPU (Ampere or later) with heads of this width."""
     capability = str(getattr(own_device(), "compute_capability", ""))  # "9.0"; AMD's are names
     generation = int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else 0
     return generation >= 8 and head_dim % 8 == 0 and head_dim <= (256 if generation >= 9 else 128)
@@ -156,11 +155,11 @@ def square_causal(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B T N H"]:
-    """The attention of whole rows as a square causal problem, the only one that flash kernels are fast at.
+    """Attention of whole rows as a square causal problem, the only one that flash kernels are fast at.
 
-    P dummy queries stand in front of the tokens', so that the causal diagonal falls where it should (with
-    fewer queries than keys it would be aligned at the top left), and zeros at the end, up to a multiple of 128
-    slots; both are cut off again. Exact, gradients included.
+    P dummy queries in front of the tokens' put the causal diagonal in its place (with fewer queries than keys, it
+    would be aligned at the top left), and zeros fill the end up to a multiple of CUDNN_MULTIPLE slots; both are cut
+    off again. Exact, gradients included.
     """
     _, n_tokens, *heads = q.shape
     n_prefix = 0 if prefix is None else prefix.shape[1]
@@ -196,9 +195,9 @@ def _masked(
     visible: Bool[Array, "#B 1 T keys"],
     scale: float,
 ) -> Float[Array, "B N T H"]:
-    """Attention to what is visible, with all scores in memory.
+    """Attention to the visible keys, with all scores in memory.
 
-    The weights are the only T × S array kept for the backward pass, in v's type, in which that multiplies, too, as
+    The backward pass keeps one T × S array, the weights, in v's type; it multiplies in that type, too, as
     `frozen_matmul`'s does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.
     """
     return _masked_forward(q, k, v, visible, scale)[0]
@@ -217,7 +216,7 @@ def _masked_backward(
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, weights = residuals
     towards_weights, wide = einsum("bnth,bnsh->bnts", gradient, v), weights.astype(jnp.float32)
-    # Rounded weights do not sum to 1: undivided, what all values have in common would pull at q and k.
+    # Rounded weights do not sum to 1: without the division, the values' mean would leak into the gradients of q and k.
     along = vecdot(wide, towards_weights) / wide.sum(axis=-1)
     towards_scores = (wide * (towards_weights - along[..., None])).astype(q.dtype)
     towards_q = einsum("bnts,bnsh->bnth", towards_scores, k) * scale

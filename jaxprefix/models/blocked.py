@@ -10,18 +10,18 @@ from jaxtyping import Array, Float
 from jaxprefix.models.layers import after, einsum, vecdot
 
 BLOCK = 256
-"""Queries of a block: fewer make smaller products and more of them, more compute more that is hidden."""
+"""Queries in a block: fewer make products smaller, more waste scores on keys that are hidden."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_in_blocks(
     q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"], v: Float[Array, "B N keys H"], scale: float
 ) -> Float[Array, "B N T H"]:
-    """Attention to the keys up to a query's own: that is the last one for the last query, and so on backwards.
+    """Causal attention, aligned at the end: the last query sees all keys, the one before it all but the last.
 
-    No array has T × keys numbers. A block of queries, one after the other, is multiplied with the keys that its last
-    query sees, and the backward pass computes the weights again: all it keeps beside q, k and v is the output and the
-    logarithm of each query's sum. The flash kernels cut keys into blocks as well, for memory smaller than a row's.
+    No array has T × keys numbers. One block of queries after the other is multiplied with the keys that its last query
+    sees. The backward pass recomputes the weights; besides q, k and v it keeps only the output and the logarithm of
+    each query's sum. (Flash kernels cut keys into blocks as well, for memory that does not hold a row.)
     """
     return _forward(q, k, v, scale)[0]
 
@@ -34,7 +34,7 @@ def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[A
         scores = _scores(own_q, k[:, :, seen], scale)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest).astype(v.dtype)
-        # The sum of the rounded weights: by another, what all values have in common would pull at q and k.
+        # Of the rounded weights: with any other sum, the values' mean would leak into the gradients of q and k.
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         outs.append(einsum("bnts,bnsh->bnth", weights, v[:, :, seen]) / total)
         log_sums.append(largest + jnp.log(total))
@@ -45,7 +45,7 @@ def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[A
 def _backward(scale: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     q, k, v, out, log_sum = kept
     q = after(gradient, q)  # or the first block's scores, those of the forward pass, would be kept
-    along = vecdot(gradient, out)[..., None]  # in float32, both: it is subtracted from what is about as large
+    along = vecdot(gradient, out)[..., None]  # both in float32: it is subtracted from something about as large
     towards_q: list[Array] = []
     towards_k, towards_v = jnp.zeros(k.shape), jnp.zeros(v.shape)
     for own, seen in _blocks(q, k):
@@ -64,7 +64,7 @@ attend_in_blocks.defvjp(_forward, _backward)
 
 
 def _blocks(q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"]) -> Iterator[tuple[slice, slice]]:
-    """Yield for each block which queries are its own, and which keys they see."""
+    """Yield each block's own queries, and the keys that they see."""
     n_tokens, n_keys = q.shape[2], k.shape[2]
     for start in range(0, n_tokens, BLOCK):
         end = min(start + BLOCK, n_tokens)
@@ -72,12 +72,12 @@ def _blocks(q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"]) -> Iterat
 
 
 def _in_turn(done: list[Float[Array, "B N _ H"]], x: Float[Array, "B N own H"]) -> Float[Array, "B N own H"]:
-    """Return x, available only once the last block is done: XLA would make all scores first, and then use them."""
+    """Return x, available only once the block before is done: XLA would compute the scores of all blocks first."""
     return after(jnp.broadcast_to(done[-1][:, :, :1, :1], x.shape), x) if done else x
 
 
 def _scores(q: Float[Array, "B N own H"], k: Float[Array, "B N seen H"], scale: float) -> Float[Array, "B N own seen"]:
-    """Return a block's scores, −∞ for keys behind a query's own; the last query's is the last one."""
+    """Return a block's scores, −∞ for keys after a query's own; the last query's own key is the last one."""
     n_own, n_seen = q.shape[2], k.shape[2]
     visible = jnp.tri(n_own, n_seen, n_seen - n_own, dtype=bool)
     return jnp.where(visible, einsum("bnth,bnsh->bnts", q, k) * scale, -jnp.inf)

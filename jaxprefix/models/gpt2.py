@@ -25,7 +25,7 @@ class Attention(nnx.Module):
     """Multi-head attention; it knows no positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute, layer: int):
-        self.qkv = FrozenLinear(config.n_embd, 3, config.n_embd)  # [3, N·H, D], all q, all k, all v
+        self.qkv = FrozenLinear(config.n_embd, 3, config.n_embd)  # [3, N·H, D]: all q, all k, all v
         self.out = FrozenLinear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
         self.method = compute.attention
@@ -75,7 +75,7 @@ class Layer(nnx.Module):
 class GPT2(nnx.Module):
     """A GPT-2 language model. Its parameters are data: nothing in here trains or changes them.
 
-    Made from a config it has shapes for weights; `load_model` fills them.
+    It is made with shapes in place of weights; `load_model` fills them in.
     """
 
     def __init__(self, config: ModelConfig, compute: Compute = Compute()):
@@ -99,7 +99,7 @@ class GPT2(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and the keys and values [B, N, S, H] of every layer.
 
-        All arguments are those of `GPTNeoX`.
+        The arguments are those of `GPTNeoX`.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -113,7 +113,7 @@ class GPT2(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Everything before the head: the last layer's output after the final norm."""
+        """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
             positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)
@@ -122,10 +122,10 @@ class GPT2(nnx.Module):
         return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
-        """Float32 logits of hidden states."""
+        """Return the float32 logits of hidden states."""
         return matmul(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Float[Array, "V D"]:
-        """What hidden states are multiplied with to give logits."""
+        """The weight of the head; the embedding's where they are tied."""
         return (self.embed if self.config.tied_head else self.head).weight[...]

@@ -28,7 +28,7 @@ class Attention(nnx.Module):
     """Multi-head attention with rotary positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute):
-        # [N·3·H, D], per head q, k, v
+        # [N·3·H, D]: q, k and v of each head in turn
         self.qkv = FrozenLinear(config.n_embd, 3 * config.n_embd, bias=config.attention_bias)
         self.out = FrozenLinear(config.n_embd, config.n_embd, bias=config.attention_bias)
         self.n_head = config.n_head
@@ -84,7 +84,7 @@ class Layer(nnx.Module):
 class GPTNeoX(nnx.Module):
     """A GPT-NeoX language model. Its parameters are data: nothing in here trains or changes them.
 
-    Made from a config it has shapes for weights; `load_model` fills them.
+    It is made with shapes in place of weights; `load_model` fills them in.
     """
 
     def __init__(self, config: ModelConfig, compute: Compute = Compute()):
@@ -105,14 +105,12 @@ class GPTNeoX(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Return float32 logits of the next token, and the keys (after rotary) and values [B, N, S, H] of
-        every layer.
+        """Return float32 logits of the next token, and every layer's keys (after rotary) and values [B, N, S, H].
 
-        `slots` is each token's index in its row, by default 0 … T−1; the prefix comes before slot 0.
-        `positions` are by default P + slots. With a cache, the keys and values are written into it at their
-        slots, and tokens attend to what was written before as well. Rows are padded on the right.
-        `packing`, without slots or a cache, tells where the texts lie when a row holds several: they do not see
-        each other, and positions restart at P.
+        `slots` is each token's index in its row, by default 0 … T−1; the prefix comes before slot 0. `positions` are by
+        default P + slots. With a cache, keys and values are written into it at their slots, and tokens attend to what
+        it held before, too. Rows are padded on the right. `packing`, without slots or a cache, says where the texts lie
+        in rows that hold several: texts do not see each other, and positions restart at P.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -126,7 +124,7 @@ class GPTNeoX(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Everything before the head: the last layer's output after the final norm."""
+        """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
             positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)
@@ -136,10 +134,10 @@ class GPTNeoX(nnx.Module):
         return self.final_norm(x), written
 
     def logits(self, hidden: Float[Array, "*rest D"]) -> Float[Array, "*rest V"]:
-        """Float32 logits of hidden states."""
+        """Return the float32 logits of hidden states."""
         return matmul(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Float[Array, "V D"]:
-        """What hidden states are multiplied with to give logits."""
+        """The weight of the head; the embedding's where they are tied."""
         return (self.embed if self.config.tied_head else self.head).weight[...]

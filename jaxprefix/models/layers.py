@@ -20,12 +20,12 @@ FEW_ROWS = 64
 
 
 def unloaded(*shape: int) -> nnx.Param:
-    """A weight of a base model before it is loaded: its shape."""
+    """Return a base model's weight before it is loaded: its shape."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def drawn(numbers: np.ndarray) -> nnx.Param:
-    """A weight of the prefix encoder as it starts; rounded by NumPy, which has nothing to compile."""
+    """Return a weight of the prefix encoder with initial numbers; NumPy converts them, since JAX would compile."""
     return nnx.Param(jax.device_put(numbers.astype(np.float32)))
 
 
@@ -45,7 +45,7 @@ class Linear(nnx.Module):
 
 
 class FrozenLinear(nnx.Module):
-    """A linear layer of a base model, stored the same way, of one out axis or more: only the input gets a gradient."""
+    """A base model's linear layer, stored as `Linear` is, with one out axis or more. Only its input gets a gradient."""
 
     def __init__(self, n_in: int, *n_out: int, bias: bool = True):
         self.weight = unloaded(*n_out, n_in)
@@ -57,7 +57,7 @@ class FrozenLinear(nnx.Module):
         return self.with_bias(self.without_bias(x))
 
     def without_bias(self, x: Float[Array, "*rest n_in"]) -> Float[Array, "*rest_out"]:
-        """Multiply alone."""
+        """Multiply only."""
         return frozen_matmul(x, self.weight[...])
 
     def with_bias(self, y: Float[Array, "*rest_out"]) -> Float[Array, "*rest_out"]:
@@ -80,7 +80,7 @@ class Embedding(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm of a base model, see `layer_norm`."""
+    """Layer norm of a base model; see `layer_norm`."""
 
     def __init__(self, width: int, eps: float):
         self.weight = unloaded(width)
@@ -100,7 +100,7 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def activated(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """The activation, of which the backward pass keeps the input alone."""
+        """Return the activations between the layers, of which the backward pass keeps only the input."""
         return jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation)
 
 
@@ -108,7 +108,7 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
     """Apply an activation by transformers' name, in float32; three of the names are GELU's tanh form."""
     wide = x.astype(jnp.float32)
     match activation:
-        case "gelu":  # by erf: jax.nn.gelu goes by erfc, which takes longer on a CPU
+        case "gelu":  # by erf: jax.nn.gelu uses erfc, which takes longer on a CPU
             wide = 0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))
         case "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh":
             wide = jax.nn.gelu(wide, approximate=True)
@@ -124,20 +124,20 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
 def einsum(
     subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*out"]:
-    """Einsum of two arrays, accumulated in float32, returned in `dtype`; no GPU may round float32 factors to TF32."""
+    """Einsum of two arrays, accumulated in float32, returned in `dtype`; GPUs must not round float32 to TF32."""
     precision = jax.lax.Precision.HIGHEST if jnp.float32 in (left.dtype, right.dtype) else None
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
 def vecdot(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
-    """Inner products along the last axis, in float32; for a sum of products a CPU takes 20 times as long."""
+    """Inner products along the last axis, in float32; (left * right).sum(-1) takes a CPU 20 times as long."""
     return einsum("...n,...n->...", left, right)
 
 
 def matmul(
     x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*rest_out"]:
-    """x Wᵀ, accumulated in float32: x's axes but the last, then the weight's."""
+    """x Wᵀ, accumulated in float32. Its axes are x's without the last, then the weight's without the last."""
     if not alone_on_a_cpu():
         out = _out(weight)
         return einsum(f"...i,{out}i->...{out}", x, weight, dtype)
@@ -150,12 +150,12 @@ def matmul(
 
 
 def _out(weight: Float[Array, "*out n_in"]) -> str:
-    """Return a letter for each of a weight's axes but the last."""
+    """Return an einsum letter for each axis of a weight but the last."""
     return "opq"[: weight.ndim - 1]
 
 
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
-    """The same in the form that a CPU is fastest at.
+    """x Wᵀ of few rows, in the form that is fastest on a CPU.
 
     XLA's CPU matmul repacks its right operand on every call, which for few rows costs more than the product. So x goes
     on the right, and a barrier keeps the compiler from swapping them back. bfloat16 x Wᵀ is fast from two rows on, so a
@@ -186,7 +186,7 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in
     """
     if on_a_cpu():
         return _unfused(matmul(x, weight).astype(x.dtype))
-    return matmul(x, weight, x.dtype)  # in which devices that share a weight add up their parts
+    return matmul(x, weight, x.dtype)  # devices that share a weight add up their parts in this type
 
 
 def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
@@ -220,7 +220,7 @@ def layer_norm(
 ) -> Float[Array, "*rest D"]:
     """Normalise the last axis (arXiv:1607.06450), in float32.
 
-    Only x gets a gradient. For it the backward pass keeps x and computes the rest again.
+    Only x gets a gradient, for which the backward pass keeps x and recomputes the rest.
     """
     normed, _ = _normalised(x, eps)
     return (normed * weight + bias).astype(x.dtype)
@@ -251,10 +251,10 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> CosSin:
-    """Cosines and signed sines of the turning dimensions' angles at every position (RoFormer, arXiv:2104.09864).
+    """Return cosines and signed sines of the rotary angles at every position (RoFormer, arXiv:2104.09864).
 
-    Linear scaling stretches positions by its factor. Dynamic scaling raises the base once a position is beyond
-    those that the model was trained on, as transformers does for a row alone ("NTK"): each row by its own.
+    Linear scaling divides positions by its factor. Dynamic scaling ("NTK") raises the base of each row whose last
+    position is beyond those that the model was trained on, as transformers does for a row alone.
     """
     dim, frequency_factor = config.rotary_dim, 1.0
     base: float | Float[Array, "rows 1 1"] = config.rotary_base

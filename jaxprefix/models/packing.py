@@ -1,8 +1,8 @@
-"""Packed rows: everything but attention takes a batch's texts end to end, attention each on its own row.
+"""Packed rows: attention takes each text on a row of its own, everything else takes a row's texts end to end.
 
-So no position is computed for padding but in attention, which is the smallest part of short rows, and needs no mask for
-where a text begins. B rows of T tokens have room for R texts of C slots, and R and C are others for each class of
-lengths; all these texts' slots, one behind the other, are a row's places. The rest of the legend: `attention.py`.
+So only attention, the smallest part of the work for short rows, computes padding, and it needs no mask for where a text
+begins. A row of T tokens has room for R texts of C slots in each class of lengths, with R and C of the class's own;
+the slots of all its texts, one after the other, are the row's places. The rest of the legend: `attention.py`.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from jaxprefix.batches import Packing
 
 
 def on_texts(function: Callable[..., Any], packing: Packing | None, *arrays: Shaped[Array, "B T ..."]) -> Any:
-    """Apply a function of arrays [rows, slots, ...] to packed rows' texts, each on a row of its own: [BR, C, ...].
+    """Apply a function of arrays [rows, slots, ...] to packed texts, each on a row of its own: [BR, C, ...].
 
-    It is called for one class of lengths after the other; what it makes of them, arrays of as many rows and slots, is
-    laid end to end again. Without packing a row is a text.
+    It is called once for each class of lengths. The arrays that it returns, with the same rows and slots, are laid end
+    to end again. Without packing, each row is a text already.
     """
     if packing is None:
         return function(*arrays)
@@ -33,7 +33,7 @@ def on_texts(function: Callable[..., Any], packing: Packing | None, *arrays: Sha
 
 
 def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "B places *rest"]:
-    """Put every text into its places, padded with zeros; without packing it is there."""
+    """Put every text into its places, padded with zeros; without packing, return x."""
     return x if packing is None else _take(x, _columns_of_places(packing), packing.places)
 
 
@@ -50,7 +50,7 @@ def _columns_of_places(packing: Packing) -> Int[Array, "B places"]:
 def _take(
     x: Shaped[Array, "B A *rest"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]
 ) -> Shaped[Array, "B K *rest"]:
-    """Take each row's vectors by index, zeros beyond the end. The gradient is taken by the way back: no scatter."""
+    """Take each row's vectors by index, zeros beyond the end. `way_back` gathers the gradient: no scatter."""
     index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 

@@ -22,19 +22,19 @@ def run_layers(
     shared: tuple[Any, ...],
     recompute: bool,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Send x through all layers by layer(x, its prefix, its cache, *shared); return the result and the written caches.
+    """Run x through all layers, as layer(x, its prefix, its cache, *shared); return the result and the written caches.
 
-    `layers` is a list of them, unrolled, or what `stacked` makes, scanned. With `recompute` the backward pass keeps
-    nothing of a layer but its input.
+    `layers` is a list of layers, to unroll, or a layer that `stacked` made, to scan. With `recompute` the backward pass
+    keeps only each layer's input.
     """
     if not isinstance(layers, nnx.List):
 
-        def one(x: Array, at_layer: tuple[Any, ...]) -> tuple[Array, LayerCache]:
+        def scan_step(x: Array, at_layer: tuple[Any, ...]) -> tuple[Array, LayerCache]:
             layer, *own = at_layer
             return _run(layer, x, *own, shared, recompute)
 
         caches = None if cache is None else jax.tree.map(lambda *each: jnp.stack(each), *cache)
-        x, (keys, values) = jax.lax.scan(one, x, (layers, prefix, caches))
+        x, (keys, values) = jax.lax.scan(scan_step, x, (layers, prefix, caches))
         return x, tuple(zip(keys, values, strict=True))
 
     written: list[LayerCache] = []
@@ -49,9 +49,9 @@ def run_layers(
 
 @jax.custom_vjp
 def summed_at_once(prefix: LayerPrefix | None) -> LayerPrefix | None:
-    """Return a layer's prefix, whose gradient is a sum over rows.
+    """Return a layer's prefix, and sum its gradient over rows as soon as the layer's backward pass is done.
 
-    XLA would rather sum those of all layers together, at the end, and keep what they are sums of: 3.4 GiB for NeoX-20B.
+    XLA would sum the gradients of all layers together at the end, and keep their terms: 3.4 GiB for NeoX-20B.
     """
     return prefix
 
@@ -76,15 +76,15 @@ def _run(
     shared: tuple[Any, ...],
     recompute: bool,
 ) -> tuple[Float[Array, "B T D"], LayerCache]:
-    """Run one layer; as a function of its own, jitted, so that layers alike but for their arrays are traced once."""
+    """Run one layer. Jitted on its own, so that layers which differ only in their arrays are traced once."""
     return _with_frozen_weights(recompute)(layer, x, prefix, cache, shared)
 
 
 def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
-    """Return a function that runs a layer and differentiates only x, the prefix and the cache.
+    """Return a function that runs a layer and differentiates only towards x, the prefix and the cache.
 
     What its backward pass keeps (with `recompute`, the inputs) waits behind a barrier for the incoming gradient, so
-    that fsdp gathers the layer's weights again then instead of keeping them.
+    that fsdp gathers the layer's weights again instead of keeping them.
     """
 
     def run(layer: Any, x: Any, prefix: Any, cache: Any, shared: tuple[Any, ...]) -> Any:
@@ -97,7 +97,7 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
         return (run(*inputs), inputs) if recompute else differentiated(*inputs)
 
     def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
-        towards_x, towards_cache = gradients  # the cache's, zeros in training, stay known as such
+        towards_x, towards_cache = gradients  # the cache's is kept out of the barrier: zeros, in training
         kept, towards_x = jax.lax.optimization_barrier((kept, towards_x))
         pull_back = kept
         if recompute:
@@ -119,9 +119,9 @@ def stack(*arrays: Array) -> Array:
 
 
 def stacked(layers: Any, stack: Callable[..., Any] = stack) -> Any:
-    """Return, for a list of layers, one whose arrays hold all of theirs, each made by `stack`.
+    """Return one layer whose arrays hold those of all given layers, each made by `stack`.
 
-    That is one weight after the other, so that the model is never in memory twice. Raises InputError if the layers
+    One weight is stacked after the other, so that the model is never in memory twice. Raises InputError if the layers
     differ in more than their arrays.
     """
     graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
