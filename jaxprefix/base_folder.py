@@ -21,7 +21,7 @@ def open_base(
 ) -> BaseFolder:
     """Find a base model and read its config.json and tokenizer; `model_type` must agree if it is given.
 
-    Without `weights`, a hub's are not fetched. Raises InputError.
+    Without `weights`, those of a hub id are not downloaded. Raises InputError.
     """
     path = resolve_folder(dir_or_hub_id, revision, weights)
     return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type), load_tokenizer(path))

@@ -17,9 +17,9 @@ from jaxprefix.recipe import Recipe
 from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
-"""Tokens that are looked at together: of a mapped file, no more is in memory."""
+"""Tokens that are scanned together, so that no more of a mapped file is in memory."""
 GUESSED_CHARACTERS = 2.0
-"""Characters that a token is taken to have until a document's first chunk has been tokenized."""
+"""Characters per token, as a first guess, until a document's first chunk has been tokenized."""
 
 
 class Example(NamedTuple):
@@ -43,7 +43,7 @@ class Chunking(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """What a file's bad lines were."""
+    """Which lines of a file were skipped as bad."""
 
     n_bad: int = 0
     n_lines: int = 0
@@ -55,7 +55,7 @@ class Skipped(NamedTuple):
         return Skipped(self.n_bad + later.n_bad, self.n_lines + later.n_lines, self.first or later.first)
 
     def report(self, path: Path) -> Iterator[str]:
-        """Yield the line that tells of them, if there are any."""
+        """Yield a line that reports them, if there are any."""
         if self.n_bad:
             yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first}"
 
@@ -66,7 +66,7 @@ class Examples(Sequence[Example]):
     def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, skipped: Skipped = Skipped()):
         """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length.
 
-        `skipped` tells which lines of the file made none; a slice knows it, too.
+        `skipped` says which lines of the file made none; a slice keeps it.
         """
         self._tokens, self._ends, self.prompt_lengths, self.skipped = tokens, ends, prompt_lengths, skipped
         self._starts = np.concatenate([[0], ends[:-1]])
@@ -99,11 +99,11 @@ class Examples(Sequence[Example]):
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The constructor's arrays; only meaningful when this is not a slice."""
+        """The first three arguments of the constructor; meaningless for a slice."""
         return self._tokens, self._ends, self.prompt_lengths
 
     def count_of(self, token: int) -> np.ndarray:
-        """Return how often a token stands in each example."""
+        """Return how often a token occurs in each example."""
         first, last = (int(self._starts[0]), int(self._ends[-1])) if len(self) else (0, 0)
         blocks = ((start, self._tokens[start : min(start + SCANNED, last)]) for start in range(first, last, SCANNED))
         places = np.concatenate(
@@ -133,7 +133,7 @@ def read_examples(path: Path, chunking: Chunking) -> Examples:
 
 
 def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Examples:
-    """Return the examples of some lines of a file, of which the first has the number first_line."""
+    """Return the examples of consecutive lines of a file, the first of which has the number first_line."""
     skipped = Skipped()
 
     def of_each_line() -> Iterator[Example]:
@@ -183,8 +183,8 @@ def _examples_of(line: bytes, where: str, chunking: Chunking) -> Iterator[Exampl
 def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
     """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len.
 
-    Where a chunk ends is guessed from the characters that tokens had before, and found from there: in a few looks at
-    whole chunks, where one after each sentence would take the longer, the longer chunks are.
+    A chunk's end is guessed from the characters per token so far, then found by bisection. That takes a few tokenized
+    chunks; adding sentences one by one, and tokenizing each time, would be quadratic in a chunk's length.
     """
     tokenizer, suffix, max_seq_len, recipe, _ = chunking
     kept = [sentence for sentence in sentences if recipe.keep_blank_sentences or sentence.strip()]
@@ -203,7 +203,7 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[lis
                 chunk, end = ids, stop
             else:
                 too_far = stop
-        if end == start and newline:  # counted, as the original does, and then left out
+        if end == start and newline:  # as in the original, the newline counts, and is then left out
             newline = ""
             continue
         if end == start:  # one sentence alone does not fit

@@ -19,9 +19,9 @@ TORCH_WEIGHTS = ["pytorch_model*.bin", TORCH_INDEX]
 def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a base model, downloading the needed files of a hub id first.
 
-    Of `weights`, safetensors are fetched, torch's files only where there are none. `revision` is a branch,
-    tag or commit. What is in the cache is not fetched again, and is all that is used without a network.
-    Raises InputError when there is neither such a folder nor such a repository within reach.
+    With `weights`, safetensors are fetched, or torch's files where there are none. `revision` is a branch, tag or
+    commit. What is in the cache is not fetched again; without a network, only the cache is used. Raises InputError
+    when there is neither such a folder nor a repository that can be reached.
     """
     folder = Path(dir_or_hub_id)
     if folder.is_dir():
@@ -37,7 +37,7 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download  # a sixth of a second that no folder needs
+    from huggingface_hub import errors, snapshot_download  # late: a sixth of a second
 
     where = f"{hub_id}: no such folder, and"
     try:

@@ -1,4 +1,4 @@
-"""The lines of a data file from anyone: plain or gzip by name, each of bounded length, none changed while read."""
+"""The lines of an untrusted data file, plain or gzip: of bounded length, from a file that must not change meanwhile."""
 
 import codecs
 import functools
@@ -14,20 +14,20 @@ from convert.errors import InputError
 LINE_BYTES = 2**23
 """Longest line; tokenizing one takes up to some 70 times its length in memory."""
 UNPACKED_BYTES = 2**24
-"""What any gzip file may unpack to."""
+"""Any gzip file may unpack to this much."""
 GZIP_RATIO = 100
-"""How much longer than itself a larger one may become: text shrinks to a tenth or so."""
+"""A larger one may unpack to this many times its size: text shrinks to a tenth or so."""
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Yield a file's lines with their ends; of one longer than LINE_BYTES only the first LINE_BYTES + 1 bytes.
+    """Yield a file's lines with their newlines; of a line longer than LINE_BYTES, only the first LINE_BYTES + 1 bytes.
 
-    A name that ends in .gz is unpacked on the way. A UTF-8 mark at the beginning is left out. Raises InputError when
-    the file is missing, UTF-16, no whole gzip file, unpacks to absurdly much, or changes before its end.
+    A file whose name ends in .gz is unpacked. A byte order mark at the beginning is left out. Raises InputError when
+    the file is missing, UTF-16, an incomplete gzip file, unpacks to absurdly much, or changes while it is read.
     """
     if not path.exists():
         raise InputError(f"{path}: no such data file")
-    if not path.is_file():  # reading checks that nothing changed meanwhile, and may come back to a line
+    if not path.is_file():  # it is read more than once, and must not change
         raise InputError(f"{path}: is a folder or a pipe, not a file of data")
     packed = path.suffix == ".gz"
     before = _state(path)
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a data file. A process reads it once, unless it changes. Raises InputError."""
+    """Return the SHA-256 of a data file, kept in memory until the file changes. Raises InputError."""
     try:
         return _sha256(path, _state(path))
     except OSError as error:
@@ -61,7 +61,7 @@ def sha256_of(path: Path) -> str:
 
 @functools.lru_cache
 def _sha256(path: Path, state: tuple[int, int, int] | None) -> str:
-    """`state` is there for the cache: a changed file is another one."""
+    """Compute the checksum; `state` is part of the cache's key, so that a changed file is read again."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -76,7 +76,7 @@ def _skip_mark(file: gzip.GzipFile | BinaryIO, path: Path) -> None:
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written to or replaced; None when it is gone."""
+    """Return what changes when a file is written to or replaced; None when it is gone."""
     try:
         found = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where this package and the original part: the recipes that --recipe chooses from."""
+"""Where this package and the original differ: the recipes that --recipe chooses from."""
 
 import dataclasses
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Where the original surprises, and whether to do as it does. One field per difference."""
+    """Whether to repeat the original's surprising behaviour: a field for each difference."""
 
     drop_document_tails: bool = False
     """Drop the chunk that is left when a document ends."""
@@ -22,7 +22,7 @@ class Recipe:
     decay_over_requested_steps: bool = False
     """Decay to 0 over n_training_steps even if n_epochs ends earlier; else over the run's updates, not below min_lr."""
     average_batch_means: bool = False
-    """Average the means of batches (accumulation, dev loss, dev ppl), instead of weighing by tokens."""
+    """Average the means of batches (accumulation, dev loss, dev ppl), instead of weighting by tokens."""
     carry_accumulation: bool = False
     """Let an unfinished accumulation group at the end of an epoch join the next epoch's first update."""
     drop_crossing_token: bool = False

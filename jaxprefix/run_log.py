@@ -20,9 +20,9 @@ from convert.files import replacing
 class RunLog:
     """Writes log lines and metrics of a run; used as a context manager.
 
-    With `folder` None only the screen is written. A resumed run begins after update `from_step`: what earlier sittings
-    logged after it, and with `to_evaluate` its dev loss, is taken out of metrics.jsonl, since it is done again. `quiet`
-    leaves the screen to another process.
+    With `folder` None, only the screen is written to; with `quiet`, not even that. A resumed run continues after update
+    `from_step`. What was logged after that update, and its dev loss if it is `to_evaluate` again, is removed from
+    metrics.jsonl.
     """
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
@@ -50,7 +50,7 @@ class RunLog:
                 file.close()
 
     def line(self, text: str) -> None:
-        """Write a line to the screen and to log.txt, after the seconds since the start."""
+        """Write a line to the screen and to log.txt, preceded by the seconds since the start."""
         text = f"{time.monotonic() - self._started:.2f}s {text}"
         self._show(lambda: self.console.print(text, markup=False))
         if self._text is not None:
@@ -61,7 +61,7 @@ class RunLog:
         self._progress.update(self._task, completed=n_done, status=f"loss {loss:.4g} · {tokens_per_s:,.0f} tokens/s")
 
     def point(self, split: str, step: int, epoch: int, **values: float | int) -> None:
-        """Log loss, ppl, … of a split after `step` updates, everywhere."""
+        """Log loss, ppl, … of a split after `step` updates: screen, log.txt, metrics.jsonl and TensorBoard."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = {"split": split, "step": step, "epoch": epoch, **finite}
         if split == "train":
@@ -76,12 +76,12 @@ class RunLog:
             self._tensorboard.scalars(step, {f"{name}/{split}": value for name, value in values.items()})
 
     def to_disk(self) -> None:
-        """Have the system write metrics.jsonl down: a checkpoint must not outlive the records of its updates."""
+        """Flush metrics.jsonl to the disk: a checkpoint must not outlive the records of its updates."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
     def _show(self, write: Callable[[], None]) -> None:
-        """Write to the screen, as long as there is one: a closed terminal or pipe ends no run."""
+        """Write to the screen, if there still is one: a closed terminal or pipe must not end the run."""
         try:
             write()
         except (OSError, SystemExit):  # rich leaves the program when a pipe is closed
@@ -89,9 +89,9 @@ class RunLog:
 
 
 class TensorBoard:
-    """What a run writes for TensorBoard after update `from_step`, in the place of what earlier sittings did.
+    """Writes scalars for TensorBoard; those after update `from_step` replace what was written before a resume.
 
-    Begun by the first scalars: a run's first log line does not wait for the import.
+    The file is opened by the first scalars, so that a run's first log line does not wait for the import.
     """
 
     def __init__(self, folder: Path, from_step: int):
@@ -122,7 +122,7 @@ class TensorBoard:
 
 
 def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
-    """Drop the records of what is done again, and a last line that was cut off, from a metrics file."""
+    """Drop from a metrics file the records of what will be done again, and a last line that was cut off."""
     if not path.is_file():
         return
     whole, _, _ = path.read_bytes().rpartition(b"\n")

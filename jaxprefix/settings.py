@@ -1,4 +1,4 @@
-"""What all settings have in common: each is of its field's type, where Python code gives them, too."""
+"""Checks that all settings share: types, also where settings come from Python code, and ranges."""
 
 import typing
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from convert.errors import InputError
 
 
 def check_types(settings: Any, what: str) -> None:
-    """Check the fields of a dataclass, as the command line does for itself; a str is a path, too.
+    """Check the types of a dataclass's fields, as the command line does for its own; a str is taken for a path.
 
-    Raises InputError that lists those which are of another type, or not among a field's choices.
+    Raises InputError that lists the values which are of another type, or not among a field's choices.
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
@@ -36,7 +36,7 @@ def check_types(settings: Any, what: str) -> None:
 
 
 def range_problems(settings: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> list[str]:
-    """Say which numbers are out of range, as NaN always is; None, which is no number, never."""
+    """Say which numbers are out of range: NaN always is, None never."""
     problems = []
     for name in positive:
         if (value := getattr(settings, name)) is not None and not value > 0:

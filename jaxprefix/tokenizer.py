@@ -30,18 +30,18 @@ from jaxprefix.hub import (
 
 NEWLINE_PIECE = "<NL>"
 GPT2_SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-"""What these tokens are in GPT-2's own two files unless others of the folder tell."""
+"""GPT-2's own special tokens, which apply to its two files unless other files of the folder name others."""
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
-"""What a tokenizer_config.json says of a token that it adds."""
+"""Properties of an added token in a tokenizer_config.json."""
 PROBE = "Hello, World!  it's 1234 x2.5\n\n  朝の市場は、１２３\nÀ 😃"
-"""Its ids tell apart tokenizers that share a vocabulary but normalise or split differently."""
+"""Its ids differ between tokenizers that share a vocabulary but normalise or split differently."""
 
 
 class SentencePiece:
     """A SentencePiece model, with what a base model's folder adds to it.
 
-    `added` are tokens with ids after the model's; texts are split at them first. Where the vocabulary has
-    the piece `<NL>`, newlines become it and come back. `lower` lower-cases what is not an added token.
+    `added` are tokens with ids after the model's; texts are split at them first. Where the vocabulary has the piece
+    `<NL>`, it stands for newlines. With `lower`, everything but added tokens is lower-cased.
     """
 
     def __init__(self, processor: SentencePieceProcessor, added: Mapping[str, int], lower: bool):
@@ -64,7 +64,7 @@ class SentencePiece:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids below `size`; special tokens leave no trace."""
+        """Return the text of ids below `size`, without special tokens."""
         texts: list[str] = []
         run: list[int] = []
         for index in ids:
@@ -77,13 +77,13 @@ class SentencePiece:
         return text.replace(NEWLINE_PIECE, "\n") if self._has_newline else text
 
     def content(self, padding: int | None) -> bytes:
-        """Return what decides the ids of texts. A token that is added for padding alone has no part in it."""
+        """Return what determines the ids of texts, without a token that is added for padding alone."""
         added = sorted((token, index) for token, index in self.added.items() if index != padding)
         additions = f"{added} {self.lower}" if added or self.lower else ""
         return self.processor.serialized_model_proto() + additions.encode()
 
     def exact_content(self) -> bytes:
-        """Return all that decides the ids of texts."""
+        """Return everything that determines the ids of texts."""
         return self.content(None)
 
     def id_of(self, piece: str) -> int | None:
@@ -110,8 +110,8 @@ class Added(NamedTuple):
 class TokenizersFile:
     """A tokenizer.json, usually byte-level BPE, or GPT-2's two files.
 
-    `added` are tokens that other files of the folder add to it. Where they say so, texts begin as words do
-    (`add_prefix_space`), whatever the tokenizer.json says; transformers does the same.
+    `added` are tokens that other files of the folder add to it. As in transformers, their `add_prefix_space`, a space
+    before the first word of a text, takes precedence over the tokenizer.json's.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, Added], settings: Mapping[str, Any]):
@@ -151,9 +151,9 @@ class TokenizersFile:
         return self.backend.token_to_id(piece)
 
     def content(self, padding: int | None) -> bytes:
-        """Return what decides the ids of texts, however the file spells it: transformers saves it otherwise.
+        """Return what determines the ids of texts, without a token that is there for padding alone.
 
-        A token that is there for padding alone has no part in it.
+        It does not depend on how the file spells it: transformers, for one, saves the same tokenizer differently.
         """
         model = json.loads(self.backend.to_str())["model"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
@@ -163,7 +163,7 @@ class TokenizersFile:
         return json.dumps(parts, sort_keys=True).encode()
 
     def exact_content(self) -> bytes:
-        """Return all that decides the ids of texts: flags of added tokens and how texts are split, too."""
+        """Return everything that determines the ids of texts: also flags of added tokens, and how texts are split."""
         return self.backend.to_str().encode()
 
 
@@ -179,7 +179,7 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     fingerprint: str
-    """16 hex digits by which a prefix knows its base model's tokenizer, however that is saved or padded."""
+    """16 hex digits that identify the tokenizer in prefix files, however it is saved or padded."""
 
     @property
     def vocab_size(self) -> int:
@@ -188,12 +188,12 @@ class Tokenizer:
 
     @property
     def unk_id(self) -> int | None:
-        """Id of what the vocabulary cannot express; None if it can express everything."""
+        """Id that stands for what the vocabulary lacks; None if it lacks nothing."""
         return self.vocabulary.unk_id
 
     @functools.cached_property
     def exact_fingerprint(self) -> str:
-        """A checksum of all that decides the ids of texts, by which they may be cached."""
+        """A checksum of everything that determines the ids of texts: the key to cache them by."""
         return hashlib.sha256(self.vocabulary.exact_content()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -201,7 +201,7 @@ class Tokenizer:
         return self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; special tokens, and ids of a padded vocabulary, leave no trace."""
+        """Return the text of ids, without special tokens and ids of a padded vocabulary."""
         special = {self.bos_id, self.eos_id, self.pad_id}
         return self.vocabulary.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special])
 
@@ -278,7 +278,7 @@ def _gpt2(vocab: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Added]:
-    """Collect what added_tokens.json and the settings' added_tokens_decoder add."""
+    """Return the tokens that added_tokens.json and the settings' added_tokens_decoder add."""
     ids: dict[str, Any] = dict(_read_settings(folder, ADDED_TOKENS_FILE))
     decoder = settings.get("added_tokens_decoder")
     flags: dict[str, dict[str, bool]] = {}
@@ -303,16 +303,16 @@ def _special_id(
     if isinstance(vocabulary, SentencePiece) and (own := getattr(vocabulary.processor, f"{kind}_id")()) >= 0:
         return own
     given = config.get(f"{kind}_token_id")
-    given = given[0] if isinstance(given, list) and given else given  # of several that end a text, the first
+    given = given[0] if isinstance(given, list) and given else given  # the first of several that end a text
     return given if type(given) is int and 0 <= given < vocabulary.size else None
 
 
 def _content(token: Any) -> Any:
-    """Return a token's text: it may stand as it is, or as transformers' {"content": …}."""
+    """Return a token's text, which is given as such or in transformers' {"content": …}."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_settings(folder: Path, name: str) -> dict[str, Any]:
-    """Read a file that a folder may lack."""
+    """Read a JSON file of a folder; empty if there is none."""
     path = member(folder, name)
     return read_object(path) if path.is_file() else {}

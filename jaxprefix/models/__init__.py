@@ -32,7 +32,7 @@ BaseModel = GPTNeoX | GPT2
 _CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
 _TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
 READERS = 4
-"""Weights that are read at a time: most of the time goes into new pages of memory, or waiting for the disk."""
+"""Weights that are read at the same time: most of the time goes into new memory pages, or waiting for the disk."""
 
 
 def load_model(
@@ -43,12 +43,13 @@ def load_model(
     compute: Compute = Compute(),
     revision: str | None = None,
 ) -> BaseModel:
-    """Load a base model from a folder in the hub's layout, or from a hub id, of which `revision` is a version.
+    """Load a base model from a folder in the hub's layout, or from a hub id and, if given, its `revision`.
 
-    `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of`
-    places a weight by its path and shape (see `sharding.py`); each device reads its own part, the first device
-    everything if it is not given; `config` saves reading config.json a second time; `compute` changes how it is
-    computed, not what. Raises InputError when the folder, its config.json or its weights cannot be used.
+    `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of` returns
+    the sharding of a weight by its path and shape (see `sharding.py`), and each device reads its own part; without it,
+    the first device holds everything. `config` saves reading config.json a second time. `compute` changes how the
+    model is computed, not what it computes. Raises InputError when the folder, its config.json or its weights cannot
+    be used.
     """
     try:
         type_name = np.dtype(dtype).name
@@ -87,7 +88,7 @@ def load_model(
 def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
     """Write a base model as a new folder in the hub's layout, with bit-identical weights in safetensors files.
 
-    Every weight goes through our names and back, so what this package cannot hold is refused. Raises InputError.
+    Every weight goes through our names and back. Raises InputError for weights that this package does not know.
     """
     folder = resolve_folder(dir_or_hub_id)
     config = read_model_config(folder, name=dir_or_hub_id)
@@ -102,7 +103,7 @@ def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
-    """Return the model with shapes for weights."""
+    """Return the model with shapes in place of weights."""
     return _CLASSES[config.model_type](config, compute)
 
 
@@ -113,20 +114,20 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def weight_table(config: ModelConfig) -> Table:
-    """Return the table of a model's weight files; a tied head may stand in them, and is the embedding again."""
+    """Return the table of a model's weight files. A tied head may be in them, as a second name of the embedding."""
     rules = _TABLES[config.model_type]
     return rules.TABLE | ({rules.HEAD: ("embed.weight", "again")} if config.tied_head else {})
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compare a folder's names and shapes with the model's, and copies with their weight. Raises InputError."""
+    """Compare a folder's names and shapes with the model's, and copied weights with each other. Raises InputError."""
     next(_stream(folder, config))
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
-    """Return a checksum of each matrix's first row and each vector: training changes them, another file does not.
+    """Return a checksum of the first row of each matrix, as it lies in the file, and of each vector.
 
-    Rows are those of the file. Raises InputError.
+    Training changes these, but another format or other shards do not. Raises InputError.
     """
     digest = hashlib.sha256()
     for path, weight in sorted(_stream(folder, config), key=itemgetter(0)):
@@ -135,6 +136,6 @@ def fingerprint(folder: Path, config: ModelConfig) -> str:
 
 
 def _stream(folder: Path, config: ModelConfig) -> Iterator[tuple[str, FiniteWeight]]:
-    """Yield every weight of a folder by our path, once all fit the model."""
+    """Check that all weights of a folder fit the model, then yield each with our path."""
     prefix = _TABLES[config.model_type].OPTIONAL_PREFIX
     return stream_weights(folder, weight_table(config), config.n_layer, weight_shapes(config), prefix)

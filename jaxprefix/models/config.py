@@ -9,12 +9,12 @@ from convert.errors import InputError
 from convert.untrusted import member, read_object
 
 Fields = dict[str, tuple[tuple[str, ...], Any]]
-"""By field: every spelling in config.json, and transformers' default, for a field that is not there or null."""
+"""For each field, its spellings in config.json, and transformers' default where it is absent or null."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """What the forward pass and the prefix need to know of a base model."""
+    """What the forward pass and the prefix need to know about a base model."""
 
     name: str
     """The folder or hub id that the model was loaded from; names the base in prefix files."""
@@ -35,7 +35,7 @@ class ModelConfig:
     activation: str
     """Between the two linear layers of the feed-forward layer, by transformers' name."""
     tied_head: bool
-    """Whether the embedding is the head, too."""
+    """Whether the embedding is also the head."""
     layer_norm_eps: float
     """Added to the variance in every layer norm."""
 
@@ -44,9 +44,9 @@ class ModelConfig:
     rotary_base: float = 0.0
     """GPT-NeoX: base of the rotary frequencies."""
     rotary_scaling: str = "default"
-    """GPT-NeoX: how the rotary embedding reaches beyond its training length: default (not), linear or dynamic."""
+    """GPT-NeoX: how the rotary embedding is stretched beyond its training length: default (not), linear or dynamic."""
     rotary_factor: float = 1.0
-    """GPT-NeoX: linear divides positions by it; dynamic reaches to that many times n_positions."""
+    """GPT-NeoX: linear divides positions by it; dynamic reaches up to this many times n_positions."""
     parallel_residual: bool = False
     """GPT-NeoX. True: x + attn(ln1 x) + mlp(ln2 x). False: two residuals, one after the other."""
     attention_bias: bool = True
@@ -91,9 +91,9 @@ class ModelConfig:
         return int(shape[2])
 
     def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:
-        """Check that all ids and positions exist, since gathers on the device clamp silently.
+        """Raise InputError unless all ids and positions exist: gathers on the device would clamp them silently.
 
-        `n_pieces` is the tokenizer's, `longest` the tokens of `what`, which begins with a text. Raises InputError.
+        `n_pieces` is the tokenizer's size, `longest` the number of tokens in `what`, `begins` the start of its text.
         """
         if prefix_len + longest > self.max_positions:
             raise InputError(
@@ -147,7 +147,7 @@ _FIELDS: dict[str, Fields] = {
 }
 # Settings that change the arithmetic, with the one value that the forward pass computes.
 _FIXED = {"is_causal": True, "add_cross_attention": False}
-# Far above any model's: what a damaged or hostile config.json claims must not take minutes or gigabytes to refuse.
+# Far above any model's, so that a damaged or hostile config.json is refused before it costs minutes or gigabytes.
 _LARGEST = {
     "n_layer": 2**7,
     "n_head": 2**12,
@@ -165,9 +165,9 @@ MODEL_TYPES = {"gpt_neox": "gpt-neox", "gpt2": "gpt"}
 
 
 def read_model_config(folder: Path, name: str | None = None, model_type: str | None = None) -> ModelConfig:
-    """Read `folder/config.json`; `model_type` is what the user takes it for, by --model_type's name.
+    """Read `folder/config.json`; `model_type` is the architecture that the user expects, as --model_type names it.
 
-    Raises InputError naming every field that is missing, contradictory or not supported.
+    Raises InputError that names every field that is missing, contradictory or not supported.
     """
     path = member(folder, "config.json")
     if not path.is_file():
@@ -176,7 +176,7 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     if "data_sha256" in raw:
         raise InputError(f"{folder}: is a run's folder; its base model was {raw.get('pretrained_model_dir')}")
     architecture = raw.get("model_type")
-    if architecture not in list(MODEL_TYPES):  # it may be of any type
+    if architecture not in list(MODEL_TYPES):  # a list: what is found may not be hashable
         supported = ", ".join(map(repr, MODEL_TYPES))
         raise InputError(f"{path}: model_type is {architecture!r}; supported: {supported}")
     if model_type not in (None, MODEL_TYPES[architecture]):
@@ -198,7 +198,7 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
 
 
 def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) -> dict[str, Any]:
-    """Return the values of an architecture's fields; note those that are missing, contradictory or not supported."""
+    """Return the values of an architecture's fields; what is missing, contradictory or unsupported joins `problems`."""
     fields = _FIELDS[architecture]
     found = {field: _lookup(raw, spellings, default, problems) for field, (spellings, default) in fields.items()}
     if found.get("rotary_scaling", ("", "default"))[1] in ("linear", "dynamic"):
@@ -215,7 +215,7 @@ def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) ->
 
 
 def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
-    """Say which sizes do not go together; `head_dim` is what config.json says of it, if anything."""
+    """Say which sizes contradict each other; `head_dim` is the one in config.json, if there is any."""
     problems = []
     if head_dim not in (None, config.head_dim):
         problems.append(f"head_dim {head_dim!r} is not width {config.n_embd} by {config.n_head} heads")
@@ -231,9 +231,9 @@ def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
 
 
 def _checked(field: str, spelling: str, value: Any, default: Any, problems: list[str]) -> Any:
-    """Return a value as its field's type; note one that is not, or not among those we compute."""
+    """Return a value as its field's type; add one of another type, or one that is unsupported, to `problems`."""
     kind = ModelConfig.__annotations__[field]
-    if value is None:  # missing, and noted
+    if value is None:  # missing, which is among the problems already
         return value
     if kind is float and type(value) is int and value < 2**53:
         value = float(value)
@@ -248,7 +248,7 @@ def _checked(field: str, spelling: str, value: Any, default: Any, problems: list
 
 
 def _lookup(raw: dict[str, Any], spellings: tuple[str, ...], default: Any, problems: list[str]) -> tuple[str, Any]:
-    """Return the first spelling found and the value that all agree on, or the default; note contradictions."""
+    """Return the first spelling found and its value, or the default; add contradictions to `problems`."""
     found: dict[str, Any] = {}
     for spelling in spellings:
         value: Any = raw
