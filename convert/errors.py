@@ -1,18 +1,18 @@
-"""The exceptions that end in plain lines: what the user gave cannot be used, or a run cannot go on."""
+"""The exceptions that are printed as plain lines: what the user gave cannot be used, or a run cannot go on."""
 
 import re
 from typing import Self
 
 MESSAGE_CHARACTERS = 4000
 PROBLEMS = 40
-"""Problems that are listed; a file may have thousands."""
+"""Most problems that are listed; a file may have thousands."""
 
 
 class PlainError(Exception):
     """An error whose message is complete without a traceback.
 
-    What it quotes may come from a stranger's file: control characters are shown, not sent to the terminal, and a
-    message beyond MESSAGE_CHARACTERS is cut.
+    What it quotes may come from a stranger's file: control characters are escaped, so that no terminal obeys them, and
+    a message longer than MESSAGE_CHARACTERS is cut.
     """
 
     def __init__(self, message: str):

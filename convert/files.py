@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 from convert.errors import InputError
 
 LEFTOVER = re.compile(r"(\d+|adapter_config\.json|adapter_model\.safetensors)\.tmp")
-"""What a killed copy or conversion leaves in a folder that it was filling."""
+"""Names of what a killed copy or conversion leaves in a folder that it was filling."""
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which takes its place when the block ends well, on the disk by then.
+    """Yield a temporary path beside `path`; when the block ends well, that file is flushed to disk and replaces `path`.
 
-    After a failure nothing is left of it.
+    After a failure it is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -37,9 +37,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Let the block write files into a folder, which after a failure is as it was.
+    """Let the block write files into a new or empty folder, which is as it was before after a failure.
 
-    Raises InputError if it holds something already, but for what a killed copy left.
+    Raises InputError if it holds anything but what a killed copy left.
     """
     existed = folder.exists()
     if existed and not (folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())):
@@ -62,9 +62,9 @@ def _clear(folder: Path) -> None:
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:
-    """Write a safetensors file as PyTorch's readers expect it. Raises OSError, which the library wraps."""
+    """Write a safetensors file as PyTorch's readers expect it. Raises OSError, unwrapped from the library's error."""
     path.touch()
-    mode = path.stat().st_mode  # the library's own is for its owner alone
+    mode = path.stat().st_mode  # the library would make it readable for its owner alone
     try:
         save_file(tensors, path, metadata={"format": "pt", **header})
     except SafetensorError as error:

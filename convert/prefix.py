@@ -45,10 +45,10 @@ def to_folded(layered: Any) -> Any:
 def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read a prefix of any format as (folded float32 array, what its header says of the base model).
 
-    Accepts a run folder, an adapter folder or a file; files are told apart by content. Tensors may be
-    float32, float16 or bfloat16, folded, [P, 2·L, N, H] or layered. A safetensors header names the base;
-    an adapter folder and an array of more than two axes tell its shape. Raises InputError when it is none
-    of these, or holds a number that is not finite.
+    Accepts a run folder, an adapter folder or a file, whose format is recognised by its content. Tensors may be
+    float32, float16 or bfloat16; folded, [P, 2·L, N, H] or layered. A safetensors header names the base model; an
+    adapter folder and an array of more than two axes give its shape. Raises InputError when it is none of these, or
+    holds a number that is not finite.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,7 +75,7 @@ def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def is_bare_prefix(path: Path) -> bool:
-    """Tell whether a file or folder is a prefix that no run holds, with its encoder beside it."""
+    """Tell whether a file or folder is a prefix alone, not a run, which has its encoder as well."""
     if path.is_dir():
         return (path / ADAPTER_CONFIG).is_file()
     try:
@@ -125,9 +125,9 @@ def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1, dtype: Any = None) -> Any:
     """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
 
-    `dtype` is the model's, in torch; by default float32. Raises InputError for layers and heads of others.
-    Hand it over as `model(tokens, past_key_values=cache)`, from transformers 5.24 on `cache=cache`; a model writes into
-    its cache, so make one for each call.
+    `dtype` is the model's torch type; by default float32. Raises InputError if the prefix has other layers and heads.
+    Pass it as `model(tokens, past_key_values=cache)`, from transformers 5.24 on as `cache=cache`. A model writes into
+    its cache, so make a new one for each call.
     """
     torch = torch_files.import_torch("making a DynamicCache")
     from transformers import DynamicCache
@@ -154,7 +154,7 @@ def from_dynamic_cache(cache: Any) -> np.ndarray:
 
 
 def _read_file(path: Path) -> tuple[np.ndarray, dict[str, str]]:
-    """Read a prefix file, whose content tells its format, as (the array as stored, its header)."""
+    """Read a prefix file, whose format is recognised by its content, as (the array as stored, its header)."""
     try:
         refuse_pointer(path)
         with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
-    """Read an adapter folder, or the one in a run folder; adapter_config.json adds to what the header says."""
+    """Read an adapter folder, or the one in a run folder; adapter_config.json completes the header."""
     config_path = member(folder, ADAPTER_CONFIG)
     if not config_path.is_file():
         if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
@@ -208,12 +208,12 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
-    """Say a prefix's shape as a header does."""
+    """Return a prefix's shape as fields of a header."""
     return dict(zip(_SHAPE, map(str, (n_layer, n_head, head_dim)), strict=True))
 
 
 def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
-    """Compare what a header says of the shape with the numbers per position."""
+    """Raise InputError if a header's shape contradicts the numbers per position."""
     if width % 2:
         raise InputError(f"{path}: has {width} numbers per position, which are no pairs of keys and values")
     said = {field: header[field] for field in _SHAPE if field in header}
@@ -240,7 +240,7 @@ def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
-    """Raise InputError for what PEFT's modules_to_save trains besides the prefix, which would be wrong without."""
+    """Raise InputError for weights that PEFT's modules_to_save trained with the prefix, which needs them."""
     others = [name for name in weights if name != TENSOR_NAME]
     if TENSOR_NAME in weights and others:
         raise InputError(
@@ -250,7 +250,7 @@ def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: no longer than its file
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: it cannot be larger than its file
     except Exception as error:  # numpy's parser of the header raises many kinds
         raise InputError(f"{path}: not a readable .npy file ({torch_files.first_line(error)})") from error
 

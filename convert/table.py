@@ -1,9 +1,9 @@
 """Stream a checkpoint through a literal table: hub name → our path, or None for a deliberate drop.
 
-In a rule `(path, how, …)`, "transpose" swaps the two axes, "split" then makes [3, a third, …] of the first, and "again"
-marks another name of a weight, which files may use instead or as well. Names and shapes come from the file headers, and
-every disagreement is reported in one error before any weight is read, but for copies, which are compared. The same
-table, read backwards, writes a checkpoint.
+In a rule `(path, how, …)`, "transpose" swaps the two axes, "split" then splits the first axis into [3, a third], and
+"again" marks a second name of a weight, which files may use instead or as well. Names and shapes come from the file
+headers, and all disagreements are reported in one error before any weight is read, except for copies, which are
+compared. The same table, read backwards, writes a checkpoint.
 """
 
 import functools
@@ -23,7 +23,7 @@ How = Literal["transpose", "split", "again"]
 Rule = str | tuple[str, *tuple[How, ...]] | None
 Table = Mapping[str, Rule]
 COMPARED_ROWS = 1024
-"""Rows compared at a time to tell a copy from another weight."""
+"""Rows compared at a time, when two names of a weight must hold the same numbers."""
 
 
 def expand(table: Table, n_layer: int) -> dict[str, Rule]:
@@ -40,9 +40,9 @@ def stream_weights(
 ) -> Iterator[tuple[str, FiniteWeight]]:
     """Yield (our path, weight to read) for every weight of the folder.
 
-    `shapes` maps each of our paths to the shape the model expects; rules for other paths do not count.
-    Files may leave the optional prefix of names out. Raises InputError that lists all missing, unknown and
-    misshapen weights before the first one is read.
+    `shapes` maps each of our paths to the shape that the model expects; rules for other paths do not count. In the
+    files, names may lack the optional prefix. Raises InputError that lists all missing, unknown and misshapen weights
+    before the first one is read.
     """
     rules = {name: rule for name, rule in expand(table, n_layer).items() if rule is None or path_of(rule) in shapes}
     found: dict[str, StoredWeight] = {}
@@ -58,7 +58,7 @@ def stream_weights(
     of_path = {path_of(rule): name for name, rule in wanted.items()}
     copies = {name: of_path[path_of(rules[name])] for name in found if "again" in _how(rules.get(name))}
     for copy, name in copies.items():
-        if name not in found:  # of two names for one weight, a file may have kept either
+        if name not in found:  # of a weight with two names, a file may have either
             found[name] = found.pop(copy)
     problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():
@@ -129,11 +129,11 @@ def _how(rule: Rule) -> tuple[How, ...]:
 
 
 def _agree(one: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether two weights are the same; what is not finite is told as such elsewhere."""
+    """Tell whether two weights are equal, NaN included: that numbers are not finite is found when they are read."""
 
     def same(part: np.ndarray, twin: np.ndarray) -> bool:
         if part.dtype == twin.dtype and np.array_equal(part.view(f"u{part.itemsize}"), twin.view(f"u{part.itemsize}")):
-            return True  # by their bits, which takes a tenth of the time
+            return True  # comparing bits takes a tenth of the time
         return np.array_equal(part, twin, equal_nan=True)
 
     blocks = (slice(start, start + COMPARED_ROWS) for start in range(0, len(one), COMPARED_ROWS))

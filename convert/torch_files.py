@@ -1,8 +1,8 @@
-"""Files that torch writes: read without torch, so that nothing in them runs; torch itself only writes.
+"""Files that torch writes: read without torch, so that nothing in them runs. Only writing needs torch.
 
 Both formats, zip archives and the one before torch 1.6, hold a pickle that refers to storages: flat arrays of numbers.
-Of pickle's language only what torch writes for tensors in dicts, lists and tuples is understood, and every size is
-compared with the file's before it is believed.
+Only those opcodes of pickle are accepted that torch writes for tensors in dicts, lists and tuples, and every size is
+compared with the file's before it is used.
 """
 
 import io
@@ -48,7 +48,7 @@ _TYPES = {
 }
 
 OpenStorage = Callable[[np.dtype, str, int], np.ndarray]
-"""What returns a storage's numbers, given their type, its key and how many its pickle says there are."""
+"""Returns a storage's numbers, given their type, the storage's key and the size that the pickle claims."""
 
 
 def is_torch_file(path: Path) -> bool:
@@ -60,8 +60,8 @@ def is_torch_file(path: Path) -> bool:
 def load_torch(path: Path, checked: bool = True) -> Any:
     """Return a file's dicts, lists and numbers, with tensors as read-only arrays that are mapped, not read.
 
-    Types are as stored, bfloat16 as ml_dtypes has it. `checked` reads all numbers of a zip archive once, to compare its
-    checksums. Raises InputError.
+    Types are as stored, bfloat16 as in ml_dtypes. With `checked`, all numbers of a zip archive are read once to compare
+    its checksums. Raises InputError.
     """
     try:
         refuse_pointer(path)
@@ -106,7 +106,7 @@ def first_line(error: Exception) -> str:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds what a pickle of torch's describes; any name but those of dense tensors is refused."""
+    """Builds the object that torch's pickle describes; names of anything but dense tensors are refused."""
 
     def __init__(self, content: bytes, open_storage: OpenStorage, n_bytes: int):
         super().__init__(io.BytesIO(content))
@@ -154,7 +154,7 @@ class _Unpickler(pickle.Unpickler):
         return tensor
 
     def _rebuild_with_attributes(self, rebuild: Any, kind: Any, arguments: Any, attributes: Any) -> np.ndarray:
-        """Rebuild a tensor that Python attributes were given, which are dropped."""
+        """Rebuild a tensor that has Python attributes, which are dropped."""
         if rebuild not in (self._rebuild_tensor, self._rebuild_parameter):
             raise ValueError("it describes a tensor in a way that torch does not")
         return rebuild(*arguments)
@@ -236,7 +236,7 @@ def _load_old(path: Path) -> Any:
 
 
 def _next_pickle(stream: io.BytesIO) -> bytes:
-    """Return a stream's next pickle, which holds no opcode that torch does not write, and no size beyond its own."""
+    """Return a stream's next pickle. Raises ValueError for opcodes that torch does not write, and excessive sizes."""
     begin = stream.tell()
     limit = len(stream.getbuffer())
     for opcode, argument, _ in pickletools.genops(stream):
@@ -246,7 +246,7 @@ def _next_pickle(stream: io.BytesIO) -> bytes:
 
 
 def _map(path: Path, dtype: np.dtype, place: int, size: int) -> np.ndarray:
-    """Map a storage; numpy refuses one that reaches beyond the file."""
+    """Map a storage; NumPy refuses one that exceeds the file."""
     if size == 0:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, "r", place, (size,)))

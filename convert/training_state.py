@@ -24,20 +24,20 @@ PARAMETERS = (
 """Names in the original's state dict; weights are [out, in] on both sides."""
 ENCODER = "encoder.{name}"
 DIRECT = "encoder.folded"
-"""In the place of an encoder, the prefix itself."""
+"""The prefix itself, which a run without an encoder trains."""
 MOMENTS = {"exp_avg": "moments.1.0.mu.{name}", "exp_avg_sq": "moments.1.0.nu.{name}"}
 SCALE = ["loss_scale", "loss_scale.n_good"]
 STEPS = ("moments.1.0.count", "moments.1.2.count")
-"""Updates that Adam, and the learning rate's schedule, have seen."""
+"""The update counts of Adam and of the learning rate's schedule."""
 
 
 def is_training_state(content: Any) -> bool:
-    """Tell whether a torch file's content is a training state, or means to be one."""
+    """Tell whether a torch file's content is a training state, perhaps an incomplete one."""
     return isinstance(content, dict) and not content.keys().isdisjoint({"encoder", "optimizer", *PARAMETERS})
 
 
 def read_training_state(path: Path) -> dict[str, np.ndarray]:
-    """Read a torch file as arrays under our paths; without an optimizer in it, the encoder's alone.
+    """Read a torch file as arrays under our paths; only the encoder's, if there is no optimizer in it.
 
     Raises InputError that lists everything missing, misshapen or not finite.
     """
@@ -94,11 +94,11 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
 
 
 def _shape_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Compare every shape with the encoder's sizes: P, input_dim and hidden_dim, and the width of the prefix."""
+    """Say which shapes contradict the encoder's sizes: P, input_dim, hidden_dim, and the width of the prefix."""
     shapes = {key: array.shape for key, array in arrays.items()}
     embedding, output = shapes.get("encoder.prefix_wte.weight"), shapes.get("encoder.prefix_mlp.2.weight")
     if embedding is None or output is None:
-        return []  # told as missing
+        return []  # reported as missing
     if len(embedding) != 2 or len(output) != 2:
         return [f"encoder.prefix_wte.weight {embedding} and encoder.prefix_mlp.2.weight {output} must have two axes"]
     (length, input_dim), (width, hidden_dim) = embedding, output

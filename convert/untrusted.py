@@ -1,4 +1,4 @@
-"""Files that may come from strangers: small JSON objects, and files that lie in the folder that names them."""
+"""Files that may come from strangers: JSON objects of bounded size, and links that must stay in their folder."""
 
 import collections
 import json
@@ -15,7 +15,8 @@ JSON_BYTES = 2**23
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
-    Raises InputError when it is no file, too long, not valid JSON, nested too deeply, no object, or has a key twice.
+    Raises InputError when it is not a file, too long, not valid JSON, nested too deeply, not an object, or has a key
+    twice.
     """
     try:
         with path.open("rb") as file:
@@ -35,7 +36,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise InputError if a large file was not fetched, so that Git LFS's pointer to it lies in its place."""
+    """Raise InputError if a large file was not fetched, and Git LFS's pointer lies in its place."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise InputError(
@@ -44,7 +45,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs. Raises ValueError when a key stands twice: readers differ in which they take."""
+    """Return a JSON object of its pairs. Raises ValueError for a repeated key: readers differ on which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
@@ -53,10 +54,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def member(folder: Path, name: str) -> Path:
-    """Return the path of a file of a folder, which need not exist.
+    """Return the path of a file in a folder; it need not exist.
 
-    A link may lead to another place in the folder or, as the hub's cache lays them out, from snapshots/REVISION to
-    the blobs beside snapshots. Raises InputError for any other.
+    A link may lead to another place in the folder or, as in the hub's cache, from snapshots/REVISION to the blobs
+    beside snapshots. Raises InputError for any other link.
     """
     path, root = folder / name, folder.resolve()
     places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]

@@ -1,6 +1,6 @@
 """The weight files of a hub folder: safetensors or torch's, whole or in shards, read tensor by tensor.
 
-A tensor is mapped, copied and let go of again, so that nothing but what the caller keeps stays in memory.
+Each tensor is mapped, copied and unmapped again, so that only what the caller keeps stays in memory.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ HEADER_BYTES = 2**22
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 BLOCK = 2**16
-"""Numbers that are checked at a time: as many as stay in a core's cache."""
+"""Numbers that are checked at a time: as many as fit into a core's cache."""
 
 _NUMPY_TYPES = {
     **{"BOOL": "bool", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4"},
@@ -45,28 +45,28 @@ class StoredWeight(NamedTuple):
 
     shape: tuple[int, ...]
     view: Callable[[], np.ndarray]
-    """Maps the file, which stays so as long as a part of what this returns is held: that would count as memory."""
+    """Maps the file and returns the tensor; while that is referenced, the file stays mapped, and counts as memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FiniteWeight:
-    """A tensor as we lay it out, which is copied to memory, and whose numbers are checked, as it is read."""
+    """A tensor in our layout; reading it copies it to memory and checks that its numbers are finite."""
 
     stored: StoredWeight
     as_ours: Callable[[np.ndarray], np.ndarray]
     """Returns a view of the stored tensor with our axes."""
     name: str
-    """What an error calls it."""
+    """Its name in errors."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Our axes."""
+        """Its shape in our layout."""
         return self.as_ours(np.broadcast_to(0, self.stored.shape)).shape
 
     def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
-        """Return a part of it in its own type, or another.
+        """Return a part of it, in its own type or in `dtype`.
 
-        Raises InputError when it holds NaN, infinity, no floating-point numbers, or what the other type does not.
+        Raises InputError when it holds NaN, infinity, numbers that are not floating-point, or some beyond `dtype`.
         """
         return self._checked(self.as_ours(self.stored.view())[index or ...], dtype)
 
@@ -88,7 +88,7 @@ class FiniteWeight:
 
 
 def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Copy an array to pages of its own: so aligned, JAX takes it over on a CPU, and would otherwise copy it again."""
+    """Copy an array to memory pages of its own; JAX uses memory aligned like that without another copy on a CPU."""
     pages = mmap.mmap(-1, max(array.size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     copy = np.ndarray(array.shape, dtype, pages)
     with np.errstate(over="ignore"):
@@ -99,7 +99,7 @@ def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def is_finite(array: np.ndarray) -> bool:
     """Tell whether all numbers of a floating-point array are finite.
 
-    Looks at their bits, block by block: numpy compares half types slowly, and all answers at once take memory.
+    Compares their bits, block by block: NumPy is slow on half types, and one array of all answers would take memory.
     """
     bits = np.dtype(f"uint{8 * array.itemsize}")
     infinity = np.array(np.inf, array.dtype).view(bits)
@@ -112,8 +112,8 @@ def is_finite(array: np.ndarray) -> bool:
 def weight_files(folder: Path) -> list[Path]:
     """List a hub folder's weight files: safetensors before torch's, a single file before shards that an index names.
 
-    That is transformers' order, which leaves an index behind when it saves a model again as one file. Raises InputError
-    if there are none, or an index names files that are missing or outside the folder.
+    transformers has the same order, and leaves an old index behind when it saves a model again as one file. Raises
+    InputError if there are no files, or an index names files that are missing or outside the folder.
     """
     for index, single in ((SHARD_INDEX, SINGLE_FILE), (TORCH_INDEX, TORCH_FILE)):
         if (path := member(folder, single)).is_file():
@@ -176,7 +176,7 @@ def _shards(index: Path) -> set[str]:
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return a safetensors file's header, which the library has found to fit the file, and where it ends."""
+    """Return a safetensors file's header and where it ends; the library checks that it fits the file."""
     try:
         refuse_pointer(path)
         with path.open("rb") as file:
