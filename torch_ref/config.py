@@ -63,7 +63,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 def deepspeed_config(flags: argparse.Namespace) -> dict[str, Any]:
-    """Return the DeepSpeed settings that the flags ask for. `min_lr` is in them, and has no effect."""
+    """Return the DeepSpeed settings that the flags ask for. `min_lr` is among them, without effect."""
     return {
         "train_micro_batch_size_per_gpu": flags.batch_size,
         "gradient_accumulation_steps": flags.n_accum_steps,

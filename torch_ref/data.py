@@ -14,7 +14,7 @@ SUFFIX = " 😃"
 
 
 class Example(NamedTuple):
-    """Token ids; the loss is on the target. This loader leaves the prompt empty, the batch takes both."""
+    """Token ids; the loss is on the target. `read_chunks` makes no prompts, but `collate` takes them."""
 
     prompt: list[int]
     target: list[int]
@@ -32,7 +32,7 @@ def read_chunks(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 def chunk_document(text: str, tokenizer: Tokenizer) -> list[list[int]]:
     """Split a document into chunks of whole sentences with the suffix.
 
-    Quirks: the buffer that is left at the end is dropped, and a sentence longer than MAX_SEQ_LEN is kept whole.
+    Quirks: what is left in the buffer at the end is dropped, and a sentence longer than MAX_SEQ_LEN is kept whole.
     """
     chunks, buffer = [], ""
     for sentence in text.split("\n"):
@@ -54,7 +54,7 @@ def split_examples(examples: Sequence[Example], n_train: int, n_dev: int) -> tup
 
 
 def collate(examples: Sequence[Example], tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and labels [rows, longest]: two rows of an example without a prompt, one of one with."""
+    """Return inputs and labels [rows, longest]: two rows for an example without a prompt, one row for one with."""
     inputs, labels = [], []
     for prompt, target in examples:
         if prompt:

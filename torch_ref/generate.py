@@ -18,7 +18,7 @@ from torch_ref.tokenizer import load_tokenizer
 
 
 def load_prefix(path: Path, base: PreTrainedModel) -> torch.Tensor:
-    """Read a saved prefix as keys and values [L·2, 1, N, P, H]; folded and [P, 2·L, N, H] tensors are taken."""
+    """Read a saved prefix, folded or [P, 2·L, N, H], as keys and values [L·2, 1, N, P, H]."""
     folded = torch.load(path, map_location="cpu", weights_only=True).detach().float()
     config = base.config
     return to_rows(folded.flatten(1)[None], config.num_hidden_layers, config.num_attention_heads)
@@ -55,8 +55,8 @@ def generate_ids(
 ) -> list[int]:
     """Continue one prompt of token ids; the end token is not returned.
 
-    Quirk, GPT-2 only: positions count from 0 for the prompt and then length + 1, length + 2, …, although
-    training counted from the prefix length. GPT-NeoX counts its cache.
+    Quirk, GPT-2 only: the prompt's positions are 0, 1, …, those of new tokens length + 1, length + 2, …, although
+    training counts from the prefix length. GPT-NeoX takes positions from its cache.
     """
     cache = DynamicCache() if prefix is None else filled_cache(prefix)
     tokens = torch.tensor([list(prompt)], device=base.device)

@@ -1,4 +1,4 @@
-"""The frozen base model: transformers' own classes, the prefix comes in as a filled cache."""
+"""The frozen base model: transformers' own classes; the prefix enters as a filled cache."""
 
 import argparse
 

@@ -45,7 +45,7 @@ def to_rows(folded: torch.Tensor, n_layer: int, n_head: int) -> torch.Tensor:
 
 
 def filled_cache(keys_values: torch.Tensor) -> DynamicCache:
-    """Hand keys and values [L·2, batch, N, P, H] over as transformers' cache."""
+    """Return keys and values [L·2, batch, N, P, H] as transformers' cache."""
     cache = DynamicCache()
     for layer in range(len(keys_values) // 2):
         cache.update(keys_values[2 * layer], keys_values[2 * layer + 1], layer)
@@ -60,7 +60,7 @@ def base_keys_values(base: PreTrainedModel, seq_len: int) -> torch.Tensor:
 
 
 def parameter_groups(encoder: nn.Module, weight_decay: float) -> list[dict]:
-    """Split the parameters into those that decay and the biases, which do not."""
+    """Split the parameters into weights, which decay, and biases, which do not."""
     named = list(encoder.named_parameters())
     return [
         {"params": [p for name, p in named if "bias" not in name], "weight_decay": weight_decay},

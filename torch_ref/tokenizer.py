@@ -26,9 +26,9 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load `spiece.model` and the special tokens, pieces of it, that tokenizer_config.json names.
+    """Load `spiece.model`, and the special tokens that tokenizer_config.json names, which must be pieces of it.
 
-    Raises ValueError for folders of any other layout, which the original does not know.
+    Raises ValueError for folders of any other layout: the original does not read them.
     """
     model, settings = folder / "spiece.model", folder / "tokenizer_config.json"
     for path in (model, settings):

@@ -51,7 +51,7 @@ def batch_loss(base: PreTrainedModel, keys_values: torch.Tensor, batch: Batch, p
 
 
 def autocast(flags: argparse.Namespace) -> torch.autocast:
-    """Half precision for the passes that DeepSpeed does not look after; inactive on a CPU."""
+    """Return half precision for passes that are not DeepSpeed's; inactive on a CPU."""
     dtype = torch.bfloat16 if flags.bf16 else torch.float16
     return torch.autocast("cuda", dtype=dtype, enabled=torch.cuda.is_available())
 
@@ -115,8 +115,8 @@ def train(
     `order` and `examples` replace the random order of an epoch and the documents of --data_filepath.
     """
     device = start_ranks(flags)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(flags.seed)
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(flags.seed)
     tokenizer = load_tokenizer(Path(flags.pretrained_model_dir))
     if examples is None:
         examples = [Example([], chunk) for chunk in read_chunks(Path(flags.data_filepath), tokenizer)]
@@ -132,14 +132,15 @@ def train(
     record: dict[str, Any] = {"losses": [], "rates": [], "dev": [], "encoder": encoder, "n_done": n_done}
     run = Run(flags, base, encoder, steps, tokenizer.pad_id, log, record)
     dev = list(batches_of(dev_set, list(range(len(dev_set))), flags.batch_size, tokenizer))
-    n_to_skip, best = n_done * flags.n_accum_steps, math.inf
+    n_to_skip, best = n_done * flags.n_accum_steps, math.inf  # batches of the updates that are done already
     for epoch in range(flags.n_epochs):
         shuffled = order(len(train_set), flags.seed, epoch)
         batches = list(batches_of(train_set, shuffled, flags.batch_size, tokenizer))
-        first, n_to_skip = n_to_skip, max(0, n_to_skip - len(batches))
-        if first >= len(batches) or record["n_done"] == flags.n_training_steps:
+        n_skipped = min(n_to_skip, len(batches))
+        n_to_skip -= n_skipped
+        if n_skipped == len(batches) or record["n_done"] == flags.n_training_steps:
             continue
-        train_epoch(run, epoch, batches[first:])
+        train_epoch(run, epoch, batches[n_skipped:])
         monitor, ppl = evaluate(run, dev)
         record["dev"].append((monitor, ppl))
         log.line(f"Epoch {epoch}, dev - monitor: {monitor:.5g}, ppl: {ppl:.5g}")
@@ -156,7 +157,7 @@ def train(
 
 
 def start(flags: argparse.Namespace, base: PreTrainedModel) -> tuple[PrefixEncoder, Steps, int]:
-    """Return the encoder to train, its optimizer, and the updates it has had: 0 unless --checkpoint_path tells more."""
+    """Return the encoder to train, its optimizer, and how many updates --checkpoint_path has seen, or 0."""
     encoder = PrefixEncoder.of(base, flags.prefix_seq_len, flags.prefix_input_dim, flags.prefix_hidden_dim)
     encoder.to(base.device)
     moments = None
@@ -173,7 +174,7 @@ def start(flags: argparse.Namespace, base: PreTrainedModel) -> tuple[PrefixEncod
 
 
 def train_epoch(run: Run, epoch: int, batches: Sequence[Batch]) -> None:
-    """Make the updates of an epoch, or what is left of --n_training_steps; log where due."""
+    """Make an epoch's updates, but no more than --n_training_steps in all; log when due."""
     flags, record = run.flags, run.record
     for batch in batches:
         rate = run.steps.optimizer.param_groups[0]["lr"]

@@ -18,7 +18,7 @@ from torch_ref.prefix import PrefixEncoder, parameter_groups
 class PlainSteps:
     """Updates without DeepSpeed: torch's AdamW, clipping, one step of the schedule per update.
 
-    Quirk: the loss of a micro-batch is not divided by the number of accumulated ones.
+    Quirk: a micro-batch's loss is not divided by the number of micro-batches in an update.
     """
 
     def __init__(self, encoder: PrefixEncoder, flags: argparse.Namespace, n_done: int):
@@ -32,7 +32,7 @@ class PlainSteps:
         self.n_seen = 0
 
     def step(self, loss: torch.Tensor) -> bool:
-        """Take in a micro-batch's loss; return whether an update was made."""
+        """Add a micro-batch's gradient; return whether that completed an update."""
         self.scaler.scale(loss).backward()
         self.n_seen += 1
         if self.n_seen % self.flags.n_accum_steps:
@@ -49,8 +49,8 @@ class PlainSteps:
 class DeepSpeedSteps:
     """Updates through DeepSpeed's engine and its fused Adam.
 
-    Quirks: the engine divides a micro-batch's loss by the number of accumulated ones, and steps the schedule
-    after each update; this loop steps it again. What an epoch leaves unfinished stays in the engine.
+    Quirks: the engine divides a micro-batch's loss by the number of micro-batches in an update, and steps the schedule
+    after each update; this loop steps it again. Gradients of an update that an epoch leaves unfinished stay in it.
     """
 
     def __init__(self, encoder: PrefixEncoder, flags: argparse.Namespace, n_done: int):
@@ -64,7 +64,7 @@ class DeepSpeedSteps:
         )
 
     def step(self, loss: torch.Tensor) -> bool:
-        """Take in a micro-batch's loss; return whether an update was made."""
+        """Add a micro-batch's gradient; return whether that completed an update."""
         self.forward.backward(loss)
         is_update = self.forward.is_gradient_accumulation_boundary()
         self.forward.step()
@@ -92,7 +92,7 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | No
     """Read (the encoder's state dict, the optimizer's state or None) from `--checkpoint_path`.
 
     Quirk: the original expects a dict with the encoder's state, which it never writes; a folded prefix is refused.
-    `jaxprefix convert` and `--save_state` write {"encoder": …, "optimizer": …}, with which a run goes on.
+    A run resumes from the {"encoder": …, "optimizer": …} that `jaxprefix convert` and `--save_state` write.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
