@@ -32,14 +32,14 @@ from benchmarks.report import (
     ratio,
     table,
     take_turns,
-    turns,
+    turns_title,
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 
 PROMPT, PREFIX = 16, 10
 READ_ROWS = {"cpu": 256, "gpu": 4096}
-"""Rows of 1 MiB that are read: more than any cache, and so much that a GPU is busy far longer than a call takes."""
+"""Rows of 1 MiB to read: more than any cache holds, and enough to keep a GPU busy far longer than a call takes."""
 Ids = list[list[int]]
 
 
@@ -66,7 +66,7 @@ def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Call
 
 
 def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
-    """The same of transformers' generate with its cache, the prefix loaded by PEFT."""
+    """Return the same for transformers' generate with its cache, the prefix loaded by PEFT."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -96,7 +96,7 @@ def jaxprefix_bandwidth() -> tuple[Callable[[], Any], int]:
 
 
 def peft_bandwidth() -> tuple[Callable[[], Any], int]:
-    """The same in PyTorch."""
+    """Return the same in PyTorch."""
     import torch
 
     device, rows = ("cuda", READ_ROWS["gpu"]) if torch.cuda.is_available() else ("cpu", READ_ROWS["cpu"])
@@ -154,7 +154,7 @@ def write_prefix(folder: Path, shape: str) -> None:
 
 
 def rows_of_table(results: dict[str, list[dict[str, Any]]], steps_per_s: float) -> list[list[str]]:
-    """Return a line of the table for each way and number of rows; steps_per_s is the limit of each row."""
+    """Return a line of the table for each way and number of rows; steps_per_s is the limit."""
     lines = []
     for name, runs in results.items():
         way, n_rows = name.split(":")
@@ -195,7 +195,7 @@ def main() -> None:
     header = ["decoding", "rows", "new tokens/s", "jaxprefix is × as fast", "of its limit", "peak GiB", "same ids"]
     setting = f"{flags.dtype}, prefix {PREFIX}, prompts of {PROMPT} tokens, {flags.new_tokens} new ones"
     limit = f"{n_bytes / 1e9:.2f} GB of weights a step at {bandwidth / 1e9:.1f} GB/s: {bandwidth / n_bytes:.1f} steps/s"
-    title = f"{flags.shape}, {setting}, {turns(flags.times, 'decodings', flags.alone)}. The limit: {limit}"
+    title = f"{flags.shape}, {setting}, {turns_title(flags.times, 'decodings', flags.alone)}. The limit: {limit}"
     text = table(header, rows_of_table(results, bandwidth / n_bytes))
     publish(f"decode_{flags.shape}_{flags.dtype}", f"{title}\n\n{text}", results)
 

@@ -17,8 +17,8 @@ from benchmarks.report import alternate, median, peak_memory, publish, table
 from benchmarks.shapes import SHAPES, make_folder
 
 
-def forget(folder: Path) -> int:
-    """Drop the folder's files from the page cache; return their size in bytes."""
+def drop_from_cache(folder: Path) -> int:
+    """Drop the folder's weight files from the page cache; return their size in bytes."""
     size = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -51,7 +51,7 @@ def jaxprefix_loader(folder: Path, dtype: str) -> Callable[[], Any]:
 
 
 def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
-    """The same of transformers, onto a GPU if there is one."""
+    """Return the same for transformers, onto a GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +70,7 @@ WAYS = {"files": files_loader, "jaxprefix": jaxprefix_loader, "transformers": tr
 def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
     """Load once in this process: seconds, and peak memory beyond what the imports took."""
     load = WAYS[way](folder, dtype)
-    before, size = peak_memory(), forget(folder)
+    before, size = peak_memory(), drop_from_cache(folder)
     started = time.perf_counter()
     load()
     return {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory() - before, "file_bytes": size}

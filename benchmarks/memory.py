@@ -1,12 +1,12 @@
-"""Peak memory of training, measured; or of one device of a mesh, by the compiler's account without any weights.
+"""Peak memory of training, measured; or that of one device of a mesh, as the compiler reports it, without weights.
 
 python -m benchmarks.memory --shape 110m --ways jaxprefix:float32 torch_ref:float32 peft:float32
 python -m benchmarks.memory --abstract --shape 20b --dtype bfloat16 --mesh fsdp=8 tensor=8 [--gpu]
 
-The account is of an update compiled for as many devices as the mesh has: 8 rows of 2048 tokens. With --gpu they are
-H100s, which need not be there, but JAX's CUDA plugin must: pip install '.[cuda13]'. cuDNN's workspace is left out then.
-Without, they are CPUs, in the order of operations that needs little memory, as on accelerators; left alone, the CPU's
-compiler starts early what it can, and holds more.
+With --abstract, an update of 8 rows of 2048 tokens is compiled for as many devices as the mesh has. With --gpu these
+are H100s, which need not exist, but JAX's CUDA plugin must (pip install '.[cuda13]'); cuDNN's workspace is left out.
+Else they are CPUs, with operations ordered for little memory, as on accelerators: by default, the compiler for CPUs
+starts everything as early as it can, and holds more.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from benchmarks.report import (
     add_compute,
     alternate,
     compute_of,
+    compute_suffix,
+    compute_title,
     gib,
     largest,
     publish,
-    suffix_of,
     table,
     take_turns,
-    told,
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from benchmarks.train import arguments_of, measure
@@ -96,7 +96,7 @@ def largest_array(program: str) -> str:
     return max(sizes, key=sizes.__getitem__)
 
 
-def tell_account(flags: argparse.Namespace) -> None:
+def publish_account(flags: argparse.Namespace) -> None:
     """Print and write the table of accounts, a line for each mesh."""
     results = alternate({mesh: (mesh, flags) for mesh in flags.mesh}, account, n_rounds=1)
     parts = ("arguments", "outputs", "temporaries", "total")
@@ -113,7 +113,7 @@ def tell_account(flags: argparse.Namespace) -> None:
     publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
-def tell_measured(flags: argparse.Namespace) -> None:
+def publish_measured(flags: argparse.Namespace) -> None:
     """Print and write the table of measured peaks, a line for each way; `benchmarks.train` measures."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
@@ -127,10 +127,9 @@ def tell_measured(flags: argparse.Namespace) -> None:
         peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
         rows.append([way, *map(gib, (held, *peaks)), f"{max(peaks) / held:.2f}"])
     header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
-    title = (
-        f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates{told(config.compute)}"
-    )
-    publish(f"memory_{flags.shape}{suffix_of(config.compute)}", f"{title}\n\n{table(header, rows)}", results)
+    title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
+    title += compute_title(config.compute)
+    publish(f"memory_{flags.shape}{compute_suffix(config.compute)}", f"{title}\n\n{table(header, rows)}", results)
 
 
 def main() -> None:
@@ -152,7 +151,7 @@ def main() -> None:
     flags = parser.parse_args()
     flags.shape = flags.shape or ("20b" if flags.abstract else "110m")
     flags.remat = flags.remat or ("block" if flags.abstract else "elementwise")
-    (tell_account if flags.abstract else tell_measured)(flags)
+    (publish_account if flags.abstract else publish_measured)(flags)
 
 
 if __name__ == "__main__":

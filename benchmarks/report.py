@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 SPAWN = multiprocessing.get_context("spawn")
 Turn = dict[str, Any]
-"""What one turn of a way gave."""
+"""The measurements of one turn."""
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
 
 
@@ -39,7 +39,7 @@ def in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> di
 def alternate(
     ways: Mapping[str, Sequence[object]], measure: Callable[..., dict[str, Any]], n_rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure every way, by its arguments, once in each round, each time in a process of its own."""
+    """Call `measure` with each way's arguments once a round, each time in a new process; return its results by way."""
     results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for number in range(n_rounds):
         for way, arguments in ways.items():
@@ -51,11 +51,11 @@ def alternate(
 def take_turns(
     ways: Mapping[str, Sequence[object]], measure: Callable[..., Iterator[Turn | None]], n_turns: int, n_rounds: int = 0
 ) -> dict[str, list[Turn]]:
-    """Let every way, a process of its own, go on with `measure` from one yield to the next, and collect what it yields.
+    """Run the generator `measure` for every way, in a process of its own, and collect what it yields: one item a turn.
 
-    All ways are started and take turns, for machines whose speed changes from minute to minute; with `n_rounds`, each
-    has its turns alone, every way once a round, for what fills a GPU's memory. A way that breaks off keeps the turns
-    that it has had. What a process yields after its first turn, in which it prepares itself, is left out.
+    All processes are started together and take turns, for machines whose speed changes from minute to minute. With
+    `n_rounds`, only one runs at a time and has all its turns, every way once a round, for what fills a GPU's memory.
+    A way that breaks off keeps the turns that it has had. A process's first yield, of its preparation, is left out.
     """
     results: dict[str, list[Turn]] = {way: [] for way in ways}
     if n_rounds:
@@ -82,7 +82,7 @@ def take_turns(
 
 
 def _start(measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[object]) -> tuple[Any, Connection]:
-    """Start a process that goes on with a generator when something is sent to it, and sends back what that yields."""
+    """Start a process that, for each item sent to it, advances a generator and sends back what that yields."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=_work, args=(theirs, measure, arguments))
     process.start()
@@ -99,41 +99,41 @@ def _work(pipe: Connection, measure: Callable[..., Iterator[Turn | None]], argum
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of how jaxprefix computes."""
+    """Add the flags of `Compute`."""
     parser.add_argument("--remat", default="elementwise", help="of jaxprefix: elementwise or block")
     parser.add_argument("--scan_layers", action="store_true", help="of jaxprefix: the layers in a loop")
 
 
 def compute_of(flags: argparse.Namespace) -> Compute:
-    """Return how jaxprefix computes by these flags."""
+    """Return the `Compute` that the flags ask for."""
     return Compute(remat=flags.remat, scan_layers=flags.scan_layers)
 
 
-def told(compute: Compute) -> str:
-    """Return the flags of how jaxprefix computes, for a title."""
+def compute_title(compute: Compute) -> str:
+    """Name the flags of `Compute`, where not the default, in a title."""
     remat = "" if compute.remat == "elementwise" else f", --remat {compute.remat}"
     return remat + (", --scan_layers" if compute.scan_layers else "")
 
 
-def suffix_of(compute: Compute) -> str:
-    """Return the same for a file's name."""
-    return told(compute).replace(", --remat ", "_").replace(", --scan_layers", "_scan")
+def compute_suffix(compute: Compute) -> str:
+    """Name them in a file's name."""
+    return compute_title(compute).replace(", --remat ", "_").replace(", --scan_layers", "_scan")
 
 
 def add_turns(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that `take_turns` and `turns` go by."""
+    """Add the flag for the rounds of `take_turns`."""
     parser.add_argument(
         "--alone", type=int, default=0, metavar="ROUNDS", help="one process at a time: what fills a GPU's memory"
     )
 
 
-def turns(n_turns: int, what: str, n_rounds: int) -> str:
-    """Describe the turns, for a title."""
+def turns_title(n_turns: int, what: str, n_rounds: int) -> str:
+    """Describe the turns in a title."""
     return f"{n_rounds} rounds of {n_turns} {what}" if n_rounds else f"{n_turns} {what} in turn"
 
 
 def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Return the median of ours ÷ theirs of a field, turn by turn as far as both have come; NaN if one has not."""
+    """Return the median over turns of a field's ratio, ours ÷ theirs, over those that both have; NaN for none."""
     return median([{field: a[field] / b[field]} for a, b in zip(ours, theirs, strict=False)], field)
 
 
@@ -193,13 +193,13 @@ def publish(name: str, text: str, results: Any) -> None:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has had resident."""
+    """Return the peak of this process's resident memory, in bytes."""
     status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 def peak_device_memory(way: str) -> int:
-    """Return the most bytes that arrays of this process have taken on its first GPU, 0 without one."""
+    """Return the peak of the memory of this process's arrays on its first GPU, in bytes; 0 without one."""
     if way == "jaxprefix":
         import jax
 
@@ -210,7 +210,7 @@ def peak_device_memory(way: str) -> int:
 
 
 def descendants_memory() -> int:
-    """Return the bytes that this process and all that it started hold now, pages that they share counted for each."""
+    """Return the resident bytes of this process and its descendants; shared pages count once for each process."""
     parents, held = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:

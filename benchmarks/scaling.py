@@ -3,8 +3,8 @@
 python -m benchmarks.scaling --shape 13m
 
 Every point of a sweep is compiled first; then the points take turns, so that all see the same machine, and the fastest
-of a point's turns counts. Through a sweep's points goes the line a + b·x with the least relative squares; how far a
-point lies off it, and the cost of what each point adds to the one before it ÷ b, tell whether the cost is proportional.
+of a point's turns counts. The line a + b·x with the least relative squares is fitted to a sweep's points. Whether the
+cost is proportional shows in a point's distance from the line, and in the slope from the point before it ÷ b.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SWEEPS = {
     "prefix": [10, 50, 100, 250, 500],
 }
 SMALL = {"tokens": [128, 256, 512], "layers": [1, 2], "prefix": [10, 50]}
-"""For a look at whether the program works."""
+"""For a quick test of the program."""
 
 
 def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Callable[[], None]:
@@ -68,14 +68,14 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
 
 
 def measure(sweep: str, points: list[int], shape: str, dtype: str, n_turns: int) -> dict[str, float]:
-    """Return the seconds of an update at every point of a sweep."""
+    """Return the seconds of an update at each point of a sweep, the fastest of n_turns."""
     steps = {point: updates(shape, dtype, **USUAL | {sweep: point}) for point in points}
     for step in steps.values():
         step()
     best = dict.fromkeys(points, float("inf"))
     for _ in range(n_turns):
         for point, step in steps.items():
-            step()  # after another point's, an update finds its memory cold
+            step()  # warms the caches, which hold another point's memory
             started = time.perf_counter()
             step()
             best[point] = min(best[point], time.perf_counter() - started)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SMALL_BASE = Path(__file__).parents[1] / "data" / "small_base"
 N_NUMBERS = 1_000_003
-"""Random numbers of which weights are made, over and over: a prime, so that no two rows of a weight are equal."""
+"""Random numbers that weights repeat over and over: a prime number of them, so that no two rows are equal."""
 TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -71,7 +71,7 @@ SHAPES = {
 
 
 def is_gpt2(folder: Path) -> bool:
-    """Tell which of the two architectures a folder holds."""
+    """Tell whether a folder holds a GPT-2."""
     return json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
 
 
@@ -83,7 +83,7 @@ def sizes_of(folder: Path) -> tuple[int, int, int, int]:
 
 
 def model_config(config: dict[str, Any]) -> "ModelConfig":
-    """Return what the model makes of a config.json."""
+    """Return the ModelConfig of a config.json."""
     from jaxprefix.models.config import read_model_config
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -119,7 +119,7 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
 def attention_flops(lengths: list[np.ndarray], prefix_len: int, n_layer: int, width: int) -> float:
     """Return the operations of causal attention on rows of these tokens behind the prefix.
 
-    Scores and sums, forward; for the backward pass, which computes the scores again, 2.5 times as many.
+    The forward pass computes scores and weighted sums; the backward pass, with the scores again, 2.5 times as many.
     """
     n_pairs = sum(float((of_batch * (prefix_len + of_batch / 2)).sum()) for of_batch in lengths)
     return 3.5 * 4 * n_layer * width * n_pairs

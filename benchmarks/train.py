@@ -26,6 +26,8 @@ from benchmarks.report import (
     add_compute,
     add_turns,
     compute_of,
+    compute_suffix,
+    compute_title,
     gib,
     largest,
     median,
@@ -33,11 +35,9 @@ from benchmarks.report import (
     peak_memory,
     publish,
     ratio,
-    suffix_of,
     table,
     take_turns,
-    told,
-    turns,
+    turns_title,
 )
 from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_batch
@@ -49,7 +49,7 @@ from jaxprefix.tokenizer import load_tokenizer
 PREFIX = 10
 RATE_TOKENS = {"cpu": 512, "gpu": 8192}
 RATE_PAIRS = {"cpu": 10, "gpu": 100}
-"""Pairs of matrix products of a measurement of their rate: some milliseconds, of which a call takes next to nothing."""
+"""Pairs of matrix products in one measurement of their rate: milliseconds of work, so that a call's cost vanishes."""
 
 
 class Training(NamedTuple):
@@ -60,13 +60,13 @@ class Training(NamedTuple):
     lengths: list[np.ndarray]
     """Tokens of each batch's rows."""
     first: list[int]
-    """Batches whose updates come before the measured ones: they compile."""
+    """Batches to make an update of before measuring, so that all shapes are compiled."""
     update: Callable[[int], Callable[[], object]]
     """Starts the update of a batch, and returns a function that waits for its loss."""
 
 
 def jaxprefix_training(config: TrainConfig) -> Training:
-    """The update of `jaxprefix train`, with its packed batches."""
+    """Prepare the update of `jaxprefix train`, with its packed batches."""
     import jax
 
     from jaxprefix.compiling import prepare_compiling
@@ -100,7 +100,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
 
 
 def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.ndarray]]:
-    """Return the same batches as (tokens, labels), padded as the original pads them; useful tokens; rows' lengths."""
+    """Return the same batches as (tokens, labels), padded as the original's, their useful tokens and row lengths."""
     import torch
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
@@ -117,7 +117,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.nd
 
 
 def torch_ref_training(config: TrainConfig) -> Training:
-    """The reference without DeepSpeed; in bfloat16 under autocast."""
+    """Prepare the reference without DeepSpeed; bfloat16 by autocast."""
     import torch
 
     from torch_ref.config import train_parser
@@ -145,7 +145,7 @@ def torch_ref_training(config: TrainConfig) -> Training:
 
 
 def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
-    """PEFT's prefix tuning on transformers' model, with scaled-dot-product attention."""
+    """Prepare PEFT's prefix tuning on transformers' model, with scaled-dot-product attention."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -188,7 +188,7 @@ WAYS = {
 
 
 def random_factors(n_tokens: int, width: int, inner: int) -> list[np.ndarray]:
-    """Return tokens and an MLP's two matrices, whose products stay of that size; GPUs multiply constants faster."""
+    """Return tokens and an MLP's two matrices, random since GPUs multiply constants faster, with products of std 1."""
     random, shapes = np.random.default_rng(0), ((n_tokens, width), (inner, width), (width, inner))
     x, up, down = (random.standard_normal(shape, np.float32) for shape in shapes)
     return [x, up / width**0.5, down / inner**0.5]
@@ -274,7 +274,7 @@ def arguments_of(ways: Sequence[str], config: TrainConfig, n_a_turn: int) -> dic
 
 
 def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int) -> Path:
-    """Write documents as one, so often that it makes n_examples chunks of nearly max_seq_len tokens."""
+    """Join all documents into one, and repeat it until it makes n_examples chunks of nearly max_seq_len tokens."""
     documents = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
     line = json.dumps({"text": "\n".join(documents)}, ensure_ascii=False) + "\n"
     path = folder / "long.jsonl"
@@ -285,7 +285,7 @@ def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int)
 
 
 def rows_of_table(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    """Return a line of the table for each way; the first one is what the others are compared with."""
+    """Return a line of the table for each way; the first way is compared with every other."""
     first, *_ = results.values()
     return [
         [
@@ -336,8 +336,9 @@ def main() -> None:
     header += ["host peak GiB", "GPU peak GiB"]
     rows_of = f"rows of up to {flags.tokens - PREFIX} tokens" if flags.tokens else "the original's rows"
     setting = f"batches of {flags.batch_size} examples, {rows_of}, prefix {PREFIX}"
-    title = f"{flags.shape}, {setting}, {turns(flags.updates, 'updates', flags.alone)}{told(config.compute)}"
-    name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "") + suffix_of(config.compute)
+    title = f"{flags.shape}, {setting}, {turns_title(flags.updates, 'updates', flags.alone)}"
+    title += compute_title(config.compute)
+    name = f"train_{flags.shape}" + (f"_{flags.tokens}" if flags.tokens else "") + compute_suffix(config.compute)
     publish(name, f"{title}\n\n{table(header, rows_of_table(results))}", results)
 
 
