@@ -40,7 +40,7 @@ from benchmarks.report import (
     turns_title,
 )
 from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
-from jaxprefix.batches import make_batch
+from jaxprefix.batches import PaddedShape, make_padded_batch
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, longest_row, row_lengths, update_plan
 from jaxprefix.examples import Chunking, read_examples
@@ -109,7 +109,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.nd
     batches, n_useful, lengths = [], list[int](), list[np.ndarray]()
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]
-        batch = make_batch(group, tokenizer, 2 * len(group), longest_row(group))
+        batch = make_padded_batch(group, tokenizer, PaddedShape(2 * len(group), longest_row(group)))
         batches.append((torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()))
         n_useful.append(batch.n_labels)
         lengths.append(row_lengths(group))

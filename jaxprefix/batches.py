@@ -77,10 +77,9 @@ def padded_shape(examples: Sequence[Example], batch_size: int, n_parts: int) -> 
     return PaddedShape(round_up(n_rows, n_parts), n_columns, _if_few(n_labels, n_columns))
 
 
-def make_batch(
-    examples: Sequence[Example], tokenizer: Tokenizer, n_rows: int, n_columns: int, n_labels: int | None = None
-) -> Batch:
-    """Lay the examples' rows into arrays of a `PaddedShape`, padded on the right and at the bottom."""
+def make_padded_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: PaddedShape) -> Batch:
+    """Lay the examples' rows into arrays, padded on the right and at the bottom."""
+    n_rows, n_columns, n_labels = shape
     tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
     labels = np.full((n_rows, n_columns), IGNORED, np.int32)
     rows = itertools.chain.from_iterable(rows_of(example, tokenizer.bos_id, tokenizer.eos_id) for example in examples)
@@ -264,7 +263,7 @@ def lay_out(examples: Sequence[Example], tokenizer: Tokenizer, shape: Shape) -> 
     """Lay the examples' rows out in a shape, padded or packed."""
     if isinstance(shape, PackedShape):
         return make_packed_batch(examples, tokenizer, shape)
-    return make_batch(examples, tokenizer, *shape)
+    return make_padded_batch(examples, tokenizer, shape)
 
 
 def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, n_parts: int) -> Iterator[Batch]:

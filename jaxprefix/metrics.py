@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.batches import Batch, filled_batches, make_batch, padded_shape
+from jaxprefix.batches import Batch, filled_batches, make_padded_batch, padded_shape
 from jaxprefix.examples import Example
 from jaxprefix.hosts import spread
 from jaxprefix.loss import batch_loss
@@ -84,7 +84,7 @@ def dev_batches(
         return
     shape = padded_shape(examples, batch_size, n_parts)
     for first in range(0, len(examples), batch_size):
-        yield make_batch(examples[first : first + batch_size], tokenizer, *shape)
+        yield make_padded_batch(examples[first : first + batch_size], tokenizer, shape)
 
 
 def dev_loss(

@@ -4,27 +4,23 @@ import pytest
 
 from jaxprefix.batches import (
     PackedShape,
+    PaddedShape,
     filled_batches,
     fitting_shape,
-    make_batch,
     make_packed_batch,
+    make_padded_batch,
     pack_rows,
     packed_shapes,
     padded_shape,
     text_classes,
 )
-from jaxprefix.data import (
-    IGNORED,
-    label_counts,
-    row_lengths,
-    rows_of,
-)
+from jaxprefix.data import IGNORED, label_counts, row_lengths, rows_of
 from jaxprefix.examples import Example
 from tests.examples import EXAMPLES, PROMPTED
 
 
 def test_batch_is_padded_right_and_below(tokenizer):
-    batch = make_batch([Example([], [10, 11])], tokenizer, n_rows=4, n_columns=5)
+    batch = make_padded_batch([Example([], [10, 11])], tokenizer, PaddedShape(4, 5))
     pad = tokenizer.pad_id
     assert batch.tokens.tolist() == [[1, 10, 11, pad, pad], [10, 11, pad, pad, pad], [pad] * 5, [pad] * 5]
     assert (batch.labels == IGNORED).sum() == 20 - 5
@@ -59,9 +55,9 @@ def test_packed_rows_hold_every_text_once_and_tell_where(tokenizer, classes):
 
 
 def test_where_the_labels_of_rows_lie(tokenizer):
-    whole = make_batch(PROMPTED, tokenizer, 4, 20)
+    whole = make_padded_batch(PROMPTED, tokenizer, PaddedShape(4, 20))
     assert whole.labelled is None
-    [(columns,), places] = make_batch(PROMPTED, tokenizer, 4, 20, n_labels=9).labelled
+    [(columns,), places] = make_padded_batch(PROMPTED, tokenizer, PaddedShape(4, 20, n_labels=9)).labelled
     assert (columns.shape, places.shape) == ((4, 1, 9), (4, 20))
     assert columns[:, 0].tolist()[:2] == [[*range(11, 17), 20, 20, 20], [0, 1, *[20] * 7]]
     assert places[0].tolist() == [9] * 11 + [*range(6)] + [9] * 3

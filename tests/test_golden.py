@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.batches import make_batch
+from jaxprefix.batches import PaddedShape, make_padded_batch
 from jaxprefix.data import IGNORED, longest_row
 from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
@@ -39,7 +39,7 @@ def encoder_of(model, state: str) -> PrefixEncoder:
 @pytest.fixture(scope="module")
 def batch(tokenizer):
     examples = [Example(*pair) for pair in json.loads((GOLDEN / "forward.batch.json").read_text())]
-    return make_batch(examples, tokenizer, len(FORWARD["input_ids"]), longest_row(examples))
+    return make_padded_batch(examples, tokenizer, PaddedShape(len(FORWARD["input_ids"]), longest_row(examples)))
 
 
 def mean_loss(encoder, model, batch):

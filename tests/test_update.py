@@ -12,7 +12,7 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix import update as update_module
-from jaxprefix.batches import Batch, make_batch
+from jaxprefix.batches import Batch, PaddedShape, make_padded_batch
 from jaxprefix.data import IGNORED
 from jaxprefix.prefix import new_encoder
 from jaxprefix.sharding import make_mesh, replicated
@@ -35,7 +35,7 @@ RATE = LearningRate(*map(jnp.float32, (0.1, 0, 0, 100, 1)))
 
 
 def stacked(tokenizer, *groups) -> Batch:
-    parts = [make_batch(group, tokenizer, 10, 16) for group in groups]
+    parts = [make_padded_batch(group, tokenizer, PaddedShape(10, 16)) for group in groups]
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.batches import PackedShape, PaddedShape, lay_out, make_batch, make_packed_batch
+from jaxprefix.batches import PackedShape, PaddedShape, lay_out, make_packed_batch, make_padded_batch
 from jaxprefix.config import Compute
 from jaxprefix.data import rows_of
 from jaxprefix.loss import batch_loss, next_token_loss
@@ -79,7 +79,7 @@ def test_packed_texts_have_the_loss_and_gradient_of_padded_ones(base_folder, mod
         return batch_loss(model, prefix, batch)
 
     prefix = random_prefix(model.config)
-    padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 16))
+    padded = jax.tree.map(jnp.asarray, make_padded_batch(EXAMPLES, tokenizer, PaddedShape(10, 16)))
     expected = jax.jit(jax.value_and_grad(loss))(prefix, model, padded)
     for same in (model, load_model(base_folder, compute=Compute(remat="block"))):
         for ours, right in zip(jax.jit(jax.value_and_grad(loss))(prefix, same, packed), expected, strict=True):
@@ -112,7 +112,7 @@ def test_dynamic_rotary_scaling_leaves_packed_and_padded_texts_the_same_loss(gol
     """Texts of up to 15 behind a prefix of 7: some reach beyond 16 positions, and in padded rows all would."""
     model = with_config(golden_model, n_positions=16, rotary_scaling="dynamic", rotary_factor=4.0)
     prefix = random_prefix(model.config)
-    padded = jax.tree.map(jnp.asarray, make_batch(EXAMPLES, tokenizer, 10, 40))
+    padded = jax.tree.map(jnp.asarray, make_padded_batch(EXAMPLES, tokenizer, PaddedShape(10, 40)))
     expected = batch_loss(model, prefix, packed)
     np.testing.assert_allclose(batch_loss(model, prefix, padded), expected, rtol=LOSS)
     with_padding = next_token_loss(model.hidden(padded.tokens, prefix)[0], model.head_weight, padded.labels)

@@ -29,7 +29,7 @@ import torch_ref.tokenizer
 import torch_ref.train
 from convert.prefix import to_folded
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.batches import Batch, make_batch
+from jaxprefix.batches import Batch, PaddedShape, make_padded_batch
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
@@ -96,7 +96,7 @@ class Ours:
         for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
             group = [train_set[i] for i in chosen]
             n_rows = sum(1 if example.prompt else 2 for example in group)
-            batches.append(make_batch(group, self.tokenizer, n_rows, longest_row(group)))
+            batches.append(make_padded_batch(group, self.tokenizer, PaddedShape(n_rows, longest_row(group))))
         return batches
 
     @functools.cached_property
