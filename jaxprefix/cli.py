@@ -34,7 +34,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    if sys.stderr is None:  # closed by who started this: what is printed to it would go to stdout
+    if sys.stderr is None:  # closed by the caller: what is printed to it would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for good
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         exit_code = _run(tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True))
         if sys.stdout is not None:
-            sys.stdout.flush()  # what goes wrong then is told below
+            sys.stdout.flush()  # errors of it are handled below
         return exit_code
     except PlainError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _mute_stdout() -> None:
-    """Let what is still to be printed go nowhere, or Python fails at it once more as it ends."""
+    """Discard what is still to be printed; Python would fail at it again as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

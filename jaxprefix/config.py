@@ -20,7 +20,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be made again: compiled programs, tokens of large files.
+    """Return the user's folder for what can be made again: compiled programs, tokens of large files.
 
     Raises InputError for a user without a home folder.
     """
@@ -63,7 +63,7 @@ class HostsConfig:
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """Without an update, an evaluation or a checkpoint for so long, a process ends: another one hangs."""
+    """A process ends if it finishes no update, evaluation or checkpoint for so long: another one hangs."""
 
     def __post_init__(self) -> None:
         check_types(self, "train")
@@ -86,12 +86,12 @@ class HostsConfig:
 
     @property
     def several(self) -> bool:
-        """Tell whether there is anyone to join."""
+        """Tell whether there are other processes to join."""
         return self.distributed or self.coordinator_address is not None
 
 
 def mesh_sizes(mesh: str | None) -> dict[str, int] | None:
-    """Return the devices along each axis that --mesh names; None without it, or if it cannot be read."""
+    """Return the number of devices along each axis in --mesh; None without it, or if it cannot be read."""
     parts = [part.partition("=") for part in (mesh or "").split(",")]
     sizes = {axis: int(size) for axis, _, size in parts if axis in MESH_AXES and size.isdecimal() and int(size) > 0}
     return sizes if len(sizes) == len(parts) else None
@@ -115,7 +115,7 @@ class TrainConfig:
     save_name: str
     """Name of the run; its files go to output_dir/save_name."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
-    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    """Architecture of the base model: if given, config.json must agree; by default, config.json decides."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     output_dir: Path = Path("runs")
@@ -133,7 +133,7 @@ class TrainConfig:
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     train_data_size: int = 1000
-    """Examples to train on, the first of the file; one with fewer than both sizes is refused."""
+    """Examples to train on: the first of the file, which must hold as many as both sizes together."""
     dev_data_size: int = 10
     """Examples to evaluate on after every epoch: the last ones of the file."""
     batch_size: int = 4
@@ -234,7 +234,7 @@ class TrainConfig:
 
     @property
     def writes(self) -> bool:
-        """Tell whether the run leaves anything behind."""
+        """Tell whether the run writes any file."""
         return self.save_log or self.save_model
 
     @property
@@ -250,7 +250,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig(TrainConfig):
-    """Tell what a training run with the same flags would find and need: base model, tokenizer, data, memory.
+    """Report what a training run with the same flags would find and need: base model, tokenizer, data, memory.
 
     Flags of saving and logging have no effect.
     """
@@ -263,7 +263,7 @@ class CheckConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a prefix, an encoder's training state, or a base model. What the source is, its content tells."""
+    """Convert a prefix, an encoder's training state, or a base model; the source is recognised by its content."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Prefix (run folder, adapter folder, .weight, .checkpoint, .safetensors, .npy), training state (a torch file, or
@@ -272,7 +272,7 @@ class ConvertConfig:
     """Prefix: a file ending in .weight or .checkpoint (the original's), .safetensors or .npy, or an adapter folder.
     Training state: a file ending in .pt for torch_ref, or a run folder for --resume. Base model: an empty folder."""
     pretrained_model_dir: str | None = None
-    """Base model that the source must fit; needed to write an adapter folder unless the source tells its shape."""
+    """Base model that the source must fit; needed to write an adapter folder unless the source has its shape."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 

@@ -13,7 +13,7 @@ from jaxprefix.recipe import RecipeName
 from jaxprefix.settings import check_types, range_problems
 
 LEAST_TEMPERATURE = 1e-6
-"""Little enough to be greedy; much less would divide by 0."""
+"""Low enough to be greedy; far below it, the division would overflow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +47,25 @@ class DecodeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceConfig:
-    """What generating and evaluating have in common."""
+    """The settings that generate and evaluate share."""
 
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
     prefix_checkpoint_path: Path | None = None
     """Run folder, adapter folder or prefix file; leave it out for the plain base model alone."""
     prompt_file: Path | None = None
-    """File with one prompt a line."""
+    """File with one prompt per line."""
     json: bool = False
     """Print JSON: generate an object for each prompt, evaluate one of all measures."""
     seed: int = 42
     """Seed of the sampling."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
-    """Architecture of the base model; config.json tells it, and must agree if it is given."""
+    """Architecture of the base model: if given, config.json must agree; by default, config.json decides."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts at a time, and examples where evaluate measures a loss, which with --recipe rinna depends on it. Prompts
-    are a multiple of the mesh's `data`."""
+    """Prompts at a time, rounded up to a multiple of the mesh's `data`; examples at a time in evaluate's loss, which
+    depends on it with --recipe rinna."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     mesh: str | None = None
@@ -73,7 +73,7 @@ class InferenceConfig:
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
     def common_problems(self) -> list[str]:
-        """Return what is wrong with these settings. Raises InputError for those that are not of their types."""
+        """Return what is wrong with these settings. Raises InputError for values of another type."""
         check_types(self, "generate or evaluate")
         problems = range_problems(self, ["batch_size"])
         if not 0 <= self.seed < SEED_LIMIT:
@@ -90,7 +90,7 @@ class GenerateConfig(InferenceConfig):
     compare: bool = False
     """Show the plain base model's continuation beside the prefix's."""
     timing: bool = False
-    """Tell on stderr how many tokens were made a second, by batch: the first one of a shape is compiled."""
+    """Print each batch's tokens per second on stderr; the first batch of a shape includes compiling."""
     prefix_seq_len: int | None = None
     """Prefix length to expect; the prefix file knows its own."""
 
@@ -114,9 +114,9 @@ class EvaluateConfig(InferenceConfig):
     data_filepath: Path | None = None
     """JSON Lines to compute loss and ppl on, as in training."""
     suffix: str | None = None
-    """The task's suffix: unless given, as the prefix was trained, else " 😃"."""
+    """The task's suffix; by default the one that the prefix was trained with, else " 😃"."""
     max_seq_len: int | None = None
-    """Longest chunk of a `text` document, in tokens: unless given, as the prefix was trained, else 64."""
+    """Longest chunk of a `text` document, in tokens; by default that of the prefix's training, else 64."""
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     n_samples: int = 100

@@ -28,20 +28,12 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}
 """Settings that say where things lie; they may differ between processes, since weights and data have checksums."""
-MAY_CHANGE_ON_RESUME = PLACES | {
-    "resume",
-    "overwrite",
-    "save_name",
-    "filename_note",
-    "bf16",  # dtype tells
-    "fp16",
-    "save_log",
-    "log_every_n_steps",
-    "checkpoint_every_n_steps",
-    "checkpoint_every_minutes",
-    "compute",
-    "mesh",
-    "versions",
+MAY_CHANGE_ON_RESUME = {
+    *PLACES,
+    *("resume", "overwrite", "save_name", "filename_note"),
+    *("save_log", "log_every_n_steps", "checkpoint_every_n_steps", "checkpoint_every_minutes"),
+    *("compute", "mesh", "versions"),
+    *("bf16", "fp16"),  # dtype, which they set, may not
 }
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
