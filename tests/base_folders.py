@@ -1,4 +1,4 @@
-"""Base models for tests: folders in the hub's layout, with weights under which a wrong setting shows.
+"""Base models for tests: folders in the hub's layout, with weights that make a wrong setting visible.
 
 Head dim 16, weights of std 0.2, random biases and norms: with smaller ones a wrong rotary embedding or
 residual form goes unnoticed.

@@ -22,10 +22,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Choose quick emitters; record error messages for docs/errors.md: all processes of a session write one file.
+    """Choose device and compiler flags, also for the processes that tests start; record messages for docs/errors.md.
 
-    Chooses the device as well, here and in the processes that tests start. What is compared with PyTorch or with other
-    devices to float32 precision is so on CPUs.
+    Without --gpu that is the CPU, on which PyTorch and other devices agree to float32 precision. All processes of a
+    session record into one file.
     """
     if config.option.gpu:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU's memory is for all processes of the session
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory):
-    """Compile the same program once a session: every run makes its own jitted update."""
+    """Compile equal programs once a session, although every run jits an update of its own."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -60,14 +60,14 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_compiling():
-    """Compile in little time, here and in the processes that tests start: most programs run once."""
+    """Compile without optimisations, here and in the processes that tests start: most programs run once."""
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
 def traced_anew():
-    """Take nothing that was traced or compiled before, and leave nothing of it."""
+    """Reuse nothing that was traced or compiled before, and leave nothing for later tests."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -83,7 +83,7 @@ def users_compiling(quick_compiling, traced_anew):
 
 @pytest.fixture
 def cpu_compiler(users_compiling):
-    """Be about what jax 0.10 makes for a CPU; yields the options of `compile` that undo QUICK_EMITTERS."""
+    """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options that undo QUICK_EMITTERS."""
     if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
         pytest.skip("is about what jax 0.10 makes for a CPU")
     return {"xla_cpu_use_fusion_emitters": True}
@@ -91,7 +91,7 @@ def cpu_compiler(users_compiling):
 
 @pytest.fixture
 def as_on_a_gpu():
-    """Trace what a GPU would compute; it is a CPU that computes it."""
+    """Trace the programs of a GPU, which then run on a CPU."""
     with compiling_for([types.SimpleNamespace(platform="gpu")]):
         yield
 

@@ -3,7 +3,7 @@
 python -m pytest --record-errors FILE tests/…      notes which test triggers which message
 python -m tests.errors FILE …                      writes the table from the code and from such files
 
-A test that the page names stays there unless it was run and did not trigger its message.
+A test that the page names for a message stays there unless it ran without triggering the message.
 """
 
 import ast
@@ -39,10 +39,10 @@ class Message(NamedTuple):
     text: str
     exit_code: int
     lines: range
-    """Of the file, where it is made; only to find it by."""
+    """Where the file makes it; only to find it by."""
     pattern: re.Pattern[str]
     is_problem: bool
-    """Whether it is one line of an error that tells several problems at once."""
+    """Whether it is one line of an error that lists several problems."""
 
     @property
     def key(self) -> Key:
@@ -123,7 +123,7 @@ class Module:
 
 
 def _own_nodes(function: ast.FunctionDef) -> Iterator[ast.AST]:
-    """Everything in a function but the functions in it, from its beginning to its end."""
+    """All nodes of a function in their order, without those of functions inside it."""
     waiting: list[ast.AST] = list(reversed(function.body))
     while waiting:
         node = waiting.pop()
@@ -145,7 +145,7 @@ def _texts_by_name(nodes: list[ast.AST]) -> dict[str, ast.expr]:
 
 
 def _added_to(lists: set[str], function: ast.FunctionDef, nodes: list[ast.AST]) -> Iterator[ast.expr]:
-    """Every expression that a function puts into one of some lists; what `…_problems` returns is one, too."""
+    """Every expression that a function adds to one of the lists; so is what a `…_problems` function returns."""
     for node in nodes:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in lists:
@@ -211,7 +211,8 @@ class Recorder:
 def triggered(messages: Iterable[Message], module: str, text: str, line: int) -> Iterator[Message]:
     """Yield the messages that make up an error's text: the one made in a line of a file, and its problems.
 
-    A problem is told by its words: of the file's that it fits, else of all, those with the most words of their own.
+    Problems are recognised by their words, first among the file's own, then among all; of several patterns that fit,
+    the longest are taken.
     """
     here = [message for message in messages if message.module == module]
     yield from (message for message in here if line in message.lines and not message.is_problem)
@@ -228,7 +229,7 @@ def _problems_that_fit(messages: Iterable[Message], told: str) -> list[Message]:
 def recorded_tests(paths: Iterable[Path]) -> tuple[dict[Key, str], set[str]]:
     """Return the test to name for each message, and all tests that ran: from the files of a Recorder.
 
-    Of several tests the one that triggers the fewest messages says most about each.
+    Of several tests, the one that triggers the fewest messages is named: it says most about each.
     """
     lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     lines.sort(key=lambda line: (len(line["messages"]), line["test"]), reverse=True)

@@ -1,4 +1,4 @@
-"""The memory of this process, as Linux tells it."""
+"""The memory of this process, as Linux reports it."""
 
 from pathlib import Path
 
@@ -10,5 +10,5 @@ def memory(figure: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let the peak be the present again."""
+    """Reset VmHWM to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")

@@ -17,7 +17,7 @@ def free_port() -> int:
 
 
 def documented_flags() -> list[list[str]]:
-    """What docs/launch.md tells two nodes to add to the command, with this machine as the first of them."""
+    """The flags that docs/launch.md adds on each of two nodes, with this machine in the place of node0."""
     of_two_nodes = r"^jaxprefix train .*(--coordinator_address .* --process_id \d)$"
     lines = re.findall(of_two_nodes, PAGE.read_text(), re.MULTILINE)
     port = free_port()
@@ -39,6 +39,6 @@ def ended(pair, timeout: float = 60):
 
 
 def slurm(process: int, job: str) -> dict[str, str]:
-    """What srun tells a task of one node's two."""
+    """The variables that srun sets for one of two tasks on a node."""
     place = {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
     return {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", **place}

@@ -63,8 +63,8 @@ def relative(ours: Any, theirs: Any) -> float:
 def straying(ours: Any, theirs: Any, exact: Any) -> float:
     """How far ours is from the float32 reference, as a multiple of how far theirs is: for half precision.
 
-    Distances are relative norms over all numbers together, theirs taken one rounding of bfloat16 longer: it may
-    hit the mark by chance.
+    Distances are norms over all numbers together. One rounding of bfloat16 is added to theirs, which may be near 0 by
+    chance.
     """
     ours, theirs, exact = (
         np.concatenate([part.ravel() for part in _arrays_of(side)]) for side in (ours, theirs, exact)

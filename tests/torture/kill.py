@@ -23,11 +23,11 @@ from tests.runs import metrics_of, run_config, same_end, start
 SETTINGS = {"batch_size": 1, "n_epochs": 30, "checkpoint_every_n_steps": 5}
 """420 updates, of which every fifth, and the last one of every fourteen, is followed by a checkpoint."""
 MOST_UPDATES = 24
-"""Updates that a sitting makes at most before it is killed; on the average 30 sittings end before the run does."""
+"""Most updates of a sitting before it is killed: on average, 30 sittings do not finish the run."""
 
 
 class DiskMeter(threading.Thread):
-    """Measures again and again, in the background, how many bytes a folder takes."""
+    """Measures repeatedly, in the background, how many bytes a folder takes."""
 
     def __init__(self, folder: Path):
         super().__init__(daemon=True)
@@ -63,7 +63,7 @@ def finish(config: TrainConfig, *flags: str) -> None:
 
 
 def startup(config: TrainConfig) -> float:
-    """Return the seconds until a run has made an update, of which nothing is left to compile."""
+    """Return the seconds until a run has made an update, when all programs are compiled already."""
     began = time.monotonic()
     process = start(config)
     while not n_logged(config):
