@@ -48,8 +48,8 @@ def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # where a GPU is asked for that is not there, JAX finds no plugin either
     import jax
 
-    from jaxprefix.batches import PaddedShape
     from jaxprefix.check import compiled_update
+    from jaxprefix.shapes import PaddedShape
 
     names = (flags.shape, Path(), flags.shape)
     config = TrainConfig(*names, dtype=flags.dtype, mesh=mesh, compute=compute_of(flags))

@@ -40,10 +40,11 @@ from benchmarks.report import (
     turns_title,
 )
 from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
-from jaxprefix.batches import PaddedShape, make_padded_batch
+from jaxprefix.batches import make_padded_batch
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED, longest_row, row_lengths, update_plan
 from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.shapes import PaddedShape
 from jaxprefix.tokenizer import load_tokenizer
 
 PREFIX = 10

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.errors import InputError
 from jaxprefix.base_folder import open_base
-from jaxprefix.batches import Batch, PackedShape, Packing, PaddedShape, Shape, round_up
+from jaxprefix.batches import Batch, Packing
 from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
 from jaxprefix.data import label_counts, split_examples, update_plan
@@ -24,6 +24,7 @@ from jaxprefix.models import abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.stack import stacked
+from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state
 from jaxprefix.tokenizer import SentencePiece, Tokenizer

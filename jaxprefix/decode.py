@@ -18,7 +18,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
-from jaxprefix.batches import round_up
 from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference_config import DecodeConfig
@@ -27,6 +26,7 @@ from jaxprefix.models.attention import Cache, cache_of, own_slots
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
+from jaxprefix.shapes import round_up
 from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.batches import Batch, Shape, fitting_shape, lay_out, packed_shapes, padded_shape
+from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples, update_plan
 from jaxprefix.examples import Chunking, Example, Examples
@@ -19,6 +19,7 @@ from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix, load_prefix
 from jaxprefix.recipe import RECIPES
+from jaxprefix.shapes import Shape, fitting_shape, packed_shapes, padded_shape
 from jaxprefix.sharding import n_row_parts
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer

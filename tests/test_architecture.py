@@ -26,6 +26,7 @@ FLOORS = [
     {"base_folder"},
     {"models"},
     {"batches"},
+    {"shapes"},
     {"data"},
     {"token_cache"},
     {"examples"},

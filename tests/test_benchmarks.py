@@ -21,13 +21,13 @@ from benchmarks.report import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
 from benchmarks.shapes import SHAPES, attention_flops, make_folder, model_config, neox
 from benchmarks.train import strung_together, torch_batches
-from jaxprefix.batches import PaddedShape
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import IGNORED
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
+from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh
 from tests.markers import needs_cuda_plugin
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.batches import PaddedShape, make_padded_batch
+from jaxprefix.batches import make_padded_batch
 from jaxprefix.data import IGNORED, longest_row
 from jaxprefix.decode import generate_ids, nucleus
 from jaxprefix.examples import Chunking, Example, read_examples
@@ -18,6 +18,7 @@ from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES
+from jaxprefix.shapes import PaddedShape
 from tests.base_folders import GOLDEN
 from tests.parity.runs import named
 from tests.parity.sides import in_order_of_ids

@@ -138,7 +138,7 @@ import dataclasses, sys
 from pathlib import Path
 from jaxprefix.check import compiled_update
 from jaxprefix.config import Compute
-from jaxprefix.batches import PaddedShape
+from jaxprefix.shapes import PaddedShape
 from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
 
@@ -194,7 +194,7 @@ import dataclasses, jax
 from pathlib import Path
 from benchmarks.shapes import SHAPES, model_config
 from jaxprefix.check import compiled_update
-from jaxprefix.batches import PackedShape, PaddedShape
+from jaxprefix.shapes import PackedShape, PaddedShape
 from jaxprefix.models import attention, blocked
 from tests.runs import run_config
 
@@ -218,7 +218,8 @@ PACKED_ON_A_MESH = """
 import jax
 import numpy as np
 from jaxprefix import load_model, load_tokenizer
-from jaxprefix.batches import PackedShape, make_packed_batch
+from jaxprefix.batches import make_packed_batch
+from jaxprefix.shapes import PackedShape
 from jaxprefix.hosts import spread
 from jaxprefix.loss import batch_loss
 from jaxprefix.sharding import base_sharding, make_mesh, split_rows, with_split_rows
@@ -253,7 +254,7 @@ import dataclasses, math, re
 from pathlib import Path
 from benchmarks.memory import h100s
 from jaxprefix.check import compiled_update
-from jaxprefix.batches import PaddedShape
+from jaxprefix.shapes import PaddedShape
 from tests.runs import run_config
 from tests.test_sharding import NEOX_20B
 

@@ -12,9 +12,10 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix import update as update_module
-from jaxprefix.batches import Batch, PaddedShape, make_padded_batch
+from jaxprefix.batches import Batch, make_padded_batch
 from jaxprefix.data import IGNORED
 from jaxprefix.prefix import new_encoder
+from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
     FrozenBase,
@@ -211,7 +212,7 @@ NEEDED_BY_ACCUMULATION = """
 import dataclasses
 from pathlib import Path
 from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.batches import PaddedShape
+from jaxprefix.shapes import PaddedShape
 from jaxprefix.check import compiled_memory
 from tests.runs import run_config
 

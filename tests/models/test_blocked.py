@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.batches import PackedShape, make_packed_batch
+from jaxprefix.batches import make_packed_batch
 from jaxprefix.config import Compute
 from jaxprefix.loss import batch_loss
 from jaxprefix.models import attention, blocked
 from jaxprefix.models.attention import attend, heads_first, own_slots
+from jaxprefix.shapes import PackedShape
 from tests.arrays import normals, random_prefix
 from tests.examples import EXAMPLES
 from tests.tolerances import FUNCTION, HALF_GRADIENT, MODEL

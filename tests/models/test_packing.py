@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.batches import PackedShape, PaddedShape, lay_out, make_packed_batch, make_padded_batch
+from jaxprefix.batches import lay_out, make_packed_batch, make_padded_batch
 from jaxprefix.config import Compute
 from jaxprefix.data import rows_of
 from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.packing import on_texts, pack, unpack
+from jaxprefix.shapes import PackedShape, PaddedShape
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
 from tests.examples import EXAMPLES, PROMPTED

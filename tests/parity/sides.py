@@ -29,7 +29,7 @@ import torch_ref.tokenizer
 import torch_ref.train
 from convert.prefix import to_folded
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.batches import Batch, PaddedShape, make_padded_batch
+from jaxprefix.batches import Batch, make_padded_batch
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
@@ -38,6 +38,7 @@ from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS
+from jaxprefix.shapes import PaddedShape
 from tests.parity.cases import (
     LOW_CLIP,
     N_DEV,
