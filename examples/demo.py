@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jaxprefix
 from jaxprefix.config import TrainConfig
-from jaxprefix.metrics import suffix_rate
+from jaxprefix.sentences import suffix_rate
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -1,9 +1,8 @@
-"""How good a prefix is: loss and ppl on data, and the share of generated sentences that end with the suffix."""
+"""How well the base model predicts data, with a prefix or without: loss and ppl."""
 
 import functools
 import math
 import operator
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -115,53 +114,3 @@ def dev_loss(
 def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
     base = base if mesh is None else with_split_rows(base, mesh)
     return batch_loss(base, prefix, batch, 1 if mesh is None else mesh.size)
-
-
-# A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
-# A full stop needs a space after it: 3.5 is no end.
-_MARKS, _BRACKETS = "。！？!?", "」』）)"
-_SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
-
-
-def count_sentences(text: str, suffix: str) -> tuple[int, int]:
-    """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
-
-    A sentence ends with its line, at the suffix, or at 。！？!? or a full stop when the suffix does not follow.
-    """
-    *lines, last = text.split("\n")
-    counts = [_count_in_line(last, suffix), *(_count_in_line(f"{line}\n", suffix) for line in lines)]
-    return _summed(counts)
-
-
-def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
-    """Return the same for one line, whose newline is there unless the text ended before it."""
-    first, *others = line.split(suffix.strip())
-    *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
-    suffixed = [piece.strip() for piece in before_suffix if piece.strip(f"{_MARKS}{_BRACKETS} ")]
-    unsuffixed = [*(piece.rstrip(_MARKS + _BRACKETS + ".") for piece in suffixed), rest]
-    n_unsuffixed = sum(len(_SENTENCE_END.findall(piece)) for piece in unsuffixed)
-    n_unsuffixed += rest.endswith("\n") and bool(_SENTENCE_END.split(rest)[-1].strip(f"{_MARKS}{_BRACKETS} \n"))
-    return len(suffixed) + n_unsuffixed, len(suffixed)
-
-
-def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    n_sentences, n_suffixed = (sum(column) for column in zip(*counts, strict=True))
-    return n_sentences, n_suffixed
-
-
-def without_cut_end(text: str, suffix: str) -> str:
-    """Return a text that the length limit cut off, without the marks of a last sentence whose suffix may be cut off.
-
-    Part of the suffix may be there already; of an emoji, as a replacement character.
-    """
-    task, rest = suffix.strip(), text.rstrip(" \ufffd")
-    begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)
-    rest = rest[: len(rest) - begun].rstrip(" ")
-    unfinished = rest.rstrip(f"{_MARKS}{_BRACKETS}.")
-    return unfinished if len(unfinished) < len(rest) else text
-
-
-def suffix_rate(texts: Iterable[str], suffix: str) -> dict[str, float | int]:
-    """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over generated texts."""
-    n_sentences, n_suffixed = _summed(count_sentences(text, suffix) for text in texts)
-    return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}

@@ -35,7 +35,7 @@ FLOORS = [
     {"inference_config"},
     {"config", "hub", "devices"},
     {"recipe"},
-    {"settings"},
+    {"settings", "sentences"},
 ]
 
 

@@ -1,0 +1,57 @@
+import pytest
+
+from jaxprefix.sentences import count_sentences, suffix_rate, without_cut_end
+
+SMILE = " 😃"
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("今日は晴れ。 😃 明日は雨。 😃", (2, 2)),
+        ("今日は晴れ。 明日は雨。 😃", (2, 1)),
+        ("今日は晴れ。明日は雨。", (2, 0)),
+        ("今日は晴れ 😃 明日は", (1, 1)),
+        ("今日は晴れ", (0, 0)),
+        ("本当に！？ 😃", (1, 1)),
+        ("「行こう。」と言った。 😃", (1, 1)),
+        ("「行こう。」 「はい。」 😃", (2, 1)),
+        ("今日は晴れ。😃 😃 😃", (1, 1)),
+        ("I paid 3.5 yen. You paid more. 😃", (2, 1)),
+        (" 😃 次の文。", (1, 0)),  # a suffix that answers the prompt's own sentence
+        ("見出し\n本文です。 😃", (2, 1)),  # a line ends its sentence
+        ("一行目\n二行目。\n三行目 😃\n途中", (3, 1)),
+        ("一。\n\n😃\n二。 😃\n", (2, 1)),
+        ("「A。 😃」 😃", (1, 1)),
+        ("😃", (0, 0)),
+        ("", (0, 0)),
+    ],
+)
+def test_count_sentences(text, counts):
+    assert count_sentences(text, SMILE) == counts
+
+
+def test_a_suffix_of_marks():
+    assert count_sentences("すごい！！！ 猫。", "！！") == (2, 1)
+
+
+def test_suffix_rate_is_over_all_sentences():
+    assert suffix_rate(["一。 😃 二。", "三。 😃"], SMILE) == {"sentences": 3, "suffix_rate": 2 / 3}
+    assert suffix_rate(["途中"], SMILE) == {"sentences": 0, "suffix_rate": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "n_sentences"),
+    [
+        ("一。 😃 二。", SMILE, 1),  # the smile might have come next
+        ("一。 😃 二。 ", SMILE, 1),
+        ("一。 😃 二。」\ufffd", SMILE, 1),  # two of its four bytes
+        ("一。 (笑) 二。 (笑", " (笑)", 1),
+        ("一。 😃 二。三", SMILE, 2),  # a sentence that began after 二。 tells that none came
+        ("一。 😃 二。\n", SMILE, 2),
+        ("一。 😃", SMILE, 1),
+        ("一。 😃 二", SMILE, 1),
+    ],
+)
+def test_a_sentence_whose_suffix_was_cut_off_does_not_count(text, suffix, n_sentences):
+    assert count_sentences(without_cut_end(text, suffix), suffix)[0] == n_sentences
