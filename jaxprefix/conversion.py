@@ -16,7 +16,9 @@ from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import base_identity, check_prefix
-from jaxprefix.run_folder import CHECKPOINTS, check_takes_state, is_run_folder, only_writer
+from jaxprefix.run_description import is_run_folder
+from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
+from jaxprefix.run_lock import only_writer
 from jaxprefix.start import Progress
 
 BASE_CONFIG = "config.json"

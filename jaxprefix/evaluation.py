@@ -13,7 +13,7 @@ from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import setting_of
+from jaxprefix.run_description import setting_of
 from jaxprefix.sentences import suffix_rate, without_cut_end
 from jaxprefix.sharding import base_sharding, make_mesh
 from jaxprefix.token_cache import load_examples

@@ -17,7 +17,8 @@ import jax
 from convert.errors import RunError
 from jaxprefix.checkpoint import SaveError, newest_checkpoint, short_reason
 from jaxprefix.config import TrainConfig
-from jaxprefix.run_folder import CHECKPOINTS, CONFIG_FILE
+from jaxprefix.run_description import CONFIG_FILE
+from jaxprefix.run_folder import CHECKPOINTS
 
 MOST_SKIPPED = 20
 """Updates that float16 may skip in a row: after so many halvings it is not the loss scale that overflows."""

@@ -16,7 +16,8 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, broadcast_from_first, is_first
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
-from jaxprefix.run_folder import CHECKPOINTS, check_base
+from jaxprefix.run_description import check_base
+from jaxprefix.run_folder import CHECKPOINTS
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import LossScale, TrainState, first_state
 

@@ -46,14 +46,9 @@ from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.models import BaseModel, fingerprint, load_model
 from jaxprefix.prefix import Encoder, base_identity, prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import (
-    CHECKPOINTS,
-    check_run_folder,
-    common_settings,
-    describe_run,
-    lock_shared_folder,
-    open_shared_folder,
-)
+from jaxprefix.run_description import common_settings, describe_run
+from jaxprefix.run_folder import CHECKPOINTS, check_run_folder, open_shared_folder
+from jaxprefix.run_lock import lock_shared_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import Progress, abstract_state, earlier_arrays, restore_state, start_encoder

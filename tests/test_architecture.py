@@ -22,7 +22,7 @@ FLOORS = [
     {"train", "conversion", "check", "generation", "evaluation"},
     {"inputs", "faults", "start"},
     {"update", "decode", "metrics", "run_folder", "checkpoint"},
-    {"prefix", "loss", "run_log", "sharding", "hosts", "memory", "compiling"},
+    {"prefix", "loss", "run_description", "run_lock", "run_log", "sharding", "hosts", "memory", "compiling"},
     {"base_folder"},
     {"models"},
     {"batches"},

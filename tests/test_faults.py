@@ -27,7 +27,7 @@ from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.metrics import _batch_loss
-from jaxprefix.run_folder import only_writer
+from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
 from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE
@@ -110,7 +110,7 @@ class TestOneWriter:
             assert f"WARNING: {tmp_path}: has no locks" in capsys.readouterr().err
 
     def test_the_lock_goes_with_its_owner(self, tmp_path):
-        program = "import sys, os, pathlib; from jaxprefix.run_folder import only_writer as o\n"
+        program = "import sys, os, pathlib; from jaxprefix.run_lock import only_writer as o\n"
         program += "with o(pathlib.Path(sys.argv[1])): print('held', flush=True); os.read(0, 1); os._exit(9)"
         command = [sys.executable, "-c", program, str(tmp_path / "run")]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:

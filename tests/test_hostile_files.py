@@ -23,7 +23,7 @@ from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.models.config import read_model_config
-from jaxprefix.run_folder import check_base, setting_of
+from jaxprefix.run_description import check_base, setting_of
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip
 from tests.hostile.prefixes import adapter

@@ -1,7 +1,4 @@
 import dataclasses
-import errno
-import fcntl
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,15 +9,8 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.config import Compute
-from jaxprefix.run_folder import (
-    check_base,
-    check_run_folder,
-    common_settings,
-    describe_run,
-    only_writer,
-    open_run_folder,
-    setting_of,
-)
+from jaxprefix.run_description import check_base, common_settings, describe_run, setting_of
+from jaxprefix.run_folder import check_run_folder, open_run_folder
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.runs import run_config
@@ -37,33 +27,10 @@ def check_resumed(config, **base):
     check_run_folder(resumed, describe_run(resumed, base))
 
 
-def test_a_disk_that_is_full_at_the_start_keeps_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
-    with (
-        pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"),
-        only_writer(tmp_path / "run"),
-    ):
-        pass
-    assert not [*tmp_path.iterdir()]
-
-
 def test_a_file_in_the_place_of_the_run(tmp_path):
     (tmp_path / "run").write_text("in the way")
     with pytest.raises(InputError, match=re.escape("run: cannot be written (File exists)")):
         open_run_folder(run_config(tmp_path), {})
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("file/run", "file: cannot be written (Not a directory)"),
-        ("n" * 250, ".lock: cannot be written (File name too long)"),
-    ],
-)
-def test_a_lock_that_cannot_be_made(tmp_path, name, message):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=re.escape(message)), only_writer(tmp_path / name):
-        pass
 
 
 def test_a_resumed_run_may_take_less_memory_but_no_other_batches(tmp_path):
@@ -99,30 +66,11 @@ def test_the_prefix_in_a_run_has_its_settings(tmp_path):
     assert setting_of(tmp_path, "suffix") is setting_of(None, "suffix") is None
 
 
-def test_a_run_that_fails_leaves_no_lock(tmp_path):
-    with pytest.raises(ValueError, match="a fault"), only_writer(tmp_path / "run"):
-        raise ValueError("a fault")
-    assert not any(tmp_path.iterdir())
-
-
 def test_a_run_may_be_renamed(tmp_path):
     config = run_config(tmp_path, filename_note="note")
     begin(config)
     config.run_dir.rename(tmp_path / "renamed")
     check_resumed(run_config(tmp_path, "renamed"))
-
-
-def test_the_working_folder_can_be_locked(tmp_path, monkeypatch):
-    (tmp_path / "run").mkdir()
-    monkeypatch.chdir(tmp_path / "run")
-    with only_writer(Path()):
-        assert (tmp_path / ".run.lock").is_file()
-
-
-def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "_locked", Mock(side_effect=BlockingIOError))
-    with pytest.raises(InputError, match="is in use by another process"), only_writer(tmp_path / "run"):
-        pass
 
 
 def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch):
@@ -232,19 +180,6 @@ def test_a_base_model_in_the_run_is_not_overwritten(tmp_path):
         check_run_folder(changed, {})
 
 
-def in_use(folder):
-    """Return by whom the refusal says that a folder is in use."""
-    with pytest.raises(InputError, match="is in use by") as error, only_writer(folder):
-        pass
-    return str(error.value).split("is in use by ")[1]
-
-
-def test_a_lock_names_its_owner_alone(tmp_path):
-    (tmp_path / ".run.lock").write_text("process 1 on a host where it was killed\n")
-    with only_writer(tmp_path / "run"):
-        assert in_use(tmp_path / "run").startswith(f"process {os.getpid()} on ")
-
-
 def test_of_a_link_in_a_run_that_is_overwritten_the_link_goes(tmp_path):
     config = run_config(tmp_path)
     begin(config)
@@ -269,23 +204,3 @@ def test_without_checkpoints_there_is_a_log(tmp_path):
     train(config)
     logs = {"metrics.jsonl", "log.txt", "tensorboard"}
     assert {path.name for path in config.run_dir.iterdir()} == {"config.json", *logs}
-
-
-def test_a_lock_that_its_owner_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    flock, path = fcntl.flock, tmp_path / ".run.lock"
-
-    def removed_first(file, how):
-        monkeypatch.setattr(fcntl, "flock", flock)
-        path.unlink()
-        flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", removed_first)
-    with only_writer(tmp_path / "run"):
-        assert in_use(tmp_path / "run")
-
-
-def test_a_run_has_one_lock_under_all_its_names(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "link").symlink_to("run")
-    with only_writer(tmp_path / "run"):
-        assert in_use(tmp_path / "link")

@@ -12,7 +12,7 @@ from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import only_writer
+from jaxprefix.run_lock import only_writer
 from jaxprefix.start import start_encoder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE

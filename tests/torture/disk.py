@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.run_folder import is_run_folder
+from jaxprefix.run_description import is_run_folder
 from tests.runs import run_config, start
 
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
