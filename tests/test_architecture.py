@@ -20,6 +20,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"train", "conversion", "check", "generation", "evaluation"},
+    {"loop"},
     {"inputs", "faults", "start"},
     {"update", "decode", "metrics", "run_folder", "checkpoint"},
     {"prefix", "loss", "run_description", "run_lock", "run_log", "sharding", "hosts", "memory", "compiling"},

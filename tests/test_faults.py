@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
@@ -84,7 +85,7 @@ class TestNumbers:
         assert guard.n_skipped == 1
 
     def test_a_dev_loss_that_is_never_finite_keeps_no_prefix(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr("jaxprefix.train.dev_loss", lambda *arguments: {"loss": math.nan, "ppl": math.nan})
+        monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *arguments: {"loss": math.nan, "ppl": math.nan})
         config = run_config(tmp_path, n_training_steps=1)
         assert main(["train", *flags_of(config)]) == 1
         assert "error: no dev loss was finite" in capsys.readouterr().err
@@ -304,10 +305,10 @@ def test_the_update_is_named_though_another_is_under_way(tmp_path):
 
 
 def test_a_checkpoint_under_way_is_finished_before_it_is_named(tmp_path, monkeypatch):
-    events, what_is_left = [], train_module.what_is_left
+    events, what_is_left = [], loop_module.what_is_left
     monkeypatch.setattr(Checkpoints, "save", lambda *_: events.append("save"))
     monkeypatch.setattr(Checkpoints, "finish", lambda _: events.append("finish"))
-    monkeypatch.setattr(train_module, "what_is_left", lambda config: events.append("told") or what_is_left(config))
+    monkeypatch.setattr(loop_module, "what_is_left", lambda config: events.append("told") or what_is_left(config))
     changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
     with pytest.raises(RunError, match="update 2"):
         train(run_config(tmp_path, **changes))

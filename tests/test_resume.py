@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import jaxprefix.train as train_module
+import jaxprefix.loop as loop_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
@@ -135,7 +135,7 @@ def test_metrics_that_were_damaged_are_not_guessed(finished, tmp_path):
 
 
 def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
-    order, to_disk, save = [], train_module.RunLog.to_disk, train_module.Checkpoints.save
+    order, to_disk, save = [], loop_module.RunLog.to_disk, loop_module.Checkpoints.save
 
     def note_metrics(log):
         order.append(len(metrics_of(tmp_path / "run")))
@@ -146,8 +146,8 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
         save(checkpoints, number, *rest)
 
     synced, fsync = set(), os.fsync
-    monkeypatch.setattr(train_module.RunLog, "to_disk", note_metrics)
-    monkeypatch.setattr(train_module.Checkpoints, "save", note_checkpoint)
+    monkeypatch.setattr(loop_module.RunLog, "to_disk", note_metrics)
+    monkeypatch.setattr(loop_module.Checkpoints, "save", note_checkpoint)
     monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), fsync(number)))
     train(run_config(tmp_path))
     assert order == [4, "checkpoint 4", 8, "checkpoint 8"]
@@ -157,9 +157,9 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
 def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch):
     """By a clock that goes on by a minute at each update."""
     saved, clock = [], types.SimpleNamespace(monotonic=lambda: 0.0)
-    monkeypatch.setattr(train_module, "time", clock)
+    monkeypatch.setattr(loop_module, "time", clock)
     before_updates(monkeypatch, lambda number: setattr(clock, "monotonic", lambda: 60.0 * number))
-    monkeypatch.setattr(train_module.Checkpoints, "save", lambda self, number, *_: saved.append(number))
+    monkeypatch.setattr(loop_module.Checkpoints, "save", lambda self, number, *_: saved.append(number))
     train(run_config(tmp_path, train_data_size=23, batch_size=3, n_epochs=1, checkpoint_every_minutes=2.5))
     assert saved == [3, 6, 8]
 
@@ -181,7 +181,7 @@ def test_other_devices_go_on_within_rounding(finished, tmp_path):
 def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(finished, tmp_path, monkeypatch):
     config = run_config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "dev_loss", lambda *_: 1 / 0)
+        patch.setattr(loop_module, "dev_loss", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert newest_checkpoint(config.run_dir / "checkpoints") == 4
@@ -232,7 +232,7 @@ def test_the_loss_scale_and_its_skipped_updates_go_on(tmp_path, monkeypatch):
 def test_a_run_of_one_epoch_that_ends_in_its_dev_set_goes_on_with_it(tmp_path, monkeypatch):
     config = run_config(tmp_path, n_epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "dev_loss", lambda *_: 1 / 0)
+        patch.setattr(loop_module, "dev_loss", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert train(run_config(tmp_path, n_epochs=1, resume=True)).best_dev_loss == losses_of(config.run_dir, "dev")[0]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
@@ -78,7 +79,7 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
         metrics = dev_loss(*arguments)
         return metrics | {"loss": metrics["loss"] + next(raised)}
 
-    monkeypatch.setattr("jaxprefix.train.dev_loss", dev_loss_raised)
+    monkeypatch.setattr("jaxprefix.loop.dev_loss", dev_loss_raised)
     config = run_config(tmp_path, n_epochs=3)
     train(config)
     losses = losses_of(config.run_dir, "dev")
@@ -192,7 +193,7 @@ def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
         packed.extend(batch.packing is not None for batch in batches)
         return {"loss": 1.0, "ppl": 1.0}
 
-    for module in ("train", "evaluation"):
+    for module in ("loop", "evaluation"):
         monkeypatch.setattr(f"jaxprefix.{module}.dev_loss", spy)
     for number, settings in enumerate(({"packing": True}, {"packing": False}, {"packing": True, "recipe": "rinna"})):
         train(run_config(tmp_path, str(number), n_training_steps=1, train_data_size=9, **settings))
@@ -261,9 +262,10 @@ def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch)
 
 
 def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "is_first", lambda: False)
+    for module in (train_module, loop_module):
+        monkeypatch.setattr(module, "is_first", lambda: False)
     monkeypatch.setattr(train_module, "open_shared_folder", lambda config, _: config.run_dir.mkdir())
-    monkeypatch.setattr(train_module, "check_still_there", lambda config: None)
+    monkeypatch.setattr(loop_module, "check_still_there", lambda config: None)
     train(run_config(tmp_path, n_epochs=1))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints"}
 
@@ -294,15 +296,15 @@ def test_evaluate_samples_as_its_readme_says():
 def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
     """By a clock that goes on by a second at each update, and by an hour while the dev set is gone through."""
     now = [0.0]
-    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     before_updates(monkeypatch, lambda _: now.__setitem__(0, now[0] + 1))
-    dev_loss = train_module.dev_loss
+    dev_loss = loop_module.dev_loss
 
     def slow_dev_loss(*given):
         now[0] += 3600
         return dev_loss(*given)
 
-    monkeypatch.setattr(train_module, "dev_loss", slow_dev_loss)
+    monkeypatch.setattr(loop_module, "dev_loss", slow_dev_loss)
     config = run_config(tmp_path)
     train(config)
     assert all(point["tokens_per_s"] > 10 for point in metrics_of(config.run_dir))
