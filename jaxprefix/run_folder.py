@@ -11,6 +11,7 @@ from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, agree_first, wait_until_visible
 from jaxprefix.run_description import CONFIG_FILE, check_same_run, is_run_folder, write_description
+from jaxprefix.settings import is_utf8
 
 CHECKPOINTS = "checkpoints"
 
@@ -44,6 +45,8 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     """
     folder = config.run_dir
     with _write_errors(folder):
+        if not is_utf8(folder.absolute()):
+            raise InputError(f"{folder}: lies in {str(Path.cwd())!r}, which is not UTF-8; no checkpoint can be written")
         if config.resume and not _is_converted(folder):
             check_same_run(folder, description, starts_over=newest_checkpoint(folder / CHECKPOINTS) is None)
         elif config.overwrite and folder.is_dir() and _content(folder):

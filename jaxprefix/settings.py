@@ -13,7 +13,8 @@ from convert.errors import InputError
 def check_types(settings: Any, what: str) -> None:
     """Check the types of a dataclass's fields, as the command line does for its own; a str is taken for a path.
 
-    Raises InputError that lists the values which are of another type, or not among a field's choices.
+    Raises InputError that lists the values which are of another type, not among a field's choices, or not UTF-8: Python
+    takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
@@ -23,6 +24,8 @@ def check_types(settings: Any, what: str) -> None:
         elif hasattr(value, "item"):  # one of NumPy's numbers
             value = value.item()
         object.__setattr__(settings, name, value)
+        if isinstance(value, str | Path) and not is_utf8(value):
+            problems.append(f"--{name} must be UTF-8, is {str(value)!r}")
         try:
             check_type(value, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
@@ -33,6 +36,15 @@ def check_types(settings: Any, what: str) -> None:
                 problems.append(f"--{name} must be of type {getattr(kind, '__name__', kind)}, is {value!r}")
     if problems:
         raise InputError.all(f"{what}:", problems)
+
+
+def is_utf8(value: str | Path) -> bool:
+    """Tell whether a text or path can be written as UTF-8; other bytes of a shell are lone surrogates to Python."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def range_problems(settings: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> list[str]:

@@ -78,6 +78,24 @@ def test_types_that_python_does_not_check(config, name, value, message):
     assert str(error.value).split("\n  - ")[1:] == [message]
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (run_config(Path()), "suffix", "\udce9"),
+        (run_config(Path()), "save_name", "r\udce9"),
+        (run_config(Path()), "output_dir", Path("r\udce9")),
+        (run_config(Path()), "data_filepath", Path("d\udce9.jsonl")),
+        (ConvertConfig(Path(), Path()), "source", Path("s\udce9")),
+        (EvaluateConfig("base"), "suffix", "\udce9"),
+        (EvaluateConfig("base"), "pretrained_model_dir", "b\udce9"),
+    ],
+)
+def test_bytes_of_a_shell_that_are_not_utf8_are_refused(config, name, value):
+    with pytest.raises(InputError) as error:
+        dataclasses.replace(config, **{name: value})
+    assert str(error.value).split("\n  - ")[1:] == [f"--{name} must be UTF-8, is {str(value)!r}"]
+
+
 def test_caches_need_a_home(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: Path("/home/a"))

@@ -204,3 +204,13 @@ def test_without_checkpoints_there_is_a_log(tmp_path):
     train(config)
     logs = {"metrics.jsonl", "log.txt", "tensorboard"}
     assert {path.name for path in config.run_dir.iterdir()} == {"config.json", *logs}
+
+
+def test_a_working_folder_whose_name_is_not_utf8_takes_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("r\udce9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    config = run_config(Path("runs"))
+    with pytest.raises(InputError, match=r"^runs/run: lies in '.*r\\udce9', which is not UTF-8; no checkpoint can be"):
+        check_run_folder(config, {})
