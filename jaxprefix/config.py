@@ -198,7 +198,7 @@ class TrainConfig:
     hosts: tyro.conf.OmitArgPrefixes[HostsConfig] = HostsConfig()
 
     def __post_init__(self) -> None:
-        check_types(self, "train")
+        check_types(self, self.command)
         positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
@@ -227,10 +227,15 @@ class TrainConfig:
         if self.resume and not self.save_model:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
         if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
-            problems.append(f"--save_name and --filename_note make a folder's name, found {self.save_name!r}")
+            problems.append(f"--save_name and --filename_note make a folder's name, found {self.run_name!r}")
         problems += mesh_problems(self.mesh)
         if problems:
-            raise InputError.all("train:", problems)
+            raise InputError.all(f"{self.command}:", problems)
+
+    @property
+    def command(self) -> str:
+        """Name of the command, for errors."""
+        return "train"
 
     @property
     def writes(self) -> bool:
@@ -240,7 +245,12 @@ class TrainConfig:
     @property
     def run_dir(self) -> Path:
         """Folder of this run's files."""
-        return self.output_dir / ".".join(filter(None, (self.save_name, self.filename_note)))
+        return self.output_dir / self.run_name
+
+    @property
+    def run_name(self) -> str:
+        """Name of that folder."""
+        return ".".join(filter(None, (self.save_name, self.filename_note)))
 
     @property
     def encoder_sizes(self) -> tuple[int, int, int]:
@@ -259,6 +269,11 @@ class CheckConfig(TrainConfig):
     """JSON Lines to look at, as in training."""
     save_name: str = "check"
     """Ignored."""
+
+    @property
+    def command(self) -> str:
+        """Name of the command, for errors."""
+        return "check"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,8 +82,8 @@ def generate(
 
     `decode` takes the fields of DecodeConfig: decode_method, max_output_len (tokens), top_p, top_k,
     temperature, recipe. An empty prompt starts from bos. Generation stops before eos. Sampling depends on
-    the seed and on a prompt's place in the list. Raises InputError when prefix, prompt and output
-    together exceed the model's positions, and RunError when logits are not finite.
+    the seed and on a prompt's place in the list; on the batch only as logits' last digits do. Raises InputError when
+    prefix, prompt and output together exceed the model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")

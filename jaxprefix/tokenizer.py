@@ -258,7 +258,7 @@ def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str,
             raise InputError(f"{path}: not a {path.name} ({error})") from error
     try:
         processor = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, TypeError) as error:  # TypeError: a path that is not UTF-8
         raise InputError(f"{path}: not a SentencePiece model ({error})") from error
     beyond = {token: index for token, (index, _) in added.items() if index >= processor.get_piece_size()}
     return SentencePiece(processor, beyond, bool(settings.get("do_lower_case", False)))

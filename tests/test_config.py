@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute, ConvertConfig, HostsConfig, cache_folder
+from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, cache_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from tests.runs import run_config
 
@@ -28,7 +28,7 @@ from tests.runs import run_config
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
         ({"resume": True, "save_model": False}, "--resume needs checkpoints, --no_save_model saves none"),
         ({"save_name": ".."}, "--save_name and --filename_note make a folder's name, found '..'"),
-        ({"filename_note": "a/b"}, "--save_name and --filename_note make a folder's name, found 'run'"),
+        ({"filename_note": "a/b"}, "--save_name and --filename_note make a folder's name, found 'run.a/b'"),
         ({"mesh": "data=2,rows=2"}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found 'data=2,rows=2'"),
         ({"dtype": "bfloat16", "fp16": True}, "--dtype bfloat16 contradicts --fp16"),
         ({"mesh": ""}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found ''"),
@@ -38,6 +38,11 @@ def test_settings_of_train_that_cannot_be_meant(changes, message):
     with pytest.raises(InputError) as error:
         run_config(Path(), **changes)
     assert str(error.value) == f"train:\n  - {message}"
+
+
+def test_a_check_names_itself():
+    with pytest.raises(InputError, match=r"^check:\n  - --batch_size must be positive, is 0$"):
+        CheckConfig("base", batch_size=0)
 
 
 @pytest.mark.parametrize(

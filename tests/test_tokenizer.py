@@ -62,6 +62,11 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "spiece.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
+    folder = (tmp_path / "\udce9").absolute()  # a byte that is not UTF-8
+    folder.mkdir()
+    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
+    with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
+        load_tokenizer(folder)
 
 
 def test_a_tokenizer_without_bos_and_eos(tmp_path):
