@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert.errors import InputError
 from jaxprefix.base_folder import open_base
 from jaxprefix.batches import Batch, Packing
 from jaxprefix.checkpoint import path_name
@@ -24,9 +23,10 @@ from jaxprefix.models import abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.stack import stacked
+from jaxprefix.prefix import base_identity
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
-from jaxprefix.start import abstract_state
+from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
 from jaxprefix.tokenizer import SentencePiece, Tokenizer
 from jaxprefix.update import FrozenBase, learning_rate, make_update
 
@@ -36,8 +36,9 @@ def check(config: CheckConfig) -> Iterator[str]:
     folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
     if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
         check_weights(folder, model)
-    if config.checkpoint_path is not None and not config.checkpoint_path.exists():
-        raise InputError(f"{config.checkpoint_path}: no such file or folder")
+    if config.checkpoint_path is not None:  # read as training does
+        earlier = earlier_arrays(config, base_identity(model, tokenizer))
+        start_encoder(config, abstract_model(model, config.compute), tokenizer, earlier)
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
     train_set: Examples | None = None

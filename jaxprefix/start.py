@@ -51,6 +51,8 @@ def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, n
             raise InputError(f"{path}: is a prefix, without its encoder; --prefix_hidden_dim 0 trains it directly")
         if path.is_file():
             return None
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
         check_base(path, identity)
         return Checkpoints(path / CHECKPOINTS, writing=False)
 

@@ -76,6 +76,21 @@ def test_weights_that_are_missing_and_a_run_that_is_nowhere_end_the_check(capsys
     assert (code, err) == (2, f"error: {tmp_path / 'nowhere'}: no such file or folder\n")
 
 
+def test_what_training_cannot_start_from_ends_the_check(capsys, finished):
+    sizes = ("--prefix_seq_len", finished.prefix_seq_len, "--prefix_input_dim", finished.prefix_input_dim)
+    sizes += ("--prefix_hidden_dim", finished.prefix_hidden_dim)
+    for path, flags, message in (
+        (finished.run_dir, (*sizes, "--scan_layers"), None),
+        (finished.run_dir, (*sizes, "--prefix_seq_len", 7), "encoder.prefix_wte.weight: expected shape (7, "),
+        (finished.run_dir / "prefix", sizes, "is a prefix, without its encoder"),
+        (finished.run_dir / "prefix", (*sizes, "--prefix_hidden_dim", 0), None),
+        (finished.run_dir / "prefix", ("--prefix_hidden_dim", 0, "--prefix_seq_len", 7), "not --prefix_seq_len 7"),
+    ):
+        code, _, err = report(capsys, GOLDEN_BASE, "--checkpoint_path", path, *flags)
+        assert code == (2 if message else 0), err
+        assert (message or "") in err
+
+
 def test_what_would_stop_a_run_ends_the_check(capsys):
     code, lines, err = report(capsys, GOLDEN_BASE, "--prefix_seq_len", "500")
     assert (code, len(lines)) == (2, 4)
