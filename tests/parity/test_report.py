@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import batches, conversion, data, loss, prefix, recipe, tokenizer, train, update
+from jaxprefix import batches, conversion, data, loop, loss, prefix, recipe, tokenizer, train, update
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case
@@ -121,7 +121,7 @@ FAULTS = {
     ),
     "dev loss weighted by tokens": (
         "dev_losses",
-        lambda: replaced(train, "dev_loss", lambda dev_loss: lambda base, prefix, dev, *_: dev_loss(base, prefix, dev)),
+        lambda: replaced(loop, "dev_loss", lambda dev_loss: lambda base, prefix, dev, *_: dev_loss(base, prefix, dev)),
     ),
     "saved layout": (
         "saved",
