@@ -60,7 +60,7 @@ def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
         if array.shape[1] != 2:
-            raise InputError(f"{path}: a prefix by layers has axes [L, 2, P, N, H], found shape {array.shape}")
+            raise InputError(f"{path}: a layered prefix has axes [L, 2, P, N, H], found shape {array.shape}")
         array = to_folded(array).reshape(array.shape[2], -1, *array.shape[3:])
     if array.ndim not in (2, 4) or 0 in array.shape:
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")
@@ -133,7 +133,7 @@ def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: 
     from transformers import DynamicCache
 
     if folded.shape[1] % (2 * n_layer * n_head):
-        raise InputError(f"{folded.shape[1]} numbers per position are not those of {n_layer} layers and {n_head} heads")
+        raise InputError(f"{folded.shape[1]} numbers per position do not fit {n_layer} layers and {n_head} heads")
     cache = DynamicCache()
     layered = to_layers(folded, n_layer, n_head, folded.shape[1] // (2 * n_layer * n_head))
     for index, keys_values in enumerate(layered.transpose(0, 1, 3, 2, 4)):  # [2, N, P, H]
@@ -178,8 +178,8 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
             return _read_adapter(member(folder, RUN_SUBFOLDER))
         named = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))[:3]
         raise InputError(
-            f"{folder}: holds no prefix, neither {ADAPTER_CONFIG} nor {RUN_SUBFOLDER}/, which a run has from its first "
-            "dev evaluation on" + (f"; its folders that hold one: {', '.join(named)}" if named else "")
+            f"{folder}: holds no prefix: neither {ADAPTER_CONFIG} nor {RUN_SUBFOLDER}/, which a run writes after "
+            "its first dev evaluation" + (f"; subfolders that hold one: {', '.join(named)}" if named else "")
         )
     config = read_object(config_path)
     if config.get("peft_type") != "PREFIX_TUNING":
@@ -192,7 +192,10 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     sizes = [config.get(field) for field in ("num_layers", "token_dim", "num_attention_heads")]
     if None not in sizes:
         if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-            raise InputError(f"{config_path}: num_layers, token_dim and num_attention_heads are {sizes}")
+            raise InputError(
+                f"{config_path}: num_layers, token_dim and num_attention_heads must be positive 32-bit integers, "
+                f"found {sizes}"
+            )
         n_layer, token_dim, n_head = (int(size) for size in sizes if size is not None)
         if 2 * n_layer * token_dim != folded.shape[1]:
             raise InputError(
@@ -200,7 +203,7 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
                 f"numbers per position, the weights have {folded.shape[1]}"
             )
         if token_dim % n_head:
-            raise InputError(f"{config_path}: token_dim {token_dim} is not divisible by {n_head} num_attention_heads")
+            raise InputError(f"{config_path}: token_dim {token_dim} is not divisible by num_attention_heads {n_head}")
         header = {**_shape(n_layer, n_head, token_dim // n_head), **header}
     if isinstance(name := config.get("base_model_name_or_path"), str):
         header = {"base_model": name, **header}
@@ -215,7 +218,7 @@ def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
 def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
     """Raise InputError if a header's shape contradicts the numbers per position."""
     if width % 2:
-        raise InputError(f"{path}: has {width} numbers per position, which are no pairs of keys and values")
+        raise InputError(f"{path}: has {width} numbers per position, which must be an even number, for keys and values")
     said = {field: header[field] for field in _SHAPE if field in header}
     sizes = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in said.values()]
     claimed = 2 * math.prod(sizes)
@@ -234,7 +237,7 @@ def _adapter_weights(folder: Path) -> Path:
 def _read_safetensors(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     weights, header = read_safetensors(path)
     if TENSOR_NAME not in weights and len(weights) != 1:
-        raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {len(weights)}: {list(weights)[:3]}")
+        raise InputError(f"{path}: expected the tensor {TENSOR_NAME}, found {len(weights)} others: {list(weights)[:3]}")
     _refuse_others(path, weights)
     return next(iter(weights.values())).view(), header
 
@@ -244,7 +247,7 @@ def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
     others = [name for name in weights if name != TENSOR_NAME]
     if TENSOR_NAME in weights and others:
         raise InputError(
-            f"{path}: holds {others[:3]} besides the prefix: trained parts of the base model, not supported"
+            f"{path}: holds {others[:3]} besides the prefix; trained parts of the base model are not supported"
         )
 
 
@@ -262,6 +265,6 @@ def _read_torch(path: Path) -> np.ndarray:
         tensor = tensor[TENSOR_NAME]
     if not isinstance(tensor, np.ndarray):
         kind = "dict" if isinstance(tensor, dict) else type(tensor).__name__
-        advice = "; a training state, which train --checkpoint_path takes" if is_training_state(tensor) else ""
+        advice = "; this is a training state: pass it to train --checkpoint_path" if is_training_state(tensor) else ""
         raise InputError(f"{path}: expected one dense tensor, found {kind}{advice}")
     return tensor

@@ -50,7 +50,7 @@ def stream_weights(
     for stored_name, weight in stored_weights(folder):
         name = stored_name if optional_prefix + stored_name not in rules else optional_prefix + stored_name
         if name in found:
-            problems.append(f"weight {name} stands twice")
+            problems.append(f"duplicate weight {name}")
         found[name] = weight
 
     problems += [f"unknown weight {name}" for name in sorted(found) if name not in rules]
@@ -69,7 +69,7 @@ def stream_weights(
         problems = [f"config.json asks for {n_layer} layers, the weights have no layer {n_layer - 1}"]
     if not problems:
         problems += [
-            f"{copy} is not {name}, to which config.json ties it"
+            f"{copy} differs from {name}, to which config.json ties it"
             for copy, name in copies.items()
             if copy in found and not _agree(found[copy].view(), found[name].view())
         ]

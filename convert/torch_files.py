@@ -125,20 +125,20 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._names:
-            raise ValueError(f"it asks for {module}.{name}, which is no dense tensor")
+            raise ValueError(f"it asks for {module}.{name}, but only dense tensors are read")
         return self._names[module, name]
 
     def persistent_load(self, reference: Any) -> np.ndarray:
         kind, type_name, key, _device, size, *_ = reference
         if kind != "storage" or not isinstance(key, str) or not _is_size(size):
-            raise ValueError(f"it refers to {reference!r}, which is no storage")
+            raise ValueError(f"it refers to {reference!r}, which is not a storage")
         import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 
         return self._open_storage(np.dtype(_TYPES[type_name]), key, size)
 
     def _rebuild_tensor(self, storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any) -> np.ndarray:
         if not all(map(_is_size, (offset, *shape, *strides))) or len(shape) != len(strides):
-            raise ValueError(f"a tensor has shape {shape}, strides {strides} and offset {offset}")
+            raise ValueError(f"a tensor has an invalid shape {shape}, strides {strides} or offset {offset}")
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and last >= storage.size:
             raise ValueError(f"a tensor of shape {shape} reaches beyond its storage of {storage.size} numbers")
@@ -183,13 +183,13 @@ def _load_zip(path: Path, checked: bool) -> Any:
         def open_storage(dtype: np.dtype, key: str, size: int) -> np.ndarray:
             info = archive.getinfo(f"{folder}data/{key}")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != size * dtype.itemsize:
-                raise ValueError(f"{info.filename} is compressed, or has not {size} numbers of type {dtype}")
+                raise ValueError(f"{info.filename} is compressed, or does not hold {size} numbers of type {dtype}")
             with path.open("rb") as file:
                 file.seek(info.header_offset + 26)
                 n_name, n_extra = struct.unpack("<HH", file.read(4))
             storage = _map(path, dtype, info.header_offset + 30 + n_name + n_extra, size)
             if checked and zlib.crc32(storage.view(np.uint8).data) != info.CRC:
-                raise ValueError(f"{info.filename} has another checksum")
+                raise ValueError(f"{info.filename} does not match its checksum")
             return storage
 
         if f"{folder}byteorder" in archive.NameToInfo:
@@ -227,7 +227,7 @@ def _load_old(path: Path) -> Any:
             dtype, size = sizes[key]
             file.seek(place)
             if file.read(8) != struct.pack("<q", size):
-                raise ValueError(f"storage {key} has not {size} numbers")
+                raise ValueError(f"storage {key} does not hold {size} numbers")
             places[key] = place + 8
             place += 8 + size * dtype.itemsize
         if place != n_bytes:

@@ -78,13 +78,13 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
     Raises InputError naming what `source` lacks, and OSError.
     """
     if DIRECT in arrays:
-        raise InputError(f"{source}: trained with --prefix_hidden_dim 0, without an encoder; convert its prefix alone")
+        raise InputError(f"{source}: was trained without an encoder, --prefix_hidden_dim 0; convert its prefix instead")
     rules = (ENCODER, *MOMENTS.values())
     expected = [rule.format(name=name) for rule in rules for name in PARAMETERS] + list(STEPS)
     problems = [f"missing {key}" for key in expected if key not in arrays]
     problems += [f"{key} has no counterpart in the original's names" for key in arrays if key not in expected + SCALE]
     if problems:
-        raise InputError.all(f"{source}: no training state of the original's encoder:", problems)
+        raise InputError.all(f"{source}: not a training state of the original's encoder:", problems)
 
     def group(rule: str) -> dict[str, np.ndarray]:
         return {name: np.asarray(arrays[rule.format(name=name)]) for name in PARAMETERS}

@@ -24,7 +24,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if len(content) > JSON_BYTES:
-        raise InputError(f"{path}: is longer than the {JSON_BYTES:,} bytes that a JSON file of a model may have")
+        raise InputError(f"{path}: is longer than {JSON_BYTES:,} bytes, the limit for a model's JSON file")
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
         json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
@@ -39,9 +39,7 @@ def refuse_pointer(path: Path) -> None:
     """Raise InputError if a large file was not fetched, and Git LFS's pointer lies in its place."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(
-                f"{path}: is Git LFS's pointer to the file, not the file; run `git lfs pull` in its folder"
-            )
+            raise InputError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice[:40]!r} stands twice")
+        raise ValueError(f"duplicate key {twice[:40]!r}")
     return found
 
 
@@ -64,7 +62,7 @@ def member(folder: Path, name: str) -> Path:
     try:
         target = path.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # links in a circle, NUL bytes
-        raise InputError(f"{path}: is no name of a file ({error})") from error
+        raise InputError(f"{path}: cannot be resolved ({error})") from error
     if not any(target.is_relative_to(place) for place in places):
-        raise InputError(f"{path}: leads out of its folder, to {target}; put the file itself there")
+        raise InputError(f"{path}: points outside its folder, to {target}; put the file itself in the folder")
     return path

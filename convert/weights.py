@@ -81,8 +81,8 @@ class FiniteWeight:
         part = page_copy(stored, stored.dtype if dtype is None else np.dtype(dtype))
         if not is_finite(part):
             if part.dtype != stored.dtype and is_finite(stored):
-                most, advice = ml_dtypes.finfo(part.dtype).max, "; take --dtype bfloat16" if dtype == "float16" else ""
-                raise InputError(f"{self.name}: holds numbers beyond {most}, the largest of {dtype}{advice}")
+                most, advice = ml_dtypes.finfo(part.dtype).max, "; use --dtype bfloat16" if dtype == "float16" else ""
+                raise InputError(f"{self.name}: holds numbers beyond {most}, the largest that {dtype} can hold{advice}")
             raise InputError(f"{self.name}: holds numbers that are not finite; the file is damaged or badly converted")
         return part
 
@@ -153,7 +153,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str
     weights: dict[str, StoredWeight] = {}
     for name, about in header.items():
         if about["dtype"] not in _NUMPY_TYPES:
-            raise InputError(f"{path}: {name} holds numbers of type {about['dtype']}, which numpy does not have")
+            raise InputError(f"{path}: {name} holds numbers of type {about['dtype']}, which is not supported")
         dtype, first = np.dtype(_NUMPY_TYPES[about["dtype"]]), start + about["data_offsets"][0]
         shape = tuple(about["shape"])
         weights[name] = StoredWeight(shape, functools.partial(_mapped, path, dtype, shape, first))

@@ -125,7 +125,7 @@ def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
     if plan._carries and config.n_accum_steps > plan.batches_per_epoch:
         raise InputError(
             f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
-            f"which --recipe {config.recipe} cannot fill"
+            f"which --recipe {config.recipe} does not allow"
         )
     return plan
 

@@ -238,5 +238,5 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: `{field}` holds half a surrogate pair") from error
+        raise InputError(f"{where}: `{field}` holds an unpaired surrogate") from error
     return value

@@ -26,7 +26,7 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
     folder = Path(dir_or_hub_id)
     if folder.is_dir():
         if revision is not None:
-            raise InputError(f"{dir_or_hub_id}: is a folder, which has no --revision")
+            raise InputError(f"{dir_or_hub_id}: is a folder; --revision is only for hub ids")
         return folder
     folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + (SAFETENSORS if weights else []))
     if weights and not any(folder.glob(SAFETENSORS[0])):
@@ -46,21 +46,21 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise InputError(f"{where} not a hub id") from error
     except errors.GatedRepoError as error:
         raise InputError(
-            f"{where} on the model hub its owner must grant you access: ask for it there, then `hf auth login`"
+            f"{where} access to it is restricted on the model hub: request access there, then run `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{where} on the model hub it has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise InputError(
-            f"{where} the model hub has no such repository, or it is private: then `hf auth login`"
+            f"{where} the model hub has no such repository; if it is private, run `hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(f"{where} the model hub cannot be reached nor is it in the cache") from error
+        raise InputError(f"{where} it is not in the cache and the model hub cannot be reached") from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
     except errors.HTTPError as error:
-        raise InputError(f"{where} its download broke off; repeat the command to go on ({error})") from error
+        raise InputError(f"{where} its download was interrupted; repeat the command to go on ({error})") from error
     except OSError as error:
         raise InputError(
-            f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 takes what is there"
+            f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 uses what is already there"
         ) from error

@@ -28,7 +28,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     if not path.exists():
         raise InputError(f"{path}: no such data file")
     if not path.is_file():  # it is read more than once, and must not change
-        raise InputError(f"{path}: is a folder or a pipe, not a file of data")
+        raise InputError(f"{path}: is a folder or a pipe, not a regular file")
     packed = path.suffix == ".gz"
     before = _state(path)
     most = max(UNPACKED_BYTES, GZIP_RATIO * path.stat().st_size)
@@ -44,11 +44,11 @@ def read_lines(path: Path) -> Iterator[bytes]:
                     raise InputError(f"{path}: unpacks to more than {GZIP_RATIO} times its size")
                 line = file.readline(LINE_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file ({error})") from error
+        raise InputError(f"{path}: not a valid gzip file ({error})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if _state(path) != before:
-        raise InputError(f"{path}: changed while it was read; copy it, or wait until it is finished")
+        raise InputError(f"{path}: changed while it was being read; copy it, or wait until it is complete")
 
 
 def sha256_of(path: Path) -> str:

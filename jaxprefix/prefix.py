@@ -153,8 +153,8 @@ def check_prefix(
         raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
     if folded.shape[1] != config.folded_width:
         raise InputError(
-            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, "
-            f"this: {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
+            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, this "
+            f"model {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
         )
     if folded.shape[0] >= config.max_positions:
         raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.max_positions} positions")
@@ -173,7 +173,9 @@ def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokeniz
     """
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:
-        raise InputError(f"{folder}: a prefix has 1 to {config.max_positions - 1} positions here, this one {length}")
+        raise InputError(
+            f"{folder}: a prefix must have 1 to {config.max_positions - 1} positions, this one has {length}"
+        )
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
     folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices

@@ -53,7 +53,7 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
     if not path.is_file() or path.stat().st_size * (8 if path.suffix == ".gz" else 1) < CACHED_BYTES:
         return read_examples(path, chunking)
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # multiprocessing's own test for this
-        raise InputError("a helper runs the program that it is to help; put it under `if __name__ == '__main__':`")
+        raise InputError("a helper process runs the whole program again; put it under `if __name__ == '__main__':`")
     folder = cache_folder() / "tokens" / _key(path, chunking)
     try:
         if (examples := _open(folder)) is None:
@@ -73,7 +73,7 @@ def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
         _tokenize(path, chunking, Path(unfinished))
         if _key(path, chunking) != folder.name:
-            raise InputError(f"{path}: changed while it was tokenized; wait until it is finished")
+            raise InputError(f"{path}: changed while it was being tokenized; wait until it is complete")
         if _open(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         _move(Path(unfinished), folder)
@@ -99,7 +99,7 @@ def _entry_lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"another process tokenizes the same file; waiting for it ({path})", file=sys.stderr)
+                print(f"another process is tokenizing the same file; waiting for it ({path})", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -219,7 +219,7 @@ def _start_errors() -> Iterator[None]:
         yield
     except OSError as error:
         advice = "; is /dev/shm there and writable?" if error.errno in (errno.ENOENT, errno.EROFS, errno.EACCES) else ""
-        raise RunError(f"a process that tokenizes cannot be started ({error.strerror}){advice}") from error
+        raise RunError(f"a tokenizing process cannot be started ({error.strerror}){advice}") from error
 
 
 def _result_of(future: concurrent.futures.Future[Examples]) -> Examples:
@@ -227,7 +227,7 @@ def _result_of(future: concurrent.futures.Future[Examples]) -> Examples:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            "a process that tokenizes ended too early: it has said why, or was killed, perhaps for want of memory"
+            "a tokenizing process ended early: it has printed why, or was killed, perhaps for lack of memory"
         ) from error
 
 

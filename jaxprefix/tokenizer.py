@@ -235,11 +235,11 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
     if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in (None, bos_id, eos_id):
         if vocabulary.unk_id is None:
-            raise InputError(f"{path}: has no token for what it does not know (unk_id)")
+            raise InputError(f"{path}: defines no unknown token (unk_id)")
         token = vocabulary.backend.id_to_token(vocabulary.unk_id)
         raise InputError(
-            f"{path}: what it does not know becomes its token {token!r}, as in files that are rebuilt from a "
-            f"SentencePiece model; put that model beside it, as {SENTENCEPIECE_FILES[0]}"
+            f"{path}: turns unknown text into {token!r}, as files converted from a SentencePiece model do; put that "
+            f"model beside it, as {SENTENCEPIECE_FILES[0]}"
         )
     padding = pad_id if pad_id not in (bos_id, eos_id, vocabulary.unk_id) else None
     fingerprint = hashlib.sha256(vocabulary.content(padding)).hexdigest()[:16]

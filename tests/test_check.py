@@ -94,7 +94,7 @@ def test_what_training_cannot_start_from_ends_the_check(capsys, finished):
 def test_what_would_stop_a_run_ends_the_check(capsys):
     code, lines, err = report(capsys, GOLDEN_BASE, "--prefix_seq_len", "500")
     assert (code, len(lines)) == (2, 4)
-    assert "prefix of 500 + the longest row, 65 tokens, is more than the base model's 512 positions" in err
+    assert "a prefix of 500 plus 65 tokens (the longest row) exceeds the base model's 512 positions" in err
 
 
 @pytest.mark.parametrize("packing", [True, False])

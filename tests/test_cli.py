@@ -96,7 +96,7 @@ def test_prefix_of_another_base(capsys, tmp_path):
 def test_too_few_positions(capsys, tmp_path):
     short = make_base_folder(tmp_path / "base", max_position_embeddings=64)
     flags = train_flags(tmp_path, pretrained_model_dir=str(short))
-    fails(capsys, flags, "prefix of 10 + the longest row, 63 tokens, is more than the base model's 64 positions")
+    fails(capsys, flags, "a prefix of 10 plus 63 tokens (the longest row) exceeds the base model's 64 positions")
 
 
 def test_unknown_flag(capsys, tmp_path):
@@ -145,7 +145,12 @@ def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, 
         monkeypatch.setattr(f"jaxprefix.{room}.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
     prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
-    fails(capsys, ["evaluate", *BASE, *data, "--max_output_len", "600"], "longest prompt of 1, 601 tokens", "positions")
+    fails(
+        capsys,
+        ["evaluate", *BASE, *data, "--max_output_len", "600"],
+        "601 tokens (--max_output_len and the longest prompt of 1)",
+        "positions",
+    )
     fails(capsys, ["evaluate", *BASE, "--data_filepath", prefix[1]], "none.weight: no such data file")
     fails(capsys, ["generate", *BASE, *prompt], "--max_output_len and the longest prompt", "512 positions")
     for command in (["evaluate"], ["generate", "--prompt", "a"]):

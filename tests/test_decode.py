@@ -92,7 +92,7 @@ def with_norm_weights_of(weight, tmp_path):
 
 
 def test_weights_beyond_float16_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"layer_norm.weight: holds numbers beyond 65504.0, .* take --dtype bfloat16"):
+    with pytest.raises(InputError, match=r"layer_norm.weight: holds numbers beyond 65504.0, .* use --dtype bfloat16"):
         load_model(with_norm_weights_of(-1e5, tmp_path), "float16")
 
 
@@ -162,7 +162,9 @@ def test_empty_prompt_starts_from_bos(golden_model, tokenizer):
 
 
 def test_too_long_a_text_is_refused(model, tokenizer):
-    with pytest.raises(InputError, match=r"prefix of 0 \+ --max_output_len and the longest prompt of 200, 300 tokens"):
+    with pytest.raises(
+        InputError, match=r"prefix of 0 plus 300 tokens \(--max_output_len and the longest prompt of 200\)"
+    ):
         ids_of(model, tokenizer, [[5] * 200], decode=DecodeConfig(max_output_len=100))
 
 

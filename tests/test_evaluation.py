@@ -68,7 +68,12 @@ def test_evaluate_tells_of_unknown_tokens(capsys):
 
 def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
-    fails(capsys, ["evaluate", *BASE, "--data_filepath", str(data)], "the longest row, 60", "512 positions")
+    fails(
+        capsys,
+        ["evaluate", *BASE, "--data_filepath", str(data)],
+        "a prefix of 0 plus 601 tokens (the longest row)",
+        "512 positions",
+    )
     fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
 
 
@@ -133,7 +138,7 @@ def test_the_longest_row_needs_room_after_the_prefix(capsys, tmp_path):
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 505, "completion": "の"}) + "\n")
     options = ["--data_filepath", str(data), "--n_samples", "0"]
     assert main(["evaluate", *BASE, *options]) == 0
-    fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "the longest row, 50", "512 positions")
+    fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "a prefix of 10 plus 50", "512 positions")
 
 
 def test_evaluate_samples_so_many_prompts_at_a_time(monkeypatch):

@@ -138,15 +138,15 @@ def test_mixed_file(tokenizer, tmp_path):
         ('{"text": "a", "prompt": "b"}', "line 2: has `text` as well as `prompt` or `completion`"),
         ('{"text": 5}', "line 2: `text` must be a string, found int"),
         ('{"prompt": "a", "completion": ""}', "line 2: `completion` is empty"),
-        (r'{"text": "\ud800"}', "line 2: `text` holds half a surrogate pair"),
+        (r'{"text": "\ud800"}', "line 2: `text` holds an unpaired surrogate"),
         ('{"n": ' + "1" * 5000 + "}", "line 2: not a line of JSON"),
         ("[" * 200_000, "line 2: not a line of JSON"),
         (b'{"text": "\xff"}', "line 2: not a line of JSON in UTF-8"),
         (b'\xef\xbb\xbf{"text": "a"}', "line 2: not a line of JSON in UTF-8"),
         (b'{"text": "a\0b"}', "line 2: holds NUL bytes"),
         ('{"text": "a"}'.encode("utf-16-le"), "line 2: holds NUL bytes; the file must be UTF-8 text"),
-        ('{"text": "a", "text": "b"}', r"line 2: not a line of JSON in UTF-8 \(the key 'text' stands twice\)"),
-        ('{"text": "a", "of": {"b": 1, "b": 2}}', "line 2: .*the key 'b' stands twice"),
+        ('{"text": "a", "text": "b"}', r"line 2: not a line of JSON in UTF-8 \(duplicate key 'text'\)"),
+        ('{"text": "a", "of": {"b": 1, "b": 2}}', "line 2: .*duplicate key 'b'"),
         (f'{{"text": "{"a" * 2000}"}}', "line 2: is longer than 1,000 bytes; split the document"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, change):
         write_lines(tmp_path / "other", *[{"text": "b"}] * 3).replace(path)
     else:
         path.unlink()
-    with pytest.raises(InputError, match="changed while it was read; copy it"):
+    with pytest.raises(InputError, match="changed while it was being read; copy it"):
         list(found)
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_gzip_file(tokenizer, tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 10)
     for content in (whole[:-9], b"{}", whole[:20] + b"\xff" * 20):
         (tmp_path / "d.jsonl.gz").write_bytes(content)
-        with pytest.raises(InputError, match="not a whole gzip file"):
+        with pytest.raises(InputError, match="not a valid gzip file"):
             read_examples(tmp_path / "d.jsonl.gz", Chunking(tokenizer, skip_bad_lines=True))
 
 

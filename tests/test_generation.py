@@ -60,7 +60,7 @@ def test_the_prompt_loop_answers_line_by_line():
     assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
     assert "\r" not in made
     assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
-    assert "error: prefix of 10 + --max_output_len and the longest prompt" in told
+    assert "error: a prefix of 10 plus 608 tokens (--max_output_len and the longest prompt of 600)" in told
     assert r"error: not a valid text: '\udcff'" in told
 
 

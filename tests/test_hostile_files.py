@@ -162,7 +162,7 @@ def test_links_of_the_hubs_cache_and_within_a_folder_are_followed(tmp_path):
     assert read_model_config(base).n_layer == 3
     (tmp_path / "link").symlink_to(base)
     assert read_model_config(tmp_path / "link").n_layer == 3
-    with pytest.raises(InputError, match="leads out of its folder"):
+    with pytest.raises(InputError, match="points outside its folder"):
         member(base, "../base2/config.json")
 
 

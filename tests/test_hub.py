@@ -85,7 +85,7 @@ def test_a_revision_pins_the_files(hub, folders):
 def test_an_interrupted_download_goes_on(hub, folders):
     size = (folders["user/model", "main"] / "model.safetensors").stat().st_size
     hub.cut_after = size // 2
-    with pytest.raises(InputError, match="its download broke off; repeat the command to go on"):
+    with pytest.raises(InputError, match="its download was interrupted; repeat the command to go on"):
         resolve_folder("user/model")
     assert "spiece.model" in hub.fetched()
     hub.cut_after, hub.requests = None, []
@@ -98,11 +98,11 @@ def test_an_interrupted_download_goes_on(hub, folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["user/nothing"], "the model hub has no such repository, or it is private"),
+        (["user/nothing"], "the model hub has no such repository; if it is private"),
         (["user/model", "v9"], "on the model hub it has no revision 'v9'"),
         (["no//id"], "not a hub id"),
-        (["tests", "main"], "tests: is a folder, which has no --revision"),
-        (["user/gated"], "its owner must grant you access"),
+        (["tests", "main"], "tests: is a folder; --revision is only for hub ids"),
+        (["user/gated"], "access to it is restricted on the model hub"),
         (["user/torch"], "the model hub says: .*403"),
     ],
 )
@@ -119,7 +119,7 @@ def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="it cannot be fetched into the cache"):
         resolve_folder("user/model")
     download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
-    with pytest.raises(InputError, match="the model hub cannot be reached nor is it in the cache"):
+    with pytest.raises(InputError, match="it is not in the cache and the model hub cannot be reached"):
         resolve_folder("user/model")
 
 

@@ -123,7 +123,7 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config, tokenizer), prefix)
     with pytest.raises(InputError, match="a prefix of this model is an array"):
         save_prefix(tmp_path / "wrong", prefix[:1], golden_model.config, tokenizer)
-    for spoilt, problem in ((prefix * jnp.nan, "not finite; it is not written"), (prefix[:, :, :0], "this one 0")):
+    for spoilt, problem in ((prefix * jnp.nan, "not finite; it is not written"), (prefix[:, :, :0], "this one has 0")):
         with pytest.raises(InputError, match=problem):
             save_prefix(tmp_path / "own", spoilt, golden_model.config, tokenizer)
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config), prefix)
@@ -186,7 +186,7 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
         "cut": "not a torch file that can be read safely",
         "integers": "expected floating-point numbers, found int64",
         "zip": "not a torch file that can be read safely",
-        "folder": "holds no prefix, neither",
+        "folder": "holds no prefix: neither",
         "lora": "peft_type is not PREFIX_TUNING",
         "dict": "expected one dense tensor, found dict",
         "code": "not a torch file that can be read safely",

@@ -114,7 +114,8 @@ def test_an_earlier_run_is_not_touched(finished, monkeypatch):
 
 def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):
     with pytest.raises(
-        InputError, match=r"prefix of 500 \+ the longest row, 63 tokens, .* 512 positions; it begins with 'ただ、"
+        InputError,
+        match=r"prefix of 500 plus 63 tokens \(the longest row\) .* 512 positions; the longest row begins with 'ただ、",
     ):
         train(run_config(tmp_path, prefix_seq_len=500))
     assert not any(tmp_path.iterdir()), "nothing is written for a run that cannot start"
@@ -141,7 +142,7 @@ def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "cudnn_takes", lambda head_dim: False)
     config = run_config(tmp_path, dtype="bfloat16", compute=Compute(attention="cudnn"))
     for command in (train, lambda config: list(check(CheckConfig(**vars(config))))):
-        with pytest.raises(InputError, match=r"--attention cudnn needs an NVIDIA GPU, .*; here are .* and heads of 16"):
+        with pytest.raises(InputError, match=r"--attention cudnn needs an NVIDIA GPU, .*; found .* and head size 16"):
             command(config)
 
 
@@ -223,7 +224,7 @@ def test_the_dev_sets_rows_must_fit_the_positions_too(tmp_path):
     data = tmp_path / "data.jsonl"
     pairs = [{"prompt": "a", "completion": "b"}] * 4 + [{"prompt": "朝" * 600, "completion": "の"}]
     data.write_text("\n".join(map(json.dumps, pairs)))
-    with pytest.raises(InputError, match="the longest row, 60"):
+    with pytest.raises(InputError, match="a prefix of 10 plus 60"):
         train(run_config(tmp_path, data_filepath=data, train_data_size=4, dev_data_size=1))
 
 

@@ -116,7 +116,7 @@ def test_an_encoder_for_a_base_of_another_width(tmp_path):
 def test_a_prefix_trained_directly_has_no_training_state(tmp_path):
     config = run_config(tmp_path, prefix_hidden_dim=0, n_training_steps=1)
     train(config)
-    with pytest.raises(InputError, match="run: trained with --prefix_hidden_dim 0, without an encoder; convert its pr"):
+    with pytest.raises(InputError, match="run: was trained without an encoder, --prefix_hidden_dim 0; convert its pr"):
         convert(ConvertConfig(config.run_dir, tmp_path / "state.pt"))
 
 

@@ -142,8 +142,8 @@ def check_attention(method: AttentionMethod, head_dim: int) -> None:
     if method == "cudnn" and not cudnn_takes(head_dim):
         device = own_device().device_kind
         raise InputError(
-            f"--attention cudnn needs an NVIDIA GPU, Ampere or later, and heads of a multiple of 8 up to 128 numbers "
-            f"(from Hopper on 256); here are {device} and heads of {head_dim}"
+            f"--attention cudnn needs an NVIDIA GPU, Ampere or later, and a head size that is a multiple of 8, at "
+            f"most 128 (256 from Hopper on); found {device} and head size {head_dim}"
         )
 
 

@@ -97,8 +97,8 @@ class ModelConfig:
         """
         if prefix_len + longest > self.max_positions:
             raise InputError(
-                f"prefix of {prefix_len} + {what}, {longest} tokens, is more than the base model's "
-                f"{self.max_positions} positions" + (f"; it begins with {begins!r}" if begins else "")
+                f"a prefix of {prefix_len} plus {longest} tokens ({what}) exceeds the base model's "
+                f"{self.max_positions} positions" + (f"; {what} begins with {begins!r}" if begins else "")
             )
         if n_pieces > self.vocab_size:
             raise InputError(
@@ -180,12 +180,10 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
         supported = ", ".join(map(repr, MODEL_TYPES))
         raise InputError(f"{path}: model_type is {architecture!r}; supported: {supported}")
     if model_type not in (None, MODEL_TYPES[architecture]):
-        raise InputError(f"{path}: model_type is {architecture!r}, which is not --model_type {model_type}")
+        raise InputError(f"{path}: model_type is {architecture!r}, which contradicts --model_type {model_type}")
 
     if raw.get("auto_map"):
-        raise InputError(
-            f"{path}: asks for code of its own (auto_map), which is never run; such a model is unsupported"
-        )
+        raise InputError(f"{path}: needs its own code (auto_map), which is never run; such models are not supported")
     problems: list[str] = []
     values = _read_fields(raw, architecture, problems)
     if problems:
@@ -218,15 +216,17 @@ def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
     """Say which sizes contradict each other; `head_dim` is the one in config.json, if there is any."""
     problems = []
     if head_dim not in (None, config.head_dim):
-        problems.append(f"head_dim {head_dim!r} is not width {config.n_embd} by {config.n_head} heads")
+        problems.append(f"head_dim {head_dim!r} is not width {config.n_embd} divided by {config.n_head} heads")
     if config.n_embd % config.n_head:
         problems.append(f"width {config.n_embd} is not divisible by {config.n_head} heads")
     elif config.rotary_factor < 1:
-        problems.append(f"a rotary scaling factor of {config.rotary_factor} shortens what the model was trained on")
+        problems.append(
+            f"rotary scaling factor {config.rotary_factor} is below 1, which would shorten the trained context"
+        )
     elif config.rotary_dim % 2:
-        problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which are no pairs")
+        problems.append(f"{config.rotary_dim} of {config.head_dim} dimensions rotate, which must be an even number")
     elif config.rotary_scaling == "dynamic" and config.rotary_dim < 4:
-        problems.append(f"dynamic rotary scaling needs more than the {config.rotary_dim} dimensions that rotate")
+        problems.append(f"dynamic rotary scaling needs at least 4 dimensions that rotate, found {config.rotary_dim}")
     return problems
 
 
@@ -243,7 +243,7 @@ def _checked(field: str, spelling: str, value: Any, default: Any, problems: list
     elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == default)):
         problems.append(f"{spelling} must be a positive {kind.__name__}, found {value!r}")
     elif field in _LARGEST and value > _LARGEST[field]:
-        problems.append(f"{spelling} {value!r} is more than {_LARGEST[field]:,}, the most that is computed")
+        problems.append(f"{spelling} {value!r} is more than {_LARGEST[field]:,}, the largest supported")
     return value
 
 

@@ -19,7 +19,7 @@ from tests.test_conversion import converted
 
 def test_two_tensors_of_which_none_is_the_prefix(tmp_path):
     save_file({name: np.ones((2, 8), np.float32) for name in ("a", "b")}, tmp_path / "p.safetensors")
-    with pytest.raises(InputError, match=r"expected the tensor prompt_embeddings, found 2: \['a', 'b'\]"):
+    with pytest.raises(InputError, match=r"expected the tensor prompt_embeddings, found 2 others: \['a', 'b'\]"):
         read_prefix(tmp_path / "p.safetensors")
 
 
@@ -42,7 +42,7 @@ def test_a_header_that_asks_for_another_width(tmp_path):
 
 def test_a_width_that_is_odd(tmp_path):
     np.save(tmp_path / "p.npy", np.ones((2, 5), np.float32))
-    with pytest.raises(InputError, match="has 5 numbers per position, which are no pairs of keys and values"):
+    with pytest.raises(InputError, match="has 5 numbers per position, which must be an even number, for keys"):
         read_prefix(tmp_path / "p.npy")
 
 
@@ -55,13 +55,13 @@ def test_an_adapter_without_weights(tmp_path):
 
 def test_a_folder_of_named_adapters_tells_their_names(tmp_path):
     write_adapter(tmp_path / "smile", np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
-    with pytest.raises(InputError, match=r"holds no prefix, .*; its folders that hold one: smile"):
+    with pytest.raises(InputError, match=r"holds no prefix: .*; subfolders that hold one: smile"):
         read_prefix(tmp_path)
 
 
 def test_a_training_state_is_told_as_such(tmp_path):
     torch.save({"encoder": {}}, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="found dict; a training state, which train --checkpoint_path takes"):
+    with pytest.raises(InputError, match="found dict; this is a training state: pass it to train --checkpoint_path"):
         read_prefix(tmp_path / "state.pt")
 
 
@@ -107,7 +107,9 @@ def test_five_axes_of_which_one_is_empty(tmp_path):
 
 def test_five_axes_of_which_the_second_is_not_of_keys_and_values(tmp_path):
     np.save(tmp_path / "prefix.npy", np.zeros((2, 3, 10, 4, 8), np.float32))
-    with pytest.raises(InputError, match=r"by layers has axes \[L, 2, P, N, H\], found shape \(2, 3, 10, 4, 8\)"):
+    with pytest.raises(
+        InputError, match=r"a layered prefix has axes \[L, 2, P, N, H\], found shape \(2, 3, 10, 4, 8\)"
+    ):
         read_prefix(tmp_path / "prefix.npy")
 
 

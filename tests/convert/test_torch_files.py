@@ -30,7 +30,7 @@ class Subclass(torch.Tensor):
 
 def test_a_tensor_of_a_class_of_its_own_is_refused(tmp_path):
     torch.save(torch.ones(2).as_subclass(Subclass), tmp_path / "x.pt")
-    with pytest.raises(InputError, match=r"asks for .*Subclass, which is no dense tensor"):
+    with pytest.raises(InputError, match=r"asks for .*Subclass, but only dense tensors are read"):
         load_torch(tmp_path / "x.pt")
 
 
@@ -49,7 +49,7 @@ def test_a_number_that_was_changed_is_found_by_its_checksum(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(np.float32(1.5).tobytes() * 300) + 2] ^= 1
     path.write_bytes(content)
-    refused(path, "data/0 has another checksum")
+    refused(path, "data/0 does not match its checksum")
     assert (load_torch(path, checked=False) != 1.5).sum() == 1
 
 
@@ -67,7 +67,7 @@ def test_the_old_format_says_how_long_its_storages_are(tmp_path):
     numbers = content.index(np.float32(1.5).tobytes() * 300)
     assert content[numbers - 8 : numbers] == (300).to_bytes(8, "little")
     path.write_bytes(content[: numbers - 8] + (299).to_bytes(8, "little") + content[numbers:])
-    refused(path, "storage .* has not 300 numbers")
+    refused(path, "storage .* does not hold 300 numbers")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_tied_weights_may_stand_twice_and_no_more(tmp_path):
 def test_a_tensor_has_no_negative_sizes(offset, shape, strides):
     """What they reach lies in front of the file's numbers: other memory of this process."""
     unpickler = torch_files._Unpickler(b"", lambda *_: None, 10**6)
-    with pytest.raises(ValueError, match="a tensor has shape"):
+    with pytest.raises(ValueError, match="a tensor has an invalid shape"):
         unpickler._rebuild_tensor(np.zeros(6, np.float32), offset, shape, strides)
 
 
@@ -128,5 +128,5 @@ def test_a_storage_has_as_many_numbers_as_it_says(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt") as archive, zipfile.ZipFile(tmp_path / "long.pt", "w") as other:
         for info in archive.infolist():
             other.writestr(info, archive.read(info) + (b"more" if info.filename.endswith("data/0") else b""))
-    with pytest.raises(InputError, match="data/0 is compressed, or has not 3 numbers of type float32"):
+    with pytest.raises(InputError, match="data/0 is compressed, or does not hold 3 numbers of type float32"):
         load_torch(tmp_path / "long.pt")

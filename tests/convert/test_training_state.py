@@ -44,7 +44,7 @@ def test_what_is_missing_is_told_once(tmp_path):
 
 
 def test_writing_tells_what_the_source_has_too_much_and_too_little(tmp_path):
-    with pytest.raises(InputError, match="run: no training state of the original's encoder:") as error:
+    with pytest.raises(InputError, match="run: not a training state of the original's encoder:") as error:
         write_training_state(tmp_path / "state.pt", {"encoder.prefix": np.ones(3)}, tmp_path / "run")
     problems = str(error.value).split("\n  - ")[1:]
     assert "missing encoder.prefix_wte.weight" in problems

@@ -27,7 +27,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path):
 )
 def test_a_pointer_of_git_lfs_is_told_as_such(tmp_path, name, read):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    with pytest.raises(InputError, match=f"{name}: is Git LFS's pointer to the file, not the file; run `git lfs pull`"):
+    with pytest.raises(InputError, match=f"{name}: is a Git LFS pointer, not the file itself; run `git lfs pull`"):
         read(tmp_path / name)
 
 
@@ -44,7 +44,7 @@ def test_only_a_snapshots_links_lead_to_blobs(tmp_path):
         (tmp_path / parent / "base").mkdir(parents=True)
         (tmp_path / parent / "base" / "config.json").symlink_to("../../blobs/secret")
     assert member(tmp_path / "snapshots" / "base", "config.json").is_file()
-    with pytest.raises(InputError, match=r"leads out of its folder, to .*secret"):
+    with pytest.raises(InputError, match=r"points outside its folder, to .*secret"):
         member(tmp_path / "models" / "base", "config.json")
 
 

@@ -36,7 +36,7 @@ def a_base_model_with_code(folder):
     return lambda: load_model(folder / "base")
 
 
-@hostile("leads out of its folder, to .*secret")
+@hostile("points outside its folder, to .*secret")
 def a_base_model_with_a_link_to_its_weights(folder):
     weights = make_base_folder(folder / "base") / "model.safetensors"
     weights.rename(folder / "secret")
@@ -44,7 +44,7 @@ def a_base_model_with_a_link_to_its_weights(folder):
     return lambda: load_model(folder / "base")
 
 
-@hostile("leads out of its folder, to .*secret")
+@hostile("points outside its folder, to .*secret")
 def a_base_model_that_smuggles_a_file_into_its_copy(folder):
     (folder / "secret").write_text("{}")
     (make_base_folder(folder / "base") / "extra.json").symlink_to(folder / "secret")
@@ -63,7 +63,7 @@ def base_config(**changes):
     return json.loads((GOLDEN_BASE / "config.json").read_text()) | changes
 
 
-@hostile(r"config.json: asks for code of its own \(auto_map\), which is never run")
+@hostile(r"config.json: needs its own code \(auto_map\), which is never run")
 def a_config_with_code(folder):
     auto_map = {"AutoModelForCausalLM": "modeling_evil.Model", "AutoConfig": "evil/code--configuration.Config"}
     config = base_config(auto_map=auto_map, trust_remote_code=True)
@@ -81,12 +81,12 @@ def a_deep_tokenizer_config(folder):
     return base_with(folder, "tokenizer_config.json", DEEP)
 
 
-@hostile("is longer than the 8,388,608 bytes")
+@hostile("is longer than 8,388,608 bytes")
 def a_config_of_ten_megabytes(folder):
     return base_with(folder, "config.json", base_config(note="x" * 10**7))
 
 
-@hostile("the key 'hidden_size' stands twice")
+@hostile("duplicate key 'hidden_size'")
 def a_config_with_two_answers(folder):
     return base_with(folder, "config.json", b'{"hidden_size": 8, "hidden_size": 64}')
 
@@ -107,12 +107,12 @@ def an_index_that_climbs_out(folder):
     return base_with(folder, "model.safetensors.index.json", shards)
 
 
-@hostile("is no name of a file|names files that are missing")
+@hostile("cannot be resolved|names files that are missing")
 def an_index_with_a_name_that_ends_early(folder):
     return base_with(folder, "model.safetensors.index.json", {"weight_map": {"a": "model.safetensors\0.txt"}})
 
 
-@hostile("leads out of its folder, to .*secret")
+@hostile("points outside its folder, to .*secret")
 def an_index_whose_shard_is_a_link(folder):
     (folder / "secret").write_bytes(b"")
     read = base_with(folder, "model.safetensors.index.json", {"weight_map": {"a": "shard.safetensors"}})

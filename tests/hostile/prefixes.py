@@ -72,7 +72,7 @@ def one_number_as_a_trillion(folder):
     return lambda: read_prefix(folder / "p.weight")
 
 
-@hostile("has not 3840 numbers of type float64")
+@hostile("does not hold 3840 numbers of type float64")
 def a_storage_that_is_shorter_than_it_says(folder):
     torch.save(torch.from_numpy(PREFIX), folder / "plain")
     with zipfile.ZipFile(folder / "plain") as archive:
@@ -166,7 +166,7 @@ def adapter(folder: Path, **changes) -> Path:
     return folder
 
 
-@hostile("leads out of its folder, to .*secret.safetensors")
+@hostile("points outside its folder, to .*secret.safetensors")
 def an_adapter_with_a_link_to_its_weights(folder):
     weights = adapter(folder / "adapter") / "adapter_model.safetensors"
     weights.rename(folder / "secret.safetensors")
@@ -181,12 +181,12 @@ def adapter_whose_config_leads_to(folder, target):
     return lambda: read_prefix(folder / "adapter")
 
 
-@hostile("leads out of its folder, to /dev/zero")
+@hostile("points outside its folder, to /dev/zero")
 def an_adapter_config_without_an_end(folder):
     return adapter_whose_config_leads_to(folder, "/dev/zero")
 
 
-@hostile("leads out of its folder")
+@hostile("points outside its folder")
 def a_run_folder_with_a_link_to_its_prefix(folder):
     adapter(folder / "elsewhere")
     (folder / "run").mkdir()
@@ -194,7 +194,7 @@ def a_run_folder_with_a_link_to_its_prefix(folder):
     return lambda: read_prefix(folder / "run")
 
 
-@hostile("is no name of a file")
+@hostile("cannot be resolved")
 def links_in_a_circle(folder):
     return adapter_whose_config_leads_to(folder, "adapter_config.json")
 

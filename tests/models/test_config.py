@@ -47,9 +47,9 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         (NEW | {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type = default, rope_scaling.type = linear"),
         (NEW | {"rope_scaling": {"rope_theta": 500.0}}, "contradiction: rope_scaling and rope_parameters differ"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3' is not supported, only "),
-        ({"head_dim": 32}, "head_dim 32 is not width 64 by 4 heads"),
+        ({"head_dim": 32}, "head_dim 32 is not width 64 divided by 4 heads"),
         ({"rotary_pct": float("nan")}, "rotary_pct must be a positive float, found nan"),
-        ({"rotary_pct": 0.2}, "3 of 16 dimensions rotate, which are no pairs"),
+        ({"rotary_pct": 0.2}, "3 of 16 dimensions rotate, which must be an even number"),
         ({"model_type": "gpt2", "num_hidden_layers": None}, "n_layer is missing"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention True is not supported"),
         (GPT2 | {"activation_function": "quick_gelu"}, "activation_function 'quick_gelu' is not supported"),
@@ -59,13 +59,13 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         ({"hidden_size": "64"}, "hidden_size must be a positive int, found '64'"),
         ({"num_attention_heads": 5}, "width 64 is not divisible by 5 heads"),
         ({"vocab_size": -1}, "vocab_size must be a positive int, found -1"),
-        ({"vocab_size": 2**40}, "vocab_size 1099511627776 is more than 16,777,216, the most that is computed"),
+        ({"vocab_size": 2**40}, "vocab_size 1099511627776 is more than 16,777,216, the largest supported"),
         ({"rotary_pct": 1.5}, "rotary_pct 1.5 is more than 1"),
         ({"rotary_emb_base": 10**400}, "rotary_emb_base must be a positive float, found 1000"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 1e-320}}, "a rotary scaling factor of 1e-320 shortens"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1e-320}}, "rotary scaling factor 1e-320 is below 1"),
         (
             {"rotary_pct": 0.125, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "dynamic rotary scaling needs more than the 2 dimensions that rotate",
+            "dynamic rotary scaling needs at least 4 dimensions that rotate, found 2",
         ),
         ({"model_type": ["gpt2"]}, "model_type is \\['gpt2'\\]; supported"),
         ({"model_type": {}}, "model_type is {}; supported"),
@@ -84,7 +84,7 @@ def test_null_inner_width_is_four_times_the_residual(tmp_path):
 def test_model_type_must_agree_if_it_is_given(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     assert read_model_config(tmp_path, model_type="gpt-neox").model_type == "gpt_neox"
-    with pytest.raises(InputError, match="model_type is 'gpt_neox', which is not --model_type gpt"):
+    with pytest.raises(InputError, match="model_type is 'gpt_neox', which contradicts --model_type gpt"):
         read_model_config(tmp_path, model_type="gpt")
 
 
@@ -133,14 +133,14 @@ def test_positions_end_where_they_end(tmp_path):
     """Scaling reaches further, for a config.json tells how many positions there were before it."""
     plain = read(tmp_path, BARE)
     plain.check_fit(440, 10, 246, "a row")
-    with pytest.raises(InputError, match="is more than the base model's 256 positions"):
+    with pytest.raises(InputError, match="exceeds the base model's 256 positions"):
         plain.check_fit(440, 10, 247, "a row")
     with pytest.raises(InputError, match="the tokenizer has 441 pieces"):
         plain.check_fit(441, 10, 246, "a row")
     for scaling in ("linear", "dynamic"):
         scaled = read(tmp_path, BARE | {"rope_scaling": {"type": scaling, "factor": 2.0}})
         scaled.check_fit(440, 10, 502, "a row")
-        with pytest.raises(InputError, match="is more than the base model's 512 positions"):
+        with pytest.raises(InputError, match="exceeds the base model's 512 positions"):
             scaled.check_fit(440, 10, 503, "a row")
 
 

@@ -116,7 +116,7 @@ def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
 
 def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "_tokenize", lambda path, *_: path.write_text('{"text": "b"}'))
-    with pytest.raises(InputError, match="changed while it was tokenized"):
+    with pytest.raises(InputError, match="changed while it was being tokenized"):
         load_examples(data, Chunking(tokenizer))
     assert list((cache_folder() / "tokens").iterdir()) == []
 

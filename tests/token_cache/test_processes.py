@@ -62,7 +62,7 @@ def test_a_program_that_its_helpers_would_run_again_is_told(data, tmp_path, from
     result = subprocess.run(command, input="" if from_file else WITHOUT_GUARD, **options)
     assert result.returncode == 1
     assert ("put it under `if __name__ == '__main__':`" if from_file else "<stdin>") in result.stderr
-    assert "RunError: a process that tokenizes ended too early: it has said why" in result.stderr
+    assert "RunError: a tokenizing process ended early: it has printed why" in result.stderr
 
 
 def test_a_helper_that_runs_the_program_again_ends(data, tokenizer, monkeypatch):
@@ -116,7 +116,7 @@ def killed(block):
 
 def test_a_helper_that_is_killed_is_told(data, tokenizer, monkeypatch):
     monkeypatch.setattr(token_cache, "_tokenize_block", killed)
-    with pytest.raises(RunError, match="a process that tokenizes ended too early"):
+    with pytest.raises(RunError, match="a tokenizing process ended early"):
         load_examples(data, Chunking(tokenizer))
 
 
@@ -156,7 +156,7 @@ def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
 
     monkeypatch.setattr("fcntl.flock", flock)
     with token_cache._entry_lock(token_cache.cache_folder() / "tokens" / "entry"):
-        assert "another process tokenizes the same file; waiting for it" in capfd.readouterr().err
+        assert "another process is tokenizing the same file; waiting for it" in capfd.readouterr().err
     assert len(asked) == 2
 
 
