@@ -99,7 +99,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args.Composite(**items), force=True)
         except Exception as error:
-            raise self._unsaved(str(step), error) from error
+            raise self._unsaved(f"checkpoint {step}", error) from error
 
     def finish(self) -> None:
         """Wait for what is being saved. Raises SaveError when that failed."""
@@ -108,12 +108,12 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._unsaved("under way", error) from error
+            raise self._unsaved("the checkpoint in progress", error) from error
 
     def _unsaved(self, which: str, error: Exception) -> SaveError:
         newest = newest_checkpoint(self.folder)
-        left = "there is none before it" if newest is None else f"the last good one is {newest}"
-        return SaveError(f"{self.folder}: the checkpoint {which} cannot be saved ({short_reason(error)}); {left}")
+        left = "there is no earlier one" if newest is None else f"the last good one is {newest}"
+        return SaveError(f"{self.folder}: {which} cannot be saved ({short_reason(error)}); {left}")
 
     def read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the newest undamaged checkpoint: arrays by name, and `progress`. Damaged ones are put aside.
@@ -162,9 +162,9 @@ class Checkpoints:
         except Exception as error:  # whatever damaged bytes make the readers raise
             raise _DamagedError(short_reason(error)) from error
         if number != step:
-            raise _DamagedError(f"it is another one, number {number}")
+            raise _DamagedError(f"it holds checkpoint {number} instead")
         if differing := [name for name in found if found[name] != sums.get(name)]:
-            raise _DamagedError(f"what it holds of {differing[0]} is not what was saved")
+            raise _DamagedError(f"{differing[0]} does not match its checksum")
         return arrays, progress
 
     def _put_aside(self, step: int, problem: str) -> None:

@@ -71,12 +71,12 @@ class HostsConfig:
         named = ("coordinator_address", "num_processes", "process_id")
         missing = [f"--{name}" for name in named if getattr(self, name) is None]
         if self.distributed and len(missing) < len(named):
-            problems.append(f"--distributed finds what {', '.join(f'--{name}' for name in named)} would tell")
+            problems.append(f"--distributed detects {', '.join(f'--{name}' for name in named)} itself; leave them out")
         elif 0 < len(missing) < len(named):
-            problems.append(f"many processes need {' and '.join(missing)}, too")
+            problems.append(f"a run of several processes also needs {' and '.join(missing)}")
         host, _, port = (self.coordinator_address or "host:1").rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            problems.append(f"--coordinator_address is host:port, found {self.coordinator_address!r}")
+            problems.append(f"--coordinator_address must be host:port, found {self.coordinator_address!r}")
         if self.num_processes is not None and self.num_processes < 1:
             problems.append(f"--num_processes must be positive, is {self.num_processes}")
         elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
@@ -101,7 +101,7 @@ def mesh_problems(mesh: str | None) -> list[str]:
     """Return what is wrong with --mesh."""
     if mesh is None or mesh_sizes(mesh) is not None:
         return []
-    return [f"--mesh is axis=size,… with axes of {', '.join(MESH_AXES)}, found {mesh!r}"]
+    return [f"--mesh must be axis=size,… with axes from {', '.join(MESH_AXES)}; found {mesh!r}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,10 @@ class TrainConfig:
         if self.resume and not self.save_model:
             problems.append("--resume needs checkpoints, --no_save_model saves none")
         if self.save_name in ("", ".", "..") or "/" in self.save_name + self.filename_note:
-            problems.append(f"--save_name and --filename_note make a folder's name, found {self.run_name!r}")
+            problems.append(
+                "--save_name must be a folder name and --filename_note must not contain /; together they give "
+                f"{self.run_name!r}"
+            )
         problems += mesh_problems(self.mesh)
         if problems:
             raise InputError.all(f"{self.command}:", problems)

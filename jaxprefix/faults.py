@@ -109,7 +109,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
 
 def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
     """Say in one line that a background thread failed: the training loop meets the same failure, and ends the run."""
-    print(f"WARNING: in the background: {reason(failure.exc_value)}", file=sys.stderr, flush=True)
+    print(f"WARNING: a background thread failed: {reason(failure.exc_value)}", file=sys.stderr, flush=True)
 
 
 def reason(error: BaseException | None) -> str:
@@ -135,12 +135,12 @@ def less_memory(config: TrainConfig) -> str:
     """Say which flags take less memory: those that this run can be resumed with, and those that need a new run."""
     same_run = ["--remat block"] if config.compute.remat != "block" else []
     same_run.append("more devices with --mesh fsdp=N")
-    new_run = [f"a --batch_size below {config.batch_size} (with more --n_accum_steps, for updates of as many)"]
+    new_run = [f"a --batch_size below {config.batch_size} (with more --n_accum_steps, for as many examples per update)"]
     new_run.append(f"a --max_seq_len below {config.max_seq_len}")
     new_run += ["--dtype bfloat16"] if config.dtype == "float32" else []
     return (
-        f"this run can take {' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the "
-        f"same flags tells what an update needs. For this run, {what_is_left(config)}"
+        f"this run can use {' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the "
+        f"same flags reports what an update needs; {what_is_left(config)}"
     )
 
 

@@ -76,14 +76,14 @@ def joined(config: HostsConfig) -> Iterator[None]:
         # The processes tell each other their devices, which must not wait for slow downloads.
         counts = collections.Counter(device.process_index for device in jax.devices())
     except ValueError as error:
-        raise InputError(f"--distributed: finds no cluster that it knows ({error})") from error
+        raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
     except RuntimeError as error:
-        raise InputError(f"the other processes cannot be joined: {error}") from error
+        raise InputError(f"cannot join the other processes: {error}") from error
     finally:
         timer.cancel()
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
-        raise InputError(f"all processes need as many devices; {found}")
+        raise InputError(f"all processes must have the same number of devices; {found}")
     yield
     wait_for_all("end")
     jax.distributed.shutdown()
@@ -108,13 +108,13 @@ def _warn_of_slurm() -> None:
     """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
     task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
     if task is not None and n_tasks != "1":
-        what = f"task {task} of SLURM's {n_tasks} makes a run of its own; --distributed joins them"
+        what = f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run"
         print(f"WARNING: {what}", file=sys.stderr)
 
 
 def _give_up(config: HostsConfig) -> None:
     where = config.coordinator_address or "the address that --distributed found"
-    who = "some of the other processes" if config.process_id == 0 else "process 0, or some other,"
+    who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
     _end_at_once(InputError(f"{who} did not join at {where} within {JOIN_SECONDS} seconds"))
 
 
@@ -140,7 +140,7 @@ def wait_for_all(name: str) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
-        raise RunError(f"{name}: not all processes came to it within {PATIENCE_SECONDS} seconds") from error
+        raise RunError(f"{name}: not all processes reached this step within {PATIENCE_SECONDS} seconds") from error
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
@@ -193,8 +193,8 @@ def check_same(settings: Mapping[str, Any]) -> None:
     first = json.loads(broadcast_from_first(padded).tobytes().rstrip(b"\0"))
     differing = [name for name in {**settings, **first} if first.get(name) != settings.get(name)]
     if differing:
-        told = [f"{name}: there {first.get(name)!r}, here {settings.get(name)!r}" for name in differing]
-        raise InputError.all("differs from process 0 in:", told)
+        told = [f"{name}: {first.get(name)!r} on process 0, {settings.get(name)!r} here" for name in differing]
+        raise InputError.all("the settings here differ from those of process 0:", told)
 
 
 def anywhere(flag: bool) -> bool:
@@ -226,7 +226,7 @@ def check_shared(folder: Path) -> None:
         wait_until_visible(mark)
 
     try:
-        agree("see where runs lie", look)
+        agree("see the folder of all runs", look)
     finally:
         if is_first():
             mark.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ class InFlight:
                 if run.checkpoints:
                     run.checkpoints.finish()
                 examples = offending_examples(run, state, number)
-                raise RunError.all(f"{fault}; {what_is_left(run.config)}. It comes from:", examples)
+                raise RunError.all(f"{fault}; {what_is_left(run.config)}. Examples that may have caused it:", examples)
             self.window.add(loss, n_labels, self.clock - started)
             run.log.progress(number, loss, self.window.tokens_per_s)
             run.watchdog.progress()

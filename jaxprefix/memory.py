@@ -31,8 +31,8 @@ def shortage(text: str) -> str:
     stats = device.memory_stats() or {}
     size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     free = size - stats.get("bytes_in_use", 0)
-    over = "more was asked for than"
+    over = "more was requested than"
     if wanted:
         n_bytes = float(wanted[1]) * UNITS[wanted[2]]
-        over = f"{n_bytes / GIB:.2f} GiB were asked for at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
+        over = f"{n_bytes / GIB:.2f} GiB were requested at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
     return f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free"

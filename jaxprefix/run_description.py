@@ -71,7 +71,8 @@ def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool)
     if starts_over:
         compared |= earlier.keys() & {"checkpoint_path"}
     changed = [
-        f"{field}: was {earlier[field]!r}, now {value!r}" + (" (may grow)" if field in MAY_GROW_ON_RESUME else "")
+        f"{field}: was {earlier[field]!r}, now {value!r}"
+        + (" (may only be raised)" if field in MAY_GROW_ON_RESUME else "")
         for field, value in settings.items()
         if field in compared and not _may_follow(field, earlier[field], value)
     ]
@@ -96,9 +97,9 @@ def check_base(run_dir: Path, identity: dict[str, str]) -> None:
     """Check that an earlier run is of a base model. Raises InputError that names the fields that differ."""
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
-        raise InputError(f"{run_dir}: no run, {CONFIG_FILE} is missing or damaged")
+        raise InputError(f"{run_dir}: not a run, {CONFIG_FILE} is missing or damaged")
     if differing := differing_fields(dict.fromkeys(identity) | earlier, identity):  # a run has all fields
-        raise InputError.all(f"{run_dir}: the run is of another base model:", differing)
+        raise InputError.all(f"{run_dir}: the run is for another base model:", differing)
 
 
 def setting_of(folder: Path | None, name: str) -> Any:

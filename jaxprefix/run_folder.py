@@ -51,10 +51,10 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
             check_same_run(folder, description, starts_over=newest_checkpoint(folder / CHECKPOINTS) is None)
         elif config.overwrite and folder.is_dir() and _content(folder):
             if not is_run_folder(folder):
-                raise InputError(f"{folder}: is not empty; is no run of ours")
+                raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")
             for used in (config.data_filepath, config.checkpoint_path, config.pretrained_model_dir):
                 if used is not None and Path(used).resolve().is_relative_to(folder.resolve()):
-                    raise InputError(f"{used}: --overwrite would delete it; copy it to another place")
+                    raise InputError(f"{used}: --overwrite would delete it; copy it to another folder first")
         elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
             raise InputError(f"{folder}: is not empty; use --resume, --overwrite, or another --save_name")
 

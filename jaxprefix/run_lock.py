@@ -70,7 +70,10 @@ def _locked(path: Path) -> IO[str]:
                 break
         file.close()  # its former owner removed it between opening and locking
     if not locked:
-        print(f"WARNING: {path.parent}: has no locks, so a second run of that name is not noticed", file=sys.stderr)
+        print(
+            f"WARNING: {path.parent}: does not support file locks, so a second run of that name goes unnoticed",
+            file=sys.stderr,
+        )
     file.truncate(0)
     try:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

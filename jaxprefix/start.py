@@ -99,10 +99,10 @@ def restore_state(
     if progress.best_dev_loss is not None and not broadcast_from_first(best.is_dir()):
         progress.best_dev_loss = None
         if is_first():
-            print(f"WARNING: {best}: is gone; the best from here on is kept", file=sys.stderr)
+            print(f"WARNING: {best}: is missing; the best prefix from here on is kept", file=sys.stderr)
     if progress.n_done >= n_updates and progress.best_dev_loss is None and not progress.to_evaluate:
         raise InputError(
-            f"{config.run_dir}: is after update {progress.n_done} without a best prefix, and the run has {n_updates}; "
+            f"{config.run_dir}: is at update {progress.n_done} without a best prefix, and the run ends at {n_updates}; "
             "raise --n_training_steps or --n_epochs"
         )
     return from_names(like, arrays, checkpoints.folder), progress

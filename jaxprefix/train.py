@@ -109,7 +109,7 @@ def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str,
     """Return the content of config.json, once it is the same on all processes and the run may have its folder."""
     weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
     description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
-    agree("have process 0's settings", lambda: check_same(common_settings(config, description)))
+    agree("match process 0's settings", lambda: check_same(common_settings(config, description)))
     if config.writes:  # before minutes go by
         agree_first("check the run's folder", lambda: check_run_folder(config, description))
     return description
@@ -140,6 +140,6 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield from inputs.train_set.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
-        yield f"WARNING: rows are split over {n_parts} devices, which --batch_size {config.batch_size} does not fill"
+        yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
-        yield f"WARNING: the suffix {config.suffix!r} holds an unknown token for this tokenizer; it cannot be learnt"
+        yield f"WARNING: the suffix {config.suffix!r} holds text unknown to the tokenizer; it cannot be learnt"

@@ -257,14 +257,14 @@ def test_of_what_a_killed_run_left_the_two_newest_good_ones_stay(folder, tmp_pat
 
 
 def test_what_cannot_be_saved_is_told(folder):
-    message = r"the checkpoint 8 cannot be saved \(.*\); the last good one is 8"
+    message = r": checkpoint 8 cannot be saved \(.*\); the last good one is 8"
     with Checkpoints(folder) as checkpoints, pytest.raises(RunError, match=message):
         checkpoints.save(8, CONTENT[8], PROGRESS[8])
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").touch()
-    message = r"file/checkpoints: the checkpoint 4 cannot be saved \(.*\); there is none before it"
+    message = r"file/checkpoints: checkpoint 4 cannot be saved \(.*\); there is no earlier one"
     with Checkpoints(tmp_path / "file" / "checkpoints") as checkpoints, pytest.raises(RunError, match=message):
         checkpoints.save(4, CONTENT[4], PROGRESS[4])
 
@@ -329,7 +329,7 @@ def test_of_tensorstores_pages_the_beginning_is_told():
 
 
 def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):
-    message = r"the checkpoint under way cannot be saved \(No space left on device\); the last good one is"
+    message = r"the checkpoint in progress cannot be saved \(No space left on device\); the last good one is"
     failed = Mock(side_effect=[ValueError("RESOURCE_EXHAUSTED: [os_error_code='28']"), None])
 
     def save_and_fail():

@@ -11,6 +11,9 @@ from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, c
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from tests.runs import run_config
 
+NAMES = "--save_name must be a folder name and --filename_note must not contain /; together they give"
+MESH = "--mesh must be axis=size,… with axes from data, fsdp, tensor; found"
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -27,11 +30,11 @@ from tests.runs import run_config
         ({"compute": Compute(attention="cudnn")}, "--attention cudnn needs --dtype bfloat16 or float16"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
         ({"resume": True, "save_model": False}, "--resume needs checkpoints, --no_save_model saves none"),
-        ({"save_name": ".."}, "--save_name and --filename_note make a folder's name, found '..'"),
-        ({"filename_note": "a/b"}, "--save_name and --filename_note make a folder's name, found 'run.a/b'"),
-        ({"mesh": "data=2,rows=2"}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found 'data=2,rows=2'"),
+        ({"save_name": ".."}, f"{NAMES} '..'"),
+        ({"filename_note": "a/b"}, f"{NAMES} 'run.a/b'"),
+        ({"mesh": "data=2,rows=2"}, f"{MESH} 'data=2,rows=2'"),
         ({"dtype": "bfloat16", "fp16": True}, "--dtype bfloat16 contradicts --fp16"),
-        ({"mesh": ""}, "--mesh is axis=size,… with axes of data, fsdp, tensor, found ''"),
+        ({"mesh": ""}, f"{MESH} ''"),
     ],
 )
 def test_settings_of_train_that_cannot_be_meant(changes, message):
@@ -188,7 +191,7 @@ def test_no_setting_is_infinite(name):
 
 
 def test_an_address_has_a_host():
-    with pytest.raises(InputError, match="--coordinator_address is host:port, found ':1234'"):
+    with pytest.raises(InputError, match="--coordinator_address must be host:port, found ':1234'"):
         HostsConfig(coordinator_address=":1234", num_processes=2, process_id=0)
 
 

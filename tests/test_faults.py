@@ -108,7 +108,7 @@ class TestOneWriter:
 
         monkeypatch.setattr("fcntl.flock", flock)
         with only_writer(tmp_path / "run"):
-            assert f"WARNING: {tmp_path}: has no locks" in capsys.readouterr().err
+            assert f"WARNING: {tmp_path}: does not support file locks" in capsys.readouterr().err
 
     def test_the_lock_goes_with_its_owner(self, tmp_path):
         program = "import sys, os, pathlib; from jaxprefix.run_lock import only_writer as o\n"
@@ -214,9 +214,9 @@ class TestMemory:
         at_update(monkeypatch, 6, lambda: jnp.zeros(2**47, jnp.uint8).block_until_ready())
         assert main(["train", *flags_of(run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
-        assert "error: out of memory: 131072.00 GiB were asked for at once, " in error
+        assert "error: out of memory: 131072.00 GiB were requested at once, " in error
         assert (
-            "this run can take --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "
+            "this run can use --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "
             in error
         )
         assert "checkpoints/4, --resume goes on from it" in error

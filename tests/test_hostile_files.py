@@ -114,7 +114,7 @@ def test_a_run_folder_with_a_hostile_config_is_none(tmp_path, content):
     with bounded():
         assert setting_of(path.parent, "suffix") is None
         assert setting_of(path.parent / "prefix", "suffix") is None
-        with pytest.raises(InputError, match=r"no run, config\.json is missing or damaged"):
+        with pytest.raises(InputError, match=r"not a run, config\.json is missing or damaged"):
             check_base(path.parent, {})
 
 

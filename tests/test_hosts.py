@@ -33,16 +33,16 @@ def test_a_port_that_is_taken():
 
 def test_joining_comes_before_jax_is_used():
     jax.devices()
-    with pytest.raises(InputError, match=r"the other processes cannot be joined: .* must be called before any JAX"):
+    with pytest.raises(InputError, match=r"cannot join the other processes: .* must be called before any JAX"):
         join(free_port(), process_id=1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_processes": 2}, "many processes need --coordinator_address and --process_id, too"),
-        ({"distributed": True, "process_id": 1}, "--distributed finds what"),
-        ({"coordinator_address": "node0"}, "--coordinator_address is host:port, found 'node0'"),
+        ({"num_processes": 2}, "a run of several processes also needs --coordinator_address and --process_id"),
+        ({"distributed": True, "process_id": 1}, "--distributed detects"),
+        ({"coordinator_address": "node0"}, "--coordinator_address must be host:port, found 'node0'"),
         ({"coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes must be positive, is 0"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "below --num_processes, is 2"),
         ({"stall_minutes": 0.0}, "--stall_minutes must be positive, is 0.0"),
@@ -67,7 +67,7 @@ def test_settings_that_differ_are_named(monkeypatch):
     padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
     monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
     hosts.check_same({"seed": 42, "suffix": " 😃", "mesh": None})
-    with pytest.raises(InputError, match=r"differs from process 0 in:\n  - seed: there 42, here 7$"):
+    with pytest.raises(InputError, match=r"differ from those of process 0:\n  - seed: 42 on process 0, 7 here$"):
         hosts.check_same({"seed": 7, "suffix": " 😃", "mesh": None})
 
 
@@ -113,7 +113,7 @@ def test_processes_need_as_many_devices(monkeypatch):
     devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    message = "all processes need as many devices; process 0 has 2, process 1 has 1"
+    message = "all processes must have the same number of devices; process 0 has 2, process 1 has 1"
     with pytest.raises(InputError, match=message), joined(HostsConfig(True)):
         pass
 
@@ -136,13 +136,13 @@ def test_tasks_of_slurm_that_were_not_joined_are_told(monkeypatch, capsys):
         assert not capsys.readouterr().err
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with joined(HostsConfig()):
-        assert "WARNING: task 0 of SLURM's 2 makes a run of its own; --distributed" in capsys.readouterr().err
+        assert "WARNING: SLURM task 0 of 2 makes a run of its own; --distributed" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("second_of_two")
 def test_the_own_error_is_told_though_the_others_are_too_slow(monkeypatch):
     def wait_for_all(name):
-        raise RunError("not all processes came to it")
+        raise RunError("not all processes reached this step")
 
     def fail():
         raise InputError("no such file")
@@ -160,7 +160,7 @@ def test_one_that_is_slow_for_too_long(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("orbax.checkpoint.multihost.get_barrier_sync_fn", lambda: sync)
-    with pytest.raises(RunError, match="load the base: not all processes came to it within 3600 seconds"):
+    with pytest.raises(RunError, match="load the base: not all processes reached this step within 3600 seconds"):
         hosts.wait_for_all("load the base")
 
 
@@ -177,7 +177,7 @@ def test_no_cluster_is_found(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(InputError, match="--distributed: finds no cluster that it knows"), joined(HostsConfig(True)):
+    with pytest.raises(InputError, match="--distributed: no supported cluster was detected"), joined(HostsConfig(True)):
         pass
 
 
@@ -243,9 +243,9 @@ def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
     there = json.dumps({"seed": 42}).encode()
     padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
     monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
-    with pytest.raises(InputError, match="checkpoint_sha256: there None, here 'a'"):
+    with pytest.raises(InputError, match="checkpoint_sha256: None on process 0, 'a' here"):
         hosts.check_same({"seed": 42, "checkpoint_sha256": "a"})
-    with pytest.raises(InputError, match="seed: there 42, here None"):
+    with pytest.raises(InputError, match="seed: 42 on process 0, None here"):
         hosts.check_same({})
 
 

@@ -18,8 +18,8 @@ from tests.base_folders import GOLDEN_BASE
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "12.50 GiB were"),
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5GiB (1610612736B) on device", "1.50 GiB were"),
         ("RESOURCE_EXHAUSTED: Ran out of memory. Tried to allocate 16.00G, exceeds", "16.00 GiB were"),
-        ("RESOURCE_EXHAUSTED: Failed to allocate memory.", "more was asked for"),
-        ("RESOURCE_EXHAUSTED: something else", "more was asked for"),
+        ("RESOURCE_EXHAUSTED: Failed to allocate memory.", "more was requested"),
+        ("RESOURCE_EXHAUSTED: something else", "more was requested"),
     ],
 )
 def test_what_was_asked_for_is_read_from_the_error(text, asked):
@@ -33,7 +33,7 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     monkeypatch.setattr(jaxprefix.decode, "_decode", fail)
     assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
     error = capsys.readouterr().err
-    assert "error: out of memory: 12.50 GiB were asked for at once, " in error
+    assert "error: out of memory: 12.50 GiB were requested at once, " in error
     assert "lower --batch_size 3 or --max_output_len 128, or take --dtype bfloat16" in error
 
 

@@ -94,9 +94,10 @@ def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
     pair = [start(config, *one), start(config, *other, "--data_filepath", str(first), "--seed", "7")]
     codes, _, errors = ended(pair)
     assert codes == [2, 2], errors
-    assert "error: process 1 cannot have process 0's settings; its own error tells why" in errors[0]
+    assert "error: process 1 cannot match process 0's settings; its own error tells why" in errors[0]
     assert re.fullmatch(
-        r"error: differs from process 0 in:\n  - seed: there 42, here 7\n  - data_sha256: there '\w+', here '\w+'\n",
+        r"error: the settings here differ from those of process 0:\n  - seed: 42 on process 0, 7 here\n"
+        r"  - data_sha256: '\w+' on process 0, '\w+' here\n",
         errors[1],
     )
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -154,4 +155,4 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
     process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("JOIN_SECONDS")))
     [code], _, [error] = ended([process])
     assert code == 2
-    assert re.fullmatch(r"error: process 0, or some other, did not join at 127.0.0.1:\d+ within 2 seconds\n", error)
+    assert re.fullmatch(r"error: process 0 or another process did not join at 127.0.0.1:\d+ within 2 seconds\n", error)

@@ -86,7 +86,7 @@ def test_a_finished_run_goes_on_for_more_epochs(finished, tmp_path):
     assert losses_of(config.run_dir)[:8] == losses_of(finished.run_dir)
     assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 17))
     assert json.loads((config.run_dir / "config.json").read_text())["n_epochs"] == 4
-    with pytest.raises(InputError, match=r"n_epochs: was 4, now 2 \(may grow\)"):
+    with pytest.raises(InputError, match=r"n_epochs: was 4, now 2 \(may only be raised\)"):
         train(run_config(tmp_path, resume=True))
 
 

@@ -57,7 +57,7 @@ def test_an_encoder_cannot_start_from_a_prefix_alone(finished, tmp_path):
 
 
 def test_an_encoder_cannot_start_from_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(InputError, match=r"no run, config.json is missing or damaged"):
+    with pytest.raises(InputError, match=r"not a run, config.json is missing or damaged"):
         train(run_config(tmp_path, checkpoint_path=tmp_path))
 
 
@@ -73,7 +73,7 @@ def test_a_best_prefix_that_is_gone_is_made_anew(finished, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run" / "prefix")
     config = run_config(tmp_path, resume=True, n_epochs=3, checkpoint_path=tmp_path / "not read any more")
     assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
-    assert f"WARNING: {config.run_dir / 'prefix'}: is gone" in capsys.readouterr().err
+    assert f"WARNING: {config.run_dir / 'prefix'}: is missing" in capsys.readouterr().err
     assert read_prefix(config.run_dir)[0].shape == (10, 384)
 
 

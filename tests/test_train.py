@@ -128,7 +128,7 @@ def test_overwrite_deletes_runs_and_nothing_else(finished, tmp_path):
     train(config)
     assert not (config.run_dir / "left-over").exists()
     base = make_base_folder(tmp_path / "base")
-    with pytest.raises(InputError, match="is not empty; is no run of ours"):
+    with pytest.raises(InputError, match="is not empty, and not a run's folder; --overwrite"):
         train(run_config(tmp_path, name="base", overwrite=True))
     assert (base / "model.safetensors").is_file()
 
@@ -150,7 +150,7 @@ def test_an_unknown_suffix_is_warned_of(tmp_path):
     config = run_config(tmp_path, suffix=" 🦀", n_training_steps=1)
     train(config)
     log = (config.run_dir / "log.txt").read_text()
-    assert "WARNING: the suffix ' 🦀' holds an unknown token" in log
+    assert "WARNING: the suffix ' 🦀' holds text unknown to the tokenizer" in log
     assert "unknown tokens: 27 (4.27%), in 13 examples" in log
 
 
@@ -215,7 +215,7 @@ def test_what_a_run_uses_is_not_overwritten(finished, tmp_path):
     shutil.copytree(finished.run_dir, tmp_path / "run")
     data = shutil.copy(finished.data_filepath, tmp_path / "run")
     for used in ({"data_filepath": Path(data)}, {"checkpoint_path": tmp_path / "run"}):
-        with pytest.raises(InputError, match="--overwrite would delete it; copy it to another place"):
+        with pytest.raises(InputError, match="--overwrite would delete it; copy it to another folder first"):
             train(run_config(tmp_path, overwrite=True, **used))
     assert Path(data).is_file()
 
@@ -276,7 +276,7 @@ def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     for module in (train_module, run_folder, hosts):
         monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
-    steps = ["read its inputs", "read the weights", "describe the run", "have process 0's settings"]
+    steps = ["read its inputs", "read the weights", "describe the run", "match process 0's settings"]
     steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
     assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]
 
@@ -316,7 +316,7 @@ def test_devices_that_a_batch_does_not_fill_are_warned_of(tmp_path, monkeypatch,
     monkeypatch.setattr(train_module, "n_row_parts", lambda mesh: n_devices)
     inputs = read_inputs(config := run_config(tmp_path))
     lines = list(train_module.summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
-    message = f"rows are split over {n_devices} devices, which --batch_size 4 does not fill"
+    message = f"rows are split over {n_devices} devices, too many for --batch_size 4 to fill"
     assert any(message in line for line in lines) == warned
 
 

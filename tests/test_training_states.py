@@ -75,7 +75,7 @@ def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
     converted(state, tmp_path / "again")
     with pytest.raises(InputError, match="does not fit this run"):
         train(run_config(tmp_path, "again", dtype="float16", prefix_seq_len=3, resume=True))
-    with pytest.raises(InputError, match=r"after update 1 without a best prefix, and the run has 1; raise"):
+    with pytest.raises(InputError, match=r"at update 1 without a best prefix, and the run ends at 1; raise"):
         train(run_config(tmp_path, "again", dtype="float16", n_training_steps=1, resume=True))
     assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
 
