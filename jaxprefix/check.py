@@ -57,7 +57,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
     if config.hosts.several:
-        yield "memory: not told for several hosts, whose devices are not seen from one"
+        yield "memory: not estimated for several hosts, since one does not see the others' devices"
         return
     mesh = make_mesh(mesh_sizes(config.mesh))
     if train_set is None:
@@ -73,7 +73,7 @@ def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
     rotary = f", rotary {model.rotary_fraction:g} base {model.rotary_base:g}" if model.rotary_dim else ""
     if model.rotary_scaling != "default":
         rotary += f" {model.rotary_scaling} scaling × {model.rotary_factor:g}"
-    head = "tied head" if model.tied_head else "head of its own"
+    head = "tied head" if model.tied_head else "untied head"
     yield (
         f"base model: {model.model_type}, {model.n_layer} layers × {model.n_embd}, {model.n_head} heads of "
         f"{model.head_dim}, {model.activation}{residual}{rotary}, {head}"
@@ -118,7 +118,7 @@ def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> st
     rows = f"{'packed' if isinstance(shape, PackedShape) else 'padded'} to {shape[0]} rows × {shape[1]} tokens"
     return (
         f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples, {rows}, in {config.dtype}, "
-        f"each of {n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
+        f"on each of {n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
     )
 
 

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a path that the system refuses, or a full disk that stdout is on
         if error.filename is None and error.errno == errno.ENOSPC:
             _mute_stdout()
-            print(f"error: what is printed cannot be written ({error.strerror})", file=sys.stderr)
+            print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
             return RunError.exit_code
         if error.filename is None:
             raise
@@ -103,7 +103,7 @@ def _inference(settings: InferenceConfig) -> Iterator[None]:
 def _less_memory(settings: InferenceConfig) -> str:
     needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
     needed += ["--max_seq_len"] if isinstance(settings, EvaluateConfig) else []
-    return f"lower {' or '.join(needed)}" + (", or take --dtype bfloat16" if settings.dtype == "float32" else "")
+    return f"lower {' or '.join(needed)}" + (", or use --dtype bfloat16" if settings.dtype == "float32" else "")
 
 
 def _train(config: TrainConfig) -> int:

@@ -53,7 +53,9 @@ def _convert(config: ConvertConfig) -> str:
         return _import_training_state(config)
     if _is_base_model(source):
         if config.pretrained_model_dir is not None:
-            raise InputError(f"{source}: is a base model, for which --pretrained_model_dir has no use")
+            raise InputError(
+                f"{source}: is a base model; --pretrained_model_dir is only for prefixes and training states"
+            )
         _check_folder_name(config, "a base model, which becomes a folder")
         copy_base_model(str(source), target)
         return f"{target}: base model, weights bit-identical to {source}"
@@ -92,7 +94,9 @@ def _convert_prefix(config: ConvertConfig) -> str:
 def _export_training_state(config: ConvertConfig) -> str:
     """Write the state in a run's newest checkpoint as a torch file."""
     if newest_checkpoint(config.source / CHECKPOINTS) is None:
-        raise InputError(f"{config.source}: no run folder with a checkpoint, whose training state could be written")
+        raise InputError(
+            f"{config.source}: not a run folder with a checkpoint, which a {TRAINING_STATE_SUFFIX} target needs"
+        )
     with Checkpoints(config.source / CHECKPOINTS, writing=False) as checkpoints:
         arrays, progress = checkpoints.read()
     _check_width(config, arrays)
@@ -102,7 +106,7 @@ def _export_training_state(config: ConvertConfig) -> str:
 
 def _import_training_state(config: ConvertConfig) -> str:
     """Make a torch file the newest checkpoint of a run folder, from which --resume goes on."""
-    resume = "; train --resume goes on from there and keeps a prefix"
+    resume = "; train --resume goes on from that folder and writes a prefix"
     _check_folder_name(config, "a training state, which becomes a run folder", resume)
     check_takes_state(config.target)
     arrays = read_training_state(config.source)
@@ -119,7 +123,9 @@ def _import_training_state(config: ConvertConfig) -> str:
             progress = Progress(**saved)
         from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
         if progress.n_done >= n_done:
-            raise InputError(f"{folder}: has a checkpoint of update {progress.n_done}, the source is of {n_done}")
+            raise InputError(
+                f"{folder}: already has a checkpoint of update {progress.n_done}; the source is only at {n_done}"
+            )
         checkpoints.save(n_done, arrays, dataclasses.asdict(Progress(n_done, progress.best_dev_loss)))
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 

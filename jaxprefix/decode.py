@@ -178,7 +178,7 @@ def check_prompts(
 
 def overflow_hint(dtype: str) -> str:
     """Say why a model's numbers became infinite, and what helps."""
-    return f"its numbers grow beyond {dtype}" + ("; take --dtype bfloat16" if dtype == "float16" else "")
+    return f"its numbers grow beyond {dtype}" + ("; use --dtype bfloat16" if dtype == "float16" else "")
 
 
 @functools.partial(jax.jit, static_argnames=("eos_id", "decode"))

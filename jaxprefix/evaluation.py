@@ -77,12 +77,17 @@ def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
     """Return a suffix as it appears, normalised, in generated texts. Raises InputError if no sentence can end so."""
     ids = tokenizer.encode(suffix)
     if tokenizer.unk_id in ids:
-        raise InputError(f"the suffix {suffix!r} holds an unknown token; --n_samples 0 skips its rate")
+        raise InputError(
+            f"the suffix {suffix!r} holds text unknown to the tokenizer; --n_samples 0 skips the suffix rate"
+        )
     generated = tokenizer.decode(ids)
     if not generated.strip():
-        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips its rate")
+        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips the suffix rate")
     if "\n" in generated.strip():
-        raise InputError(f"the suffix {suffix!r} goes over lines, and no sentence does; --n_samples 0 skips its rate")
+        raise InputError(
+            f"the suffix {suffix!r} spans several lines, but a sentence is one line; "
+            "--n_samples 0 skips the suffix rate"
+        )
     return generated
 
 
@@ -90,5 +95,5 @@ def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setti
     """Return a setting if it is given, else that of the prefix's run, else train's default."""
     given, found = getattr(config, name), setting_of(config.prefix_checkpoint_path, name)
     if given is None and found is not None and (type(found) is not kind or (isinstance(found, int) and found < 1)):
-        raise InputError(f"{config.prefix_checkpoint_path}: its config.json has {name} {found!r}")
+        raise InputError(f"{config.prefix_checkpoint_path}: its config.json has an invalid {name}, {found!r}")
     return next(value for value in (given, found, getattr(TrainConfig, name)) if value is not None)

@@ -23,7 +23,7 @@ def continue_prompts(config: GenerateConfig) -> None:
     """
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:
-        raise InputError("there is no --prompt and no --prompt_file, and the standard input is closed")
+        raise InputError("neither --prompt nor --prompt_file is given, and standard input is closed")
     mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
     if config.prefix_checkpoint_path and prefix is not None and config.prefix_seq_len is not None:
@@ -36,7 +36,7 @@ def continue_prompts(config: GenerateConfig) -> None:
 
     def answer(prompts: list[str], first_index: int = 0) -> None:
         if n_unknown := sum(base.tokenizer.unk_id in encode(prompt) for prompt in prompts):
-            print(f"WARNING: {n_unknown} prompt(s) hold what the tokenizer does not know", file=sys.stderr)
+            print(f"WARNING: {n_unknown} prompt(s) hold text unknown to the tokenizer", file=sys.stderr)
         timings = {way: list[BatchTiming]() for way in ways}
         options = (config.seed, config.batch_size, config.decode)
         streams = [

@@ -30,7 +30,7 @@ def test_report_on_the_small_base(capsys):
     code, lines, _ = report(capsys, SMALL_BASE, "--data_filepath", SMALL_BASE.parent / "sample_data.jsonl", *sizes)
     assert code == 0
     assert lines[:2] == [
-        "base model: gpt_neox, 4 layers × 192, 6 heads of 32, gelu, sequential, rotary 1 base 10000, head of its own",
+        "base model: gpt_neox, 4 layers × 192, 6 heads of 32, gelu, sequential, rotary 1 base 10000, untied head",
         "parameters: 3,315,840",
     ]
     assert lines[2] == "tokenizer: SentencePiece, 4,000 pieces; bos 1, eos 2, pad 3, unknown 0"
@@ -39,7 +39,7 @@ def test_report_on_the_small_base(capsys):
     assert lines[5] == "suffix ' 😃': 1 token(s)"
     assert lines[6] == "positions: prefix 10 + longest row 65 of 512"
     update = "memory for an update of 4 × 1 examples, packed to 1 rows × 520 tokens, in float32"
-    assert lines[7].startswith(f"{update}, each of 1 device(s): 0.01 GiB")
+    assert lines[7].startswith(f"{update}, on each of 1 device(s): 0.01 GiB")
 
 
 def test_report_on_a_bpe_folder(capsys, tmp_path):
@@ -117,7 +117,7 @@ def test_memory_of_several_hosts_is_not_told(capsys):
     several = ("--num_processes", 2, "--process_id", 0, "--coordinator_address", "a:1", "--mesh", "data=2,fsdp=8")
     code, lines, _ = report(capsys, GOLDEN_BASE, *several)
     assert code == 0
-    assert lines[-1] == "memory: not told for several hosts, whose devices are not seen from one"
+    assert lines[-1] == "memory: not estimated for several hosts, since one does not see the others' devices"
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

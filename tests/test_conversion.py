@@ -172,14 +172,14 @@ def test_others_may_read_what_others_may_read_beside_it(tmp_path):
 def test_sources_that_cannot_be_converted(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such file or folder"):
         converted(tmp_path / "nowhere", tmp_path / "p.weight")
-    with pytest.raises(InputError, match="no run folder with a checkpoint, whose training state could be written"):
+    with pytest.raises(InputError, match=r"not a run folder with a checkpoint, which a \.pt target needs"):
         converted(tmp_path, tmp_path / "state.pt")
 
 
 def test_a_base_model_becomes_a_folder(tmp_path):
     with pytest.raises(InputError, match=r"is a base model, which becomes a folder, not a .weight file"):
         converted(GOLDEN_BASE, tmp_path / "base.weight")
-    with pytest.raises(InputError, match="is a base model, for which --pretrained_model_dir has no use"):
+    with pytest.raises(InputError, match="is a base model; --pretrained_model_dir is only for"):
         converted(GOLDEN_BASE, tmp_path / "base", GOLDEN_BASE)
 
 

@@ -100,7 +100,7 @@ def test_weights_beyond_float16_are_refused(tmp_path):
 def test_numbers_that_grow_beyond_float16_are_told(tokenizer, tmp_path, method):
     model = load_model(with_norm_weights_of(6e4, tmp_path), "float16")
     decode = DecodeConfig(decode_method=method, max_output_len=4)
-    with pytest.raises(RunError, match=r"the model's logits are not finite.* beyond float16; take --dtype bfloat16"):
+    with pytest.raises(RunError, match=r"the model's logits are not finite.* beyond float16; use --dtype bfloat16"):
         ids_of(model, tokenizer, PROMPTS[:1], decode=decode)
 
 

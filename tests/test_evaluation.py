@@ -61,7 +61,11 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
 def test_evaluate_tells_of_unknown_tokens(capsys):
     """Of the suffix that a crab is nothing could be learnt, and anything unknown would count as it."""
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--suffix", " 🦀"]
-    fails(capsys, ["evaluate", *BASE, *data], "the suffix ' 🦀' holds an unknown token; --n_samples 0 skips its rate")
+    fails(
+        capsys,
+        ["evaluate", *BASE, *data],
+        "the suffix ' 🦀' holds text unknown to the tokenizer; --n_samples 0 skips the",
+    )
     assert main(["evaluate", *BASE, *data, "--n_samples", "0"]) == 0
     assert "unknown tokens: 53 (4.56%), in 26 examples" in capsys.readouterr().err
 
@@ -90,7 +94,7 @@ def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
     monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": math.nan, "ppl": math.nan})
     assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
-    message = "error: the loss without prefix is nan: its numbers grow beyond float16; take --dtype bfloat16"
+    message = "error: the loss without prefix is nan: its numbers grow beyond float16; use --dtype bfloat16"
     assert message in capsys.readouterr().err
 
 
@@ -100,7 +104,7 @@ def test_evaluate_refuses_a_blank_suffix(capsys):
 
 def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
     base = ["evaluate", "--pretrained_model_dir", str(make_bpe_folder(tmp_path / "base")), "--n_samples", "2"]
-    fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' goes over lines")
+    fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' spans several lines")
     assert main([*base, "--suffix", "\n😃\n", "--max_output_len", "8"]) == 0
 
 

@@ -59,7 +59,7 @@ def test_the_prompt_loop_answers_line_by_line():
     made, told = result.stdout.decode(), result.stderr.decode()
     assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
     assert "\r" not in made
-    assert told.count("WARNING: 1 prompt(s) hold what the tokenizer does not know") == 1
+    assert told.count("WARNING: 1 prompt(s) hold text unknown to the tokenizer") == 1
     assert "error: a prefix of 10 plus 608 tokens (--max_output_len and the longest prompt of 600)" in told
     assert r"error: not a valid text: '\udcff'" in told
 
@@ -80,7 +80,7 @@ def test_json_is_json_in_every_encoding():
 
 def test_a_closed_input(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
-    fails(capsys, ["generate", *BASE], "there is no --prompt and no --prompt_file, and the standard input is closed")
+    fails(capsys, ["generate", *BASE], "neither --prompt nor --prompt_file is given, and standard input is closed")
 
 
 def test_a_closed_error_stream():
@@ -91,12 +91,12 @@ def test_a_closed_error_stream():
 def test_a_full_disk_that_the_output_is_on():
     result = in_a_shell("> /dev/full", "generate", *BASE, "--prompt", "朝", *GREEDY)
     assert result.returncode == 1
-    assert result.stderr == b"error: what is printed cannot be written (No space left on device)\n"
+    assert result.stderr == b"error: standard output cannot be written (No space left on device)\n"
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):
     assert main(["generate", *BASE, "--prompt", "🦀", "朝の", *GREEDY]) == 0
-    assert "WARNING: 1 prompt(s) hold what the tokenizer does not know" in capsys.readouterr().err
+    assert "WARNING: 1 prompt(s) hold text unknown to the tokenizer" in capsys.readouterr().err
 
 
 def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):

@@ -123,7 +123,10 @@ def test_a_run_folder_with_absurd_settings(tmp_path, setting):
     prefix = save_run(tmp_path / "run", setting)
     config = EvaluateConfig(str(GOLDEN_BASE), prefix, data_filepath=GOLDEN / "documents.jsonl", n_samples=0)
     (name, value), *_ = setting.items()
-    with bounded(), pytest.raises(InputError, match=re.escape(f"run: its config.json has {name} {value!r}")):
+    with (
+        bounded(),
+        pytest.raises(InputError, match=re.escape(f"run: its config.json has an invalid {name}, {value!r}")),
+    ):
         evaluate(config)
 
 

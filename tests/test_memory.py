@@ -34,7 +34,7 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
     error = capsys.readouterr().err
     assert "error: out of memory: 12.50 GiB were requested at once, " in error
-    assert "lower --batch_size 3 or --max_output_len 128, or take --dtype bfloat16" in error
+    assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
     assert train(config).n_done == 12
     np.testing.assert_allclose(losses_of(config.run_dir), uninterrupted[0][6:], rtol=LOSS)
     np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=1e-6)
-    with pytest.raises(InputError, match="has a checkpoint of update 12, the source is of 6"):
+    with pytest.raises(InputError, match="already has a checkpoint of update 12; the source is only at 6"):
         converted(tmp_path / "state.pt", tmp_path / "run")
     train(other := run_config(tmp_path, "other", prefix_seq_len=3, n_training_steps=1))
     with pytest.raises(InputError, match=r"encoder.prefix_wte.weight: expected shape \(3, 10\), found \(10, 10\)"):
@@ -137,7 +137,7 @@ def test_a_training_state_goes_into_no_run_that_is_in_use_or_as_far(tmp_path):
     state = converted(run.run_dir, tmp_path / "state.pt")
     with only_writer(tmp_path / "other"), pytest.raises(InputError, match="is in use by process"):
         converted(state, tmp_path / "other")
-    with pytest.raises(InputError, match="has a checkpoint of update 2, the source is of 2"):
+    with pytest.raises(InputError, match="already has a checkpoint of update 2; the source is only at 2"):
         converted(state, run.run_dir)
 
 
