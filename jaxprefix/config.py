@@ -39,8 +39,7 @@ class Compute:
     """How a base model is computed; what comes out is the same, up to rounding."""
 
     attention: AttentionMethod = "auto"
-    """`cudnn`: flash attention on an NVIDIA GPU in half precision. `dense`: plain products, of long rows a block of
-    queries at a time. `auto`: `cudnn` where it pays, else `dense`."""
+    """`cudnn`: flash attention, for NVIDIA GPUs in half precision; `dense`: plain products; `auto`: whichever pays."""
     remat: Literal["elementwise", "block"] = "elementwise"
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
@@ -133,7 +132,7 @@ class TrainConfig:
     skip_bad_lines: bool = False
     """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
     train_data_size: int = 1000
-    """Examples to train on: the first of the file, which must hold as many as both sizes together."""
+    """Examples to train on: the first of the file, which must hold at least the sum of both sizes."""
     dev_data_size: int = 10
     """Examples to evaluate on after every epoch: the last ones of the file."""
     batch_size: int = 4
@@ -173,8 +172,7 @@ class TrainConfig:
     recipe: RecipeName = "default"
     """`rinna` repeats the original's surprises, see the README's table."""
     checkpoint_path: Path | None = None
-    """Start from another encoder instead of fitting one to the base model: a run folder (its newest checkpoint), or a
-    torch file that holds the encoder's state, as the original expects. With --prefix_hidden_dim 0, any prefix file."""
+    """Start from another run's newest encoder, or the original's file; with --prefix_hidden_dim 0, any prefix."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False
@@ -184,8 +182,7 @@ class TrainConfig:
     checkpoint_every_minutes: float = 10.0
     """Minutes between checkpoints, whichever comes first."""
     mesh: str | None = None
-    """Devices by axis, as in data=2,fsdp=2,tensor=2: rows split over data and fsdp, weights over fsdp and tensor.
-    Default: all devices are data."""
+    """Devices by axis, data=2,fsdp=2,tensor=2: data and fsdp split rows, fsdp and tensor weights; default: all data."""
     save_model: bool = True
     """Save checkpoints and the best prefix."""
     save_log: bool = True
@@ -284,11 +281,9 @@ class ConvertConfig:
     """Convert a prefix, an encoder's training state, or a base model; the source is recognised by its content."""
 
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Prefix (run folder, adapter folder, .weight, .checkpoint, .safetensors, .npy), training state (a torch file, or
-    a run folder when the target ends in .pt), or base model (a folder in the hub's layout)."""
+    """Prefix (file, adapter or run folder), training state (torch file; run folder for a .pt target) or base model."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """Prefix: a file ending in .weight or .checkpoint (the original's), .safetensors or .npy, or an adapter folder.
-    Training state: a file ending in .pt for torch_ref, or a run folder for --resume. Base model: an empty folder."""
+    """Prefix: .weight, .checkpoint, .safetensors, .npy, adapter folder; state: .pt or run folder; base: new folder."""
     pretrained_model_dir: str | None = None
     """Base model that the source must fit; needed to write an adapter folder unless the source has its shape."""
     revision: str | None = None

@@ -31,8 +31,7 @@ class DecodeConfig:
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
-    """`rinna` does as the original: nucleus drops the token that crosses top_p, GPT-2's positions start at 0,
-    `evaluate` chunks documents and averages losses the original's way."""
+    """`rinna` does as the original in the nucleus, GPT-2's positions, evaluate's chunks and means (see the README)."""
 
     def __post_init__(self) -> None:
         check_types(self, "decoding")
@@ -64,8 +63,7 @@ class InferenceConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts at a time, rounded up to a multiple of the mesh's `data`; examples at a time in evaluate's loss, which
-    depends on it with --recipe rinna."""
+    """Prompts, or in evaluate's loss examples, at a time; prompts are rounded up to a multiple of the mesh's `data`."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     mesh: str | None = None

@@ -132,13 +132,14 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
     n_labels = label_counts(inputs.train_set).sum()
-    devices = f"{mesh.size} device(s), {own_device().device_kind}"
+    devices = f"{mesh.size} device(s), {own_device().device_kind}" + (f", {config.mesh}" if config.mesh else "")
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     yield f"data: {plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
     yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
     yield from inputs.train_set.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
+    yield f"compiling; then a line for every {config.log_every_n_steps:,} updates"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
