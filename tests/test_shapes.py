@@ -4,7 +4,15 @@ import pytest
 from jaxprefix.batches import make_packed_batch
 from jaxprefix.data import label_counts, row_lengths
 from jaxprefix.examples import Example
-from jaxprefix.shapes import PackedShape, fitting_shape, pack_rows, packed_shapes, padded_shape, text_classes
+from jaxprefix.shapes import (
+    PackedShape,
+    fitting_shape,
+    pack_rows,
+    packed_shapes,
+    padded_shape,
+    round_up,
+    text_classes,
+)
 from tests.examples import pairs, scores
 
 
@@ -131,3 +139,40 @@ def test_all_micro_batches_of_an_update_fit_its_shape(tokenizer):
         for group in groups:
             made = make_packed_batch(group, tokenizer, fitting_shape(shapes, groups))
             assert made.n_labels == sum(2 * len(example.target) + 1 for example in group)
+
+
+def test_shapes_that_each_save_padding_are_as_many_as_may_be():
+    """The second of five widths is rarest: it takes the third. The fourth could be spared, but not both."""
+    n_columns = [160] * 9 + [184] * 2 + [208] * 9 + [232] * 3 + [256] * 9
+    examples = [Example([7] * 4, [7] * (n - 4)) for n in n_columns]
+    shapes = packed_shapes(examples, iter([[[n]] for n in range(len(examples))]), 1)
+    assert [shape.n_columns for shape in shapes] == [160, 208, 232, 256]
+
+
+def test_a_wider_shape_has_the_labels_that_a_narrower_one_has():
+    examples = [Example([7] * n, [7] * m) for n, m in ((9, 50), (110, 10), (360, 10)) for _ in range(9)]
+    shapes = packed_shapes(examples, iter([[[n]] for n in range(27)]), 1)
+    assert [(shape.n_columns, shape.n_labels) for shape in shapes] == [(64, 56), (120, 56), (376, 56)]
+
+
+def test_the_last_packed_shape_is_no_wider_than_its_examples_can_make_it(monkeypatch):
+    """In one row the longest ones' texts together, in as many rows as texts the longest text."""
+    examples = [Example([], [7] * n) for n in (500, 300, *[20] * 30)]
+    updates = [[list(range(first, first + 4))] for first in (8, 12)]
+    assert packed_shapes(examples, iter(updates), 1)[-1].n_columns == 4 * 41 + 4
+    monkeypatch.setattr("jaxprefix.shapes.SAMPLED_UPDATES", 2)
+    assert packed_shapes(examples, iter(updates), 1)[-1].n_columns == 4 * 41 + 4, "all were sampled"
+    monkeypatch.setattr("jaxprefix.shapes.SAMPLED_UPDATES", 1)
+    assert packed_shapes(examples, iter(updates), 1)[-1].n_columns == round_up(1001 + 601 + 2 * 41)
+    assert packed_shapes(examples, iter(updates), 8)[-1].n_columns == round_up(501)
+
+
+def test_a_row_that_has_room_for_more_texts_than_there_are_has_slots_for_each(monkeypatch):
+    monkeypatch.setattr("jaxprefix.shapes.SAMPLED_UPDATES", 1)
+    examples = [Example([], [7] * 30), *[Example([7] * 5, [7] * 5)] * 7]
+    shapes = packed_shapes(examples, iter([[[0, 1, 2, 3, 4, 5]], [[2, 3, 4, 5, 6, 7]]]), 1)
+    assert shapes[-1].classes == ((2, 31), (10, 10)), "nine texts of twelve"
+
+
+def test_labels_that_round_up_to_nearly_all_columns_are_not_set_aside():
+    assert padded_shape([Example([7, 7], [7] * 6)], 1, 1).n_labels is None
