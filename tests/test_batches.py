@@ -83,6 +83,20 @@ def test_filled_batches_hold_at_most_four_times_the_padded_ones_texts(tokenizer)
     assert [columns.shape for columns in batch.packing.columns] == [(1, 2, 91), (1, 14, 2)]
 
 
+def test_filled_batches_have_room_for_texts_that_their_rows_do_not_share_evenly(tokenizer):
+    [batch] = filled_batches([Example([7], [7] * 9)] * 4, tokenizer, 4, 3)
+    assert batch.n_labels == 4 * 10
+    assert [columns.shape for columns in batch.packing.columns] == [(3, 2, 10)]
+
+
+def test_documents_and_pairs_fill_batches_evenly(tokenizer):
+    """A document's two texts are as long together as a pair's one."""
+    examples = [Example([7] * n_prompt, [7] * n) for n in range(5, 40) for n_prompt in (0, n)]
+    batches = list(filled_batches(examples, tokenizer, 4, 1))
+    assert len(batches) == 5
+    assert sum(batch.tokens.size for batch in batches) < 1.05 * row_lengths(examples).sum()
+
+
 def test_unevenly_long_examples_have_dev_batches_of_one_shape_and_few_scores(tokenizer):
     examples = pairs(320)
     batches = list(filled_batches(examples, tokenizer, 4, 1))
