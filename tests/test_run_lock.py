@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -9,7 +11,8 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import run_lock
-from jaxprefix.run_lock import only_writer
+from jaxprefix.run_lock import lock_shared_folder, only_writer
+from tests.runs import run_config
 
 
 def test_a_disk_that_is_full_at_the_start_keeps_no_lock(tmp_path, monkeypatch):
@@ -54,6 +57,27 @@ def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
         pass
 
 
+def test_an_owner_who_has_not_yet_said_its_name(tmp_path, monkeypatch):
+    (tmp_path / ".run.lock").touch()
+    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=BlockingIOError))
+    with pytest.raises(InputError, match="is in use by another process; wait"), only_writer(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_in_a_folder_that_has_become_read_only_stays_and_is_told_to_nobody(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, only_writer(tmp_path / "run"):
+        patch.setattr(Path, "unlink", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    with only_writer(tmp_path / "run"):
+        assert in_use(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    with only_writer(tmp_path / "run"):
+        assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}: has no locks")
+
+
 def in_use(folder):
     """Return by whom the refusal says that a folder is in use."""
     with pytest.raises(InputError, match="is in use by") as error, only_writer(folder):
@@ -78,6 +102,34 @@ def test_a_lock_that_its_owner_removes_meanwhile_is_taken_anew(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", removed_first)
     with only_writer(tmp_path / "run"):
         assert in_use(tmp_path / "run")
+
+
+def test_a_lock_that_another_process_makes_anew_meanwhile_is_not_taken(tmp_path, monkeypatch):
+    """Else each would hold the lock of a file of its own."""
+    flock, path = fcntl.flock, tmp_path / ".run.lock"
+
+    def made_anew_first(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        path.touch()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", made_anew_first)
+    with only_writer(tmp_path / "run"):
+        assert in_use(tmp_path / "run")
+
+
+def test_a_run_that_writes_locks_its_folder_and_asks_whether_all_see_where_it_lies(tmp_path, monkeypatch):
+    shared, config = [], run_config(tmp_path)
+    monkeypatch.setattr(run_lock, "check_shared", shared.append)
+    with contextlib.ExitStack() as stack:
+        lock_shared_folder(config, stack)
+        assert in_use(config.run_dir)
+    assert shared == [tmp_path]
+    with contextlib.ExitStack() as stack:
+        lock_shared_folder(dataclasses.replace(config, save_log=False, save_model=False), stack)
+        assert not any(tmp_path.iterdir())
+    assert len(shared) == 1
 
 
 def test_a_run_has_one_lock_under_all_its_names(tmp_path):
