@@ -7,8 +7,8 @@ from unittest.mock import Mock
 import pytest
 
 from convert.errors import InputError
-from jaxprefix import run_folder
-from jaxprefix.config import Compute
+from jaxprefix import run_description, run_folder
+from jaxprefix.config import Compute, HostsConfig
 from jaxprefix.run_description import check_base, common_settings, describe_run, setting_of
 from jaxprefix.run_folder import check_run_folder, open_run_folder
 from jaxprefix.train import train
@@ -66,6 +66,23 @@ def test_the_prefix_in_a_run_has_its_settings(tmp_path):
     assert setting_of(tmp_path, "suffix") is setting_of(None, "suffix") is None
 
 
+def test_a_run_within_another_has_its_own_settings(tmp_path):
+    outer = run_config(tmp_path, suffix="！")
+    inner = run_config(outer.run_dir, suffix="。")
+    for config in (outer, inner):
+        begin(config)
+    assert setting_of(inner.run_dir, "suffix") == "。"
+
+
+def test_a_number_that_was_damaged_differs(tmp_path):
+    config = run_config(tmp_path)
+    begin(config)
+    description = config.run_dir / "config.json"
+    description.write_text(description.read_text().replace('"n_epochs": 2', '"n_epochs": "two"'))
+    with pytest.raises(InputError, match="n_epochs: was 'two', now 2"):
+        check_resumed(config)
+
+
 def test_a_run_may_be_renamed(tmp_path):
     config = run_config(tmp_path, filename_note="note")
     begin(config)
@@ -121,6 +138,29 @@ def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
     assert settings["checkpoint_path"] == "given"
 
 
+def test_processes_may_have_the_same_things_in_other_places(tmp_path):
+    config = run_config(tmp_path, checkpoint_path=tmp_path / "earlier")
+    moved = shutil.copy(config.data_filepath, tmp_path / "moved.jsonl")
+    places = {"data_filepath": Path(moved), "checkpoint_path": tmp_path / "later", "output_dir": tmp_path / "later"}
+    other = dataclasses.replace(config, **places, pretrained_model_dir="elsewhere", revision="main")
+    for path in (config.checkpoint_path, other.checkpoint_path):
+        path.mkdir()
+    settings, others = (common_settings(one, describe_run(one, {})) for one in (config, other))
+    assert settings == others
+    assert "seed" in settings
+    assert "checkpoint_sha256" not in settings, "of a folder"
+
+
+def test_the_version_of_a_run_is_a_checksum_of_all_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_description, "__file__", str(tmp_path / "jaxprefix" / "run_description.py"))
+    found = set()
+    for package in ("", "convert", "jaxprefix", "jaxprefix/models"):
+        (tmp_path / package).mkdir(exist_ok=True)
+        (tmp_path / package / "a.py").write_text(package)
+        found.add(describe_run(run_config(tmp_path), {})["versions"]["sources"])
+    assert len(found) == 4
+
+
 def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
     config = run_config(tmp_path)
     begin(config, n_layer="3")
@@ -161,6 +201,31 @@ def test_what_changes_the_result_may_not_change_on_resuming(tmp_path, name):
     begin(config)
     with pytest.raises(InputError, match=f"{name}: was"):
         check_resumed(dataclasses.replace(config, **{name: OTHERS[name]}))
+
+
+FREE = {
+    "save_log": False,
+    "log_every_n_steps": 7,
+    "checkpoint_every_n_steps": 7,
+    "checkpoint_every_minutes": 7.0,
+    "revision": "main",
+    "hosts": HostsConfig(True),
+    "n_training_steps": 10**6 + 1,
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_does_not_change_the_result_may_change_on_resuming(tmp_path, name):
+    config = run_config(tmp_path, n_training_steps=10**6)
+    begin(config)
+    check_resumed(dataclasses.replace(config, **{name: FREE[name]}))
+
+
+def test_another_version_goes_on_with_a_run(tmp_path, monkeypatch):
+    config = run_config(tmp_path)
+    begin(config)
+    monkeypatch.setattr(run_description, "_versions", lambda: {"jax": "another"})
+    check_resumed(config)
 
 
 def test_other_data_under_the_same_name_is_noticed_on_resuming(tmp_path):
