@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from convert.prefix import read_prefix
 from jaxprefix import faults
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
+from jaxprefix.data import update_plan
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_lock import only_writer
@@ -42,12 +44,19 @@ def twice() -> None:
 
 
 class TestNumbers:
-    def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(self, tmp_path):
+    @pytest.mark.parametrize("finite_alone", [False, True])
+    def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(self, tmp_path, monkeypatch, finite_alone):
+        heard = []
+        monkeypatch.setattr("jaxprefix.hosts.Watchdog.progress", lambda self: heard.append(1))
+        if finite_alone:
+            monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_, **__: {"loss": 1.0})
         changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
         config = run_config(tmp_path, **changes)
         with pytest.raises(RunError, match=r"update 2: the loss is nan.*checkpoints/1, --resume") as error:
             train(config)
-        assert str(error.value).count("\n  - example ") == 4, "all of the update's examples"
+        examples = [int(number) - 1 for number in re.findall("\n  - example ([0-9]+) of the data", str(error.value))]
+        assert examples == update_plan(config, 14).micro_batches(1)[0], "all of the update's"
+        assert len(heard) == 1 + 1 + 4, "an update, what its checkpoint took, the other update's examples"
         assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["1"]
         assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
 
@@ -239,6 +248,19 @@ class TestDisk:
             train(config)
         assert not (config.run_dir / "config.json").exists()
         assert not (config.run_dir / "prefix").exists()
+
+    def test_a_folder_that_vanishes_while_a_checkpoint_is_finished_is_not_made_again(self, tmp_path, monkeypatch):
+        config, finish = run_config(tmp_path), Checkpoints.finish
+
+        def vanish_after(checkpoints):
+            finish(checkpoints)
+            monkeypatch.setattr(Checkpoints, "finish", finish)
+            config.run_dir.rename(tmp_path / "elsewhere")
+
+        monkeypatch.setattr(Checkpoints, "finish", vanish_after)
+        with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
+            train(config)
+        assert not config.run_dir.exists()
 
     def test_what_the_system_says_and_what_is_left(self, finished):
         message = r"log.txt: cannot be written \(No space left on device\); the last good checkpoint is .*/8, --resume"

@@ -154,14 +154,22 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "metrics.jsonl").stat().st_ino in synced
 
 
-def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch):
-    """By a clock that goes on by a minute at each update."""
+@pytest.mark.parametrize(
+    ("every_n_steps", "votes_late", "expected"),
+    [(100, False, [3, 6, 8]), (2, False, [2, 4, 6, 8]), (100, True, [4, 8])],
+)
+def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch, every_n_steps, votes_late, expected):
+    """By a clock that goes on by a minute at each update. Processes that vote hear of a late one an update later."""
     saved, clock = [], types.SimpleNamespace(monotonic=lambda: 0.0)
+    wishes = [loop_module.Vote.GO_ON]
+    if votes_late:
+        monkeypatch.setattr(loop_module.Vote, "cast", lambda self, wish: (wishes.append(wish), wishes[-2])[1])
     monkeypatch.setattr(loop_module, "time", clock)
     before_updates(monkeypatch, lambda number: setattr(clock, "monotonic", lambda: 60.0 * number))
     monkeypatch.setattr(loop_module.Checkpoints, "save", lambda self, number, *_: saved.append(number))
-    train(run_config(tmp_path, train_data_size=23, batch_size=3, n_epochs=1, checkpoint_every_minutes=2.5))
-    assert saved == [3, 6, 8]
+    often = {"checkpoint_every_minutes": 2.5, "checkpoint_every_n_steps": every_n_steps}
+    train(run_config(tmp_path, train_data_size=23, batch_size=3, n_epochs=1, **often))
+    assert saved == expected
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ def test_skipped_updates_are_counted_in_the_log(tmp_path, monkeypatch):
     config = run_config(tmp_path, fp16=True, n_training_steps=3)
     train(config)
     assert [point["skipped"] for point in metrics_of(config.run_dir)] == [1, 2, 3]
+    assert [point["lr"] for point in metrics_of(config.run_dir)] == pytest.approx([1e-2] * 3), "the first update's"
     assert "skipped updates: 3" in (config.run_dir / "log.txt").read_text()
 
 
