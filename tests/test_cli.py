@@ -13,7 +13,7 @@ import pytest
 from convert.errors import InputError, RunError
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
-from tests.runs import flags_of, metrics_of, run_config
+from tests.runs import flags_of, metrics_of, printed_by, run_config
 
 """The command line as a user meets it: what it prints, and how it fails."""
 
@@ -226,6 +226,12 @@ def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwi
     environment = others | {"XDG_CACHE_HOME": "cache"} | given
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == kept, result.stderr
+
+
+def test_types_are_what_they_say_whatever_the_environment_says():
+    program = "import jax, jax.numpy as jnp\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
+    program += "print(jnp.zeros(1).dtype, jnp.arange(1).dtype)"
+    assert printed_by(program, JAX_PLATFORMS="cpu", JAX_ENABLE_X64="1").split() == ["float32", "int32"]
 
 
 def test_the_version_is_told(capsys):

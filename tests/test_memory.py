@@ -70,3 +70,10 @@ def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(
 
 def test_another_c_library_than_glibc_trims_nothing(trimming):
     assert trimming(0.0) == []
+
+
+def test_a_process_listens_once_however_many_runs_it_makes(trimming):
+    listeners = trimming(1e9, malloc_trim=print)
+    for _ in range(2):
+        trim_after_compiling(2e9)
+    assert len(listeners) == 2, "the fixture's and one"
