@@ -76,6 +76,7 @@ def test_settings_of_decoding_that_cannot_be_meant(changes, message):
         (HostsConfig(), "num_processes", "2", "--num_processes must be of type int | None, is '2'"),
         (ConvertConfig(Path(), Path()), "revision", 3, "--revision must be of type str | None, is 3"),
         (EvaluateConfig("base"), "n_samples", None, "--n_samples must be of type int, is None"),
+        (GenerateConfig("base", prompt=["a"]), "prompt", ["a", 3], "--prompt must be of type list, is ['a', 3]"),
     ],
 )
 def test_types_that_python_does_not_check(config, name, value, message):
@@ -188,6 +189,12 @@ def test_every_setting_has_its_bounds(name):
 def test_no_setting_is_infinite(name):
     with pytest.raises(InputError, match=f"--{name} must be finite"):
         run_config(Path(), **{name: float("inf")})
+
+
+@pytest.mark.parametrize("name", ["min_lr", "weight_decay", "grad_clip"])
+def test_nan_is_never_in_range(name):
+    with pytest.raises(InputError, match=f"--{name} must not be negative, is nan"):
+        run_config(Path(), **{name: float("nan")})
 
 
 def test_an_address_has_a_host():
