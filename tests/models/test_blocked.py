@@ -147,6 +147,14 @@ def test_no_array_of_all_scores_is_ever_in_memory(cpu_compiler, function, has_th
     assert (compiled.memory_analysis().temp_size_in_bytes > 1.75 * scores) == has_them, "three layers', or some blocks'"
 
 
+@pytest.mark.parametrize(("function", "are_there"), [(in_blocks, False), (whole, True)])
+def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(cpu_compiler, function, are_there):
+    n_tokens = 8 * blocked.BLOCK
+    compiled = jax.jit(lambda q, k, v: function(q, k, v, None)).lower(*heads_of(n_tokens, None)[:3])
+    scores = 4 * 2 * 4 * n_tokens**2
+    assert (compiled.compile(cpu_compiler).memory_analysis().temp_size_in_bytes > scores / 2) == are_there
+
+
 @pytest.mark.parametrize(("function", "are_kept"), [(in_blocks, False), (whole, True)])
 def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(cpu_compiler, monkeypatch, function, are_kept):
     monkeypatch.setattr(attention, "LONG_ROW", 1)
