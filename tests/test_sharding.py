@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,8 +14,9 @@ from benchmarks.memory import SAVING_ORDER
 from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
-from jaxprefix.models import load_model, weight_shapes, weight_table
-from jaxprefix.sharding import base_sharding, make_mesh, with_gathered_embeddings
+from jaxprefix.checkpoint import path_name
+from jaxprefix.models import abstract_model, load_model, weight_shapes, weight_table
+from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, with_gathered_embeddings
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.markers import needs_cuda_plugin
@@ -53,6 +55,18 @@ def test_an_embedding_stays_split_over_tensor_as_far_as_it_is_a_head():
     for sizes, spec in (({"fsdp": 2, "tensor": 2}, P("tensor", None)), ({"fsdp": 2, "tensor": 3}, P(None, None))):
         constraints = jax.make_jaxpr(with_gathered_embeddings, static_argnums=1)(weights, abstract_mesh(**sizes)).eqns
         assert [constraint.params["sharding"].spec for constraint in constraints] == [spec, P(None, None)]
+
+
+def test_rows_to_decode_are_split_over_data_alone():
+    for sizes, n_parts in (({"data": 2, "fsdp": 4}, 2), ({"fsdp": 8}, 1)):
+        place = base_sharding(abstract_mesh(**sizes), NEOX_20B.n_head)
+
+        def placed(path, leaf, place=place):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place(path_name(path), leaf.shape))
+
+        base = jax.tree.map_with_path(placed, abstract_model(dataclasses.replace(NEOX_20B, n_layer=1)))
+        rows, n_rows = decoded_rows(base)
+        assert (rows.spec, n_rows) == (P("data"), n_parts)
 
 
 def test_a_mesh_must_take_all_devices():
