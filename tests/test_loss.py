@@ -40,6 +40,23 @@ def test_chunks_and_blocks_give_the_plain_loss_and_gradient(batch, chunk, block,
     np.testing.assert_allclose(next_token_loss(*batch), expected, rtol=FUNCTION)
 
 
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_a_cpu_skips_chunks_without_a_label_and_a_gpu_never_asks_the_host(batch, on_a_gpu, request):
+    if on_a_gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    program = str(jax.make_jaxpr(jax.grad(lambda hidden: next_token_loss(hidden, *batch[1:])))(batch[0]))
+    assert ("cond[" in program) != on_a_gpu
+
+
+def test_a_loss_without_gradient_multiplies_once_with_the_head_less(batch):
+    hidden, head, labels = batch
+    loss, gradient = (
+        str(jax.make_jaxpr(function)(hidden, head, labels)).count("dot_general")
+        for function in (next_token_loss, jax.grad(next_token_loss))
+    )
+    assert (loss, gradient) == (2, 3), "logits, those of the labels; and the head's rows by their probabilities"
+
+
 @pytest.mark.parametrize(("n_devices", "n_chunks"), [(1, 16), (4, 4), (99, 1)])
 def test_chunks_are_of_so_many_tokens_a_device(monkeypatch, n_devices, n_chunks):
     monkeypatch.setattr(jaxprefix.loss, "CHUNK_TOKENS", 32)
