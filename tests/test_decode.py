@@ -263,6 +263,15 @@ def test_temperature_comes_before_the_nucleus():
     assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
 
 
+def test_nothing_follows_where_there_is_no_prompt(golden_model, tokenizer):
+    """A row that fills up a batch: what it would make, would keep the others waiting."""
+    tokens, lengths = jnp.asarray([[5, 6, 7], [tokenizer.pad_id] * 3]), jnp.asarray([3, 0])
+    sampling = Sampling(1.0, 1.0, SEED, 0)
+    made, finite = _decode(golden_model, None, tokens, lengths, sampling, tokenizer.eos_id, GREEDY)
+    assert finite
+    assert (made != tokenizer.eos_id).any(axis=1).tolist() == [True, False]
+
+
 def test_timings_count_tokens_before_the_end(golden_model, tokenizer):
     nine = DecodeConfig("greedy", max_output_len=9)
     [made] = ids_of(golden_model, tokenizer, [[5, 6]], decode=nine)
