@@ -7,15 +7,17 @@ import pytest
 
 import jaxprefix.check as check_module
 from benchmarks.shapes import SMALL_BASE
+from jaxprefix.batches import lay_out
 from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
 from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
-from jaxprefix.shapes import PaddedShape
+from jaxprefix.shapes import PackedShape, PaddedShape
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
+from tests.examples import PROMPTED
 from tests.runs import run_config
 
 
@@ -49,6 +51,7 @@ def test_report_on_a_bpe_folder(capsys, tmp_path):
     assert lines[0] == "base model: gpt2, 2 layers × 64, 4 heads of 16, gelu_new, tied head"
     assert f"{load_tokenizer(folder).vocab_size} pieces, padded to 512; bos 0, eos 0, pad 0, unknown none" in lines[2]
     assert lines[3] == "suffix ' 😃': 5 token(s)"
+    assert "of 4 × 1 examples, padded to 8 rows × 65 tokens" in lines[-1], "without data, of two texts an example"
 
 
 def test_a_suffix_that_cannot_be_learnt(capsys):
@@ -111,6 +114,14 @@ def test_memory_is_that_of_the_largest_batch_of_the_run(monkeypatch, tmp_path, p
     (_, _, shape), *_ = accounts
     expected = jax.tree.map(lambda array: array.shape, tuple(abstract_batch(config, make_mesh(), shape)))
     assert expected == max(batches)
+
+
+@pytest.mark.parametrize("shape", [PaddedShape(4, 20, 9), PackedShape(2, 40, ((2, 20),), 16)], ids=str)
+def test_memory_is_that_of_labelled_columns_where_those_are_few(tokenizer, tmp_path, shape):
+    abstract = abstract_batch(run_config(tmp_path), make_mesh(), shape)
+    assert abstract.labelled is not None
+    made = lay_out(PROMPTED, tokenizer, shape)
+    assert jax.tree.map(lambda array: array.shape, abstract) == jax.tree.map(lambda array: (1, *array.shape), made)
 
 
 def test_memory_of_several_hosts_is_not_told(capsys):
