@@ -200,6 +200,11 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
     np.testing.assert_array_equal(chosen, [np.argmax(logits), np.argmax(logits[::-1])])
 
 
+def test_a_nucleus_ends_where_its_probabilities_reach_top_p():
+    likeliest, _ = nucleus(jnp.zeros((1, 4)), 0, 0.5)
+    assert jnp.isfinite(likeliest).tolist() == [[True, True, False, False]]
+
+
 def test_samples_come_from_the_nucleus():
     keys = jax.random.split(jax.random.key(0), 4000)
     shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))
@@ -227,13 +232,22 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     assert made(temperature=3.0) != first
     assert made(top_p=1e-6) == made(decode_method="greedy") != first
     assert _decode._cache_size() == n_compiled + 1, "greedy is another program"
+    assert made(decode_method="greedy", top_k=3) == made(decode_method="greedy")
+    assert _decode._cache_size() == n_compiled + 1, "which reads no top_k"
 
 
-@pytest.mark.parametrize("scale", [8.0, 0.1])
+def test_an_empty_prompt_takes_a_position(golden_model, tokenizer):
+    decode = DecodeConfig(max_output_len=golden_model.config.max_positions)
+    with pytest.raises(InputError, match="the longest prompt of 1"):
+        ids_of(golden_model, tokenizer, [[]], decode=decode)
+
+
+@pytest.mark.parametrize("scales", [[8.0], [0.1], [8.0, 0.1]])
 @pytest.mark.parametrize("recipe", ["default", "rinna"])
-def test_a_nucleus_of_all_tokens_is_the_same_without_sorting_them(monkeypatch, scale, recipe):
+def test_a_nucleus_of_all_tokens_is_the_same_without_sorting_them(monkeypatch, scales, recipe):
     """Of peaked logits the likeliest few are looked at, of flat ones all are sorted after all."""
-    logits = jnp.asarray(scale * np.random.default_rng(0).standard_normal((200, 300)), jnp.float32)
+    numbers = np.random.default_rng(0).standard_normal((200, 300))
+    logits = jnp.asarray(np.resize(scales, (200, 1)) * numbers, jnp.float32)
     keys, sampling = jax.random.split(jax.random.key(1), 200), Sampling(1.0, 0.9, SEED, 0)
     decode = DecodeConfig(top_k=0, recipe=recipe)
     expected = choose_tokens(logits, keys, decode, sampling)
