@@ -75,7 +75,7 @@ def test_a_lock_in_a_folder_that_has_become_read_only_stays_and_is_told_to_nobod
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
     with only_writer(tmp_path / "run"):
-        assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}: has no locks")
+        assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}: does not support file locks")
 
 
 def in_use(folder):

@@ -107,8 +107,7 @@ class Ours:
     @functools.cached_property
     def raw_encoder(self) -> dict[str, np.ndarray]:
         """Not compared: where both sides start."""
-        sizes = self.config.encoder_sizes
-        return named(jaxprefix.prefix.PrefixEncoder(self.model.config, *sizes, SEED))
+        return named(jaxprefix.prefix.PrefixEncoder(self.model.config, *self.config.encoder_sizes, SEED))
 
     @functools.cached_property
     def encoder(self) -> jaxprefix.prefix.Encoder:
