@@ -36,7 +36,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
     if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
         check_weights(folder, model)
-    if config.checkpoint_path is not None:  # read as training does
+    if config.checkpoint_path is not None:  # read as a new run does
         earlier = earlier_arrays(config, base_identity(model, tokenizer))
         start_encoder(config, abstract_model(model, config.compute), tokenizer, earlier)
     check_attention(config.compute.attention, model.head_dim)

@@ -65,7 +65,7 @@ class HostsConfig:
     """A process ends if it finishes no update, evaluation or checkpoint for so long: another one hangs."""
 
     def __post_init__(self) -> None:
-        check_types(self, "train")
+        check_types(self, "processes")
         problems = range_problems(self, ["stall_minutes"])
         named = ("coordinator_address", "num_processes", "process_id")
         missing = [f"--{name}" for name in named if getattr(self, name) is None]
@@ -81,7 +81,7 @@ class HostsConfig:
         elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
             problems.append(f"--process_id must be at least 0 and below --num_processes, is {self.process_id}")
         if problems:
-            raise InputError.all("train:", problems)
+            raise InputError.all("processes:", problems)
 
     @property
     def several(self) -> bool:

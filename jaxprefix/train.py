@@ -95,6 +95,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             log.line(line)
         if progress.n_done:
             log.line(f"resumed after update {progress.n_done}")
+        if progress.n_done < inputs.plan.n_updates:
+            log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         update = make_update(config, mesh)
         watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
@@ -139,7 +141,6 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
     yield from inputs.train_set.skipped.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
-    yield f"compiling; then a line for every {config.log_every_n_steps:,} updates"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
     if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
