@@ -91,30 +91,19 @@ def test_a_lock_names_its_owner_alone(tmp_path):
         assert in_use(tmp_path / "run").startswith(f"process {os.getpid()} on ")
 
 
-def test_a_lock_that_its_owner_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_lock_that_is_removed_or_made_anew_meanwhile_is_not_taken(tmp_path, monkeypatch, made_anew):
+    """Else each of two processes would hold the lock of a file of its own."""
     flock, path = fcntl.flock, tmp_path / ".run.lock"
 
     def removed_first(file, how):
         monkeypatch.setattr(fcntl, "flock", flock)
         path.unlink()
+        if made_anew:
+            path.touch()
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
-    with only_writer(tmp_path / "run"):
-        assert in_use(tmp_path / "run")
-
-
-def test_a_lock_that_another_process_makes_anew_meanwhile_is_not_taken(tmp_path, monkeypatch):
-    """Else each would hold the lock of a file of its own."""
-    flock, path = fcntl.flock, tmp_path / ".run.lock"
-
-    def made_anew_first(file, how):
-        monkeypatch.setattr(fcntl, "flock", flock)
-        path.unlink()
-        path.touch()
-        flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", made_anew_first)
     with only_writer(tmp_path / "run"):
         assert in_use(tmp_path / "run")
 
