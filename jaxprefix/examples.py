@@ -14,6 +14,7 @@ from convert.errors import InputError
 from convert.untrusted import unique_keys
 from jaxprefix.lines import LINE_BYTES, read_lines
 from jaxprefix.recipe import Recipe
+from jaxprefix.settings import is_utf8
 from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
@@ -235,8 +236,6 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: `{field}` holds an unpaired surrogate") from error
+    if not is_utf8(value):
+        raise InputError(f"{where}: `{field}` holds an unpaired surrogate")
     return value

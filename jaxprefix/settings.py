@@ -39,7 +39,7 @@ def check_types(settings: Any, what: str) -> None:
 
 
 def is_utf8(value: str | Path) -> bool:
-    """Tell whether a text or path can be written as UTF-8; other bytes of a shell are lone surrogates to Python."""
+    """Tell whether a text or path can be written as UTF-8: JSON and a shell may give Python unpaired surrogates."""
     try:
         str(value).encode()
     except UnicodeEncodeError:
