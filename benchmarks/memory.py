@@ -16,10 +16,12 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import (
+    Turn,
     add_compute,
     alternate,
     compute_of,
@@ -27,12 +29,14 @@ from benchmarks.report import (
     compute_title,
     gib,
     largest,
+    peak_device_memory,
+    peak_memory,
     publish,
     table,
     take_turns,
 )
 from benchmarks.shapes import SHAPES, make_folder, model_config
-from benchmarks.train import arguments_of, measure
+from benchmarks.train import WAYS, arguments_of
 from jaxprefix.config import TrainConfig, mesh_sizes
 
 DEVICE_BYTES = 80e9
@@ -113,14 +117,23 @@ def publish_account(flags: argparse.Namespace) -> None:
     publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
+def measure(way: str, config: TrainConfig) -> Iterator[Turn | None]:
+    """Train in this process, and yield its peaks; `benchmarks.train`'s also hold what measures the matrix rate."""
+    training = WAYS[way](config)
+    yield None
+    for number in range(config.n_training_steps):
+        training.update(number)()
+    yield {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
+
+
 def publish_measured(flags: argparse.Namespace) -> None:
-    """Print and write the table of measured peaks, a line for each way; `benchmarks.train` measures."""
+    """Print and write the table of measured peaks, a line for each way."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         sizes = {"train_data_size": 4 * flags.updates, "n_training_steps": flags.updates, "n_epochs": 1}
         config = TrainConfig(str(folder), flags.data, "benchmark", compute=compute_of(flags), **sizes)
-        results = take_turns(arguments_of(flags.ways, config, 1), measure, flags.updates, flags.rounds)
+        results = take_turns(arguments_of(flags.ways, config), measure, 1, flags.rounds)
     rows = []
     for way, turns in results.items():
         held = weights if way.endswith("float32") else weights // 2

@@ -268,10 +268,10 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | Non
         yield {**speed, "rate": rate, "of_limit": of_limit, **peaks}
 
 
-def arguments_of(ways: Sequence[str], config: TrainConfig, n_a_turn: int) -> dict[str, tuple[object, ...]]:
-    """Return what `measure` takes for each way and type, such as peft:bfloat16."""
+def arguments_of(ways: Sequence[str], config: TrainConfig) -> dict[str, tuple[str, TrainConfig]]:
+    """Return the name and the config of each way and type, such as peft:bfloat16."""
     named = {way: way.split(":") for way in ways}
-    return {way: (name, dataclasses.replace(config, dtype=dtype), n_a_turn) for way, (name, dtype) in named.items()}
+    return {way: (name, dataclasses.replace(config, dtype=dtype)) for way, (name, dtype) in named.items()}
 
 
 def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int) -> Path:
@@ -330,8 +330,9 @@ def main() -> None:
         sizes = {"train_data_size": flags.updates * flags.batch_size, "batch_size": flags.batch_size, "n_epochs": 1}
         sizes |= {"prefix_seq_len": PREFIX, "max_seq_len": max_seq_len, "n_training_steps": flags.updates}
         config = TrainConfig(str(folder), data, "benchmark", compute=compute_of(flags), **sizes)
-        arguments = arguments_of(flags.ways, config, flags.updates_a_turn)
-        results = take_turns(arguments, measure, flags.updates // flags.updates_a_turn, flags.alone)
+        turns = functools.partial(measure, n_a_turn=flags.updates_a_turn)
+        n_turns = flags.updates // flags.updates_a_turn
+        results = take_turns(arguments_of(flags.ways, config), turns, n_turns, flags.alone)
     first = flags.ways[0]
     header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
     header += ["host peak GiB", "GPU peak GiB"]

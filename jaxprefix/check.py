@@ -22,6 +22,7 @@ from jaxprefix.memory import GIB
 from jaxprefix.models import abstract_model, check_weights, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
+from jaxprefix.models.layers import scanned_dtype
 from jaxprefix.models.stack import stacked
 from jaxprefix.prefix import base_identity
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
@@ -152,7 +153,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         first = layers[0]
         sharding = NamedSharding(mesh, PartitionSpec(None, *first.sharding.spec))
-        return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((len(layers), *first.shape), scanned_dtype(first), sharding=sharding)
 
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     if config.compute.scan_layers:

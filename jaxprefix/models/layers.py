@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt16
 
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models.config import ModelConfig
 
+Weight = Float[Array, "*out n_in"] | UInt16[Array, "*out n_in"]
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
@@ -62,7 +63,7 @@ class FrozenLinear(nnx.Module):
 
     def with_bias(self, y: Float[Array, "*rest_out"]) -> Float[Array, "*rest_out"]:
         """Add the bias, if there is one."""
-        return y + self.bias[...] if self.has_bias else y
+        return y + _numbers(self.bias[...]) if self.has_bias else y
 
 
 class Embedding(nnx.Module):
@@ -177,23 +178,40 @@ def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
     return jax.lax.reduce_precision(x, own.nexp, own.nmant)
 
 
+def scanned_dtype(array: Array | jax.ShapeDtypeStruct) -> np.dtype:
+    """Return the type in which a loop over layers takes this array of each layer: on a CPU, bfloat16's bits.
+
+    XLA's CPU compiler slices no bfloat16: it would turn the weights of all layers into float32, and keep those.
+    Vectors are left as they are; of other arrays only `FrozenLinear` has any.
+    """
+    as_bits = on_a_cpu() and array.dtype == jnp.bfloat16 and array.ndim > 1
+    return np.dtype(jnp.uint16 if as_bits else array.dtype)
+
+
+def _numbers(array: Weight) -> Float[Array, "*out n_in"]:
+    """Return an array whose `scanned_dtype` may be that of bits."""
+    return array.view(jnp.bfloat16) if array.dtype == jnp.uint16 else array
+
+
 @jax.custom_vjp
-def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"]) -> Float[Array, "*rest_out"]:
+def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Weight) -> Float[Array, "*rest_out"]:
     """x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
 
     Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
     incoming gradient float32, and a half-precision product would run at float32's speed or worse.
     """
+    weight = _numbers(weight)
     if on_a_cpu():
         return _unfused(matmul(x, weight).astype(x.dtype))
     return matmul(x, weight, x.dtype)  # devices that share a weight add up their parts in this type
 
 
-def _frozen_forward(x: Array, weight: Array) -> tuple[Array, Array]:
+def _frozen_forward(x: Array, weight: Weight) -> tuple[Array, Array]:
     return frozen_matmul(x, weight), weight
 
 
-def _frozen_backward(weight: Array, gradient: Array) -> tuple[Array, None]:
+def _frozen_backward(weight: Weight, gradient: Array) -> tuple[Array, None]:
+    weight = _numbers(weight)
     out = _out(weight)
     dtype = jnp.float32 if on_a_cpu() else gradient.dtype
     towards_x = einsum(f"...{out},{out}i->...i", gradient, weight, dtype).astype(gradient.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix
-from jaxprefix.models.layers import after
+from jaxprefix.models.layers import after, scanned_dtype
 
 
 def run_layers(
@@ -111,8 +111,8 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
 
 
 def stack(*arrays: Array) -> Array:
-    """Stack arrays along a new first axis and delete them."""
-    whole = jax.block_until_ready(jnp.stack(arrays))
+    """Stack arrays along a new first axis, in their `scanned_dtype`, and delete them."""
+    whole = jax.block_until_ready(jnp.stack([array.view(scanned_dtype(array)) for array in arrays]))
     for array in arrays:
         array.delete()
     return whole

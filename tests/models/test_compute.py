@@ -12,7 +12,8 @@ from flax import nnx
 
 from convert.errors import InputError
 from jaxprefix import load_model
-from jaxprefix.config import Compute
+from jaxprefix.check import compiled_memory
+from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.devices import compiling_for
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, attention
@@ -30,6 +31,7 @@ from jaxprefix.models.layers import (
     rotate,
 )
 from jaxprefix.models.stack import stacked
+from jaxprefix.shapes import PaddedShape
 from tests.arrays import empty_cache, normals, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.markers import needs_gpu
@@ -54,6 +56,12 @@ def outputs_and_gradients(function, q, k, v, prefix, weights):
         return jnp.sum(out * weights), out
 
     return jax.jit(jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
+
+
+@jax.jit
+@jax.grad
+def loss_gradient(prefix, model):
+    return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)
 
 
 def lowered_gradient(base, tokens):
@@ -231,15 +239,29 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, 
 )
 def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
     other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
-
-    def loss(prefix, model):
-        return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)
-
     forward = jax.jit(lambda model: model(TOKENS, prefix))
     for ours, expected in zip(*map(jax.tree.leaves, (forward(other), forward(model))), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL)
-    gradient, expected = (jax.jit(jax.grad(loss))(prefix, each) for each in (other, model))
+    gradient, expected = (loss_gradient(prefix, each) for each in (other, model))
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "block"])
+def test_scanned_layers_in_bfloat16_stray_no_further_than_unrolled_ones(base_folder, model, remat):
+    computes, prefix = (Compute(remat=remat, scan_layers=True), Compute()), random_prefix(model.config)
+    rounded = (load_model(base_folder, "bfloat16", compute=compute) for compute in computes)
+    exact = loss_gradient(prefix, model)
+    scanned, unrolled = (jnp.linalg.norm(loss_gradient(prefix, each) - exact) for each in rounded)
+    assert scanned < BFLOAT16 * unrolled
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about a CPU's compiler")
+@pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
+def test_scanned_layers_are_not_copied_in_another_type(base_folder):
+    config = CheckConfig(str(base_folder), bf16=True, compute=Compute(remat="block", scan_layers=True))
+    model = read_model_config(base_folder)
+    work = [compiled_memory(config, dataclasses.replace(model, n_layer=n), PaddedShape(2, 24))[1] for n in (2, 6)]
+    assert (work[1] - work[0]) / 4 < 12 * model.n_embd**2  # a fourth of a layer's matrices in float32
 
 
 @pytest.mark.parametrize("base_folder", ["parallel"], indirect=True)
