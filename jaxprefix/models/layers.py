@@ -14,6 +14,7 @@ from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models.config import ModelConfig
 
 Weight = Float[Array, "*out n_in"] | UInt16[Array, "*out n_in"]
+"""A weight of a `FrozenLinear`, or its bits; see `scanned_dtype`."""
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
