@@ -43,7 +43,7 @@ class Compute:
     remat: Literal["elementwise", "block"] = "elementwise"
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
-    """Compile one layer for all: compiles faster and runs slower, for models of very many layers; saves a CPU memory."""
+    """Compile one layer for all: compiles faster, runs slower, saves a CPU memory; for models of very many layers."""
 
     def __post_init__(self) -> None:
         check_types(self, "computing")
