@@ -1,5 +1,6 @@
 """The layers of a model, one after the other: unrolled, or one compiled layer in a loop. Legend: `attention.py`."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -67,6 +68,25 @@ def _summed_backward(_: None, gradient: LayerPrefix | None) -> tuple[LayerPrefix
 summed_at_once.defvjp(_summed_forward, _summed_backward)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """An array that a layer's backward pass needs, in the type in which a loop keeps it: see `scanned_dtype`."""
+
+    array: Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, array: Array) -> "Kept":
+        """Turn an array into what is kept."""
+        return cls(array.view(scanned_dtype(array)), array.dtype)
+
+    @property
+    def numbers(self) -> Array:
+        """The array again."""
+        return self.array.view(self.dtype)
+
+
 @partial(jax.jit, static_argnames="recompute")
 def _run(
     layer: Any,
@@ -94,9 +114,11 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
         return jax.vjp(lambda x, prefix, cache: run(layer, x, prefix, cache, shared), x, prefix, cache)
 
     def forward(*inputs: Any) -> tuple[Any, Any]:
-        return (run(*inputs), inputs) if recompute else differentiated(*inputs)
+        out, kept = (run(*inputs), inputs) if recompute else differentiated(*inputs)
+        return out, jax.tree.map(Kept.of, kept)
 
     def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
+        kept = jax.tree.map(lambda array: array.numbers, kept, is_leaf=lambda node: isinstance(node, Kept))
         towards_x, towards_cache = gradients  # the cache's is kept out of the barrier: zeros, in training
         kept, towards_x = jax.lax.optimization_barrier((kept, towards_x))
         pull_back = kept
