@@ -180,7 +180,7 @@ def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
 
 
 def scanned_dtype(array: Array | jax.ShapeDtypeStruct) -> np.dtype:
-    """Return the type in which a loop over layers takes this array of each layer: on a CPU, bfloat16's bits.
+    """Return the type in which a loop over layers takes or keeps this array of each layer: on a CPU, bfloat16's bits.
 
     XLA's CPU compiler slices no bfloat16: it would turn the weights of all layers into float32, and keep those.
     Vectors are left as they are; of other arrays only `FrozenLinear` has any.
