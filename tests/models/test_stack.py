@@ -1,0 +1,87 @@
+"""Layers in a loop, or recomputed, give what they give one after the other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix import load_model
+from jaxprefix.check import compiled_memory
+from jaxprefix.config import CheckConfig, Compute
+from jaxprefix.loss import next_token_loss
+from jaxprefix.models.config import read_model_config
+from jaxprefix.models.stack import stacked
+from jaxprefix.shapes import PaddedShape
+from tests.arrays import empty_cache, random_prefix
+from tests.base_folders import make_base_folder
+from tests.tolerances import BFLOAT16, MODEL
+
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
+
+
+@jax.jit
+@jax.grad
+def loss_gradient(prefix, model):
+    return next_token_loss(model.hidden(TOKENS, prefix)[0], model.head_weight, TOKENS)
+
+
+@pytest.mark.parametrize(
+    "compute", [Compute(remat="block"), Compute(scan_layers=True), Compute("dense", "block", True)]
+)
+def test_a_model_computed_otherwise_is_the_same(base_folder, model, compute):
+    other, prefix = load_model(base_folder, compute=compute), random_prefix(model.config)
+    forward = jax.jit(lambda model: model(TOKENS, prefix))
+    for ours, expected in zip(*map(jax.tree.leaves, (forward(other), forward(model))), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=MODEL)
+    gradient, expected = (loss_gradient(prefix, each) for each in (other, model))
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=MODEL * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("remat", ["elementwise", "block"])
+def test_scanned_layers_in_bfloat16_stray_no_further_than_unrolled_ones(base_folder, model, remat):
+    computes, prefix = (Compute(remat=remat, scan_layers=True), Compute()), random_prefix(model.config)
+    rounded = (load_model(base_folder, "bfloat16", compute=compute) for compute in computes)
+    exact = loss_gradient(prefix, model)
+    scanned, unrolled = (jnp.linalg.norm(loss_gradient(prefix, each) - exact) for each in rounded)
+    assert scanned < BFLOAT16 * unrolled
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about a CPU's compiler")
+@pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
+def test_scanned_layers_are_not_copied_in_another_type(base_folder):
+    config = CheckConfig(str(base_folder), bf16=True, compute=Compute(remat="block", scan_layers=True))
+    model = read_model_config(base_folder)
+    work = [compiled_memory(config, dataclasses.replace(model, n_layer=n), PaddedShape(2, 24))[1] for n in (2, 6)]
+    assert (work[1] - work[0]) / 4 < 12 * model.n_embd**2  # a fourth of a layer's matrices in float32
+
+
+def test_scanned_layers_take_a_cache(base_folder, model):
+    other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
+    forward = jax.jit(lambda model, tokens, *rest: model(tokens, prefix, *rest))
+    _, cache = forward(other, TOKENS[:, :10], empty_cache(model.config, 32))
+    logits, _ = forward(other, TOKENS[:, 10:11], cache, jnp.full((2, 1), 10))
+    np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
+
+
+def test_scanning_changes_the_program(base_folder):
+    plain, scanned = (load_model(base_folder, compute=Compute(scan_layers=scan)) for scan in (False, True))
+    prefix = random_prefix(plain.config)
+    forward = jax.make_jaxpr(lambda base: base.hidden(TOKENS, prefix)[0])
+    assert "scan" in str(forward(scanned))
+    assert "scan" not in str(forward(plain))
+
+
+def test_stacking_layers_leaves_none_of_theirs_in_memory(base_folder):
+    layers = load_model(base_folder).layers
+    arrays = jax.tree.leaves(layers)
+    stacked(layers)
+    assert all(array.is_deleted() for array in arrays)
+
+
+def test_layers_that_differ_cannot_be_scanned(tmp_path):
+    folder = make_base_folder(tmp_path / "base", model_type="gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(InputError, match="--scan_layers: the layers of this base model differ"):
+        load_model(folder, compute=Compute(scan_layers=True))
