@@ -54,12 +54,14 @@ class Needs(NamedTuple):
     def of(cls, lengths: np.ndarray, n_labels: np.ndarray, n_rows: int, n_texts: int) -> "Needs":
         """Return what examples need in rows of n_texts, by the lengths and labels [examples, 2] of their texts."""
         lengths, n_labels = lengths[lengths > 0], n_labels[lengths > 0]
+        rows = pack_rows(lengths.tolist(), n_rows, n_texts)
+        return cls.most(cls.of_row(lengths[row], n_labels[row], n_texts) for row in rows)
 
-        def of_row(texts: list[int]) -> Needs:
-            slots = lengths[texts].tolist() + [1] * (n_texts - len(texts))
-            return cls(int(lengths[texts].sum()), int(n_labels[texts].sum()), tuple(slots))
-
-        return cls.most(map(of_row, pack_rows(lengths.tolist(), n_rows, n_texts)))
+    @classmethod
+    def of_row(cls, lengths: np.ndarray, n_labels: np.ndarray, n_texts: int) -> "Needs":
+        """Return what a row of n_texts needs, by the lengths of those it has, the longest first, and their labels."""
+        slots = [*lengths.tolist(), *[1] * (n_texts - len(lengths))]
+        return cls(int(lengths.sum()), int(n_labels.sum()), tuple(slots))
 
     @classmethod
     def most(cls, needs: Iterable["Needs"]) -> "Needs":
@@ -78,13 +80,11 @@ class PackedShape(NamedTuple):
     n_labels: int | None = None
     """Most labels of a row, if the loss is computed for labelled columns alone."""
 
-    def holds(self, examples: Sequence[Example]) -> bool:
-        """Tell whether there is room for these examples."""
-        slots = self.slots
-        needs = Needs.of(row_lengths(examples), label_counts(examples), self.n_rows, len(slots))
+    def holds(self, needs: Needs) -> bool:
+        """Tell whether its rows have room for these needs."""
         n_labels = self.n_columns if self.n_labels is None else self.n_labels
         enough = needs.n_columns <= self.n_columns and needs.n_labels <= n_labels
-        return enough and all(map(operator.le, needs.slots, slots))
+        return enough and all(map(operator.le, needs.slots, self.slots))
 
     @property
     def slots(self) -> list[int]:
@@ -158,7 +158,12 @@ def filled_shape(lengths: np.ndarray, n_labels: np.ndarray, groups: Sequence[lis
 
 def fitting_shape(shapes: Sequence[Shape], groups: Sequence[Sequence[Example]]) -> Shape:
     """Return the first shape that holds all micro-batches of an update."""
-    return next(s for s in shapes if not isinstance(s, PackedShape) or all(map(s.holds, filter(len, groups))))
+    packed = [shape for shape in shapes if isinstance(shape, PackedShape)]
+    if not packed:
+        return shapes[0]
+    n_rows, n_texts = packed[0].n_rows, len(packed[0].slots)
+    needs = Needs.most(Needs.of(row_lengths(group), label_counts(group), n_rows, n_texts) for group in groups if group)
+    return next(shape for shape in packed if shape.holds(needs))
 
 
 def pack_rows(lengths: Sequence[int], n_rows: int, n_texts: int) -> list[list[int]]:

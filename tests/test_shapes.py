@@ -5,6 +5,7 @@ from jaxprefix.batches import make_packed_batch
 from jaxprefix.data import label_counts, row_lengths
 from jaxprefix.examples import Example
 from jaxprefix.shapes import (
+    Needs,
     PackedShape,
     fitting_shape,
     pack_rows,
@@ -63,7 +64,8 @@ def test_texts_of_skewed_lengths_fall_into_few_classes_that_hold_them(monkeypatc
 def test_a_shape_does_not_hold_a_text_that_is_too_long_for_its_place():
     shape = PackedShape(1, 400, ((1, 100), (2, 40)))
     for lengths, fits in (([100, 40, 40], True), ([40, 1], True), ([100, 41], False), ([101], False)):
-        assert shape.holds([Example([7], [7] * (n - 1)) for n in lengths]) == fits
+        needs = Needs.of(np.array(lengths), np.array(lengths), n_rows=1, n_texts=3)
+        assert shape.holds(needs) == fits
 
 
 def test_a_class_must_save_a_tenth_of_the_work():
