@@ -12,8 +12,8 @@ from jaxprefix.devices import alone_on_a_cpu, compiling_for
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.errors import Recorder
 
-QUICK_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
-"""Halves the time that XLA compiles for a CPU; a version that does not know a flag aborts."""
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Half of the time that XLA compiles for a CPU, or less; a version that does not know a flag aborts."""
 
 
 def pytest_addoption(parser):
@@ -35,7 +35,7 @@ def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin on the cores of the other processes
     gc.set_threshold(50_000, 20, 100)  # a collection walks all that JAX and PyTorch have made: a tenth of tracing
     if jax.__version__.startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_EMITTERS}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILER}"
     if path := config.option.record_errors:
         if not hasattr(config, "workerinput"):
             path.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def users_compiling(quick_compiling, traced_anew):
 
 @pytest.fixture
 def cpu_compiler(users_compiling):
-    """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options that undo QUICK_EMITTERS."""
+    """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options that undo QUICK_COMPILER."""
     if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
         pytest.skip("is about what jax 0.10 makes for a CPU")
     return {"xla_cpu_use_fusion_emitters": True}

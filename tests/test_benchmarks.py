@@ -3,7 +3,6 @@
 import importlib
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
 from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh
+from tests import ways
 from tests.markers import needs_cuda_plugin
 
 # No two axes of an activation are the two of a weight: its rows, heads and tokens have other sizes.
@@ -60,16 +60,9 @@ def test_decode(run_benchmark):
     assert "| peft | 2 |" in printed
 
 
-def breaks_off_in(last):
-    for turn in range(4):
-        if turn == last:
-            sys.exit(3)
-        yield {"turn": turn}
-
-
 @pytest.mark.parametrize(("n_rounds", "whole"), [(0, [1, 2, 3]), (2, [1, 2, 3, 1, 2, 3])])
 def test_a_way_that_breaks_off_keeps_its_turns(capsys, n_rounds, whole):
-    results = report.take_turns({"fine": [None], "lost": [2], "failed": [0]}, breaks_off_in, 3, n_rounds)
+    results = report.take_turns({"fine": [None], "lost": [2], "failed": [0]}, ways.breaks_off_in, 3, n_rounds)
     turns = {way: [turn["turn"] for turn in of_way] for way, of_way in results.items()}
     assert turns == {"fine": whole, "lost": [1] * max(n_rounds, 1), "failed": []}
     assert "lost ended with 3 in turn 2" in capsys.readouterr().err
@@ -248,14 +241,9 @@ def test_memory_is_the_most_and_of_all_descendants():
     assert during - before > 2**27
 
 
-def shows():
-    while True:
-        yield {"told": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset")}
-
-
 @pytest.mark.parametrize(("own", "told"), [(None, "false"), ("true", "true")])
 def test_processes_share_a_gpus_memory_unless_the_user_says_otherwise(monkeypatch, own, told):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     if own:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
-    assert report.take_turns({"way": []}, shows, 1) == {"way": [{"told": told}]}
+    assert report.take_turns({"way": []}, ways.shows_preallocation, 1) == {"way": [{"told": told}]}

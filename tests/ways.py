@@ -1,0 +1,17 @@
+"""What a benchmark's processes may do in their turns; a file of its own, which they import in no time."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+
+def breaks_off_in(last: int | None) -> Iterator[dict[str, int]]:
+    for turn in range(4):
+        if turn == last:
+            sys.exit(3)
+        yield {"turn": turn}
+
+
+def shows_preallocation() -> Iterator[dict[str, str]]:
+    while True:
+        yield {"told": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset")}
