@@ -67,17 +67,17 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
     """
     whole_heads = n_head % mesh.shape["tensor"] != 0
 
+    def fits(path: str, axis: str | None, size: int) -> bool:
+        splits_heads = axis == "tensor" and "attention" in path
+        return axis is not None and size % mesh.shape[axis] == 0 and not (splits_heads and whole_heads)
+
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
         matches = (spec for rule, spec in BASE_RULES if re.fullmatch(rule, path))
         spec = next((spec for spec in matches if len(spec) in (0, len(shape))), None)
         if spec is None:
             raise KeyError(f"no sharding rule for {path}")
-
-        def fits(axis: str | None, size: int) -> bool:
-            splits_heads = axis == "tensor" and "attention" in path
-            return axis is not None and size % mesh.shape[axis] == 0 and not (splits_heads and whole_heads)
-
-        return NamedSharding(mesh, P(*(axis if fits(axis, n) else None for axis, n in zip(spec, shape, strict=False))))
+        axes = (axis if fits(path, axis, size) else None for axis, size in zip(spec, shape, strict=False))
+        return NamedSharding(mesh, P(*axes))
 
     return place
 

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import get_args
@@ -66,13 +67,7 @@ def load_model(
 
     def load(name: str, weight: FiniteWeight) -> None:
         sharding = sharding_of(name, weight.shape) if sharding_of else first_device
-        parts: dict[str, np.ndarray] = {}  # several devices may hold the same one
-
-        def read(index: Index) -> np.ndarray:
-            if (key := str(index)) not in parts:
-                parts[key] = weight.read(index, type_name)
-            return parts[key]
-
+        read = partial(_read_once, {}, weight, type_name)
         path, leaf = unloaded[name]
         loaded[path] = leaf.replace(jax.make_array_from_callback(weight.shape, sharding, read))
 
@@ -83,6 +78,13 @@ def load_model(
         loaded.clear()
         model.layers = stacked(model.layers)
     return model
+
+
+def _read_once(parts: dict[str, np.ndarray], weight: FiniteWeight, dtype: str, index: Index) -> np.ndarray:
+    """Read a part of a weight, or return what was read into `parts` for another device that holds the same one."""
+    if (key := str(index)) not in parts:
+        parts[key] = weight.read(index, dtype)
+    return parts[key]
 
 
 def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
