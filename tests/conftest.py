@@ -83,7 +83,7 @@ def users_compiling(quick_compiling, traced_anew):
 
 @pytest.fixture
 def cpu_compiler(users_compiling):
-    """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options that undo QUICK_COMPILER."""
+    """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options with a user's fusion emitters."""
     if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
         pytest.skip("is about what jax 0.10 makes for a CPU")
     return {"xla_cpu_use_fusion_emitters": True}
