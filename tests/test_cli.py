@@ -251,3 +251,17 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
     monkeypatch.setattr("jaxprefix.hosts.leave_soon", left.append)
     assert main(train_flags(tmp_path)) == code
     assert left == [code]
+
+
+def test_python_does_not_walk_all_objects_again_at_its_end():
+    """Which would take longer than `--help`. What was registered to be called at the end first, is called last."""
+    program = """
+import atexit, gc, sys
+atexit.register(lambda: print(len(gc.get_objects()) < 100 < gc.get_freeze_count(), file=sys.stderr))
+from jaxprefix.cli import entry_point
+entry_point()
+"""
+    for flags, code in (("--help",), 0), (("generate", "--prompt", "朝"), 2):
+        result = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
+        assert result.returncode == code
+        assert result.stderr.splitlines()[-1] == "True"
