@@ -167,5 +167,5 @@ def _check(config: CheckConfig) -> int:
 def entry_point() -> None:
     """Run as a program."""
     gc.set_threshold(1_000_000)  # each collection walks what JAX keeps alive: at Python's 700, a seventh of a start
-    atexit.register(gc.freeze)  # nor does the interpreter walk it at its end, for 0.3 to 1 second
+    atexit.register(gc.freeze)  # or Python would walk it once more at its end: up to a fifth of a short command
     sys.exit(main())

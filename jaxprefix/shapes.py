@@ -157,7 +157,10 @@ def filled_shape(lengths: np.ndarray, n_labels: np.ndarray, groups: Sequence[lis
 
 
 def fitting_shape(shapes: Sequence[Shape], groups: Sequence[Sequence[Example]]) -> Shape:
-    """Return the first shape that holds all micro-batches of an update."""
+    """Return the first shape that holds all micro-batches of an update.
+
+    Packed shapes must be those of one run: they have equally many rows, and texts in a row.
+    """
     packed = [shape for shape in shapes if isinstance(shape, PackedShape)]
     if not packed:
         return shapes[0]

@@ -254,7 +254,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
 
 
 def test_python_does_not_walk_all_objects_again_at_its_end():
-    """Which would take longer than `--help`. What was registered to be called at the end first, is called last."""
+    """They are frozen by then: seen from a handler that was registered first, and so is called last."""
     program = """
 import atexit, gc, sys
 atexit.register(lambda: print(len(gc.get_objects()) < 100 < gc.get_freeze_count(), file=sys.stderr))
