@@ -1,4 +1,4 @@
-"""The tolerances of all comparisons, in one place; none is loosened for a single test."""
+"""The tolerances of comparisons with other programs, in one place; none is loosened for a single test."""
 
 FUNCTION = 1e-5
 """A single function in float32, absolute."""
