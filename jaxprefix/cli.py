@@ -23,6 +23,7 @@ import tyro
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
+from jaxprefix.screen import Heedless, mute
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -37,6 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if sys.stderr is None:  # closed by the caller: what is printed to it would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for good
+    with contextlib.redirect_stderr(Heedless(sys.stderr)):
+        return _main(arguments)
+
+
+def _main(arguments: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
     if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
@@ -48,27 +54,24 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()  # errors of it are handled below
         return exit_code
     except PlainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(error)
     except BrokenPipeError:
-        _mute_stdout()
+        mute(sys.stdout)
         return 1
-    except OSError as error:  # a path that the system refuses, or a full disk that stdout is on
-        if error.filename is None and error.errno == errno.ENOSPC:
-            _mute_stdout()
-            print(f"error: standard output cannot be written ({error.strerror})", file=sys.stderr)
-            return RunError.exit_code
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is not None:  # a path that the system refuses
+            return _fail(InputError(f"{error.filename}: {error.strerror}"))
+        if error.errno != errno.ENOSPC:
             raise
-        print(f"error: {InputError(f'{error.filename}: {error.strerror}')}", file=sys.stderr)
-        return InputError.exit_code
+        mute(sys.stdout)
+        return _fail(RunError(f"standard output cannot be written ({error.strerror})"))
     except KeyboardInterrupt:
         return 130
 
 
-def _mute_stdout() -> None:
-    """Discard what is still to be printed; Python would fail at it again as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _fail(error: PlainError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def _run(settings: Command) -> int:
@@ -120,12 +123,12 @@ def _train(config: TrainConfig) -> int:
         return 128 + result.stopped_by
     if result.best_dev_loss is None:
         raise RunError("no dev loss was finite, so no prefix was kept; lower --max_lr")
-    if config.save_model and is_first():
+    if config.save_model and is_first() and sys.stdout is not None:
         command = ["jaxprefix", "generate", "--pretrained_model_dir", config.pretrained_model_dir]
         command += ["--revision", config.revision] if config.revision else []
         command += ["--prefix_checkpoint_path", str(result.run_dir), "--compare"]
-        print(f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:")
-        print(f"  {shlex.join(command)}")
+        hint = f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
+        print(f"{hint}\n  {shlex.join(command)}", file=Heedless(sys.stdout), flush=True)  # the run is done all the same
     return 0
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convert.errors import InputError
 from convert.files import replacing
+from jaxprefix.screen import Heedless
 
 
 class RunLog:
@@ -26,7 +26,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self.console = Console(file=Heedless(sys.stderr), highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
@@ -40,11 +40,11 @@ class RunLog:
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":
-        self._show(self._progress.start)
+        self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._show(self._progress.stop)
+        self._progress.stop()
         for file in (self._text, self._metrics, self._tensorboard):
             if file is not None:
                 file.close()
@@ -52,7 +52,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Write a line to the screen and to log.txt, preceded by the seconds since the start."""
         text = f"{time.monotonic() - self._started:.2f}s {text}"
-        self._show(lambda: self.console.print(text, markup=False))
+        self.console.print(text, markup=False)
         if self._text is not None:
             print(text, file=self._text, flush=True)
 
@@ -79,13 +79,6 @@ class RunLog:
         """Flush metrics.jsonl to the disk: a checkpoint must not outlive the records of its updates."""
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
-
-    def _show(self, write: Callable[[], None]) -> None:
-        """Write to the screen, if there still is one: a closed terminal or pipe must not end the run."""
-        try:
-            write()
-        except (OSError, SystemExit):  # rich leaves the program when a pipe is closed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class TensorBoard:

@@ -36,7 +36,7 @@ FLOORS = [
     {"inference_config"},
     {"config", "hub", "devices"},
     {"recipe"},
-    {"settings", "sentences"},
+    {"settings", "sentences", "screen"},
 ]
 
 

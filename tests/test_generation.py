@@ -88,10 +88,14 @@ def test_a_closed_error_stream():
     assert list(json.loads(result.stdout)) == ["prompt", "continuation"], "no warning in front"
 
 
-def test_a_full_disk_that_the_output_is_on():
-    result = in_a_shell("> /dev/full", "generate", *BASE, "--prompt", "朝", *GREEDY)
-    assert result.returncode == 1
-    assert result.stderr == b"error: standard output cannot be written (No space left on device)\n"
+def test_a_full_disk_that_the_output_is_on(capsys, monkeypatch):
+    arguments = ["generate", *BASE, "--prompt", "朝", *GREEDY]
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        assert main(arguments) == 1
+    expected = "error: standard output cannot be written (No space left on device)\n"
+    assert capsys.readouterr().err == expected
+    assert in_a_shell("> /dev/full", *arguments).stderr.decode() == expected, "nor does Python complain at its end"
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):
@@ -131,4 +135,4 @@ def test_generate_does_as_it_is_told(monkeypatch, capsys):
     flags = ["--dtype", "bfloat16", "--seed", "7", "--batch_size", "2", "--top_k", "3"]
     assert main(["generate", *BASE, "--prompt", "朝の", *flags, "--json"]) == 0
     assert seen == {"dtype": "bfloat16", "seed": 7, "batch_size": 2, "top_k": 3}
-    assert capsys.readouterr().out == '{"prompt": "朝の", "continuation": "。"}\n'  # D38: readable, not \u671d
+    assert capsys.readouterr().out == '{"prompt": "朝の", "continuation": "。"}\n'  # readable, not \u671d

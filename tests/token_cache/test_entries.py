@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import token_cache
+from jaxprefix.cli import main
 from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, load_tokenizer
-from tests.base_folders import make_base_folder
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.token_cache.helpers import raising, same
 
 
@@ -27,6 +29,17 @@ def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
     assert same(examples, read_examples(data, Chunking(tokenizer)))
     assert len(examples) > 80
     assert "MB/s" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_nobody_needs_to_read_how_far_it_is(data, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", pipe)
+        flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--data_filepath", str(data), "--n_samples", "0"]
+        assert main(["evaluate", *flags]) == 0
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("in_this_process")
