@@ -116,17 +116,15 @@ def _import_training_state(config: ConvertConfig) -> str:
     n_done = int(arrays[STEPS[0]])
     folder = config.target / CHECKPOINTS
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
-        earlier: dict[str, np.ndarray] = {}
-        progress = Progress()
+        best_dev_loss = None
         if newest_checkpoint(folder) is not None:
             earlier, saved = checkpoints.read()
-            progress = Progress(**saved)
-        from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
-        if progress.n_done >= n_done:
-            raise InputError(
-                f"{folder}: already has a checkpoint of update {progress.n_done}; the source is only at {n_done}"
-            )
-        checkpoints.save(n_done, arrays, dataclasses.asdict(Progress(n_done, progress.best_dev_loss)))
+            from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
+            best_dev_loss, last = saved["best_dev_loss"], saved["n_done"]
+            if last >= n_done:
+                raise InputError(f"{folder}: already has a checkpoint of update {last}; the source is only at {n_done}")
+        progress = Progress(n_done, best_dev_loss, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured
+        checkpoints.save(n_done, arrays, dataclasses.asdict(progress))
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 
 

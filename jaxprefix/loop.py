@@ -70,7 +70,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         logging = batch is None or progress.n_done % config.log_every_n_steps == 0
         saving = epoch_ends or verdict > Vote.GO_ON or progress.n_done % config.checkpoint_every_n_steps == 0
         stopping = verdict > Vote.SAVE and batch is not None
-        if saving or late:  # of many processes, one that is late is heard an update later, and does not ask twice
+        if saving or late:  # several processes vote with a delay of an update; a late one does not ask again meanwhile
             saved_at = time.monotonic()
 
         in_flight.settle(state, n_left=0 if logging or saving else 1)
@@ -95,7 +95,7 @@ class InFlight:
     """Updates that the device may still be working on; as each ends, in order, its loss enters the log's window."""
 
     def __init__(self, run: Run, progress: Progress):
-        """Continue the window, and the count of updates skipped in a row, of a checkpoint."""
+        """Continue a checkpoint's window, and its count of updates skipped in a row."""
         self._run = run
         self._updates: deque[tuple[int, Outcome, int]] = deque()
         self.window = LossMeter(RECIPES[run.config.recipe], progress.window)
@@ -119,7 +119,8 @@ class InFlight:
                     run.checkpoints.finish()
                 examples = offending_examples(run, state, number)
                 raise RunError.all(f"{fault}; {what_is_left(run.config)}. Examples that may have caused it:", examples)
-            self.window.add(loss, n_labels, self.clock - started)
+            if math.isfinite(loss):  # else float16 has skipped the update
+                self.window.add(loss, n_labels, self.clock - started)
             run.log.progress(number, loss, self.window.tokens_per_s)
             run.watchdog.progress()
 
@@ -158,9 +159,11 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
     loss = metrics["loss"]
     if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
         progress.best_dev_loss = loss
-        if run.config.save_model and is_first():
-            check_still_there(run.config)
-            save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, inputs.base.config, inputs.base.tokenizer)
+        if run.checkpoints:
+            run.checkpoints.finish()  # a prefix/ without a checkpoint tells that those were removed
+            if is_first():
+                check_still_there(run.config)
+                save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, inputs.base.config, inputs.base.tokenizer)
 
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:

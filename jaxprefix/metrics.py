@@ -51,8 +51,10 @@ class LossMeter:
         self.sums = LossSums(*map(operator.add, self.sums, batch))
 
     def means(self) -> dict[str, float]:
-        """Return loss (nats per label) and ppl."""
+        """Return loss (nats per label) and ppl; NaN of no batch."""
         sums = self.sums
+        if not sums.n_batches:
+            return {"loss": math.nan, "ppl": math.nan}
         if self._average_batch_means:
             return {"loss": sums.mean_loss / sums.n_batches, "ppl": sums.mean_ppl / sums.n_batches}
         return {"loss": sums.loss / sums.n_labels, "ppl": _perplexity(sums.loss / sums.n_labels)}

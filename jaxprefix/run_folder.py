@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
+from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, agree_first, wait_until_visible
@@ -48,7 +49,10 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
         if not is_utf8(folder.absolute()):
             raise InputError(f"{folder}: lies in {str(Path.cwd())!r}, which is not UTF-8; no checkpoint can be written")
         if config.resume and not _is_converted(folder):
-            check_same_run(folder, description, starts_over=newest_checkpoint(folder / CHECKPOINTS) is None)
+            starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
+            if starts_over and (folder / RUN_SUBFOLDER).exists():
+                raise InputError(f"{folder}: holds a prefix but no checkpoint; --overwrite starts the run again")
+            check_same_run(folder, description, starts_over)
         elif config.overwrite and folder.is_dir() and _content(folder):
             if not is_run_folder(folder):
                 raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")

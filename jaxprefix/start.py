@@ -85,13 +85,8 @@ def start_encoder(
     return from_names(like, earlier, config.checkpoint_path)["encoder"]
 
 
-def restore_state(
-    config: TrainConfig, checkpoints: Checkpoints, like: TrainState, n_updates: int
-) -> tuple[TrainState, Progress]:
-    """Return the state and progress in the newest checkpoint; `like` tells the structure and shapes to expect.
-
-    Raises InputError when no update is left that could make a prefix.
-    """
+def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Progress]:
+    """Return the state and progress in the newest checkpoint; `like` tells the structure and shapes to expect."""
     arrays, saved = checkpoints.read()
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
@@ -100,9 +95,4 @@ def restore_state(
         progress.best_dev_loss = None
         if is_first():
             print(f"WARNING: {best}: is missing; the best prefix from here on is kept", file=sys.stderr)
-    if progress.n_done >= n_updates and progress.best_dev_loss is None and not progress.to_evaluate:
-        raise InputError(
-            f"{config.run_dir}: is at update {progress.n_done} without a best prefix, and the run ends at {n_updates}; "
-            "raise --n_training_steps or --n_epochs"
-        )
     return from_names(like, arrays, checkpoints.folder), progress

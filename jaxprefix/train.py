@@ -87,14 +87,14 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         stop = stack.enter_context(stop_on_signal(config))
         checkpoints = stack.enter_context(Checkpoints(config.run_dir / CHECKPOINTS)) if config.save_model else None
         if checkpoints and resuming:
-            state, progress = restore_state(config, checkpoints, state, inputs.plan.n_updates)
+            state, progress = restore_state(config, checkpoints, state)
         open_shared_folder(config, description)
         state = jax.device_put(state, replicated(mesh))
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
-        if progress.n_done:
-            log.line(f"resumed after update {progress.n_done}")
+        if config.resume:
+            log.line(f"resumed after update {progress.n_done}" if resuming else "no checkpoint: starting over")
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         update = make_update(config, mesh)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import gc
+import itertools
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
-from jaxprefix.update import LossScale
+from jaxprefix.update import LossScale, Outcome
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
 from tests.torture.disk import OWN_MOUNTS, can_mount
@@ -87,6 +88,26 @@ class TestNumbers:
             train(config)
         assert [point["skipped"] for point in metrics_of(config.run_dir)] == [1, 2, 3]
 
+    def test_a_skipped_update_without_a_loss_is_no_part_of_the_means(self, tmp_path, monkeypatch):
+        make = train_module.make_update
+
+        def make_update(*arguments):
+            update, numbers = make(*arguments), itertools.count(1)
+
+            def overflowing(*given):
+                state, outcome = update(*given)
+                lost = jnp.float32(math.nan)
+                return state, Outcome(lost, lost) if next(numbers) in (1, 3, 4) else outcome
+
+            return overflowing
+
+        monkeypatch.setattr(train_module, "make_update", make_update)
+        config = run_config(tmp_path, fp16=True, n_training_steps=4, log_every_n_steps=2)
+        train(config)
+        of_one, of_none = losses_of(config.run_dir)
+        assert 0 < of_one < 10
+        assert of_none is None
+
     def test_skipped_updates_must_follow_one_another(self, tmp_path):
         guard = FiniteGuard(run_config(tmp_path, fp16=True), n_skipped=20)
         assert guard.fault(1, 1.0, 1.0) is None
@@ -110,14 +131,6 @@ class TestOneWriter:
             pytest.raises(InputError, match=r"is in use by process \d+ on .*\.run\.lock"),
         ):
             train(run_config(finished.output_dir, resume=True))
-
-    def test_where_nothing_can_be_locked_it_is_told(self, tmp_path, monkeypatch, capsys):
-        def flock(*_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr("fcntl.flock", flock)
-        with only_writer(tmp_path / "run"):
-            assert f"WARNING: {tmp_path}: does not support file locks" in capsys.readouterr().err
 
     def test_the_lock_goes_with_its_owner(self, tmp_path):
         program = "import sys, os, pathlib; from jaxprefix.run_lock import only_writer as o\n"
@@ -182,13 +195,17 @@ class TestSignals:
         assert train(config).finished
         same_end(config, finished)
 
-    def test_a_closed_pipe_ends_no_run(self, tmp_path):
-        """As when what reads the output, like tee or head, ends before the run."""
+    @pytest.mark.parametrize("closed", ["stderr", "stdout"])
+    def test_a_closed_pipe_ends_no_run(self, tmp_path, closed):
+        """As when what reads the output, like tee or head, ends before the run. The other stream stays."""
         config = run_config(tmp_path)
         with start(config) as process:
             process.stderr.readline()
-            process.stderr.close()
+            getattr(process, closed).close()
+            told = (process.stdout if closed == "stderr" else process.stderr).read()
             assert process.wait(timeout=120) == 0
+        assert ("best prefix: " if closed == "stderr" else "dev - monitor") in told
+        assert "Traceback" not in told
         assert newest_checkpoint(config.run_dir / "checkpoints") == 8
         assert "dev - monitor" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
 
@@ -223,7 +240,7 @@ class TestMemory:
         at_update(monkeypatch, 6, lambda: jnp.zeros(2**47, jnp.uint8).block_until_ready())
         assert main(["train", *flags_of(run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
-        assert "error: out of memory: 131072.00 GiB were requested at once, " in error
+        assert "error: out of memory: 131072.00 GiB were requested at once; the memory has " in error
         assert (
             "this run can use --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "
             in error

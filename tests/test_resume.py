@@ -54,6 +54,28 @@ def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
     shutil.copy(finished.run_dir / "config.json", config.run_dir)
     assert train(run_config(tmp_path, resume=True)).finished
     same_end(config, finished)
+    assert "no checkpoint: starting over" in (config.run_dir / "log.txt").read_text()
+
+
+def test_a_run_whose_checkpoints_were_removed_does_not_start_over(finished, tmp_path):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="run: holds a prefix but no checkpoint; --overwrite starts the run again"):
+        train(run_config(tmp_path, resume=True))
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_prefix_is_saved_behind_the_checkpoint(tmp_path, monkeypatch):
+    """However slow the disk, or a kill between the two would leave a run that cannot be resumed."""
+    config, order = run_config(tmp_path, n_epochs=1), []
+    for owner, name in ((Checkpoints, "save"), (Checkpoints, "finish"), (loop_module, "save_prefix")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *given, name=name, function=function: (order.append(name), function(*given))[1]
+        )
+    train(config)
+    assert order[: order.index("save_prefix") + 1][-3:] == ["save", "finish", "save_prefix"]
 
 
 def test_resume_refuses_other_settings(finished):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from convert.errors import InputError
+from convert.prefix import read_prefix
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
@@ -75,8 +76,6 @@ def test_a_float16_run_changes_sides_without_its_loss_scale(tmp_path):
     converted(state, tmp_path / "again")
     with pytest.raises(InputError, match="does not fit this run"):
         train(run_config(tmp_path, "again", dtype="float16", prefix_seq_len=3, resume=True))
-    with pytest.raises(InputError, match=r"at update 1 without a best prefix, and the run ends at 1; raise"):
-        train(run_config(tmp_path, "again", dtype="float16", n_training_steps=1, resume=True))
     assert train(run_config(tmp_path, "again", dtype="float16", n_training_steps=2, resume=True)).n_done == 2
 
 
@@ -150,7 +149,29 @@ def test_a_converted_state_begins_where_it_is_and_not_where_the_run_was(tmp_path
     converted(tmp_path / "later.pt", run.run_dir)
     with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
         progress = checkpoints.read()[1]
-    assert progress == {"n_done": 3, "best_dev_loss": None, "window": [], "n_skipped": 0, "to_evaluate": False}
+    assert progress == {"n_done": 3, "best_dev_loss": None, "window": [], "n_skipped": 0, "to_evaluate": True}
+
+
+def test_what_pytorch_finished_becomes_a_prefix(tmp_path):
+    run = run_config(tmp_path, n_training_steps=2)
+    train(run)
+    again = run_config(tmp_path, "again", n_training_steps=2, resume=True)
+    converted(converted(run.run_dir, tmp_path / "state.pt"), again.run_dir)
+    assert train(again).finished
+    np.testing.assert_array_equal(read_prefix(again.run_dir)[0], read_prefix(run.run_dir)[0])
+    assert losses_of(again.run_dir, "dev") == losses_of(run.run_dir, "dev")
+
+
+def test_a_state_before_its_first_update_begins_there(tmp_path):
+    run = run_config(tmp_path, n_training_steps=1)
+    train(run)
+    first = torch.load(converted(run.run_dir, tmp_path / "state.pt"))
+    first["optimizer"]["step"] = 0
+    torch.save(first, tmp_path / "first.pt")
+    again = run_config(tmp_path, "again", n_training_steps=1, resume=True)
+    converted(tmp_path / "first.pt", again.run_dir)
+    assert train(again).n_done == 1
+    assert [point["step"] for point in metrics_of(again.run_dir, "dev")] == [1]
 
 
 def test_a_converted_state_leaves_the_best_prefix_its_place(finished, tmp_path):
