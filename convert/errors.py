@@ -38,10 +38,10 @@ class InputError(PlainError):
 
 
 class RunError(PlainError):
-    """A run that began well cannot go on: its numbers, its disk or its memory failed.
+    """What began well cannot go on: its numbers, its disk or its memory failed.
 
-    The message says what happened, after which update, and what is left to go on from. The command line prints it and
-    exits with code 1.
+    The message says what happened; of a training run, also after which update, and what is left to go on from. The
+    command line prints it and exits with code 1.
     """
 
     exit_code = 1

@@ -66,7 +66,7 @@ def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping
     path.touch()
     mode = path.stat().st_mode  # the library would make it readable for its owner alone
     try:
-        save_file(tensors, path, metadata={"format": "pt", **header})
+        save_file(tensors, path, metadata={**header, "format": "pt"})
     except SafetensorError as error:
         if not (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise

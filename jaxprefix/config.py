@@ -43,7 +43,7 @@ class Compute:
     remat: Literal["elementwise", "block"] = "elementwise"
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
-    """Compile one layer for all: compiles faster, runs slower, saves a CPU memory; for models of very many layers."""
+    """Compile one layer for all: compiles faster, runs slower, saves memory on a CPU; for very deep models."""
 
     def __post_init__(self) -> None:
         check_types(self, "computing")
@@ -73,12 +73,13 @@ class HostsConfig:
             problems.append(f"--distributed detects {', '.join(f'--{name}' for name in named)} itself; leave them out")
         elif 0 < len(missing) < len(named):
             problems.append(f"a run of several processes also needs {' and '.join(missing)}")
-        host, _, port = (self.coordinator_address or "host:1").rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            problems.append(f"--coordinator_address must be host:port, found {self.coordinator_address!r}")
+        if self.coordinator_address is not None:
+            host, _, port = self.coordinator_address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+                problems.append(f"--coordinator_address must be host:port, found {self.coordinator_address!r}")
         if self.num_processes is not None and self.num_processes < 1:
             problems.append(f"--num_processes must be positive, is {self.num_processes}")
-        elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 2**31):
+        elif self.process_id is not None and not 0 <= self.process_id < (self.num_processes or math.inf):
             problems.append(f"--process_id must be at least 0 and below --num_processes, is {self.process_id}")
         if problems:
             raise InputError.all("processes:", problems)
@@ -291,3 +292,5 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "convert")
+        if self.revision is not None and self.pretrained_model_dir is None:
+            raise InputError("--revision is of --pretrained_model_dir, which is not given")

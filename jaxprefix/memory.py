@@ -27,12 +27,15 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
 def shortage(text: str) -> str:
     """Say by how much a device's memory was too small, from the error's text."""
     wanted = re.search(r"allocat\D+(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?\b", text)
+    n_gib = float(wanted[1]) * UNITS[wanted[2]] / GIB if wanted else None
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    size = stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    free = size - stats.get("bytes_in_use", 0)
+    if "bytes_limit" not in stats:  # a CPU does not tell what of its memory is used
+        asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
+        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        return f"{asked}; the memory has {size:.2f} GiB in all"
+    size, free = (n_bytes / GIB for n_bytes in (stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]))
     over = "more was requested than"
-    if wanted:
-        n_bytes = float(wanted[1]) * UNITS[wanted[2]]
-        over = f"{n_bytes / GIB:.2f} GiB were requested at once, {max(n_bytes - free, 0) / GIB:.2f} more than"
-    return f"{over} the {free / GIB:.2f} of {size / GIB:.2f} GiB that {device.device_kind} has free"
+    if n_gib is not None:
+        over = f"{n_gib:.2f} GiB were requested at once, {max(n_gib - free, 0):.2f} more than"
+    return f"{over} the {free:.2f} of {size:.2f} GiB that {device.device_kind} has free"

@@ -9,6 +9,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.files import replacing
+from convert.prefix import RUN_SUBFOLDER
 from convert.untrusted import member, read_object
 from jaxprefix.config import TrainConfig
 from jaxprefix.lines import sha256_of
@@ -106,7 +107,8 @@ def setting_of(folder: Path | None, name: str) -> Any:
     """Return a setting that a run was trained with; None for anything but a run's folder, or the `prefix/` in one."""
     if folder is None:
         return None
-    return (_read_description(folder) or _read_description(folder.absolute().parent)).get(name)
+    run_dir = folder.absolute().parent if folder.name == RUN_SUBFOLDER else folder
+    return _read_description(run_dir).get(name)
 
 
 def is_run_folder(folder: Path) -> bool:

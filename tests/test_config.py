@@ -197,6 +197,12 @@ def test_nan_is_never_in_range(name):
         run_config(Path(), **{name: float("nan")})
 
 
+def test_a_revision_is_of_a_base_model():
+    assert ConvertConfig(Path(), Path(), "user/model", "v1").revision == "v1"
+    with pytest.raises(InputError, match="--revision is of --pretrained_model_dir, which is not given"):
+        ConvertConfig(Path(), Path(), revision="v1")
+
+
 def test_an_address_has_a_host():
     with pytest.raises(InputError, match="--coordinator_address must be host:port, found ':1234'"):
         HostsConfig(coordinator_address=":1234", num_processes=2, process_id=0)

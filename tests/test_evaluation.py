@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,9 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     assert of_run["suffix_rate"] == 1 / 2
     for other in (["--suffix", "！"], ["--max_seq_len", "20"]):
         assert report(*PREFIX, *other)["loss"] != told["loss"]
+    assert report("--prefix_checkpoint_path", str(run / "prefix")) == told
+    strangers = shutil.copy(GOLDEN / "forward.weight", run)
+    assert report("--prefix_checkpoint_path", strangers) == report(*PREFIX), "that it lies there says nothing"
     (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
     fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
 

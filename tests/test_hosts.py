@@ -43,6 +43,7 @@ def test_joining_comes_before_jax_is_used():
         ({"num_processes": 2}, "a run of several processes also needs --coordinator_address and --process_id"),
         ({"distributed": True, "process_id": 1}, "--distributed detects"),
         ({"coordinator_address": "node0"}, "--coordinator_address must be host:port, found 'node0'"),
+        ({"coordinator_address": "", "num_processes": 2, "process_id": 0}, "must be host:port, found ''"),
         ({"coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes must be positive, is 0"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "below --num_processes, is 2"),
         ({"stall_minutes": 0.0}, "--stall_minutes must be positive, is 0.0"),

@@ -48,7 +48,7 @@ def test_a_cpu_skips_chunks_without_a_label_and_a_gpu_never_asks_the_host(batch,
     assert ("cond[" in program) != on_a_gpu
 
 
-def test_a_loss_without_gradient_multiplies_once_with_the_head_less(batch):
+def test_without_a_gradient_the_head_is_multiplied_one_time_fewer(batch):
     hidden, head, labels = batch
     loss, gradient = (
         str(jax.make_jaxpr(function)(hidden, head, labels)).count("dot_general")

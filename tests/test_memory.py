@@ -1,4 +1,5 @@
 import ctypes
+import os
 import types
 
 import jax
@@ -22,8 +23,16 @@ from tests.base_folders import GOLDEN_BASE
         ("RESOURCE_EXHAUSTED: something else", "more was requested"),
     ],
 )
-def test_what_was_asked_for_is_read_from_the_error(text, asked):
+def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
+    n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert asked in shortage(text)
+    assert shortage(text).endswith(f"; the memory has {n_bytes / 2**30:.2f} GiB in all")
+    stats = {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
+    gpu = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="H100")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    assert asked in shortage(text)
+    assert shortage(text).endswith(" than the 10.00 of 11.00 GiB that H100 has free")
+    assert (", 2.50 more than" in shortage(text)) == ("12.50" in asked)
 
 
 def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, capsys):
@@ -33,7 +42,7 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     monkeypatch.setattr(jaxprefix.decode, "_decode", fail)
     assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
     error = capsys.readouterr().err
-    assert "error: out of memory: 12.50 GiB were requested at once, " in error
+    assert "error: out of memory: 12.50 GiB were requested at once; " in error
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
 
 

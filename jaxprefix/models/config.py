@@ -198,9 +198,10 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
 def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) -> dict[str, Any]:
     """Return the values of an architecture's fields; what is missing, contradictory or unsupported joins `problems`."""
     fields = _FIELDS[architecture]
-    found = {field: _lookup(raw, spellings, default, problems) for field, (spellings, default) in fields.items()}
-    if found.get("rotary_scaling", ("", "default"))[1] in ("linear", "dynamic"):
-        found["rotary_factor"] = _lookup(raw, fields["rotary_factor"][0], None, problems)
+    found: dict[str, tuple[str, Any]] = {}
+    for field, (spellings, default) in fields.items():
+        needed = field == "rotary_factor" and found["rotary_scaling"][1] in ("linear", "dynamic")
+        found[field] = _lookup(raw, spellings, None if needed else default, problems)
     if raw.get("rope_scaling") and raw.get("rope_parameters") not in (None, {}, raw["rope_scaling"]):
         problems.append("contradiction: rope_scaling and rope_parameters differ")
     for field, supported in _FIXED.items():

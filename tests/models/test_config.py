@@ -38,6 +38,10 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
     ("changes", "message"),
     [
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"type": "linear", "factor": 4}},
+            "contradiction: rope_scaling.factor = 2, rope_parameters.factor = 4",
+        ),
         ({"rotary_pct": 0.25} | NEW, "contradiction: rotary_pct = 0.25, rope_parameters.partial_rotary_factor = 0.5"),
         ({"model_type": "llama"}, "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'"),
         ({"model_type": "gpt_neox_japanese"}, "model_type is 'gpt_neox_japanese'"),
@@ -72,8 +76,10 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path, changes, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as error:
         read(tmp_path, BARE | changes)
+    problems = str(error.value).splitlines()
+    assert len({*problems}) == len(problems)
 
 
 def test_null_inner_width_is_four_times_the_residual(tmp_path):
