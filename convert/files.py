@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Let the block write files into a new or empty folder, which is as it was before after a failure.
+    """Let the block write files into a new or empty folder; if that fails, remove them, and the folder if it is new.
 
     Raises InputError if it holds anything but what a killed copy left.
     """

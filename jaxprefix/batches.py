@@ -26,7 +26,7 @@ class Packing(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]; JAX's inside compiled functions."""
+    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]; JAX's in what is compiled."""
 
     tokens: np.ndarray
     labels: np.ndarray

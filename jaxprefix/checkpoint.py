@@ -116,7 +116,7 @@ class Checkpoints:
         return SaveError(f"{self.folder}: {which} cannot be saved ({short_reason(error)}); {left}")
 
     def read(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the newest undamaged checkpoint: arrays by name, and `progress`. Damaged ones are put aside.
+        """Return the newest undamaged checkpoint: arrays by name, and `progress`. A writer puts damaged ones aside.
 
         Raises InputError when there is none.
         """
@@ -168,7 +168,7 @@ class Checkpoints:
         return arrays, progress
 
     def _put_aside(self, step: int, problem: str) -> None:
-        """Warn of a damaged checkpoint and free its number; keep the latest one, as NUMBER.damaged, to inspect."""
+        """Warn of a damaged checkpoint. A writer frees its number, and keeps the latest, NUMBER.damaged, to inspect."""
         if is_first():
             print(f"WARNING: {self.folder / str(step)}: damaged, {problem}", file=sys.stderr, flush=True)
             if self._writing:

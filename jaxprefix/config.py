@@ -269,7 +269,7 @@ class CheckConfig(TrainConfig):
     data_filepath: Path | None = None  # type: ignore[assignment]
     """JSON Lines to look at, as in training."""
     save_name: str = "check"
-    """Ignored."""
+    """Checked as in training, and not used."""
 
     @property
     def command(self) -> str:

@@ -22,7 +22,7 @@ from jaxprefix.config import SEED_LIMIT
 from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.models import BaseModel
-from jaxprefix.models.attention import Cache, cache_of, own_slots
+from jaxprefix.models.attention import Cache, cache_of, own_slots, positions_of
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
@@ -228,7 +228,8 @@ def _decode(
         return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
 
     ends = jnp.maximum(lengths - 1, 0)[:, None]
-    positions = jnp.minimum(own_slots(tokens), ends) + (0 if restarts else prefix_len)  # padding has the last token's
+    slots = jnp.minimum(own_slots(tokens), ends)  # padding has the last token's
+    positions = positions_of(slots, 0 if restarts else prefix_len)
     hidden, keys_values = model.hidden(tokens, prefix, positions=positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
     nothing, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0

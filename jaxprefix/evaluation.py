@@ -93,7 +93,11 @@ def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
 
 def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
     """Return a setting if it is given, else that of the prefix's run, else train's default."""
-    given, found = getattr(config, name), setting_of(config.prefix_checkpoint_path, name)
-    if given is None and found is not None and (type(found) is not kind or (isinstance(found, int) and found < 1)):
+    if (given := getattr(config, name)) is not None:
+        return given
+    found = setting_of(config.prefix_checkpoint_path, name)
+    if found is None:
+        return getattr(TrainConfig, name)
+    if type(found) is not kind or (isinstance(found, int) and found < 1):
         raise InputError(f"{config.prefix_checkpoint_path}: its config.json has an invalid {name}, {found!r}")
-    return next(value for value in (given, found, getattr(TrainConfig, name)) if value is not None)
+    return found

@@ -1,7 +1,7 @@
 """One run of many processes, one or more on each host: they join, agree, and stop together.
 
 Every process makes the same updates on its own devices. The first one writes the files, all together the checkpoints,
-so they must share the folder of runs. In a run of one process, nothing in here does anything.
+so they must share the folder of runs. In a run of one process, nobody is joined, asked or waited for.
 """
 
 import collections

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxprefix.data import IGNORED
 from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models import BaseModel
-from jaxprefix.models.attention import own_slots
+from jaxprefix.models.attention import own_slots, positions_of
 from jaxprefix.models.layers import einsum, matmul, vecdot
 from jaxprefix.models.packing import unpack
 from jaxprefix.prefix import Prefix
@@ -27,7 +27,7 @@ def batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, n_devices: in
     if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # it depends on a row's last position
         slots = own_slots(batch.tokens)
         last = jnp.where(batch.labels != IGNORED, slots, 0).max(axis=1, keepdims=True)
-        positions = base.config.prefix_length(prefix) + jnp.minimum(slots, last)
+        positions = positions_of(jnp.minimum(slots, last), base.config.prefix_length(prefix))
     hidden, _ = base.hidden(batch.tokens, prefix, positions=positions, packing=batch.packing)
     hidden, labels = unpack(hidden, batch.labelled), unpack(batch.labels - IGNORED, batch.labelled) + IGNORED
     return next_token_loss(hidden, base.head_weight, labels, n_devices)

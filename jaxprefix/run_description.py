@@ -17,7 +17,7 @@ from jaxprefix.prefix import differing_fields
 
 CONFIG_FILE = "config.json"
 PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}
-"""Settings that say where things lie; they may differ between processes, since weights and data have checksums."""
+"""Settings of places and processes; they may differ between processes, since weights and data have checksums."""
 MAY_CHANGE_ON_RESUME = {
     *PLACES,
     *("resume", "overwrite", "save_name", "filename_note"),

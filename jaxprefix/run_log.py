@@ -84,6 +84,8 @@ class RunLog:
 class TensorBoard:
     """Writes scalars for TensorBoard; those after update `from_step` replace what was written before a resume.
 
+    A dev loss that is measured again at `from_step` stands there twice.
+
     The file is opened by the first scalars, so that a run's first log line does not wait for the import.
     """
 

@@ -27,8 +27,8 @@ from jaxprefix.models import BaseModel
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split. The first match counts that has as many axes as the weight, or
-# none. Weights are [out, in], see `layers.Linear`.
+# Path of a base model's weight → how its axes are split. The first match counts whose spec names as many axes as the
+# weight has, or none. Weights are [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]

@@ -49,8 +49,9 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
 
-    Raises InputError for anything wrong with the user's input, before anything is written, and RunError when numbers
-    that are not finite, the disk or the memory end a run that has begun. SIGINT, SIGTERM and SIGHUP end it after the
+    Raises InputError for anything wrong with the user's input, before the run's folder is changed (but for damaged
+    checkpoints, which are put aside), and RunError when numbers that are not finite, the disk or the memory end a run
+    that has begun. SIGINT, SIGTERM and SIGHUP end it after the
     current update, with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns
     when all of them are done; a signal to any of them ends the run for all.
     """

@@ -29,6 +29,7 @@ class LossScale(NamedTuple):
     """
 
     value: Float[Array, ""]
+    """Called `loss_scale` in checkpoints, see `checkpoint.path_name`."""
     n_good: Int[Array, ""]
 
     @classmethod

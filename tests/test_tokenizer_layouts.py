@@ -1,4 +1,4 @@
-"""The four ways in which SentencePiece lies in base models' folders, and tokenizer.json, on a thousand strings."""
+"""The four ways in which SentencePiece lies in base models' folders, and tokenizer.json, on random strings."""
 
 import json
 import random
@@ -69,7 +69,7 @@ LAYOUTS = {
 def texts(seed: int, n: int = 1000) -> list[str]:
     generator = random.Random(seed)
     documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()]
-    sentences = [sentence for document in documents[:200] for sentence in document.split("\n")]
+    sentences = [sentence for document in documents for sentence in document.split("\n")]
     return [
         "".join(generator.choices(FRAGMENTS + generator.sample(sentences, 3), k=generator.randint(1, 9)))
         for _ in range(n)
@@ -81,7 +81,7 @@ def layout(request, tmp_path_factory):
     """A tokenizer folder, sentencepiece's own processor, and what the folder asks to do to a text first."""
     name, options, settings, prepare = LAYOUTS[request.param]
     folder = tmp_path_factory.mktemp("tokenizer")
-    documents = [prepare(json.loads(line)["text"]) for line in SAMPLE.read_text().splitlines()[:300]]
+    documents = [prepare(json.loads(line)["text"]) for line in SAMPLE.read_text().splitlines()]
     with (folder / name).open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(documents),
@@ -156,7 +156,7 @@ def bpe_folder(tmp_path_factory):
     """Byte-level BPE as Pythia's and open-calm's: bos and eos are one token, config.json gives the ids."""
     folder = tmp_path_factory.mktemp("bpe")
     backend = tokenizers.ByteLevelBPETokenizer()
-    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()[:300]]
+    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()]
     backend.train_from_iterator(documents, vocab_size=600, special_tokens=["<|endoftext|>", "<|padding|>"])
     backend.enable_truncation(5)  # as some files have it; whoever loads it must not obey
     backend.save(str(folder / "tokenizer.json"))
