@@ -293,4 +293,4 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         check_types(self, "convert")
         if self.revision is not None and self.pretrained_model_dir is None:
-            raise InputError("--revision is of --pretrained_model_dir, which is not given")
+            raise InputError("--revision belongs to --pretrained_model_dir, which is not given")

@@ -33,7 +33,7 @@ def shortage(text: str) -> str:
     if "bytes_limit" not in stats:  # a CPU does not tell what of its memory is used
         asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        return f"{asked}; the memory has {size:.2f} GiB in all"
+        return f"{asked}; this machine has {size:.2f} GiB in all"
     size, free = (n_bytes / GIB for n_bytes in (stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]))
     over = "more was requested than"
     if n_gib is not None:

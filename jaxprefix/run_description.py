@@ -107,8 +107,10 @@ def setting_of(folder: Path | None, name: str) -> Any:
     """Return a setting that a run was trained with; None for anything but a run's folder, or the `prefix/` in one."""
     if folder is None:
         return None
-    run_dir = folder.absolute().parent if folder.name == RUN_SUBFOLDER else folder
-    return _read_description(run_dir).get(name)
+    description, folder = _read_description(folder), folder.absolute()
+    if not description and folder.name == RUN_SUBFOLDER:
+        description = _read_description(folder.parent)
+    return description.get(name)
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -199,7 +199,7 @@ def test_nan_is_never_in_range(name):
 
 def test_a_revision_is_of_a_base_model():
     assert ConvertConfig(Path(), Path(), "user/model", "v1").revision == "v1"
-    with pytest.raises(InputError, match="--revision is of --pretrained_model_dir, which is not given"):
+    with pytest.raises(InputError, match="--revision belongs to --pretrained_model_dir, which is not given"):
         ConvertConfig(Path(), Path(), revision="v1")
 
 

@@ -35,7 +35,7 @@ def test_evaluate_with_and_without_prefix(capsys, tmp_path):
 
 
 def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have_it(capsys, tmp_path, monkeypatch):
-    run = tmp_path / "run"
+    run = tmp_path / "prefix"  # a run may be called so
     convert(ConvertConfig(GOLDEN / "forward.weight", run / "prefix", str(GOLDEN_BASE)))
     settings = {"data_sha256": "", "suffix": "！", "max_seq_len": 20}
     (run / "config.json").write_text(json.dumps(settings))

@@ -240,7 +240,7 @@ class TestMemory:
         at_update(monkeypatch, 6, lambda: jnp.zeros(2**47, jnp.uint8).block_until_ready())
         assert main(["train", *flags_of(run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
-        assert "error: out of memory: 131072.00 GiB were requested at once; the memory has " in error
+        assert "error: out of memory: 131072.00 GiB were requested at once; this machine has " in error
         assert (
             "this run can use --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "
             in error

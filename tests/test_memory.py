@@ -26,7 +26,7 @@ from tests.base_folders import GOLDEN_BASE
 def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert asked in shortage(text)
-    assert shortage(text).endswith(f"; the memory has {n_bytes / 2**30:.2f} GiB in all")
+    assert shortage(text).endswith(f"; this machine has {n_bytes / 2**30:.2f} GiB in all")
     stats = {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
     gpu = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="H100")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])

@@ -72,7 +72,7 @@ def test_a_prefix_is_saved_behind_the_checkpoint(tmp_path, monkeypatch):
     for owner, name in ((Checkpoints, "save"), (Checkpoints, "finish"), (loop_module, "save_prefix")):
         function = getattr(owner, name)
         monkeypatch.setattr(
-            owner, name, lambda *given, name=name, function=function: (order.append(name), function(*given))[1]
+            owner, name, lambda *given, name=name, function=function: (function(*given), order.append(name))[0]
         )
     train(config)
     assert order[: order.index("save_prefix") + 1][-3:] == ["save", "finish", "save_prefix"]

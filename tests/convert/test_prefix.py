@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from convert.errors import InputError
@@ -87,6 +88,12 @@ def test_a_file_that_is_cut_off(tmp_path, name, content, message):
 def test_an_empty_cache():
     with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
         from_dynamic_cache(types.SimpleNamespace(layers=[]))
+
+
+def test_a_header_is_one_of_pytorch_whatever_the_source_said(tmp_path):
+    save_safetensors({"x": np.zeros(3, np.float32)}, tmp_path / "x.safetensors", {"format": "mlx", "a": "b"})
+    with safe_open(tmp_path / "x.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt", "a": "b"}
 
 
 def test_a_disk_that_fails(tmp_path, monkeypatch):
