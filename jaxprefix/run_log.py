@@ -26,7 +26,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
-        self.console = Console(file=Heedless(sys.stderr), highlight=False, soft_wrap=True, quiet=quiet)
+        screen: Any = Heedless(sys.stderr)  # a run may also be a function's, without the command line around it
+        self.console = Console(file=screen, highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
