@@ -34,7 +34,8 @@ def shortage(text: str) -> str:
         asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         return f"{asked}; this machine has {size:.2f} GiB in all"
-    size, free = (n_bytes / GIB for n_bytes in (stats["bytes_limit"], stats["bytes_limit"] - stats["bytes_in_use"]))
+    size = stats["bytes_limit"] / GIB
+    free = size - stats.get("bytes_in_use", 0) / GIB
     over = "more was requested than"
     if n_gib is not None:
         over = f"{n_gib:.2f} GiB were requested at once, {max(n_gib - free, 0):.2f} more than"

@@ -95,7 +95,9 @@ def test_a_full_disk_that_the_output_is_on(capsys, monkeypatch):
         assert main(arguments) == 1
     expected = "error: standard output cannot be written (No space left on device)\n"
     assert capsys.readouterr().err == expected
-    assert in_a_shell("> /dev/full", *arguments).stderr.decode() == expected, "nor does Python complain at its end"
+    result = in_a_shell("> /dev/full", *arguments)
+    assert result.returncode == 1
+    assert result.stderr.decode() == expected, "nor does Python complain at its end"
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):
