@@ -92,7 +92,7 @@ def test_whether_the_best_prefix_is_there_the_first_process_says(finished, monke
     base = load_model(GOLDEN_BASE)
     state = start.abstract_state(config, base)
     with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
-        assert start.restore_state(config, checkpoints, state, 12)[1].best_dev_loss is None
+        assert start.restore_state(config, checkpoints, state)[1].best_dev_loss is None
 
 
 def test_a_run_can_start_from_a_torch_file(finished, tmp_path):
