@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 from jaxprefix.config import TrainConfig
-from tests.runs import start
+from tests.runs import PATIENCE, start
 
 PAGE = Path(__file__).parent.parent / "docs" / "launch.md"
 TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
@@ -28,10 +28,10 @@ def start_pair(config: TrainConfig, *more_flags: str, **options):
     return [start(config, *flags, *more_flags, **TWO_DEVICES, **options) for flags in documented_flags()]
 
 
-def ended(pair, timeout: float = 60):
+def ended(pair):
     """Wait for both processes; return their exit codes, outputs and errors."""
     try:
-        texts = [process.communicate(timeout=timeout) for process in pair]
+        texts = [process.communicate(timeout=PATIENCE) for process in pair]
     finally:
         for process in pair:
             process.kill()

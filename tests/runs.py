@@ -21,6 +21,9 @@ from tests.base_folders import GOLDEN, GOLDEN_BASE
 
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
+PATIENCE = 600
+"""Seconds after which a test gives up on another process: machines differ by a factor of twenty."""
+
 ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 

@@ -3,7 +3,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix.devices import devices, own_device
-from tests.runs import run_config, start
+from tests.runs import PATIENCE, run_config, start
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'cuda'"), AssertionError("no plugin")])
@@ -20,6 +20,6 @@ def test_a_platform_that_does_not_work_is_told(monkeypatch, error):
 
 def test_it_is_told_at_the_start_of_a_run(tmp_path):
     process = start(run_config(tmp_path), JAX_PLATFORMS="no_such_platform")
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert error.startswith("error: JAX cannot use its devices (JAX_PLATFORMS=no_such_platform): ")

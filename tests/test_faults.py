@@ -34,7 +34,7 @@ from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
 from jaxprefix.update import LossScale, Outcome
 from tests.base_folders import GOLDEN_BASE
-from tests.runs import CACHE_ALL, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
+from tests.runs import CACHE_ALL, PATIENCE, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
@@ -175,7 +175,7 @@ class TestSignals:
                 shown += os.read(terminal, 1024)
             os.close(its_other_end)
             os.close(terminal)
-            assert process.wait(timeout=60) == 129
+            assert process.wait(timeout=PATIENCE) == 129
         last_step = metrics_of(config.run_dir)[-1]["step"]
         assert newest_checkpoint(config.run_dir / "checkpoints") == last_step
         assert f"stopped after update {last_step}" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
@@ -195,7 +195,7 @@ class TestSignals:
             process.stderr.readline()
             getattr(process, closed).close()
             told = (process.stdout if closed == "stderr" else process.stderr).read()
-            assert process.wait(timeout=120) == 0
+            assert process.wait(timeout=PATIENCE) == 0
         assert ("best prefix: " if closed == "stderr" else "dev - monitor") in told
         assert "Traceback" not in told
         assert newest_checkpoint(config.run_dir / "checkpoints") == 8

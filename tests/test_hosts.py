@@ -17,6 +17,7 @@ from jaxprefix.config import HostsConfig
 from jaxprefix.hosts import Vote, joined
 from jaxprefix.sharding import make_mesh
 from tests.pairs import free_port, slurm
+from tests.runs import PATIENCE
 
 
 def join(port: int, process_id: int) -> None:
@@ -170,7 +171,7 @@ def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_code
     hosts.leave_soon(2)  # not joined yet: nothing to wait for
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     hosts.leave_soon(1)
-    assert exit_codes.get(timeout=10) == 1
+    assert exit_codes.get(timeout=PATIENCE) == 1
 
 
 def test_no_cluster_is_found(monkeypatch):
@@ -184,13 +185,13 @@ def test_no_cluster_is_found(monkeypatch):
 
 def test_nobody_joins(exit_codes, capsys):
     threading.Thread(target=hosts._give_up, args=[HostsConfig(False, "node0:1", 2, 0)], daemon=True).start()
-    assert exit_codes.get(timeout=10) == 2
+    assert exit_codes.get(timeout=PATIENCE) == 2
     assert capsys.readouterr().err == "error: some of the other processes did not join at node0:1 within 120 seconds\n"
 
 
 def test_a_process_that_hangs_is_ended(second_of_two, exit_codes, capsys):
     with hosts.Watchdog(minutes=1e-4):
-        assert exit_codes.get(timeout=10) == 1
+        assert exit_codes.get(timeout=PATIENCE) == 1
     assert "error: no update, evaluation or checkpoint ended within 0.0001 minutes" in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from jaxprefix.config import CheckConfig
 from jaxprefix.hub import resolve_folder
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
+from tests.runs import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def hub(folders, tmp_path, monkeypatch):
 
 def run(*command, **environment):
     return subprocess.run(
-        [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
     )
 
 

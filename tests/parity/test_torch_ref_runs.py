@@ -18,7 +18,7 @@ import torch
 
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.parity.runs import reference_run, started_encoder
-from tests.runs import run_config
+from tests.runs import PATIENCE, run_config
 from tests.tolerances import LOSS
 from torch_ref import generate, train
 from torch_ref.config import deepspeed_config, generate_parser, train_parser
@@ -267,7 +267,7 @@ def test_two_ranks_log_and_save_once_and_end_equal(launcher, tmp_path, encoder_f
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(LOG_LINE, done.stdout)) == 4  # 8 examples ÷ 2 ranks ÷ 2, twice

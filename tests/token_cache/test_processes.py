@@ -19,6 +19,7 @@ from jaxprefix import token_cache
 from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.token_cache import load_examples
+from tests.runs import PATIENCE
 from tests.token_cache.helpers import raising, same
 
 
@@ -58,8 +59,9 @@ token_cache.load_examples(Path(sys.argv[1]), Chunking(load_tokenizer(GOLDEN_BASE
 def test_a_program_that_its_helpers_would_run_again_is_told(data, tmp_path, from_file):
     (script := tmp_path / "script.py").write_text(WITHOUT_GUARD)
     command = [sys.executable, script if from_file else "-", data]
-    options = {"env": os.environ | {"PYTHONPATH": os.getcwd()}, "capture_output": True, "text": True, "timeout": 60}
-    result = subprocess.run(command, input="" if from_file else WITHOUT_GUARD, **options)
+    environment, program = os.environ | {"PYTHONPATH": os.getcwd()}, "" if from_file else WITHOUT_GUARD
+    options = {"env": environment, "input": program, "capture_output": True, "text": True, "timeout": PATIENCE}
+    result = subprocess.run(command, **options)
     assert result.returncode == 1
     assert ("put it under `if __name__ == '__main__':`" if from_file else "<stdin>") in result.stderr
     assert "RunError: a tokenizing process ended early: it has printed why" in result.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.run_description import is_run_folder
-from tests.runs import run_config, start
+from tests.runs import PATIENCE, run_config, start
 
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
 SMALL = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs"]
@@ -35,7 +35,7 @@ def error_of(config: TrainConfig, disturb: Callable[[], None], *flags: str) -> s
     while newest_checkpoint(checkpoints) == newest and process.poll() is None:
         time.sleep(0.02)
     disturb()
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, text
     assert "Traceback" not in text, text
     error = text.splitlines()[-1]

@@ -43,13 +43,13 @@ def main(n_kills: int = 2, seed: int = 0) -> None:
     dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="jaxprefix-pair-"))
     whole = run_config(folder, "whole", **SETTINGS)
-    codes, _, errors = ended(start_pair(whole), timeout=600)
+    codes, _, errors = ended(start_pair(whole))
     assert codes == [0, 0], errors
     for number in range(n_kills):
         config, victim = run_config(folder, f"killed{number}", **SETTINGS), number % 2
         seconds = kill_one(config, victim, dice.randrange(1, 70), dice.uniform(0, 0.2))
         n_done = n_logged(config)
-        codes, _, errors = ended(start_pair(config, "--resume"), timeout=600)
+        codes, _, errors = ended(start_pair(config, "--resume"))
         assert codes == [0, 0], errors
         same_end(config, whole)
         print(f"process {victim} killed after update {n_done}: the other ended in {seconds:.1f} s", flush=True)
