@@ -28,10 +28,10 @@ def start_pair(config: TrainConfig, *more_flags: str, **options):
     return [start(config, *flags, *more_flags, **TWO_DEVICES, **options) for flags in documented_flags()]
 
 
-def ended(pair):
+def ended(pair, timeout: float = PATIENCE):
     """Wait for both processes; return their exit codes, outputs and errors."""
     try:
-        texts = [process.communicate(timeout=PATIENCE) for process in pair]
+        texts = [process.communicate(timeout=timeout) for process in pair]
     finally:
         for process in pair:
             process.kill()
