@@ -25,6 +25,8 @@ from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
 from jaxprefix.screen import Heedless, mute
 
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
@@ -45,11 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
-    if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-        print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")
-        return 0
     try:
-        exit_code = _run(tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True))
+        if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
+            print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")
+            exit_code = 0
+        else:
+            exit_code = _run(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()  # errors of it are handled below
         return exit_code
@@ -61,7 +64,7 @@ def _main(arguments: list[str] | None) -> int:
     except OSError as error:
         if error.filename is not None:  # a path that the system refuses
             return _fail(InputError(f"{error.filename}: {error.strerror}"))
-        if error.errno != errno.ENOSPC:
+        if error.errno not in NO_SPACE:
             raise
         mute(sys.stdout)
         return _fail(RunError(f"standard output cannot be written ({error.strerror})"))
@@ -74,7 +77,11 @@ def _fail(error: PlainError) -> int:
     return error.exit_code
 
 
-def _run(settings: Command) -> int:
+def _run(arguments: list[str] | None) -> int:
+    try:
+        settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
+    except SystemExit as end:  # after --help, or flags that are wrong
+        return int(end.code or 0)
     from jaxprefix import compiling
 
     compiling.prepare_compiling()
@@ -123,12 +130,17 @@ def _train(config: TrainConfig) -> int:
         return 128 + result.stopped_by
     if result.best_dev_loss is None:
         raise RunError("no dev loss was finite, so no prefix was kept; lower --max_lr")
-    if config.save_model and is_first() and sys.stdout is not None:
+    if config.save_model and is_first():
         command = ["jaxprefix", "generate", "--pretrained_model_dir", config.pretrained_model_dir]
         command += ["--revision", config.revision] if config.revision else []
         command += ["--prefix_checkpoint_path", str(result.run_dir), "--compare"]
         hint = f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
-        print(f"{hint}\n  {shlex.join(command)}", file=Heedless(sys.stdout), flush=True)  # the run is done all the same
+        try:
+            print(f"{hint}\n  {shlex.join(command)}", flush=True)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
+            mute(sys.stdout)  # nobody reads it any more; the run is done all the same
     return 0
 
 

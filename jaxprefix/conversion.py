@@ -19,6 +19,7 @@ from jaxprefix.prefix import base_identity, check_prefix
 from jaxprefix.run_description import is_run_folder
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
 from jaxprefix.run_lock import only_writer
+from jaxprefix.run_log import lowest_dev_loss
 from jaxprefix.start import Progress
 
 BASE_CONFIG = "config.json"
@@ -116,12 +117,13 @@ def _import_training_state(config: ConvertConfig) -> str:
     n_done = int(arrays[STEPS[0]])
     folder = config.target / CHECKPOINTS
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
-        best_dev_loss = None
+        best_dev_loss = lowest_dev_loss(config.target)
         if newest_checkpoint(folder) is not None:
             earlier, saved = checkpoints.read()
             from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
-            best_dev_loss, last = saved["best_dev_loss"], saved["n_done"]
-            if last >= n_done:
+            if best_dev_loss is None:  # of a run without a log; made before the checkpoint's own epoch was measured
+                best_dev_loss = saved["best_dev_loss"]
+            if (last := saved["n_done"]) >= n_done:
                 raise InputError(f"{folder}: already has a checkpoint of update {last}; the source is only at {n_done}")
         progress = Progress(n_done, best_dev_loss, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured
         checkpoints.save(n_done, arrays, dataclasses.asdict(progress))

@@ -30,10 +30,10 @@ def shortage(text: str) -> str:
     n_gib = float(wanted[1]) * UNITS[wanted[2]] / GIB if wanted else None
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:  # a CPU does not tell what of its memory is used
+    if "bytes_limit" not in stats:  # as a CPU's
         asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        return f"{asked}; this machine has {size:.2f} GiB in all"
+        return f"{asked}; this machine has {size:.2f} GiB in all" if device.platform == "cpu" else asked
     size = stats["bytes_limit"] / GIB
     free = size - stats.get("bytes_in_use", 0) / GIB
     over = "more was requested than"

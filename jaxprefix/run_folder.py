@@ -50,9 +50,10 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
             raise InputError(f"{folder}: lies in {str(Path.cwd())!r}, which is not UTF-8; no checkpoint can be written")
         if config.resume and not _is_converted(folder):
             starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
-            if starts_over and (folder / RUN_SUBFOLDER).exists():
-                raise InputError(f"{folder}: holds a prefix but no checkpoint; --overwrite starts the run again")
             check_same_run(folder, description, starts_over)
+            if starts_over and (folder / RUN_SUBFOLDER).exists():
+                advice = "use another --save_name, or --overwrite, which deletes it"
+                raise InputError(f"{folder}: holds a prefix but no checkpoint to resume; {advice}")
         elif config.overwrite and folder.is_dir() and _content(folder):
             if not is_run_folder(folder):
                 raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")
@@ -80,8 +81,11 @@ def _content(folder: Path) -> set[str]:
 
 
 def _empty(folder: Path) -> None:
-    """Empty a run's folder, config.json last: if this is cut short, the folder is still known as a run's."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+    """Empty a run's folder: its prefix first, config.json last.
+
+    If this is cut short, the folder is still known as a run's, and has no prefix without a checkpoint.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name != RUN_SUBFOLDER)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

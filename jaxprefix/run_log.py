@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from convert.errors import InputError
 from convert.files import replacing
 from jaxprefix.screen import Heedless
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class RunLog:
@@ -31,9 +34,9 @@ class RunLog:
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
-            _keep_until(folder / "metrics.jsonl", from_step, to_evaluate)
+            _keep_until(folder / METRICS_FILE, from_step, to_evaluate)
             self._text = (folder / "log.txt").open("a", encoding="utf-8")
-            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
             self._tensorboard = TensorBoard(folder / "tensorboard", from_step)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
         hidden = quiet or not self.console.is_terminal
@@ -121,15 +124,35 @@ def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
     """Drop from a metrics file the records of what will be done again, and a last line that was cut off."""
     if not path.is_file():
         return
+    kept = [
+        line
+        for line, record in _records(path)
+        if record["step"] < step or (record["step"] == step and not (to_evaluate and record["split"] == "dev"))
+    ]
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+
+
+def lowest_dev_loss(folder: Path) -> float | None:
+    """Return the lowest dev loss that a run has logged, that of its prefix; None if there is none.
+
+    Raises InputError for a damaged line of metrics.jsonl.
+    """
+    path = folder / METRICS_FILE
+    records = [record for _, record in _records(path)] if path.is_file() else []
+    losses = [record["loss"] for record in records if record["split"] == "dev" and record["loss"] is not None]
+    return min(losses, default=None)
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines of a metrics file, each with its record, but for a last line that was cut off."""
     whole, _, _ = path.read_bytes().rpartition(b"\n")
-    kept = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-            again = record["step"] == step and to_evaluate and record["split"] == "dev"
-            if int(record["step"]) <= step and not again:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path}: line {number} is damaged; remove it and resume again") from error
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+            well_formed = record["split"] in ("train", "dev") and record["step"] >= 0 and (record["loss"] or 0) >= 0
+        except (ValueError, TypeError, KeyError):
+            well_formed = False
+        if not well_formed:
+            raise InputError(f"{path}: line {number} is damaged; remove it and run the command again")
+        yield line, record

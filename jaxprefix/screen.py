@@ -1,11 +1,15 @@
-"""Output that nobody reads any more ends nothing: a closed terminal, or a pipe whose reader has gone."""
+"""Log lines and errors that cannot be written end nothing: a closed terminal, or a pipe whose reader has gone."""
 
+import contextlib
 import os
 from typing import Any
 
 
 class Heedless:
-    """A text stream that never fails: once it cannot be written to, what is written goes nowhere."""
+    """A text stream that never fails: once it cannot be written to, what is written goes nowhere.
+
+    None stands for one that was closed before the program began.
+    """
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -15,20 +19,24 @@ class Heedless:
 
     def write(self, text: str) -> int:
         """Write text, or discard it."""
-        try:
-            return self._stream.write(text)
-        except OSError:
-            mute(self._stream)
-            return len(text)
+        self._attempt("write", text)
+        return len(text)
 
     def flush(self) -> None:
         """Flush what was written, or discard it."""
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        if self._stream is None:
+            return
         try:
-            self._stream.flush()
+            with contextlib.suppress(BlockingIOError):  # its reader is slow, but has not gone
+                getattr(self._stream, method)(*arguments)
         except OSError:
             mute(self._stream)
 
 
 def mute(stream: Any) -> None:
     """Discard what a stream still holds and will hold; Python would fail at it again as it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

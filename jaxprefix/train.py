@@ -49,11 +49,11 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train a prefix; `config.run_dir` holds everything afterwards, the best prefix in its `prefix/`.
 
-    Raises InputError for anything wrong with the user's input, before the run's folder is changed (but for damaged
-    checkpoints, which are put aside), and RunError when numbers that are not finite, the disk or the memory end a run
-    that has begun. SIGINT, SIGTERM and SIGHUP end it after the
-    current update, with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns
-    when all of them are done; a signal to any of them ends the run for all.
+    Raises InputError for anything wrong with the user's input, before the run's folder is changed (except that resuming
+    puts damaged checkpoints aside and removes those beyond the newest two), and RunError when numbers that are not
+    finite, the disk or the memory end a run that has begun. SIGINT, SIGTERM and SIGHUP end it after the current update,
+    with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all of them
+    are done; a signal to any of them ends the run for all.
     """
     with within_memory(lambda: less_memory(config)), joined(config.hosts):
         return train_jointly(config)

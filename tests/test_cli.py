@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from convert.errors import InputError, RunError
+from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import flags_of, metrics_of, printed_by, run_config
@@ -33,10 +34,7 @@ def train_flags(folder, **changes):
 
 def fails(capsys, arguments, *messages):
     """Run a command that must end with code 2, plain messages on stderr, and nothing else."""
-    try:
-        code = main(arguments)
-    except SystemExit as exit:
-        code = exit.code
+    code = main(arguments)
     error = capsys.readouterr().err
     assert code == 2
     assert "Traceback" not in error
@@ -265,3 +263,13 @@ entry_point()
         result = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
         assert result.returncode == code
         assert result.stderr.splitlines()[-1] == "True"
+
+
+@pytest.mark.parametrize(("stdout", "code"), [(None, 0), ("/dev/full", 1)])
+def test_what_is_printed_at_a_runs_end_takes_no_reader_but_a_disk(tmp_path, monkeypatch, capsys, stdout, code):
+    config = run_config(tmp_path, n_training_steps=1)
+    with open(stdout or os.devnull, "w") as file, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", file if stdout else None)
+        assert main(["train", *flags_of(config)]) == code
+    assert newest_checkpoint(config.run_dir / "checkpoints") == 1
+    assert ("error: standard output cannot be written" in capsys.readouterr().err) == bool(code)

@@ -64,9 +64,9 @@ def test_the_prompt_loop_answers_line_by_line():
     assert r"error: not a valid text: '\udcff'" in told
 
 
-def in_a_shell(redirected, *arguments, **environment):
+def in_a_shell(redirected, *arguments, before="", **environment):
     """Run the command as a shell does that closes or redirects its streams."""
-    command = ["bash", "-c", f'"$@" {redirected}', "-", sys.executable, "-m", "jaxprefix", *arguments]
+    command = ["bash", "-c", f'{before} "$@" {redirected}', "-", sys.executable, "-m", "jaxprefix", *arguments]
     return subprocess.run(command, capture_output=True, env=os.environ | environment)
 
 
@@ -98,6 +98,17 @@ def test_a_full_disk_that_the_output_is_on(capsys, monkeypatch):
     result = in_a_shell("> /dev/full", *arguments)
     assert result.returncode == 1
     assert result.stderr.decode() == expected, "nor does Python complain at its end"
+
+
+@pytest.mark.parametrize(
+    ("before", "redirected", "why"),
+    [("", "> /dev/full", "No space left on device"), ("ulimit -f 0;", '> "$FILE"', "File too large")],
+)
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "--help"]])
+def test_what_needs_no_model_has_its_errors_too(before, redirected, why, arguments, tmp_path):
+    result = in_a_shell(redirected, *arguments, before=before, FILE=str(tmp_path / "file"))
+    assert result.returncode == 1
+    assert result.stderr.decode() == f"error: standard output cannot be written ({why})\n"
 
 
 def test_prompts_with_unknown_tokens_are_warned_of(capsys):

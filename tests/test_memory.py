@@ -27,9 +27,12 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert asked in shortage(text)
     assert shortage(text).endswith(f"; this machine has {n_bytes / 2**30:.2f} GiB in all")
-    stats = {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
-    gpu = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="H100")
+    stats = {}
+    gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats, device_kind="H100")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    assert asked in shortage(text)
+    assert " in all" not in shortage(text), "the host's memory says nothing of a GPU's"
+    stats |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
     assert asked in shortage(text)
     assert shortage(text).endswith(" than the 10.00 of 11.00 GiB that H100 has free")
     assert (", 2.50 more than" in shortage(text)) == ("12.50" in asked)

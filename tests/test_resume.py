@@ -61,7 +61,7 @@ def test_a_run_whose_checkpoints_were_removed_does_not_start_over(finished, tmp_
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
     metrics = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="run: holds a prefix but no checkpoint; --overwrite starts the run again"):
+    with pytest.raises(InputError, match="run: holds a prefix but no checkpoint to resume; use another --save_name"):
         train(run_config(tmp_path, resume=True))
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
@@ -152,7 +152,7 @@ def test_metrics_that_were_damaged_are_not_guessed(finished, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*lines[:2], "gone", *lines[2:], '{"split": "tr']))
-    with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and resume again"):
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and run the command again"):
         train(run_config(tmp_path, resume=True))
 
 

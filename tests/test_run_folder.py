@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -254,6 +255,19 @@ def test_of_a_link_in_a_run_that_is_overwritten_the_link_goes(tmp_path):
     begin(dataclasses.replace(config, overwrite=True))
     assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
     assert (tmp_path / "disk" / "precious").is_file()
+
+
+@pytest.mark.parametrize("n_removed", range(4))
+def test_overwriting_that_is_cut_short_leaves_a_run_that_can_be_resumed(tmp_path, monkeypatch, n_removed):
+    config, rmtree, removals = run_config(tmp_path), shutil.rmtree, itertools.count()
+    begin(config)
+    for name in ("a", "checkpoints", "checkpoints/1", "prefix", "z"):
+        (config.run_dir / name).mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: rmtree(path) if next(removals) < n_removed else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            begin(dataclasses.replace(config, overwrite=True))
+    check_resumed(config)
 
 
 def test_the_prefix_in_a_run_has_its_settings_from_within_too(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Output that nobody reads any more, or that lies on a full disk."""
 
 import os
+import sys
 
+from jaxprefix.run_log import RunLog
 from jaxprefix.screen import Heedless
 
 
@@ -17,3 +19,24 @@ def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tm
         for stream in (pipe, full):
             for _ in range(2):
                 print("a", file=Heedless(stream), flush=True)
+
+
+def test_a_reader_that_is_slow_gets_what_comes_later():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(reader, "rb", buffering=0) as slow, open(writer, "w", buffering=1) as pipe:
+        for _ in range(20):
+            print("a" * 10_000, file=Heedless(pipe), flush=True)
+        while slow.read(2**20).count(b"a") == 2**16:
+            pass
+        print("the end", file=Heedless(pipe), flush=True)
+        assert slow.read(2**20).endswith(b"the end\n")
+
+
+def test_a_stream_that_was_closed_before(monkeypatch, capsys):
+    """As of a daemon that calls `train`."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with RunLog(None, n_updates=1, from_step=0, to_evaluate=False, quiet=False) as log:
+        log.line("a")
+    Heedless(None).flush()
+    assert capsys.readouterr().out == ""

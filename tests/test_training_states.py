@@ -149,7 +149,8 @@ def test_a_converted_state_begins_where_it_is_and_not_where_the_run_was(tmp_path
     converted(tmp_path / "later.pt", run.run_dir)
     with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
         progress = checkpoints.read()[1]
-    assert progress == {"n_done": 3, "best_dev_loss": None, "window": [], "n_skipped": 0, "to_evaluate": True}
+    [best] = losses_of(run.run_dir, "dev")
+    assert progress == {"n_done": 3, "best_dev_loss": best, "window": [], "n_skipped": 0, "to_evaluate": True}
 
 
 def test_what_pytorch_finished_becomes_a_prefix(tmp_path):
@@ -174,15 +175,22 @@ def test_a_state_before_its_first_update_begins_there(tmp_path):
     assert [point["step"] for point in metrics_of(again.run_dir, "dev")] == [1]
 
 
-def test_a_converted_state_leaves_the_best_prefix_its_place(finished, tmp_path):
+@pytest.mark.parametrize("removed", ["nothing", "checkpoints", "metrics.jsonl"])
+def test_a_converted_state_leaves_the_best_prefix_its_place(finished, tmp_path, removed):
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
     later = torch.load(converted(run, tmp_path / "state.pt"))
     later["optimizer"]["step"] = 9
     torch.save(later, tmp_path / "later.pt")
+    if removed == "checkpoints":
+        shutil.rmtree(run / removed)
+    elif removed == "metrics.jsonl":
+        (run / removed).unlink()
     converted(tmp_path / "later.pt", run)
     with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
         progress = checkpoints.read()[1]
-    assert (progress["n_done"], progress["best_dev_loss"]) == (9, losses_of(run, "dev")[0])
+    first, best = losses_of(finished.run_dir, "dev")
+    assert best < first
+    assert (progress["n_done"], progress["best_dev_loss"]) == (9, first if removed == "metrics.jsonl" else best)
 
 
 def test_a_training_state_is_taken_from_a_run_that_goes_on(finished, tmp_path):
