@@ -143,7 +143,10 @@ def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: 
 
 
 def from_dynamic_cache(cache: Any) -> np.ndarray:
-    """Return the folded array of a DynamicCache. Raises InputError when its rows differ, or it is empty."""
+    """Return the folded array of a DynamicCache that no model has used: it would have appended its tokens.
+
+    Raises InputError when its rows differ, or it is empty.
+    """
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     if not layers:
         raise InputError("the cache is empty: nothing has been written to it")

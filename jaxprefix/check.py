@@ -47,10 +47,11 @@ def check(config: CheckConfig) -> Iterator[str]:
         examples = load_data(config, tokenizer)
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
+    yield describe_suffix(config.suffix, tokenizer)
+    if config.data_filepath is not None:
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
         plan = update_plan(config, len(train_set))
-    yield describe_suffix(config.suffix, tokenizer)
     if train_set is None:
         n_columns = config.max_seq_len + 1
         model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")

@@ -19,9 +19,8 @@ IGNORED = -100
 def split_examples(examples: Examples, n_train: int, n_dev: int, path: Path) -> tuple[Examples, Examples]:
     """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
     if len(examples) < n_train + n_dev:
-        raise InputError(
-            f"{path}: makes {len(examples)} examples, fewer than --train_data_size {n_train} + --dev_data_size {n_dev}"
-        )
+        sizes = f"--train_data_size {n_train} + --dev_data_size {n_dev}"
+        raise InputError(f"{path}: makes {len(examples)} examples, fewer than {sizes}; lower one, or both")
     return examples[:n_train], examples[-n_dev:]
 
 

@@ -80,10 +80,11 @@ def generate(
 ) -> list[str]:
     """Return one continuation per prompt, without the prompt.
 
-    `decode` takes the fields of DecodeConfig: decode_method, max_output_len (tokens), top_p, top_k,
-    temperature, recipe. An empty prompt starts from bos. Generation stops before eos. Sampling depends on
-    the seed and on a prompt's place in the list; on the batch only as logits' last digits do. Raises InputError when
-    prefix, prompt and output together exceed the model's positions, and RunError when logits are not finite.
+    `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
+    top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
+    Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
+    Raises InputError when prefix, prompt and output together exceed the model's positions, and RunError when logits are
+    not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")

@@ -19,6 +19,8 @@ from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
 """Tokens that are scanned together, so that no more of a mapped file is in memory."""
+MANY_UNKNOWN = 0.05
+"""Share of unknown tokens that is warned of: then text and base model are of different languages."""
 GUESSED_CHARACTERS = 2.0
 """Characters per token, as a first guess, until a document's first chunk has been tokenized."""
 
@@ -113,11 +115,12 @@ class Examples(Sequence[Example]):
         return np.searchsorted(places, self._ends) - np.searchsorted(places, self._starts)
 
     def report_unknown(self, unk_id: int | None) -> Iterator[str]:
-        """Yield how many tokens the tokenizer does not know, if it has an id for them."""
+        """Yield how many tokens the tokenizer does not know, if it has an id for them; warn of many."""
         if unk_id is not None:
             unknown, n_tokens = self.count_of(unk_id), (self._ends - self._starts).sum()
             share, n_examples = unknown.sum() / n_tokens, int((unknown > 0).sum())
-            yield f"unknown tokens: {unknown.sum():,} ({share:.2%}), in {n_examples:,} examples"
+            found = f"unknown tokens: {unknown.sum():,} ({share:.2%}), in {n_examples:,} examples"
+            yield found if share <= MANY_UNKNOWN else f"WARNING: {found}; this base model is made for other text"
 
     @property
     def target_lengths(self) -> np.ndarray:

@@ -96,8 +96,10 @@ def read_prompts(path: Path) -> list[str]:
     """Read a file of one prompt a line; blank lines are left out. Raises InputError."""
     try:
         prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a file of prompts ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
     return prompts

@@ -118,7 +118,8 @@ class InFlight:
                 if run.checkpoints:
                     run.checkpoints.finish()
                 examples = offending_examples(run, state, number)
-                raise RunError.all(f"{fault}; {what_is_left(run.config)}. Examples that may have caused it:", examples)
+                causes = f"--max_lr {run.config.max_lr:g} is too high for it, or one of these examples is the cause"
+                raise RunError.all(f"{fault}; {what_is_left(run.config)}. Either {causes}:", examples)
             if math.isfinite(loss):  # else float16 has skipped the update
                 self.window.add(loss, n_labels, self.clock - started)
             run.log.progress(number, loss, self.window.tokens_per_s)

@@ -131,7 +131,7 @@ def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> l
 
 
 def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
-    """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a base model's config.
+    """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a model's `config`.
 
     Files: .weight, .checkpoint, .safetensors, .npy. Raises InputError that names each
     field in which the file's base model differs from this one (with a tokenizer given, that too).

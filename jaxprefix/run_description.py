@@ -65,6 +65,8 @@ def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool)
     One that has no checkpoint yet `starts_over`, so that what it starts from matters, too.
     """
     earlier = _read_description(folder)
+    if not folder.exists():
+        raise InputError(f"{folder}: no run to resume; without --resume it begins")
     if not earlier:
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import shutil
 
 import jax
@@ -142,6 +143,16 @@ def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(scan_layers):
 
 
 def test_too_few_examples_end_the_check(capsys):
-    code, _, err = report(capsys, GOLDEN_BASE, "--data_filepath", GOLDEN / "documents.jsonl", "--train_data_size", "99")
+    code, lines, err = report(
+        capsys, GOLDEN_BASE, "--data_filepath", GOLDEN / "documents.jsonl", "--train_data_size", "99"
+    )
     assert code == 2
-    assert "fewer than --train_data_size 99 + --dev_data_size 10" in err
+    assert "fewer than --train_data_size 99 + --dev_data_size 10; lower one, or both" in err
+    assert lines[-1].startswith("suffix "), "what needs no training set is told all the same"
+
+
+def test_data_that_the_tokenizer_hardly_knows_is_warned_of(capsys, tmp_path):
+    (tmp_path / "crabs.jsonl").write_text('{"text": "🦀🦀🦀"}\n' * 20)
+    _, lines, _ = report(capsys, GOLDEN_BASE, "--data_filepath", tmp_path / "crabs.jsonl", "--train_data_size", "10")
+    [told] = [line for line in lines if "unknown tokens" in line]
+    assert re.fullmatch(r"WARNING: unknown tokens: \d+ \(\d\d\.\d\d%\), in 20 examples; this base .* other text", told)

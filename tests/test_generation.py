@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from convert.errors import InputError
 from jaxprefix.cli import main
 from jaxprefix.inputs import read_prompts
 from tests.test_cli import BASE, GREEDY, PREFIX, fails
@@ -130,6 +131,15 @@ def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
 def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
+
+
+def test_a_prompt_file_that_is_none(tmp_path):
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "nowhere", "No such file or directory")):
+        with pytest.raises(InputError, match=rf"cannot be read as a file of prompts \({reason}\)"):
+            read_prompts(path)
+    (tmp_path / "prompts.txt").write_bytes(b"abc\xff")
+    with pytest.raises(InputError, match=r"prompts.txt: is not UTF-8 \(invalid start byte at byte 3\)"):
+        read_prompts(tmp_path / "prompts.txt")
 
 
 def test_prompts_end_with_their_lines_alone(tmp_path):

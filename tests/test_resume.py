@@ -87,7 +87,10 @@ def test_resume_refuses_other_settings(finished):
 
 
 def test_resume_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no run to resume"):
+    with pytest.raises(InputError, match=r"run: no run to resume; without --resume it begins$"):
+        train(run_config(tmp_path, resume=True))
+    (tmp_path / "run" / "prefix").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"run: no run to resume, config.json is missing or damaged$"):
         train(run_config(tmp_path, resume=True))
 
 
