@@ -35,7 +35,11 @@ STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
 
 def newest_checkpoint(folder: Path) -> int | None:
     """Return the number of the newest complete checkpoint; Orbax names unfinished ones differently."""
-    return max((int(child.name) for child in folder.glob("*") if child.name.isdecimal()), default=None)
+    return max(_numbers(folder), default=None)
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(child.name) for child in folder.glob("*") if child.name.isdecimal()]
 
 
 class SaveError(RunError):
@@ -138,17 +142,20 @@ class Checkpoints:
         if not damaged:
             raise InputError(f"{self.folder}: holds no checkpoint to go on from")
         problems = [f"{step}: {problem}" for step, problem in damaged.items()]
-        raise InputError.all(f"{self.folder}: every checkpoint is damaged; --overwrite starts the run again:", problems)
+        raise InputError.all(
+            f"{self.folder}: every checkpoint is damaged; train --overwrite starts that run again:", problems
+        )
 
     def _steps(self) -> list[int]:
         """Wait until this process sees the checkpoints that the first one sees; return them, the newest first."""
-        steps = sorted(self._manager.all_steps(), reverse=True)[:MOST_CHECKPOINTS]
+        steps = sorted(_numbers(self.folder), reverse=True)[:MOST_CHECKPOINTS]
         padded = np.array(steps + [-1] * (MOST_CHECKPOINTS - len(steps)), np.int32)
         steps = [step for step in broadcast_from_first(padded).tolist() if step >= 0]
         for step in steps:
             with contextlib.suppress(InputError):  # reading it fails then, and says why
                 wait_until_visible(self.folder / str(step))
-        self._manager.reload()  # it has listed them once, perhaps too early
+        if self._writing:
+            self._manager.reload()  # it may have listed them too early
         return steps
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -176,7 +183,8 @@ class Checkpoints:
                     shutil.rmtree(earlier)
                 (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
         wait_for_all(f"put checkpoint {step} aside")
-        self._manager.reload()
+        if self._writing:
+            self._manager.reload()
 
 
 class _DamagedError(Exception):

@@ -1,13 +1,12 @@
 """What `jaxprefix convert` does: finds out what the source is, by its content, checks it, and writes the target."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from convert.errors import InputError
 from convert.files import filling
-from convert.prefix import ADAPTER_CONFIG, read_prefix, write_adapter, write_npy, write_safetensors
+from convert.prefix import ADAPTER_CONFIG, RUN_SUBFOLDER, read_prefix, write_adapter, write_npy, write_safetensors
 from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
@@ -19,7 +18,6 @@ from jaxprefix.prefix import base_identity, check_prefix
 from jaxprefix.run_description import is_run_folder
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
 from jaxprefix.run_lock import only_writer
-from jaxprefix.run_log import lowest_dev_loss
 from jaxprefix.start import Progress
 
 BASE_CONFIG = "config.json"
@@ -67,7 +65,8 @@ def _is_base_model(source: Path) -> bool:
     """Tell whether a folder is a base model; an adapter folder may hold a copy of its base's config.json."""
     if not (source / BASE_CONFIG).is_file() or is_run_folder(source):
         return False
-    return has_weights(source) or not (source / ADAPTER_CONFIG).is_file()
+    has_prefix = any((folder / ADAPTER_CONFIG).is_file() for folder in (source, source / RUN_SUBFOLDER))
+    return has_weights(source) or not has_prefix
 
 
 def _convert_prefix(config: ConvertConfig) -> str:
@@ -117,16 +116,13 @@ def _import_training_state(config: ConvertConfig) -> str:
     n_done = int(arrays[STEPS[0]])
     folder = config.target / CHECKPOINTS
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
-        best_dev_loss = lowest_dev_loss(config.target)
         if newest_checkpoint(folder) is not None:
             earlier, saved = checkpoints.read()
             from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
-            if best_dev_loss is None:  # of a run without a log; made before the checkpoint's own epoch was measured
-                best_dev_loss = saved["best_dev_loss"]
             if (last := saved["n_done"]) >= n_done:
                 raise InputError(f"{folder}: already has a checkpoint of update {last}; the source is only at {n_done}")
-        progress = Progress(n_done, best_dev_loss, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured
-        checkpoints.save(n_done, arrays, dataclasses.asdict(progress))
+        progress = Progress(n_done, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured
+        checkpoints.save(n_done, arrays, progress.to_save())
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 
 

@@ -1,6 +1,5 @@
 """The loop of training: one update after another, and after each what is due: log, save, stop, evaluate."""
 
-import dataclasses
 import math
 import time
 from collections import deque
@@ -141,7 +140,7 @@ def save(run: Run, state: TrainState, progress: Progress) -> None:
     run.checkpoints.finish()  # before the check, since the folder may vanish in the meantime
     check_still_there(run.config)
     run.log.to_disk()
-    run.checkpoints.save(progress.n_done, state, dataclasses.asdict(progress))
+    run.checkpoints.save(progress.n_done, state, progress.to_save())
 
 
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
@@ -164,7 +163,8 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
             run.checkpoints.finish()  # a prefix/ without a checkpoint tells that those were removed
             if is_first():
                 check_still_there(run.config)
-                save_prefix(run.config.run_dir / RUN_SUBFOLDER, prefix, inputs.base.config, inputs.base.tokenizer)
+                folder, base = run.config.run_dir / RUN_SUBFOLDER, inputs.base
+                save_prefix(folder, prefix, base.config, base.tokenizer, loss)
 
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:

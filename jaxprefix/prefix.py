@@ -27,6 +27,9 @@ from jaxprefix.tokenizer import Tokenizer
 
 Prefix = Float[Array, "L 2 P N H"]
 
+DEV_LOSS = "dev_loss"
+"""The field of a prefix file's header that holds its loss on the run's dev set."""
+
 
 class PrefixEncoder(nnx.Module):
     """Embedding → linear → tanh → linear; parameter names, shapes and initialisation are the original's."""
@@ -166,8 +169,10 @@ def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
         raise InputError(f"{path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len {prefix_seq_len}")
 
 
-def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model.
+def save_prefix(
+    folder: str | Path, prefix: Prefix, config: ModelConfig, tokenizer: Tokenizer, dev_loss: float | None = None
+) -> None:
+    """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model, and the dev loss.
 
     Raises InputError for a prefix that could not be loaded again, and OSError; an earlier prefix is kept then.
     """
@@ -179,4 +184,5 @@ def save_prefix(folder: str | Path, prefix: Prefix, config: ModelConfig, tokeniz
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
     folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices
-    write_adapter(Path(folder), folded, config.n_layer, config.n_head, base_identity(config, tokenizer))
+    header = base_identity(config, tokenizer) | ({} if dev_loss is None else {DEV_LOSS: repr(dev_loss)})
+    write_adapter(Path(folder), folded, config.n_layer, config.n_head, header)

@@ -12,6 +12,7 @@ from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, agree_first, wait_until_visible
 from jaxprefix.run_description import CONFIG_FILE, check_same_run, is_run_folder, write_description
+from jaxprefix.run_log import check_metrics
 from jaxprefix.settings import is_utf8
 
 CHECKPOINTS = "checkpoints"
@@ -51,6 +52,7 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
         if config.resume and not _is_converted(folder):
             starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
             check_same_run(folder, description, starts_over)
+            check_metrics(folder)
             if starts_over and (folder / RUN_SUBFOLDER).exists():
                 advice = "use another --save_name, or --overwrite, which deletes it"
                 raise InputError(f"{folder}: holds a prefix but no checkpoint to resume; {advice}")
@@ -61,7 +63,12 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
                 if used is not None and Path(used).resolve().is_relative_to(folder.resolve()):
                     raise InputError(f"{used}: --overwrite would delete it; copy it to another folder first")
         elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
-            raise InputError(f"{folder}: is not empty; use --resume, --overwrite, or another --save_name")
+            advice = "use another --save_name"
+            if is_run_folder(folder):
+                advice = "use --resume, --overwrite, or another --save_name"
+            elif _is_converted(folder):
+                advice = "use --resume or another --save_name"
+            raise InputError(f"{folder}: is not empty; {advice}")
 
 
 def check_takes_state(folder: Path) -> None:
@@ -72,7 +79,7 @@ def check_takes_state(folder: Path) -> None:
 
 def _is_converted(folder: Path) -> bool:
     """Tell whether the folder holds a training state from elsewhere (`jaxprefix convert`) and nothing of a run yet."""
-    return folder.is_dir() and _content(folder) == {CHECKPOINTS}
+    return folder.is_dir() and _content(folder) == {CHECKPOINTS} and newest_checkpoint(folder / CHECKPOINTS) is not None
 
 
 def _content(folder: Path) -> set[str]:

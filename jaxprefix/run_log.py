@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,34 +126,26 @@ def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
     if not path.is_file():
         return
     kept = [
-        line
-        for line, record in _records(path)
-        if record["step"] < step or (record["step"] == step and not (to_evaluate and record["split"] == "dev"))
+        line for line, at, split in _records(path) if at < step or (at == step and not (to_evaluate and split == "dev"))
     ]
     with replacing(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def lowest_dev_loss(folder: Path) -> float | None:
-    """Return the lowest dev loss that a run has logged, that of its prefix; None if there is none.
-
-    Raises InputError for a damaged line of metrics.jsonl.
-    """
-    path = folder / METRICS_FILE
-    records = [record for _, record in _records(path)] if path.is_file() else []
-    losses = [record["loss"] for record in records if record["split"] == "dev" and record["loss"] is not None]
-    return min(losses, default=None)
+def check_metrics(folder: Path) -> None:
+    """Raise InputError for a damaged line in a run's metrics.jsonl, which a resumed run could not go on from."""
+    deque(_records(folder / METRICS_FILE), maxlen=0)
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Yield the lines of a metrics file, each with its record, but for a last line that was cut off."""
+def _records(path: Path) -> Iterator[tuple[bytes, int, str]]:
+    """Yield (line, step, split) of a metrics file, if there is one, but for a last line that was cut off."""
+    if not path.is_file():
+        return
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-            well_formed = record["split"] in ("train", "dev") and record["step"] >= 0 and (record["loss"] or 0) >= 0
-        except (ValueError, TypeError, KeyError):
-            well_formed = False
-        if not well_formed:
-            raise InputError(f"{path}: line {number} is damaged; remove it and run the command again")
-        yield line, record
+            found = line, record["step"] + 0, record["split"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: line {number} is damaged; remove it and resume again") from error
+        yield found

@@ -1,21 +1,23 @@
 """What training starts from: an encoder fitted to the base model, another run's encoder, or a checkpoint."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from convert.errors import InputError
-from convert.prefix import RUN_SUBFOLDER, is_bare_prefix
+from convert.prefix import RUN_SUBFOLDER, is_bare_prefix, read_prefix
 from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, broadcast_from_first, is_first
 from jaxprefix.models import BaseModel
-from jaxprefix.prefix import DirectPrefix, Encoder, check_length, load_prefix, new_encoder
+from jaxprefix.prefix import DEV_LOSS, DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_description import check_base
 from jaxprefix.run_folder import CHECKPOINTS
 from jaxprefix.tokenizer import Tokenizer
@@ -28,12 +30,19 @@ class Progress:
 
     n_done: int = 0
     best_dev_loss: float | None = None
+    """That of the run's prefix, which tells it; a checkpoint is saved before its own epoch is measured."""
     window: Sequence[Any] = ()
     """`LossSums` since the last log point."""
     n_skipped: int = 0
     """Updates that float16 has skipped in a row."""
     to_evaluate: bool = False
     """Whether an evaluation was due when this was saved; a resumed run begins with it, even if it was made since."""
+
+    def to_save(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: of the best dev loss only whether there is one."""
+        fields = dataclasses.asdict(self)
+        has_prefix = fields.pop("best_dev_loss") is not None
+        return {**fields, "has_prefix": has_prefix}
 
 
 def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, np.ndarray] | None:
@@ -90,9 +99,24 @@ def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainStat
     arrays, saved = checkpoints.read()
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
-    progress, best = Progress(**saved), config.run_dir / RUN_SUBFOLDER
-    if progress.best_dev_loss is not None and not broadcast_from_first(best.is_dir()):
-        progress.best_dev_loss = None
-        if is_first():
-            print(f"WARNING: {best}: is missing; the best prefix from here on is kept", file=sys.stderr)
+    has_prefix = saved.pop("has_prefix", False)
+    progress = Progress(**saved)
+    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, has_prefix) if is_first() else None
+    bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # which no device rounds
+    [best] = broadcast_from_first(bits).view(np.float64).tolist()
+    progress.best_dev_loss = None if math.isnan(best) else best
     return from_names(like, arrays, checkpoints.folder), progress
+
+
+def loss_of_prefix(folder: Path, expected: bool) -> float | None:
+    """Return the dev loss of a run's prefix. None if it does not exist or does not tell, with a warning if expected."""
+    if not expected and not folder.exists():
+        return None
+    try:
+        return float(read_prefix(folder)[1][DEV_LOSS])
+    except InputError as error:
+        problem = str(error)
+    except (KeyError, ValueError):
+        problem = f"{folder}: does not tell its dev loss"
+    print(f"WARNING: {problem}; the best prefix from here on is kept", file=sys.stderr)
+    return None

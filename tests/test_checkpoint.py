@@ -186,7 +186,7 @@ def test_a_checkpoint_under_way_does_not_count(folder):
 def test_all_damaged_is_refused_and_nothing_is_moved(folder):
     for step in CONTENT:
         (folder / str(step) / "progress" / "progress.json").write_text(json.dumps({"progress": {}}))
-    message = r"every checkpoint is damaged; --overwrite starts the run again:\n  - 8: .*\n  - 4: "
+    message = r"every checkpoint is damaged; train --overwrite starts that run again:\n  - 8: .*\n  - 4: "
     with pytest.raises(InputError, match=message):
         read(folder)
     assert {path.name for path in folder.iterdir()} == {"4", "8"}

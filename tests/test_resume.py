@@ -155,8 +155,10 @@ def test_metrics_that_were_damaged_are_not_guessed(finished, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*lines[:2], "gone", *lines[2:], '{"split": "tr']))
-    with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and run the command again"):
-        train(run_config(tmp_path, resume=True))
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 3 is damaged; remove it and resume again"):
+        train(run_config(tmp_path, resume=True, n_epochs=5))
+    metrics.write_text("\n".join(lines) + "\n")
+    assert train(run_config(tmp_path, resume=True)).finished, "the epochs of the run that was refused are not its own"
 
 
 def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch
 
 def test_a_converted_state_can_be_resumed_though_its_first_run_was_killed_early(tmp_path):
     config = run_config(tmp_path, resume=True)
-    (config.run_dir / "checkpoints").mkdir(parents=True)
+    (config.run_dir / "checkpoints" / "9").mkdir(parents=True)
     (config.run_dir / "config.json.tmp").write_text("{")
     open_run_folder(config, {})
     assert {path.name for path in config.run_dir.iterdir()} == {"checkpoints", "config.json"}
@@ -255,6 +255,21 @@ def test_of_a_link_in_a_run_that_is_overwritten_the_link_goes(tmp_path):
     begin(dataclasses.replace(config, overwrite=True))
     assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
     assert (tmp_path / "disk" / "precious").is_file()
+
+
+def test_what_to_do_with_a_folder_that_is_not_empty(tmp_path):
+    config = run_config(tmp_path)
+    for made, advice in (
+        ("checkpoints/12.orbax-checkpoint-tmp", "use another --save_name"),
+        ("checkpoints/9", "use --resume or another --save_name"),
+        (None, "use --resume, --overwrite, or another --save_name"),
+    ):
+        begin(dataclasses.replace(config, resume=True)) if made is None else (config.run_dir / made).mkdir(parents=True)
+        with pytest.raises(InputError, match=f"run: is not empty; {advice}$"):
+            check_run_folder(config, {})
+        if made == "checkpoints/12.orbax-checkpoint-tmp":
+            with pytest.raises(InputError, match=r"no run to resume, config.json is missing or damaged"):
+                check_resumed(config)
 
 
 @pytest.mark.parametrize("n_removed", range(4))

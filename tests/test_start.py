@@ -1,13 +1,17 @@
 """What a run starts from: another run's encoder, a prefix file, its own checkpoint."""
 
 import dataclasses
+import math
+import os
+import re
 import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
-from convert.prefix import read_prefix
+from convert.prefix import ADAPTER_WEIGHTS, read_prefix
 from jaxprefix import load_model, start
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.train import train
@@ -68,13 +72,36 @@ def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
         train(run_config(tmp_path, checkpoint_path=direct.run_dir))
 
 
-def test_a_best_prefix_that_is_gone_is_made_anew(finished, tmp_path, capsys):
-    shutil.copytree(finished.run_dir, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "prefix")
+@pytest.mark.parametrize("damage", ["gone", "empty", "without numbers", "cut off"])
+def test_a_best_prefix_that_is_gone_or_damaged_is_made_anew(finished, tmp_path, capsys, damage):
+    prefix = shutil.copytree(finished.run_dir, tmp_path / "run") / "prefix"
+    numbers = prefix / "adapter_model.safetensors"
+    if damage == "cut off":
+        os.truncate(numbers, 5000)
+    elif damage == "without numbers":
+        numbers.unlink()
+    else:
+        shutil.rmtree(prefix)
+        if damage == "empty":
+            prefix.mkdir()
     config = run_config(tmp_path, resume=True, n_epochs=3, checkpoint_path=tmp_path / "not read any more")
     assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
-    assert f"WARNING: {config.run_dir / 'prefix'}: is missing" in capsys.readouterr().err
+    [warning] = re.findall("WARNING: .*", capsys.readouterr().err)
+    assert warning.startswith(f"WARNING: {prefix}")
+    assert warning.endswith("; the best prefix from here on is kept")
     assert read_prefix(config.run_dir)[0].shape == (10, 384)
+
+
+def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_path, capsys):
+    """As when a run was killed between the two."""
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    for expected in (True, False):
+        assert start.loss_of_prefix(run / "prefix", expected) == min(losses_of(run, "dev"))
+    assert start.loss_of_prefix(tmp_path / "run at its beginning" / "prefix", expected=False) is None
+    assert capsys.readouterr().err == ""
+    save_file(load_file(run / "prefix" / ADAPTER_WEIGHTS), run / "prefix" / ADAPTER_WEIGHTS)  # without its header
+    assert start.loss_of_prefix(run / "prefix", expected=False) is None
+    assert "prefix: does not tell its dev loss; the best prefix from here on is kept" in capsys.readouterr().err
 
 
 def test_nothing_of_the_run_that_another_starts_from_is_moved_or_removed(finished, tmp_path):
@@ -86,13 +113,14 @@ def test_nothing_of_the_run_that_another_starts_from_is_moved_or_removed(finishe
     assert sorted(earlier.rglob("*")) == before
 
 
-def test_whether_the_best_prefix_is_there_the_first_process_says(finished, monkeypatch):
-    monkeypatch.setattr(start, "broadcast_from_first", lambda answer: False)
+@pytest.mark.parametrize("loss", [0.1, math.nan])
+def test_what_the_best_loss_is_the_first_process_says(finished, monkeypatch, loss):
+    monkeypatch.setattr(start, "broadcast_from_first", lambda bits: np.array([loss]).view(np.int32))
     config = dataclasses.replace(finished, n_epochs=3)
     base = load_model(GOLDEN_BASE)
     state = start.abstract_state(config, base)
     with Checkpoints(config.run_dir / "checkpoints", writing=False) as checkpoints:
-        assert start.restore_state(config, checkpoints, state)[1].best_dev_loss is None
+        assert start.restore_state(config, checkpoints, state)[1].best_dev_loss == (0.1 if loss == 0.1 else None)
 
 
 def test_a_run_can_start_from_a_torch_file(finished, tmp_path):

@@ -149,8 +149,7 @@ def test_a_converted_state_begins_where_it_is_and_not_where_the_run_was(tmp_path
     converted(tmp_path / "later.pt", run.run_dir)
     with Checkpoints(run.run_dir / "checkpoints", writing=False) as checkpoints:
         progress = checkpoints.read()[1]
-    [best] = losses_of(run.run_dir, "dev")
-    assert progress == {"n_done": 3, "best_dev_loss": best, "window": [], "n_skipped": 0, "to_evaluate": True}
+    assert progress == {"n_done": 3, "has_prefix": False, "window": [], "n_skipped": 0, "to_evaluate": True}
 
 
 def test_what_pytorch_finished_becomes_a_prefix(tmp_path):
@@ -176,21 +175,23 @@ def test_a_state_before_its_first_update_begins_there(tmp_path):
 
 
 @pytest.mark.parametrize("removed", ["nothing", "checkpoints", "metrics.jsonl"])
-def test_a_converted_state_leaves_the_best_prefix_its_place(finished, tmp_path, removed):
-    run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    later = torch.load(converted(run, tmp_path / "state.pt"))
+def test_a_converted_state_leaves_a_better_prefix_its_place(finished, tmp_path, removed):
+    config = run_config(tmp_path, n_epochs=3, max_lr=1e-2, resume=True)
+    shutil.copytree(finished.run_dir, config.run_dir)
+    later = torch.load(converted(config.run_dir, tmp_path / "state.pt"))
     later["optimizer"]["step"] = 9
+    for array in later["encoder"].values():
+        array *= 3
     torch.save(later, tmp_path / "later.pt")
     if removed == "checkpoints":
-        shutil.rmtree(run / removed)
+        shutil.rmtree(config.run_dir / removed)
     elif removed == "metrics.jsonl":
-        (run / removed).unlink()
-    converted(tmp_path / "later.pt", run)
-    with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
-        progress = checkpoints.read()[1]
-    first, best = losses_of(finished.run_dir, "dev")
-    assert best < first
-    assert (progress["n_done"], progress["best_dev_loss"]) == (9, first if removed == "metrics.jsonl" else best)
+        (config.run_dir / removed).unlink()
+    converted(tmp_path / "later.pt", config.run_dir)
+    best = min(losses_of(finished.run_dir, "dev"))
+    assert train(config).best_dev_loss == best
+    assert all(loss > best for loss in losses_of(config.run_dir, "dev")[-2:])
+    np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
 
 
 def test_a_training_state_is_taken_from_a_run_that_goes_on(finished, tmp_path):
