@@ -1,6 +1,7 @@
 """Checkpoints damaged in every file and every way: the one before is taken, or a plain refusal; never a wrong one."""
 
 import json
+import os
 import random
 import shutil
 from unittest.mock import Mock
@@ -340,3 +341,12 @@ def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):
 
     with pytest.raises(RunError, match=message):
         save_and_fail()
+
+
+def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    os.truncate(run / "checkpoints" / "8" / "_CHECKPOINT_METADATA", 100)
+    with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
+        assert checkpoints.read()[1]["n_done"] == 8
+        assert not checkpoints._in_use
+    assert capfd.readouterr().err == ""

@@ -225,3 +225,10 @@ def test_a_copied_gpt2_keeps_its_two_tokenizer_files(tmp_path):
     tokenizers.Tokenizer.from_file(str(source / "tokenizer.json")).model.save(str(source))
     (source / "tokenizer.json").unlink()
     assert load_tokenizer(converted(source, tmp_path / "copy")).fingerprint == found
+
+
+def test_the_prefix_of_a_run_whose_description_is_damaged(finished, tmp_path):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    (run / "config.json").write_text("{")
+    converted(run, tmp_path / "p.weight")
+    np.testing.assert_array_equal(read_prefix(tmp_path / "p.weight")[0], read_prefix(finished.run_dir)[0])
