@@ -42,27 +42,25 @@ def check(config: CheckConfig) -> Iterator[str]:
         start_encoder(config, abstract_model(model, config.compute), tokenizer, earlier)
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
-    train_set: Examples | None = None
     if config.data_filepath is not None:
-        examples = load_data(config, tokenizer)
+        examples = load_data(config, tokenizer)  # may be too few: everything else is told first
         yield from describe_data(examples, tokenizer)
         yield from examples.skipped.report(config.data_filepath)
     yield describe_suffix(config.suffix, tokenizer)
-    if config.data_filepath is not None:
-        sizes = (config.train_data_size, config.dev_data_size)
-        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
-        plan = update_plan(config, len(train_set))
-    if train_set is None:
+    if config.data_filepath is None:
         n_columns = config.max_seq_len + 1
         model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
     else:
+        sizes = (config.train_data_size, config.dev_data_size)
+        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
+        plan = update_plan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
     if config.hosts.several:
         yield "memory: not estimated for several hosts, since one does not see the others' devices"
         return
     mesh = make_mesh(mesh_sizes(config.mesh))
-    if train_set is None:
+    if config.data_filepath is None:
         yield describe_memory(config, model, PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns))
     else:
         yield describe_memory(config, model, batch_shapes(config, train_set, plan, mesh)[-1])

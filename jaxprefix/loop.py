@@ -117,7 +117,7 @@ class InFlight:
                 if run.checkpoints:
                     run.checkpoints.finish()
                 examples = offending_examples(run, state, number)
-                causes = f"--max_lr {run.config.max_lr:g} is too high for it, or one of these examples is the cause"
+                causes = f"--max_lr {run.config.max_lr:g} is too high, or one of these examples is the cause"
                 raise RunError.all(f"{fault}; {what_is_left(run.config)}. Either {causes}:", examples)
             if math.isfinite(loss):  # else float16 has skipped the update
                 self.window.add(loss, n_labels, self.clock - started)

@@ -54,7 +54,7 @@ class TestNumbers:
         config = run_config(tmp_path, **changes)
         with pytest.raises(RunError, match=r"update 2: the loss is nan.*checkpoints/1, --resume") as error:
             train(config)
-        assert "Either --max_lr 1e+38 is too high for it" in str(error.value)
+        assert "Either --max_lr 1e+38 is too high, or one of these" in str(error.value)
         examples = [int(number) - 1 for number in re.findall("\n  - example ([0-9]+) of the data", str(error.value))]
         assert examples == update_plan(config, 14).micro_batches(1)[0], "all of the update's"
         assert len(heard) == 1 + 1 + 4, "an update, what its checkpoint took, the other update's examples"
