@@ -39,7 +39,7 @@ def newest_checkpoint(folder: Path) -> int | None:
 
 
 def _numbers(folder: Path) -> list[int]:
-    return [int(child.name) for child in folder.glob("*") if child.name.isdecimal()]
+    return [int(child.name) for child in folder.glob("*") if re.fullmatch("[0-9]{1,9}", child.name)]
 
 
 class SaveError(RunError):

@@ -350,3 +350,13 @@ def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd)
         assert checkpoints.read()[1]["n_done"] == 8
         assert not checkpoints._in_use
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["9" * 30, "１２"])
+def test_a_folder_of_another_name_is_no_checkpoint(finished, tmp_path, name):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    (run / "checkpoints" / name).mkdir()
+    assert newest_checkpoint(run / "checkpoints") == 8
+    for writing in (False, True):
+        with Checkpoints(run / "checkpoints", writing) as checkpoints:
+            assert checkpoints.read()[1]["n_done"] == 8
