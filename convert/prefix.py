@@ -43,7 +43,7 @@ def to_folded(layered: Any) -> Any:
 
 
 def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
-    """Read a prefix of any format as (folded float32 array, what its header says of the base model).
+    """Read a prefix of any format as (folded float32 array, its header: base model, dev loss).
 
     Accepts a run folder, an adapter folder or a file, whose format is recognised by its content. Tensors may be
     float32, float16 or bfloat16; folded, [P, 2·L, N, H] or layered. A safetensors header names the base model; an

@@ -39,7 +39,9 @@ def newest_checkpoint(folder: Path) -> int | None:
 
 
 def _numbers(folder: Path) -> list[int]:
-    return [int(child.name) for child in folder.glob("*") if re.fullmatch("[0-9]{1,9}", child.name)]
+    """Return the numbers of complete checkpoints: counts of updates, which are 32-bit integers."""
+    named = [child for child in folder.glob("*") if re.fullmatch("0|[1-9][0-9]{0,9}", child.name) and child.is_dir()]
+    return [number for child in named if (number := int(child.name)) <= np.iinfo(np.int32).max]
 
 
 class SaveError(RunError):

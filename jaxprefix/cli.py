@@ -38,8 +38,10 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    if sys.stderr is None:  # closed by the caller: what is printed to it would go to stdout
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  for good
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
+    if sys.stderr is None:  # what is printed to it would go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with contextlib.redirect_stderr(Heedless(sys.stderr)):
         return _main(arguments)
 
@@ -53,8 +55,7 @@ def _main(arguments: list[str] | None) -> int:
             exit_code = 0
         else:
             exit_code = _run(arguments)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # errors of it are handled below
+        sys.stdout.flush()  # errors of it are handled below
         return exit_code
     except PlainError as error:
         return _fail(error)

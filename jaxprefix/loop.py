@@ -157,6 +157,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
     progress.to_evaluate = False
     run.log.point("dev", progress.n_done, epoch, **metrics)
     loss = metrics["loss"]
+    progress.has_prefix |= math.isfinite(loss)
     if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
         progress.best_dev_loss = loss
         if run.checkpoints:

@@ -184,5 +184,5 @@ def save_prefix(
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
     folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices
-    header = base_identity(config, tokenizer) | ({} if dev_loss is None else {DEV_LOSS: repr(dev_loss)})
+    header = base_identity(config, tokenizer) | ({} if dev_loss is None else {DEV_LOSS: repr(float(dev_loss))})
     write_adapter(Path(folder), folded, config.n_layer, config.n_head, header)

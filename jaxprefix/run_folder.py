@@ -52,7 +52,8 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
         if config.resume and not _is_converted(folder):
             starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
             check_same_run(folder, description, starts_over)
-            check_metrics(folder)
+            if config.save_log:
+                check_metrics(folder)
             if starts_over and (folder / RUN_SUBFOLDER).exists():
                 advice = "use another --save_name, or --overwrite, which deletes it"
                 raise InputError(f"{folder}: holds a prefix but no checkpoint to resume; {advice}")

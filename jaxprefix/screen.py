@@ -38,5 +38,7 @@ class Heedless:
 
 def mute(stream: Any) -> None:
     """Discard what a stream still holds and will hold; Python would fail at it again as it ends."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != stream.fileno():  # as it is where the system had closed the stream
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -31,6 +31,8 @@ class Progress:
     n_done: int = 0
     best_dev_loss: float | None = None
     """That of the run's prefix, which tells it; a checkpoint is saved before its own epoch is measured."""
+    has_prefix: bool = False
+    """Whether a prefix had been saved."""
     window: Sequence[Any] = ()
     """`LossSums` since the last log point."""
     n_skipped: int = 0
@@ -39,10 +41,8 @@ class Progress:
     """Whether an evaluation was due when this was saved; a resumed run begins with it, even if it was made since."""
 
     def to_save(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: of the best dev loss only whether there is one."""
-        fields = dataclasses.asdict(self)
-        has_prefix = fields.pop("best_dev_loss") is not None
-        return {**fields, "has_prefix": has_prefix}
+        """Return what a checkpoint keeps: all but the best dev loss."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "best_dev_loss"}
 
 
 def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, np.ndarray] | None:
@@ -99,24 +99,30 @@ def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainStat
     arrays, saved = checkpoints.read()
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
-    has_prefix = saved.pop("has_prefix", False)
     progress = Progress(**saved)
-    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, has_prefix) if is_first() else None
+    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, progress) if is_first() else None
     bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # which no device rounds
     [best] = broadcast_from_first(bits).view(np.float64).tolist()
     progress.best_dev_loss = None if math.isnan(best) else best
     return from_names(like, arrays, checkpoints.folder), progress
 
 
-def loss_of_prefix(folder: Path, expected: bool) -> float | None:
-    """Return the dev loss of a run's prefix. None if it does not exist or does not tell, with a warning if expected."""
-    if not expected and not folder.exists():
+def loss_of_prefix(folder: Path, progress: Progress) -> float | None:
+    """Return the dev loss of a run's prefix. None if it is missing or damaged, with a warning if it should be there.
+
+    A prefix of an earlier version does not tell it; the checkpoint does then.
+    """
+    if not progress.has_prefix and progress.best_dev_loss is None and not folder.exists():
         return None
     try:
-        return float(read_prefix(folder)[1][DEV_LOSS])
+        told = read_prefix(folder)[1].get(DEV_LOSS)
+        loss = progress.best_dev_loss if told is None else float(told)
+        if loss is not None and 0 <= loss < math.inf:
+            return loss
+        problem = f"{folder}: its {DEV_LOSS} is {told}"
     except InputError as error:
         problem = str(error)
-    except (KeyError, ValueError):
-        problem = f"{folder}: does not tell its dev loss"
+    except ValueError:
+        problem = f"{folder}: its {DEV_LOSS} is no number"
     print(f"WARNING: {problem}; the best prefix from here on is kept", file=sys.stderr)
     return None

@@ -352,11 +352,16 @@ def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd)
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["9" * 30, "１２"])
-def test_a_folder_of_another_name_is_no_checkpoint(finished, tmp_path, name):
+@pytest.mark.parametrize("name", ["9" * 30, "１２", "012", "12"])
+def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name):
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    (run / "checkpoints" / name).mkdir()
+    (run / "checkpoints" / name).touch() if name == "12" else (run / "checkpoints" / name).mkdir()
     assert newest_checkpoint(run / "checkpoints") == 8
     for writing in (False, True):
         with Checkpoints(run / "checkpoints", writing) as checkpoints:
             assert checkpoints.read()[1]["n_done"] == 8
+
+
+def test_the_largest_count_of_updates_is_a_checkpoint(tmp_path):
+    (tmp_path / str(2**31 - 1)).mkdir()
+    assert newest_checkpoint(tmp_path) == 2**31 - 1

@@ -271,5 +271,6 @@ def test_what_is_printed_at_a_runs_end_takes_no_reader_but_a_disk(tmp_path, monk
     with open(stdout or os.devnull, "w") as file, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", file if stdout else None)
         assert main(["train", *flags_of(config)]) == code
+        sys.stdout.close()
     assert newest_checkpoint(config.run_dir / "checkpoints") == 1
     assert ("error: standard output cannot be written" in capsys.readouterr().err) == bool(code)

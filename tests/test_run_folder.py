@@ -272,14 +272,16 @@ def test_what_to_do_with_a_folder_that_is_not_empty(tmp_path):
                 check_resumed(config)
 
 
+@pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize("n_removed", range(4))
-def test_overwriting_that_is_cut_short_leaves_a_run_that_can_be_resumed(tmp_path, monkeypatch, n_removed):
+def test_overwriting_that_is_cut_short_leaves_a_run_that_can_be_resumed(tmp_path, monkeypatch, n_removed, last_first):
     config, rmtree, removals = run_config(tmp_path), shutil.rmtree, itertools.count()
     begin(config)
     for name in ("a", "checkpoints", "checkpoints/1", "prefix", "z"):
         (config.run_dir / name).mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda path: rmtree(path) if next(removals) < n_removed else 1 / 0)
+        patch.setattr(Path, "iterdir", lambda path: iter(sorted(path.glob("*"), reverse=last_first)))
         with pytest.raises(ZeroDivisionError):
             begin(dataclasses.replace(config, overwrite=True))
     check_resumed(config)

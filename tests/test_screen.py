@@ -40,3 +40,14 @@ def test_a_stream_that_was_closed_before(monkeypatch, capsys):
         log.line("a")
     Heedless(None).flush()
     assert capsys.readouterr().out == ""
+
+
+def test_what_the_system_has_closed_takes_no_other_files_place(tmp_path):
+    number = os.open(os.devnull, os.O_WRONLY)
+    with open(number, "w", buffering=1, closefd=False) as stream:
+        os.close(number)
+        for _ in range(2):
+            print("a", file=Heedless(stream), flush=True)
+        with (tmp_path / "other").open("w") as other:
+            assert other.fileno() != number
+    os.close(number)
