@@ -1,7 +1,6 @@
 """Checkpoints damaged in every file and every way: the one before is taken, or a plain refusal; never a wrong one."""
 
 import json
-import os
 import random
 import shutil
 from unittest.mock import Mock
@@ -341,27 +340,3 @@ def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):
 
     with pytest.raises(RunError, match=message):
         save_and_fail()
-
-
-def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd):
-    run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    os.truncate(run / "checkpoints" / "8" / "_CHECKPOINT_METADATA", 100)
-    with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
-        assert checkpoints.read()[1]["n_done"] == 8
-        assert not checkpoints._in_use
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("name", ["9" * 30, "１２", "012", "12"])
-def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name):
-    run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    (run / "checkpoints" / name).touch() if name == "12" else (run / "checkpoints" / name).mkdir()
-    assert newest_checkpoint(run / "checkpoints") == 8
-    for writing in (False, True):
-        with Checkpoints(run / "checkpoints", writing) as checkpoints:
-            assert checkpoints.read()[1]["n_done"] == 8
-
-
-def test_the_largest_count_of_updates_is_a_checkpoint(tmp_path):
-    (tmp_path / str(2**31 - 1)).mkdir()
-    assert newest_checkpoint(tmp_path) == 2**31 - 1

@@ -1,0 +1,32 @@
+"""Which folders are checkpoints, and what reading one takes."""
+
+import os
+import shutil
+
+import pytest
+
+from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
+
+
+def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    os.truncate(run / "checkpoints" / "8" / "_CHECKPOINT_METADATA", 100)
+    with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
+        assert checkpoints.read()[1]["n_done"] == 8
+        assert not checkpoints._in_use
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["9" * 30, "１２", "012", "12"])
+def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name):
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    (run / "checkpoints" / name).touch() if name == "12" else (run / "checkpoints" / name).mkdir()
+    assert newest_checkpoint(run / "checkpoints") == 8
+    for writing in (False, True):
+        with Checkpoints(run / "checkpoints", writing) as checkpoints:
+            assert checkpoints.read()[1]["n_done"] == 8
+
+
+def test_the_largest_count_of_updates_is_a_checkpoint(tmp_path):
+    (tmp_path / str(2**31 - 1)).mkdir()
+    assert newest_checkpoint(tmp_path) == 2**31 - 1
