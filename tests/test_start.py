@@ -75,7 +75,7 @@ def test_an_encoder_cannot_start_from_a_direct_prefix(tmp_path):
 @pytest.mark.parametrize("damage", ["gone", "empty", "without numbers", "cut off"])
 def test_a_best_prefix_that_is_gone_or_damaged_is_made_anew(finished, tmp_path, capsys, damage):
     prefix = shutil.copytree(finished.run_dir, tmp_path / "run") / "prefix"
-    numbers = prefix / "adapter_model.safetensors"
+    numbers = prefix / ADAPTER_WEIGHTS
     if damage == "cut off":
         os.truncate(numbers, 5000)
     elif damage == "without numbers":
@@ -99,7 +99,7 @@ def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_p
         assert start.loss_of_prefix(prefix, progress) == min(losses_of(finished.run_dir, "dev"))
     assert start.loss_of_prefix(tmp_path / "run at its beginning" / "prefix", start.Progress()) is None
 
-    (path := prefix / ADAPTER_WEIGHTS).write_bytes((finished.run_dir / "prefix" / ADAPTER_WEIGHTS).read_bytes())
+    path = prefix / ADAPTER_WEIGHTS
     save_file(load_file(path), path)  # without its header
     assert start.loss_of_prefix(prefix, start.Progress(best_dev_loss=1.0)) == 1.0
     assert capsys.readouterr().err == ""
