@@ -15,11 +15,11 @@ class PlainError(Exception):
     a message longer than MESSAGE_CHARACTERS is cut.
     """
 
+    exit_code: int
+
     def __init__(self, message: str):
         shown = re.sub(r"[^\n -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda found: ascii(found[0])[1:-1], message)
         super().__init__(shown if len(shown) <= MESSAGE_CHARACTERS else shown[:MESSAGE_CHARACTERS] + " …")
-
-    exit_code: int
 
     @classmethod
     def all(cls, heading: str, problems: list[str]) -> Self:

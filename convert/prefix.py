@@ -42,7 +42,7 @@ def to_folded(layered: Any) -> Any:
     return layered.transpose(2, 0, 1, 3, 4).reshape(layered.shape[2], -1)
 
 
-def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
+def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read a prefix of any format as (folded float32 array, its header: base model, dev loss).
 
     Accepts a run folder, an adapter folder or a file, whose format is recognised by its content. Tensors may be
@@ -50,28 +50,27 @@ def read_prefix(path: str | Path) -> tuple[np.ndarray, dict[str, str]]:
     adapter folder and an array of more than two axes give its shape. Raises InputError when it is none of these, or
     holds a number that is not finite.
     """
-    path = Path(path)
     if path.is_dir():
         return _read_adapter(path)
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
-    array, base = _read_file(path)
+    array, header = _read_file(path)
     if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
         if array.shape[1] != 2:
             raise InputError(f"{path}: a layered prefix has axes [L, 2, P, N, H], found shape {array.shape}")
         array = to_folded(array).reshape(array.shape[2], -1, *array.shape[3:])
-    if array.ndim not in (2, 4) or 0 in array.shape:
+    if array.ndim not in (2, 4) or 0 in array.shape or (array.ndim == 4 and array.shape[1] % 2):
         raise InputError(f"{path}: a prefix has axes [P, L·2·N·H] or [P, 2·L, N, H], found shape {array.shape}")
-    if array.ndim == 4 and array.shape[1] % 2 == 0:
-        base = {**_shape(array.shape[1] // 2, *array.shape[2:]), **base}
+    if array.ndim == 4:
+        header = {**_shape(array.shape[1] // 2, *array.shape[2:]), **header}
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused below
         folded = np.array(array.reshape(array.shape[0], -1), dtype=np.float32, order="C")
     if not np.isfinite(folded).all():
         raise InputError(f"{path}: holds {int((~np.isfinite(folded)).sum())} numbers that are not finite")
-    _check_shape(path, base, folded.shape[1])
-    return folded, base
+    _check_shape(path, header, folded.shape[1])
+    return folded, header
 
 
 def is_bare_prefix(path: Path) -> bool:
@@ -85,8 +84,8 @@ def is_bare_prefix(path: Path) -> bool:
     return True
 
 
-def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, base: Mapping[str, str]) -> None:
-    """Write a PEFT adapter folder (PREFIX_TUNING); `base` goes into the safetensors header.
+def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, header: Mapping[str, str]) -> None:
+    """Write a PEFT adapter folder (PREFIX_TUNING); `header` goes into the safetensors file.
 
     Each file replaces its predecessor in one step, so a reader never sees half of one. Raises OSError.
     """
@@ -95,7 +94,7 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
     config = {
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.get("base_model"),
+        "base_model_name_or_path": header.get("base_model"),
         "num_virtual_tokens": n_virtual_tokens,
         "token_dim": token_dim,
         "num_transformer_submodules": 1,
@@ -107,7 +106,7 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, b
     }
     with replacing(folder / ADAPTER_CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_safetensors(folder / ADAPTER_WEIGHTS, folded, base)
+    write_safetensors(folder / ADAPTER_WEIGHTS, folded, header)
 
 
 def write_npy(path: Path, folded: np.ndarray) -> None:
@@ -116,10 +115,10 @@ def write_npy(path: Path, folded: np.ndarray) -> None:
         np.save(file, folded, allow_pickle=False)
 
 
-def write_safetensors(path: Path, folded: np.ndarray, base: Mapping[str, str]) -> None:
-    """Write the one tensor of an adapter folder; `base` goes into the header. Raises OSError."""
+def write_safetensors(path: Path, folded: np.ndarray, header: Mapping[str, str]) -> None:
+    """Write the one tensor of an adapter folder; `header` goes into the file. Raises OSError."""
     with replacing(path) as temporary:
-        save_safetensors({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, base)
+        save_safetensors({TENSOR_NAME: np.ascontiguousarray(folded)}, temporary, header)
 
 
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1, dtype: Any = None) -> Any:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 
 from convert.errors import InputError
@@ -132,8 +133,6 @@ class _Unpickler(pickle.Unpickler):
         kind, type_name, key, _device, size, *_ = reference
         if kind != "storage" or not isinstance(key, str) or not _is_size(size):
             raise ValueError(f"it refers to {reference!r}, which is not a storage")
-        import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
-
         return self._open_storage(np.dtype(_TYPES[type_name]), key, size)
 
     def _rebuild_tensor(self, storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any) -> np.ndarray:

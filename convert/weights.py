@@ -134,7 +134,9 @@ def has_weights(folder: Path) -> bool:
 def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
     """Yield (name, weight) of everything in the folder's files, reading no more than their headers."""
     for path in weight_files(folder):
-        if path.suffix != ".safetensors":
+        if path.suffix == ".safetensors":
+            yield from read_safetensors(path)[0].items()
+        else:
             content = load_torch(path, checked=False)
             if not isinstance(content, dict):
                 raise InputError(f"{path}: expected a dict of weights, found {type(content).__name__}")
@@ -142,8 +144,6 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
                 if not isinstance(name, str) or not isinstance(value, np.ndarray):
                     raise InputError(f"{path}: expected a dict of weights, found {type(value).__name__} at {name!r}")
                 yield name, StoredWeight(value.shape, functools.partial(np.asarray, value))
-            continue
-        yield from read_safetensors(path)[0].items()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str]]:

@@ -48,14 +48,14 @@ def test_a_width_that_is_odd(tmp_path):
 
 
 def test_an_adapter_without_weights(tmp_path):
-    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
+    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has adapter_config.json but no adapter_model.safetensors"):
         read_prefix(tmp_path)
 
 
 def test_a_folder_of_named_adapters_tells_their_names(tmp_path):
-    write_adapter(tmp_path / "smile", np.ones((2, 8), np.float32), n_layer=1, n_head=1, base={})
+    write_adapter(tmp_path / "smile", np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
     with pytest.raises(InputError, match=r"holds no prefix: .*; subfolders that hold one: smile"):
         read_prefix(tmp_path)
 
@@ -117,6 +117,12 @@ def test_five_axes_of_which_the_second_is_not_of_keys_and_values(tmp_path):
     with pytest.raises(
         InputError, match=r"a layered prefix has axes \[L, 2, P, N, H\], found shape \(2, 3, 10, 4, 8\)"
     ):
+        read_prefix(tmp_path / "prefix.npy")
+
+
+def test_four_axes_of_which_the_second_is_odd(tmp_path):
+    np.save(tmp_path / "prefix.npy", np.zeros((10, 3, 4, 8), np.float32))
+    with pytest.raises(InputError, match=r"a prefix has axes .* found shape \(10, 3, 4, 8\)"):
         read_prefix(tmp_path / "prefix.npy")
 
 
