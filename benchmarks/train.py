@@ -42,7 +42,7 @@ from benchmarks.report import (
 from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_padded_batch
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED, longest_row, row_lengths, update_plan
+from jaxprefix.data import IGNORED, UpdatePlan, longest_row, row_lengths
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.shapes import PaddedShape
 from jaxprefix.tokenizer import load_tokenizer
@@ -106,7 +106,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.nd
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
     examples = read_examples(config.data_filepath, Chunking(tokenizer, max_seq_len=config.max_seq_len))
-    plan = update_plan(config, config.train_data_size)
+    plan = UpdatePlan(config, config.train_data_size)
     batches, n_useful, lengths = [], list[int](), list[np.ndarray]()
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]

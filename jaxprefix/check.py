@@ -12,14 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprefix.base_folder import open_base
 from jaxprefix.batches import Batch, Packing
-from jaxprefix.checkpoint import path_name
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
-from jaxprefix.data import label_counts, split_examples, update_plan
+from jaxprefix.data import UpdatePlan, label_counts, split_examples
 from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
 from jaxprefix.memory import GIB
-from jaxprefix.models import abstract_model, check_weights, weight_shapes
+from jaxprefix.models import abstract_model, check_weights, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import scanned_dtype
@@ -53,7 +52,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     else:
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
-        plan = update_plan(config, len(train_set))
+        plan = UpdatePlan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
     if config.hosts.several:
@@ -115,7 +114,8 @@ def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> st
     """Tell what an update needs on each device."""
     weights, work = training_memory(config, model, shape)
     n_devices = len(devices())
-    rows = f"{'packed' if isinstance(shape, PackedShape) else 'padded'} to {shape[0]} rows × {shape[1]} tokens"
+    how = "packed" if isinstance(shape, PackedShape) else "padded"
+    rows = f"{how} to {shape.n_rows} rows × {shape.n_columns} tokens"
     return (
         f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples, {rows}, in {config.dtype}, "
         f"on each of {n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
@@ -149,14 +149,14 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(path_name(path), leaf.shape))
 
-    def stack(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def stack_shapes(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         first = layers[0]
         sharding = NamedSharding(mesh, PartitionSpec(None, *first.sharding.spec))
         return jax.ShapeDtypeStruct((len(layers), *first.shape), scanned_dtype(first), sharding=sharding)
 
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
     if config.compute.scan_layers:
-        base.layers = stacked(base.layers, stack)
+        base.layers = stacked(base.layers, stack_shapes)
     arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
     update: Any = make_update(config, mesh)
@@ -169,7 +169,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:
     def rows(*axes: int) -> Any:
         return jax.ShapeDtypeStruct((config.n_accum_steps, *axes), jnp.int32, sharding=split_rows(mesh))
 
-    whole = rows(*shape[:2])
+    whole = rows(shape.n_rows, shape.n_columns)
     packing = labelled = None
     if isinstance(shape, PackedShape):
         packing = Packing(tuple(rows(shape.n_rows, *size) for size in shape.classes), whole)

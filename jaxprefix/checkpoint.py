@@ -24,6 +24,7 @@ import tensorstore
 
 from convert.errors import InputError, RunError
 from jaxprefix.hosts import anywhere, broadcast_from_first, is_first, wait_for_all, wait_until_visible
+from jaxprefix.models import path_name
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
@@ -134,7 +135,7 @@ class Checkpoints:
             except _DamagedError as error:
                 damaged[step] = str(error)
             if not anywhere(step in damaged):
-                for number, problem in damaged.items():
+                for number, problem in reversed(damaged.items()):
                     self._put_aside(number, f"{problem}; going on from {step}")
                 if self._writing:
                     for older in steps[index + KEPT :]:
@@ -194,11 +195,14 @@ class _DamagedError(Exception):
 
 
 def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
-    """Build a pytree of the structure of `like`, or of a part of it, from arrays by name.
-
-    Raises InputError that lists every array that is missing or of another shape.
-    """
+    """Build a pytree of the structure of `like` from arrays by name. Raises InputError as `check_arrays` does."""
     expected = named(like)
+    check_arrays(expected, arrays, where)
+    return jax.tree.unflatten(jax.tree.structure(like), [jax.device_put(arrays[name]) for name in expected])
+
+
+def check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: Path) -> None:
+    """Raise InputError that lists every expected array that is missing from `arrays`, or has another shape there."""
     problems = [
         f"{name}: expected shape {leaf.shape}, found {arrays[name].shape if name in arrays else 'nothing'}"
         for name, leaf in expected.items()
@@ -206,17 +210,11 @@ def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
     ]
     if problems:
         raise InputError.all(f"{where}: does not fit this run:", problems)
-    return jax.tree.unflatten(jax.tree.structure(like), [jax.device_put(arrays[name]) for name in expected])
 
 
 def named(state: Any) -> dict[str, Any]:
     """Return the leaves of a pytree by their paths, joined by dots."""
     return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
-
-
-def path_name(path: Any) -> str:
-    """Join a leaf's path by dots, without the `.value` that ends a Flax parameter's."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def _stored_array(folder: Path, name: str) -> np.ndarray:
@@ -232,7 +230,12 @@ def _sha256(value: np.ndarray | dict[str, Any]) -> str:
 
 
 def short_reason(error: BaseException | None) -> str:
-    """Return the system's message for the errno in an error, else the start of its text: TensorStore's fills pages."""
+    """Return the system's message for an error, if it is the system's, else the start of its text.
+
+    TensorStore's text fills pages, with the system's number in it.
+    """
+    if strerror := getattr(error, "strerror", None):
+        return strerror
     if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0] or type(error).__name__

@@ -88,17 +88,18 @@ def _run(arguments: list[str] | None) -> int:
     compiling.prepare_compiling()
     match settings:
         case CheckConfig():  # first: it is a TrainConfig as well
-            return _check(settings)
+            _check(settings)
         case TrainConfig():
             return _train(settings)
         case ConvertConfig():
-            return _convert(settings)
+            _convert(settings)
         case GenerateConfig():
             with _inference(settings):
-                return _generate(settings)
+                _generate(settings)
         case EvaluateConfig():
             with _inference(settings):
-                return _evaluate(settings)
+                _evaluate(settings)
+    return 0
 
 
 @contextlib.contextmanager
@@ -119,6 +120,7 @@ def _less_memory(settings: InferenceConfig) -> str:
 
 
 def _train(config: TrainConfig) -> int:
+    from convert.prefix import RUN_SUBFOLDER
     from jaxprefix.hosts import is_first, leave_soon
     from jaxprefix.train import train
 
@@ -135,7 +137,7 @@ def _train(config: TrainConfig) -> int:
         command = ["jaxprefix", "generate", "--pretrained_model_dir", config.pretrained_model_dir]
         command += ["--revision", config.revision] if config.revision else []
         command += ["--prefix_checkpoint_path", str(result.run_dir), "--compare"]
-        hint = f"best prefix: {result.run_dir / 'prefix'}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
+        hint = f"best prefix: {result.run_dir / RUN_SUBFOLDER}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
         try:
             print(f"{hint}\n  {shlex.join(command)}", flush=True)
         except OSError as error:
@@ -145,39 +147,35 @@ def _train(config: TrainConfig) -> int:
     return 0
 
 
-def _generate(config: GenerateConfig) -> int:
+def _generate(config: GenerateConfig) -> None:
     from jaxprefix.generation import continue_prompts
 
     continue_prompts(config)
-    return 0
 
 
-def _evaluate(config: EvaluateConfig) -> int:
+def _evaluate(config: EvaluateConfig) -> None:
     from jaxprefix.evaluation import evaluate
 
     report = evaluate(config)
     if config.json:  # which has no infinity
         finite = {way: {k: v if math.isfinite(v) else None for k, v in row.items()} for way, row in report.items()}
         print(json.dumps(finite))
-        return 0
-    for way, values in report.items():
-        print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
-    return 0
+    else:
+        for way, values in report.items():
+            print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
 
-def _convert(config: ConvertConfig) -> int:
+def _convert(config: ConvertConfig) -> None:
     from jaxprefix.conversion import convert
 
     print(convert(config))
-    return 0
 
 
-def _check(config: CheckConfig) -> int:
+def _check(config: CheckConfig) -> None:
     from jaxprefix.check import check
 
     for line in check(config):
         print(line, flush=True)
-    return 0
 
 
 def entry_point() -> None:

@@ -10,10 +10,11 @@ from jaxprefix.config import cache_folder
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
+TRIM_SECONDS = 0.1
 
 
 def prepare_compiling() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX has another; give freed memory back."""
+    """Keep compiled programs in the user's cache folder, unless JAX has another; give freed memory back; no 64 bits."""
     trim_after_compiling()
     jax.config.update("jax_enable_x64", False)  # types here are what they say
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
@@ -23,15 +24,15 @@ def prepare_compiling() -> None:
 
 
 @functools.cache
-def trim_after_compiling(seconds: float = 0.1) -> None:
-    """After each compilation of at least `seconds`, return freed heap memory to the system (glibc only).
+def trim_after_compiling() -> None:
+    """After each compilation of at least TRIM_SECONDS, return freed heap memory to the system (glibc only).
 
     That is 50 to 150 MB, too fragmented for the program's arrays to reuse. Registers once per process.
     """
     library = ctypes.CDLL(None)
 
     def give_back(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED and duration_secs >= seconds:
+        if event == COMPILED and duration_secs >= TRIM_SECONDS:
             library.malloc_trim(0)
 
     if hasattr(library, "malloc_trim"):

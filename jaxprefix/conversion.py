@@ -11,7 +11,7 @@ from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
 from jaxprefix.base_folder import open_base
-from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint
+from jaxprefix.checkpoint import Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import base_identity, check_prefix
@@ -42,7 +42,7 @@ def convert(config: ConvertConfig) -> str:
 
 
 def _convert(config: ConvertConfig) -> str:
-    """Convert by what the source is."""
+    """Convert by the target's suffix if that is .pt, else by what the source is."""
     source, target = config.source, config.target
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
@@ -56,7 +56,7 @@ def _convert(config: ConvertConfig) -> str:
                 f"{source}: is a base model; --pretrained_model_dir is only for prefixes and training states"
             )
         _check_folder_name(config, "a base model, which becomes a folder")
-        copy_base_model(str(source), target)
+        copy_base_model(source, target)
         return f"{target}: base model, weights bit-identical to {source}"
     return _convert_prefix(config)
 
@@ -71,20 +71,20 @@ def _is_base_model(source: Path) -> bool:
 
 def _convert_prefix(config: ConvertConfig) -> str:
     source, target = config.source, config.target
-    folded, base = read_prefix(source)
+    folded, header = read_prefix(source)
     if config.pretrained_model_dir is not None:
         _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, weights=False)
-        check_prefix(source, folded, base, model_config, tokenizer)
-        base = base_identity(model_config, tokenizer)
+        check_prefix(source, folded, header, model_config, tokenizer)
+        header = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
         save_torch(target, folded)
     elif target.suffix == ".npy":
         write_npy(target, folded)
     elif target.suffix == ".safetensors":
-        write_safetensors(target, folded, base)
-    elif {"n_layer", "n_head"} <= base.keys():
+        write_safetensors(target, folded, header)
+    elif {"n_layer", "n_head"} <= header.keys():
         with filling(target):
-            write_adapter(target, folded, int(base["n_layer"]), int(base["n_head"]), base)
+            write_adapter(target, folded, int(header["n_layer"]), int(header["n_head"]), header)
     else:
         raise InputError(f"{source}: does not say what base model it is for; give --pretrained_model_dir")
     kind = "adapter folder, " if target.is_dir() else ""
@@ -118,7 +118,8 @@ def _import_training_state(config: ConvertConfig) -> str:
     with only_writer(config.target), Checkpoints(folder) as checkpoints:
         if newest_checkpoint(folder) is not None:
             earlier, saved = checkpoints.read()
-            from_names({name: array for name, array in earlier.items() if name not in SCALE}, arrays, config.source)
+            unscaled = {name: array for name, array in earlier.items() if name not in SCALE}
+            check_arrays(unscaled, arrays, config.source)
             if (last := saved["n_done"]) >= n_done:
                 raise InputError(f"{folder}: already has a checkpoint of update {last}; the source is only at {n_done}")
         progress = Progress(n_done, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured

@@ -68,10 +68,20 @@ def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class UpdatePlan:
-    """Which examples each update sees: a function of the update's number alone, so a run can resume at any update."""
+    """Which examples each update sees: a function of the update's number alone, so a run can resume at any update.
+
+    Raises InputError if an epoch has fewer batches than the recipe must accumulate.
+    """
 
     config: TrainConfig
     n_examples: int
+
+    def __post_init__(self) -> None:
+        if self._carries and self.config.n_accum_steps > self.batches_per_epoch:
+            raise InputError(
+                f"--n_accum_steps {self.config.n_accum_steps} is more than the {self.batches_per_epoch} batches of an "
+                f"epoch, which --recipe {self.config.recipe} does not allow"
+            )
 
     @property
     def _carries(self) -> bool:
@@ -116,17 +126,6 @@ class UpdatePlan:
     def _batch(self, epoch: int, index: int) -> list[int]:
         order = epoch_order(self.n_examples, self.config.seed, epoch)
         return order[index * self.config.batch_size : (index + 1) * self.config.batch_size].tolist()
-
-
-def update_plan(config: TrainConfig, n_train: int) -> UpdatePlan:
-    """Plan the updates of a run. Raises InputError if an epoch has fewer batches than a recipe must accumulate."""
-    plan = UpdatePlan(config, n_train)
-    if plan._carries and config.n_accum_steps > plan.batches_per_epoch:
-        raise InputError(
-            f"--n_accum_steps {config.n_accum_steps} is more than the {plan.batches_per_epoch} batches of an epoch, "
-            f"which --recipe {config.recipe} does not allow"
-        )
-    return plan
 
 
 @functools.lru_cache(maxsize=2)

@@ -62,8 +62,7 @@ def evaluate(config: EvaluateConfig) -> Report:
     for way, used in ways.items():
         values = report[way] = {}
         if examples is not None:
-            packing = not recipe.average_batch_means
-            batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, packing)
+            batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, recipe.packs_dev)
             values |= dev_loss(model, used, batches, recipe, mesh)
             if not math.isfinite(values["loss"]):
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")

@@ -90,31 +90,29 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
     levels = {logger: logger.level for logger in map(logging.getLogger, ["absl", "asyncio"])}
     for logger in levels:
         logger.setLevel(logging.CRITICAL)
+    failed = False
     try:
         yield
-        sys.unraisablehook = unraisable_hook
-        for logger, level in levels.items():
-            logger.setLevel(level)
     except (OSError, SaveError) as error:
+        failed = True
         # Python warns of what Orbax had not begun to write whenever it next collects garbage
         warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         check_still_there(config)
         if isinstance(error, SaveError):
             raise
         where = os.fsdecode(getattr(error, "filename", None) or config.run_dir)
-        raise RunError(f"{where}: cannot be written ({reason(error)}); {what_is_left(config)}") from error
+        raise RunError(f"{where}: cannot be written ({short_reason(error)}); {what_is_left(config)}") from error
     finally:
         threading.excepthook = thread_hook
+        if not failed:
+            sys.unraisablehook = unraisable_hook
+            for logger, level in levels.items():
+                logger.setLevel(level)
 
 
 def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
     """Say in one line that a background thread failed: the training loop meets the same failure, and ends the run."""
-    print(f"WARNING: a background thread failed: {reason(failure.exc_value)}", file=sys.stderr, flush=True)
-
-
-def reason(error: BaseException | None) -> str:
-    """Return the system's own words, or the beginning of what an error says."""
-    return getattr(error, "strerror", None) or short_reason(error)
+    print(f"WARNING: a background thread failed: {short_reason(failure.exc_value)}", file=sys.stderr, flush=True)
 
 
 def what_is_left(config: TrainConfig) -> str:

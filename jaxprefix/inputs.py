@@ -12,7 +12,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples, update_plan
+from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples
 from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention
@@ -41,7 +41,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     examples = load_data(config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
-    return Inputs(base, train_set, dev_set, update_plan(config, len(train_set)))
+    return Inputs(base, train_set, dev_set, UpdatePlan(config, len(train_set)))
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:

@@ -100,7 +100,7 @@ class InFlight:
         self.window = LossMeter(RECIPES[run.config.recipe], progress.window)
         self.guard = FiniteGuard(run.config, progress.n_skipped)
         self.clock = time.monotonic()
-        """When the last update ended."""
+        """From when the next update's time counts."""
 
     def add(self, number: int, outcome: Outcome, n_labels: int) -> None:
         """Take in an update that was started."""
@@ -146,7 +146,7 @@ def save(run: Run, state: TrainState, progress: Progress) -> None:
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
     """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
     prefix, inputs, recipe = prefix_of(state.encoder), run.inputs, RECIPES[run.config.recipe]
-    packing = run.config.packing and not recipe.average_batch_means
+    packing = run.config.packing and recipe.packs_dev
 
     def batches() -> Iterator[Batch]:
         for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh, packing):

@@ -30,6 +30,11 @@ class Recipe:
     restart_gpt2_positions: bool = False
     """GPT-2's generation numbers the prompt from 0 instead of P, and skips one number after it."""
 
+    @property
+    def packs_dev(self) -> bool:
+        """Whether dev batches may be packed: a mean of batches needs the original's batches."""
+        return not self.average_batch_means
+
 
 RECIPES = {
     "default": Recipe(),

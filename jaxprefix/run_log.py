@@ -31,7 +31,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
         screen: Any = Heedless(sys.stderr)  # a run may also be a function's, without the command line around it
-        self.console = Console(file=screen, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = Console(file=screen, highlight=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
@@ -40,8 +40,8 @@ class RunLog:
             self._metrics = (folder / METRICS_FILE).open("a", encoding="utf-8")
             self._tensorboard = TensorBoard(folder / "tensorboard", from_step)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-        hidden = quiet or not self.console.is_terminal
-        self._progress = Progress(*columns, console=self.console, transient=True, disable=hidden)
+        hidden = quiet or not self._console.is_terminal
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden)
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":
@@ -57,7 +57,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Write a line to the screen and to log.txt, preceded by the seconds since the start."""
         text = f"{time.monotonic() - self._started:.2f}s {text}"
-        self.console.print(text, markup=False)
+        self._console.print(text, markup=False)
         if self._text is not None:
             print(text, file=self._text, flush=True)
 
@@ -145,7 +145,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, int, str]]:
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
             record = json.loads(line)
-            found = line, record["step"] + 0, record["split"]
+            found = line, record["step"] + 0, record["split"]  # TypeError unless the step is a number
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path}: line {number} is damaged; remove it and resume again") from error
         yield found

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES as AXES
 from jaxprefix.devices import devices
-from jaxprefix.models import BaseModel
+from jaxprefix.models import BaseModel, path_name
 
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
@@ -114,7 +114,7 @@ def gathered_in_time(layer: Any, x: Array, *others: Any) -> Any:
     weight, x = jax.lax.optimization_barrier((layer.attention.out.weight[...], x))
 
     def ordered(path: Any, leaf: Array) -> Array:
-        return weight if "attention.out.weight" in jax.tree_util.keystr(path, simple=True, separator=".") else leaf
+        return weight if path_name(path) == "attention.out.weight" else leaf
 
     return jax.tree.map_with_path(ordered, layer)(x, *others)
 

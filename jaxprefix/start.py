@@ -100,25 +100,21 @@ def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainStat
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress = Progress(**saved)
-    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, progress) if is_first() else None
+    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, progress.has_prefix) if is_first() else None
     bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # which no device rounds
     [best] = broadcast_from_first(bits).view(np.float64).tolist()
     progress.best_dev_loss = None if math.isnan(best) else best
     return from_names(like, arrays, checkpoints.folder), progress
 
 
-def loss_of_prefix(folder: Path, progress: Progress) -> float | None:
-    """Return the dev loss of a run's prefix. None if it is missing or damaged, with a warning if it should be there.
-
-    A prefix of an earlier version does not tell it; the checkpoint does then.
-    """
-    if not progress.has_prefix and progress.best_dev_loss is None and not folder.exists():
+def loss_of_prefix(folder: Path, expected: bool) -> float | None:
+    """Return the dev loss of a run's prefix. None if it is missing or damaged, with a warning if it is `expected`."""
+    if not expected and not folder.exists():
         return None
     try:
-        told = read_prefix(folder)[1].get(DEV_LOSS)
-        loss = progress.best_dev_loss if told is None else float(told)
-        if loss is not None and 0 <= loss < math.inf:
-            return loss
+        told = read_prefix(folder)[1].get(DEV_LOSS, "missing")
+        if 0 <= float(told) < math.inf:
+            return float(told)
         problem = f"{folder}: its {DEV_LOSS} is {told}"
     except InputError as error:
         problem = str(error)

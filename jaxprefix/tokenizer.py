@@ -228,10 +228,9 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
         settings = GPT2_SPECIAL | settings
     vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), settings)
 
-    ids = {kind: _special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad")}
-    missing = [f"{kind}_token" for kind in ("bos", "eos") if ids[kind] is None]
-    bos_id, eos_id, pad_id = ids["bos"], ids["eos"], ids["pad"]
+    bos_id, eos_id, pad_id = (_special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad"))
     if bos_id is None or eos_id is None:
+        missing = [name for name, found in (("bos_token", bos_id), ("eos_token", eos_id)) if found is None]
         raise InputError(f"{path}: has no {' and no '.join(missing)}")
     if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in (None, bos_id, eos_id):
         if vocabulary.unk_id is None:

@@ -29,7 +29,7 @@ class LossScale(NamedTuple):
     """
 
     value: Float[Array, ""]
-    """Called `loss_scale` in checkpoints, see `checkpoint.path_name`."""
+    """Called `loss_scale` in checkpoints, see `models.path_name`."""
     n_good: Int[Array, ""]
 
     @classmethod
@@ -179,7 +179,7 @@ def loss_and_gradient(
 
 
 def make_update(config: TrainConfig, mesh: Mesh) -> Update:
-    """Compile one update: (state, learning rate, frozen base, batch [micro-batches, rows, columns]) → (state, outcome).
+    """Return one update, jitted: (state, rate, frozen base, batch [micro-batches, rows, columns]) → (state, outcome).
 
     An update whose loss or gradient is not finite changes nothing in the state but the loss scale. The base keeps its
     placement on the mesh.

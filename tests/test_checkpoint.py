@@ -289,8 +289,9 @@ def test_reading_anothers_run_leaves_its_save_under_way(folder):
     assert (folder / "12.orbax-checkpoint-tmp").is_dir()
 
 
-def test_one_damaged_checkpoint_is_kept(folder):
+def test_of_damaged_checkpoints_the_newest_is_kept(folder):
     (folder / "3.damaged").mkdir()
+    shutil.copytree(folder / "4", folder / "6")  # holds checkpoint 4 instead
     (folder / "8" / "progress" / "progress.json").unlink()
     read(folder)
     assert {path.name for path in folder.iterdir()} == {"4", "8.damaged"}

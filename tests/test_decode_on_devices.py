@@ -58,10 +58,9 @@ DECODED_UNDER_TENSOR = """
 import dataclasses, re
 import jax, jax.numpy as jnp, numpy as np
 from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.checkpoint import path_name
 from jaxprefix.decode import Sampling, _decode
 from jaxprefix.inference_config import DecodeConfig
-from jaxprefix.models import abstract_model
+from jaxprefix.models import abstract_model, path_name
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh
 
 sizes = {"n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}

@@ -27,7 +27,7 @@ from convert.prefix import read_prefix
 from jaxprefix import faults
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
-from jaxprefix.data import update_plan
+from jaxprefix.data import UpdatePlan
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_lock import only_writer
@@ -56,7 +56,7 @@ class TestNumbers:
             train(config)
         assert "Either --max_lr 1e+38 is too high, or one of these" in str(error.value)
         examples = [int(number) - 1 for number in re.findall("\n  - example ([0-9]+) of the data", str(error.value))]
-        assert examples == update_plan(config, 14).micro_batches(1)[0], "all of the update's"
+        assert examples == UpdatePlan(config, 14).micro_batches(1)[0], "all of the update's"
         assert len(heard) == 1 + 1 + 4, "an update, what its checkpoint took, the other update's examples"
         assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["1"]
         assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
@@ -299,11 +299,13 @@ class TestDisk:
         caplog.set_level(logging.ERROR, "absl")
         with within_disk(finished):
             absl.error("meanwhile")
-        absl.error("without a failure")
+        with pytest.raises(InputError), within_disk(finished):
+            raise InputError("every checkpoint is damaged")
+        absl.error("without a failure of the disk")
         with pytest.raises(RunError), within_disk(finished):
             raise OSError(errno.ENOSPC, "No space left on device", "log.txt")
         absl.error("after a failure")
-        assert caplog.messages == ["without a failure"]
+        assert caplog.messages == ["without a failure of the disk"]
 
     def test_writes_that_had_not_begun_say_nothing_after_a_failure(self, finished):
         async def write_fragment(): ...

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 import jaxprefix.decode
+from jaxprefix import compiling
 from jaxprefix.cli import main
-from jaxprefix.compiling import trim_after_compiling
 from jaxprefix.memory import shortage
 from tests.base_folders import GOLDEN_BASE
 
@@ -56,7 +56,8 @@ def trimming(monkeypatch):
 
     def start(seconds, **functions):
         monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(**functions))
-        trim_after_compiling.__wrapped__(seconds)
+        monkeypatch.setattr(compiling, "TRIM_SECONDS", seconds)
+        compiling.trim_after_compiling.__wrapped__()
         return added
 
     monkeypatch.setattr(
@@ -86,7 +87,7 @@ def test_another_c_library_than_glibc_trims_nothing(trimming):
 
 def test_a_process_listens_once_however_many_runs_it_makes(trimming):
     listeners = trimming(1e9, malloc_trim=print)
-    trim_after_compiling.cache_clear()
+    compiling.trim_after_compiling.cache_clear()
     for _ in range(2):
-        trim_after_compiling(2e9)
+        compiling.trim_after_compiling()
     assert len(listeners) == 2, "the fixture's and one"

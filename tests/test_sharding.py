@@ -15,8 +15,7 @@ from benchmarks.memory import SAVING_ORDER
 from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
-from jaxprefix.checkpoint import path_name
-from jaxprefix.models import abstract_model, load_model, weight_shapes, weight_table
+from jaxprefix.models import abstract_model, load_model, path_name, weight_shapes, weight_table
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, with_gathered_embeddings
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder

@@ -95,18 +95,15 @@ def test_a_best_prefix_that_is_gone_or_damaged_is_made_anew(finished, tmp_path, 
 def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_path, capsys):
     """As when a run was killed between the two."""
     prefix = shutil.copytree(finished.run_dir, tmp_path / "run") / "prefix"
-    for progress in (start.Progress(has_prefix=True), start.Progress(), start.Progress(best_dev_loss=1.0)):
-        assert start.loss_of_prefix(prefix, progress) == min(losses_of(finished.run_dir, "dev"))
-    assert start.loss_of_prefix(tmp_path / "run at its beginning" / "prefix", start.Progress()) is None
-
-    path = prefix / ADAPTER_WEIGHTS
-    save_file(load_file(path), path)  # without its header
-    assert start.loss_of_prefix(prefix, start.Progress(best_dev_loss=1.0)) == 1.0
+    for expected in (True, False):
+        assert start.loss_of_prefix(prefix, expected) == min(losses_of(finished.run_dir, "dev"))
+    assert start.loss_of_prefix(tmp_path / "run at its beginning" / "prefix", expected=False) is None
     assert capsys.readouterr().err == ""
 
-    for told, warning in ((None, "is None"), ("-inf", "is -inf"), ("nan", "is nan"), ("a", "is no number")):
+    path = prefix / ADAPTER_WEIGHTS
+    for told, warning in ((None, "is no number"), ("-inf", "is -inf"), ("nan", "is nan"), ("a", "is no number")):
         save_file(load_file(path), path, metadata=None if told is None else {"dev_loss": told})
-        assert start.loss_of_prefix(prefix, start.Progress(has_prefix=True)) is None
+        assert start.loss_of_prefix(prefix, expected=True) is None
         assert f"prefix: its dev_loss {warning}; the best prefix from here on is kept" in capsys.readouterr().err
 
 

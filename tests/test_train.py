@@ -21,7 +21,7 @@ from convert.prefix import read_prefix
 from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
-from jaxprefix.data import label_counts, update_plan
+from jaxprefix.data import UpdatePlan, label_counts
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
@@ -333,4 +333,4 @@ def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
 
 def test_prompts_with_completions_make_one_row_each(tmp_path):
     config, examples = run_config(tmp_path), Examples.of([Example([5], [6, 7])] * 8)
-    assert batch_shapes(config, examples, update_plan(config, 8), make_mesh()) == [(4, 3, None)]
+    assert batch_shapes(config, examples, UpdatePlan(config, 8), make_mesh()) == [(4, 3, None)]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -75,7 +75,6 @@ def load_model(
         list(pool.map(load, *zip(*_stream(folder, config), strict=True)))
     model = nnx.merge(graph, nnx.from_flat_state(loaded))
     if compute.scan_layers:
-        loaded.clear()
         model.layers = stacked(model.layers)
     return model
 
@@ -87,13 +86,12 @@ def _read_once(parts: dict[str, np.ndarray], weight: FiniteWeight, dtype: str, i
     return parts[key]
 
 
-def copy_base_model(dir_or_hub_id: str, target: Path) -> None:
-    """Write a base model as a new folder in the hub's layout, with bit-identical weights in safetensors files.
+def copy_base_model(folder: Path, target: Path) -> None:
+    """Write a folder's base model as a new folder in the hub's layout, with bit-identical weights in safetensors files.
 
     Every weight goes through our names and back. Raises InputError for weights that this package does not know.
     """
-    folder = resolve_folder(dir_or_hub_id)
-    config = read_model_config(folder, name=dir_or_hub_id)
+    config = read_model_config(folder)
     kinds, others = (".json", ".model", ".vocab", ".txt", ".jinja"), (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
     names = [path.name for path in folder.iterdir() if path.suffix in kinds or path.name == "LICENSE"]
     beside = [member(folder, name) for name in names if name not in others]
@@ -111,8 +109,12 @@ def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseMod
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight by our path."""
-    state = nnx.to_flat_state(nnx.split(abstract_model(config))[1])
-    return {".".join(map(str, path)): leaf.shape for path, leaf in state}
+    return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(abstract_model(config))}
+
+
+def path_name(path: Any) -> str:
+    """Join a leaf's path in a pytree by dots, without the `.value` that ends a Flax parameter's."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def weight_table(config: ModelConfig) -> Table:

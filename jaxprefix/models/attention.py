@@ -197,7 +197,7 @@ def _masked(
 ) -> Float[Array, "B N T H"]:
     """Attention to the visible keys, with all scores in memory.
 
-    The backward pass keeps one T × S array, the weights, in v's type; it multiplies in that type, too, as
+    The backward pass keeps one T × keys array, the weights, in v's type; it multiplies in that type, too, as
     `frozen_matmul`'s does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.
     """
     return _masked_forward(q, k, v, visible, scale)[0]

@@ -242,7 +242,8 @@ def _checked(field: str, spelling: str, value: Any, default: Any, problems: list
     if known and value not in known:
         problems.append(f"{spelling} {value!r} is not supported, only {', '.join(known)}")
     elif type(value) is not kind or (kind in (int, float) and not (0 < value < math.inf or value == default)):
-        problems.append(f"{spelling} must be a positive {kind.__name__}, found {value!r}")
+        needed = "true or false" if kind is bool else f"a positive {kind.__name__}"
+        problems.append(f"{spelling} must be {needed}, found {value!r}")
     elif field in _LARGEST and value > _LARGEST[field]:
         problems.append(f"{spelling} {value!r} is more than {_LARGEST[field]:,}, the largest supported")
     return value

@@ -136,18 +136,16 @@ def vecdot(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Flo
     return einsum("...n,...n->...", left, right)
 
 
-def matmul(
-    x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"], dtype: DTypeLike = jnp.float32
-) -> Float[Array, "*rest_out"]:
+def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"]) -> Float[Array, "*rest_out"]:
     """x Wᵀ, accumulated in float32. Its axes are x's without the last, then the weight's without the last."""
     if not alone_on_a_cpu():
         out = _out(weight)
-        return einsum(f"...i,{out}i->...{out}", x, weight, dtype)
+        return einsum(f"...i,{out}i->...{out}", x, weight)
     n_rows, flat = math.prod(x.shape[:-1]), weight.reshape(-1, weight.shape[-1])  # of more axes, decoding makes a copy
     if n_rows > FEW_ROWS:
-        product = einsum("...i,oi->...o", x, flat, dtype)
+        product = einsum("...i,oi->...o", x, flat)
     else:
-        product = _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), flat).astype(dtype)
+        product = _few_rows_matmul(x.reshape(n_rows, x.shape[-1]), flat)
     return product.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
@@ -204,7 +202,8 @@ def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Weight) -> Float[Array,
     weight = _numbers(weight)
     if on_a_cpu():
         return _unfused(matmul(x, weight).astype(x.dtype))
-    return matmul(x, weight, x.dtype)  # devices that share a weight add up their parts in this type
+    out = _out(weight)
+    return einsum(f"...i,{out}i->...{out}", x, weight, x.dtype)  # devices that share a weight add up in this type
 
 
 def _frozen_forward(x: Array, weight: Weight) -> tuple[Array, Array]:

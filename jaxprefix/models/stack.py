@@ -132,7 +132,7 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
     return frozen
 
 
-def stack(*arrays: Array) -> Array:
+def stack_and_delete(*arrays: Array) -> Array:
     """Stack arrays along a new first axis, in their `scanned_dtype`, and delete them."""
     whole = jax.block_until_ready(jnp.stack([array.view(scanned_dtype(array)) for array in arrays]))
     for array in arrays:
@@ -140,8 +140,8 @@ def stack(*arrays: Array) -> Array:
     return whole
 
 
-def stacked(layers: Any, stack: Callable[..., Any] = stack) -> Any:
-    """Return one layer whose arrays hold those of all given layers, each made by `stack`.
+def stacked(layers: Any, combine: Callable[..., Any] = stack_and_delete) -> Any:
+    """Return one layer whose arrays hold those of all given layers, each made by `combine`.
 
     One weight is stacked after the other, so that the model is never in memory twice. Raises InputError if the layers
     differ in more than their arrays.
@@ -149,4 +149,4 @@ def stacked(layers: Any, stack: Callable[..., Any] = stack) -> Any:
     graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
     if any(graph != graphs[0] for graph in graphs):
         raise InputError("--scan_layers: the layers of this base model differ in more than their weights")
-    return nnx.merge(graphs[0], jax.tree.map(stack, *states))
+    return nnx.merge(graphs[0], jax.tree.map(combine, *states))

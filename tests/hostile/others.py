@@ -48,7 +48,7 @@ def a_base_model_with_a_link_to_its_weights(folder):
 def a_base_model_that_smuggles_a_file_into_its_copy(folder):
     (folder / "secret").write_text("{}")
     (make_base_folder(folder / "base") / "extra.json").symlink_to(folder / "secret")
-    return lambda: copy_base_model(str(folder / "base"), folder / "copy")
+    return lambda: copy_base_model(folder / "base", folder / "copy")
 
 
 def base_with(folder, name, content):

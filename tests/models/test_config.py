@@ -51,6 +51,7 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         (NEW | {"rope_scaling": {"type": "linear"}}, "rope_parameters.rope_type = default, rope_scaling.type = linear"),
         (NEW | {"rope_scaling": {"rope_theta": 500.0}}, "contradiction: rope_scaling and rope_parameters differ"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3' is not supported, only "),
+        ({"use_parallel_residual": 1}, "use_parallel_residual must be true or false, found 1"),
         ({"head_dim": 32}, "head_dim 32 is not width 64 divided by 4 heads"),
         ({"rotary_pct": float("nan")}, "rotary_pct must be a positive float, found nan"),
         ({"rotary_pct": 0.2}, "3 of 16 dimensions rotate, which must be an even number"),
