@@ -87,7 +87,8 @@ def is_bare_prefix(path: Path) -> bool:
 def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, header: Mapping[str, str]) -> None:
     """Write a PEFT adapter folder (PREFIX_TUNING); `header` goes into the safetensors file.
 
-    Each file replaces its predecessor in one step, so a reader never sees half of one. Raises OSError.
+    Each file replaces its predecessor in one step, so a reader never sees half of one. Raises OSError; the folder is
+    then as it was.
     """
     n_virtual_tokens, width = folded.shape
     token_dim = width // (2 * n_layer)
@@ -104,9 +105,9 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, h
         "prefix_projection": False,
         "inference_mode": True,
     }
-    with replacing(folder / ADAPTER_CONFIG) as temporary:
+    with replacing(folder / ADAPTER_CONFIG) as temporary:  # only once the weights are there, too
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_safetensors(folder / ADAPTER_WEIGHTS, folded, header)
+        write_safetensors(folder / ADAPTER_WEIGHTS, folded, header)
 
 
 def write_npy(path: Path, folded: np.ndarray) -> None:

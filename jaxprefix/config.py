@@ -217,7 +217,8 @@ class TrainConfig:
         dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
         if self.dtype not in ("float32", dtype):
             problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
-        object.__setattr__(self, "dtype", dtype)
+        for name, value in {"dtype": dtype, "bf16": False, "fp16": False}.items():  # a copy may change dtype alone
+            object.__setattr__(self, name, value)
         if self.compute.attention == "cudnn" and dtype == "float32":
             problems.append("--attention cudnn needs --dtype bfloat16 or float16")
         if self.resume and self.overwrite:

@@ -83,11 +83,15 @@ def generate(
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
     Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
-    Raises InputError when prefix, prompt and output together exceed the model's positions, and RunError when logits are
-    not finite.
+    One program is compiled for each number of prompts up to batch_size, length of the longest prompt in steps of 16
+    tokens, and value of a field other than top_p and temperature. Raises InputError when prefix, prompt and output
+    together exceed the model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InputError(f"prompts[{index}] must be a text, is of type {type(prompt).__name__}")
     return list(stream(model, tokenizer, prompts, prefix, seed, batch_size, DecodeConfig(**decode)))
 
 
@@ -151,11 +155,13 @@ def generate_ids(
             tokens[index, : len(ids)] = ids
             lengths[index] = len(ids)
         started = time.perf_counter()
-        sampling = Sampling(decode.temperature, decode.top_p, np.uint32(seed), first_index + first)
+        sampling = Sampling(float(decode.temperature), float(decode.top_p), np.uint32(seed), first_index + first)
         spread = jax.device_put((tokens, lengths), sharding)
         made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, compiled_for))
         if not finite:
-            raise RunError(f"the model's logits are not finite: {overflow_hint(model.embed.weight.dtype.name)}")
+            sound = prefix is None or np.isfinite(np.asarray(prefix, np.float32)).all()
+            why = overflow_hint(model.embed.weight.dtype.name) if sound else "the prefix holds numbers that are not"
+            raise RunError(f"the model's logits are not finite: {why}")
         lengths_made = (np.cumsum(made == tokenizer.eos_id, axis=1) == 0).sum(axis=1)[: len(group)]
         if timings is not None:
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
@@ -261,7 +267,8 @@ def choose_tokens(
     if decode.decode_method == "greedy":
         below, n_tokens = logits < logits.max(axis=-1, keepdims=True), logits.shape[-1]
         return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes a CPU four times as long
-    logits, numbers = logits / sampling.temperature, jax.vmap(jax.random.uniform)(keys)
+    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)  # where JAX has 64 bits, too
+    logits, numbers = logits / sampling.temperature, jax.vmap(uniform)(keys)
     if decode.decode_method == "sample":
         return draw(logits, numbers)
 

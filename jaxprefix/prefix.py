@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from convert.errors import InputError
-from convert.prefix import read_prefix, to_folded, to_layers, write_adapter
+from convert.prefix import RUN_SUBFOLDER, read_prefix, to_folded, to_layers, write_adapter
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig
@@ -174,8 +174,11 @@ def save_prefix(
 ) -> None:
     """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model, and the dev loss.
 
-    Raises InputError for a prefix that could not be loaded again, and OSError; an earlier prefix is kept then.
+    Raises InputError for a prefix that could not be loaded again, or a run's folder, whose prefix is in a folder of its
+    own, and OSError; an earlier prefix is kept then.
     """
+    if (Path(folder) / RUN_SUBFOLDER).exists():
+        raise InputError(f"{folder}: is a run's folder, whose prefix is in {RUN_SUBFOLDER}/; name that one, or another")
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:
         raise InputError(

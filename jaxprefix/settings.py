@@ -11,7 +11,7 @@ from convert.errors import InputError
 
 
 def check_types(settings: Any, what: str) -> None:
-    """Check the types of a dataclass's fields, as the command line does for its own; a str is taken for a path.
+    """Check the types of a dataclass's fields, as the command line does for its own; a str may stand for a Path.
 
     Raises InputError that lists the values which are of another type, not among a field's choices, or not UTF-8: Python
     takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
@@ -21,6 +21,8 @@ def check_types(settings: Any, what: str) -> None:
         value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # of `A | None`, A and None
         if isinstance(value, str) and Path in kinds:
             value = Path(value)
+        elif isinstance(value, Path) and Path not in kinds:  # a model's folder, which may be a hub id instead
+            value = str(value)
         elif hasattr(value, "item"):  # one of NumPy's numbers
             value = value.item()
         object.__setattr__(settings, name, value)

@@ -228,7 +228,8 @@ def _result_of(future: concurrent.futures.Future[Examples]) -> Examples:
         return future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise RunError(
-            "a tokenizing process ended early: it has printed why, or was killed, perhaps for lack of memory"
+            "a tokenizing process ended early: it has printed why (a script needs a file and a main guard), "
+            "or was killed, perhaps for lack of memory"
         ) from error
 
 

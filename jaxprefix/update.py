@@ -161,7 +161,7 @@ def loss_and_gradient(
         prefix = jax.lax.with_sharding_constraint(prefix, split_heads(mesh, base.config.n_head))
     counts = (batch.labels != IGNORED).sum(axis=(1, 2))
     totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
-    per_label = jnp.broadcast_to(1 / jnp.maximum(totals, 1), counts.shape)
+    per_label = jnp.broadcast_to(jnp.float32(1) / jnp.maximum(totals, 1), counts.shape)
 
     def add(total: Any, micro_batch: Any) -> tuple[Any, None]:
         batch, weight = micro_batch

@@ -88,6 +88,11 @@ def test_jaxprefix_runs_without_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_public_names_are_listed_before_they_are_imported():
+    script = "import sys, jaxprefix as j; assert {*j.__all__} <= {*dir(j)} and 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_orbax_is_imported_when_a_checkpoint_needs_it():
     script = "import sys, jaxprefix.train, jaxprefix.decode; assert 'orbax.checkpoint' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -125,6 +125,19 @@ def test_a_path_may_be_a_str():
     assert config.data_filepath == Path("data.jsonl")
 
 
+def test_a_base_model_may_be_a_path():
+    object.__setattr__(config := GenerateConfig("base"), "pretrained_model_dir", Path("base"))
+    config.__post_init__()
+    assert config.pretrained_model_dir == "base"
+
+
+def test_a_copy_of_settings_may_have_another_dtype(tmp_path):
+    config = run_config(tmp_path, bf16=True)
+    assert config.dtype == "bfloat16"
+    assert dataclasses.replace(config, dtype="float32").dtype == "float32"
+    assert dataclasses.replace(config, fp16=True, dtype="float32").dtype == "float16"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

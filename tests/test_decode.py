@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import shutil
 
 import jax
@@ -48,6 +49,17 @@ def test_a_batch_of_different_lengths_equals_full_forwards(model, tokenizer, wit
 def test_one_text_is_no_list_of_prompts(model, tokenizer):
     with pytest.raises(InputError, match="prompts must be a list of texts"):
         generate(model, tokenizer, "朝の")
+
+
+def test_a_prompt_that_is_no_text_is_named(golden_model, tokenizer):
+    with pytest.raises(InputError, match=r"^prompts\[1\] must be a text, is of type NoneType$"):
+        inspect.unwrap(generate)(golden_model, tokenizer, ["朝の", None])
+
+
+def test_a_prefix_that_is_not_finite_is_to_blame(golden_model, tokenizer):
+    prefix = random_prefix(golden_model.config).at[2, 1, 0].set(jnp.nan)
+    with pytest.raises(RunError, match="logits are not finite: the prefix holds numbers that are not"):
+        ids_of(golden_model, tokenizer, PROMPTS[:1], prefix)
 
 
 def test_order_of_prompts_does_not_matter(model, tokenizer):
@@ -205,6 +217,14 @@ def test_a_nucleus_ends_where_its_probabilities_reach_top_p():
     assert jnp.isfinite(likeliest).tolist() == [[True, True, False, False]]
 
 
+def test_samples_are_the_same_where_jax_has_64_bits():
+    keys = jax.random.split(jax.random.key(0), 4000)
+    logits, sampling = jnp.broadcast_to(LOGITS, (4000, 4)), Sampling(1.0, 0.9, SEED, 0)
+    chosen = choose_tokens(logits, keys, DecodeConfig(), sampling)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(choose_tokens(logits, keys, DecodeConfig(), sampling), chosen)
+
+
 def test_samples_come_from_the_nucleus():
     keys = jax.random.split(jax.random.key(0), 4000)
     shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))
@@ -230,6 +250,8 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     first = made()
     n_compiled = _decode._cache_size()
     assert made(temperature=3.0) != first
+    object.__setattr__(whole := DecodeConfig(max_output_len=8), "temperature", 1)
+    assert ids_of(golden_model, tokenizer, [[5, 6]] * 4, decode=whole) == first
     assert made(top_p=1e-6) == made(decode_method="greedy") != first
     assert _decode._cache_size() == n_compiled + 1, "greedy is another program"
     assert made(decode_method="greedy", top_k=3) == made(decode_method="greedy")

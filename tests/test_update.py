@@ -64,6 +64,13 @@ def gap(first, second) -> float:
     return max(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (first, second)), strict=True))
 
 
+def test_an_update_is_float32_where_jax_has_64_bits(start, golden_model, tokenizer):
+    update, optimizer = make_update(run_config(Path()), make_mesh()), make_optimizer(run_config(Path()), RATE)
+    with jax.enable_x64(True):
+        made = jax.eval_shape(update, start(optimizer), RATE, FrozenBase.of(golden_model), stacked(tokenizer, EXAMPLES))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(made)} == {"float32", "int32"}
+
+
 def test_update_follows_the_gradient_of_the_mean_loss(start, golden_model, tokenizer):
     batch = stacked(tokenizer, EXAMPLES)
     moved, loss = run(start, golden_model, batch)

@@ -23,6 +23,7 @@ from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index
 from jaxprefix.config import Compute, DType
+from jaxprefix.devices import own_device
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
@@ -63,7 +64,7 @@ def load_model(
     graph, abstract = nnx.split(abstract_model(config, compute))
     unloaded = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
     loaded: dict[tuple, nnx.Param] = {}
-    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(own_device())
 
     def load(name: str, weight: FiniteWeight) -> None:
         sharding = sharding_of(name, weight.shape) if sharding_of else first_device

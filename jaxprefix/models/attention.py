@@ -11,10 +11,11 @@ Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_o
 
 import re
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -73,10 +74,9 @@ def heads_first(x: Float[Array, "*rest T N H"]) -> Float[Array, "*rest N T H"]:
 
 
 def write_cache(
-    cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
+    cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"]
 ) -> LayerCache:
-    """Write new keys and values into a cache at their rows' slots."""
-    slots = own_slots(k[:, 0]) if slots is None else slots
+    """Write new keys and values into a cache at their rows' slots; JAX drops writes beyond its end."""
     if alone_on_a_cpu():  # its compiler writes one row in place only if heads have indices, too
         places = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[1])[:, None], slots[:, None]
         return cache[0].at[places].set(k), cache[1].at[places].set(v)
@@ -145,6 +145,16 @@ def check_attention(method: AttentionMethod, head_dim: int) -> None:
             f"--attention cudnn needs an NVIDIA GPU, Ampere or later, and a head size that is a multiple of 8, at "
             f"most 128 (256 from Hopper on); found {device} and head size {head_dim}"
         )
+
+
+def check_inputs(tokens: Any, cache: Cache | None, slots: Any) -> None:
+    """Raise InputError for tokens that are no integer array [rows, tokens], and for a cache without slots."""
+    shape, dtype = getattr(tokens, "shape", ()), getattr(tokens, "dtype", np.dtype(object))
+    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
+        found = f"{dtype} {list(shape)}" if hasattr(tokens, "dtype") else type(tokens).__name__
+        raise InputError(f"tokens must be an integer array [rows, tokens], neither of them 0; found {found}")
+    if cache is not None and slots is None:
+        raise InputError("a cache needs the slots that the tokens' keys and values are written at")
 
 
 def square_causal(

@@ -10,6 +10,7 @@ from jaxprefix.models.attention import (
     LayerCache,
     LayerPrefix,
     attend,
+    check_inputs,
     heads_first,
     own_slots,
     positions_of,
@@ -45,9 +46,11 @@ class Attention(nnx.Module):
         qkv = self.qkv(x)  # [B, T, 3, N·H]
         q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.n_head, -1) for i in range(3))
         k, v = heads_first(k), heads_first(v)
-        cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        attended = attend(q, *cache, prefix, slots, self.scale, self.method, packing)
-        return attended.reshape(x.shape), cache
+        if cache is not None:
+            assert slots is not None, "see check_inputs"
+            k, v = write_cache(cache, k, v, slots)
+        attended = attend(q, k, v, prefix, slots, self.scale, self.method, packing)
+        return attended.reshape(x.shape), (k, v)
 
 
 class Layer(nnx.Module):
@@ -114,6 +117,7 @@ class GPT2(nnx.Module):
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
+        check_inputs(tokens, cache, slots)
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
             positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)

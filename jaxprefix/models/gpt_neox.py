@@ -13,6 +13,7 @@ from jaxprefix.models.attention import (
     LayerCache,
     LayerPrefix,
     attend,
+    check_inputs,
     heads_first,
     own_slots,
     positions_of,
@@ -48,9 +49,11 @@ class Attention(nnx.Module):
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         k, v = heads_first(k), heads_first(v)
-        cache = (k, v) if cache is None else write_cache(cache, k, v, slots)
-        attended = attend(q, *cache, prefix, slots, None, self.method, packing)
-        return attended.reshape(x.shape), cache
+        if cache is not None:
+            assert slots is not None, "see check_inputs"
+            k, v = write_cache(cache, k, v, slots)
+        attended = attend(q, k, v, prefix, slots, None, self.method, packing)
+        return attended.reshape(x.shape), (k, v)
 
 
 class Layer(nnx.Module):
@@ -108,9 +111,11 @@ class GPTNeoX(nnx.Module):
         """Return float32 logits of the next token, and every layer's keys (after rotary) and values [B, N, S, H].
 
         `slots` is each token's index in its row, by default 0 … T−1; the prefix comes before slot 0. `positions` are by
-        default P + slots. With a cache, keys and values are written into it at their slots, and tokens attend to what
-        it held before, too. Rows are padded on the right. `packing`, without slots or a cache, says where the texts lie
-        in rows that hold several: texts do not see each other, and positions restart at P.
+        default P + slots. With a cache, which needs slots, keys and values are written into it at them, and tokens
+        attend to what it held before, too. Without one, what is returned has S = T and no room for more; `cache_of`
+        makes it. Rows are padded on the right. `packing`, without slots or a cache, says where the texts lie in rows
+        that hold several: texts do not see each other, and positions restart at P. Raises InputError for a prefix or
+        tokens of another shape or type.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -125,6 +130,7 @@ class GPTNeoX(nnx.Module):
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
+        check_inputs(tokens, cache, slots)
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
             positions = positions_of(on_texts(own_slots, packing, tokens) if slots is None else slots, prefix_len)

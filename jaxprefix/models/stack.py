@@ -68,6 +68,17 @@ def _summed_backward(_: None, gradient: LayerPrefix | None) -> tuple[LayerPrefix
 summed_at_once.defvjp(_summed_forward, _summed_backward)
 
 
+@jax.custom_jvp
+def _bits(array: Array) -> Array:
+    """Return an array's bits, which have no derivative: a second one would silently lack a part."""
+    return array.view(scanned_dtype(array))
+
+
+@_bits.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError("second derivatives in bfloat16 on a CPU; float32 and float16 have them")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kept:
@@ -79,7 +90,8 @@ class Kept:
     @classmethod
     def of(cls, array: Array) -> "Kept":
         """Turn an array into what is kept."""
-        return cls(array.view(scanned_dtype(array)), array.dtype)
+        as_bits = scanned_dtype(array) != array.dtype
+        return cls(_bits(array) if as_bits else array, array.dtype)
 
     @property
     def numbers(self) -> Array:

@@ -54,6 +54,18 @@ def test_an_adapter_without_weights(tmp_path):
         read_prefix(tmp_path)
 
 
+def test_an_adapter_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
+    monkeypatch.setattr("convert.prefix.save_safetensors", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_adapter(tmp_path, np.ones((3, 8), np.float32), n_layer=1, n_head=1, header={})
+    assert len(read_prefix(tmp_path)[0]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 def test_a_folder_of_named_adapters_tells_their_names(tmp_path):
     write_adapter(tmp_path / "smile", np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
     with pytest.raises(InputError, match=r"holds no prefix: .*; subfolders that hold one: smile"):

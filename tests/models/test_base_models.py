@@ -81,11 +81,31 @@ def test_prefix_changes_every_position(model):
     assert changed.min() > 100 * MODEL
 
 
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        ([[1, 2]], "list"),
+        (np.zeros(3, np.int32), r"int32 \[3\]"),
+        (np.zeros((1, 2, 3), np.int32), r"int32 \[1, 2, 3\]"),
+        (np.zeros((2, 0), np.int32), r"int32 \[2, 0\]"),
+        (np.zeros((2, 3), np.float32), r"float32 \[2, 3\]"),
+    ],
+)
+def test_what_is_no_array_of_tokens_is_refused(tokens, found):
+    with pytest.raises(InputError, match=f"tokens must be an integer array .*; found {found}$"):
+        attention.check_inputs(tokens, None, None)
+
+
+def test_a_cache_needs_slots(model):
+    with pytest.raises(InputError, match="a cache needs the slots"):
+        model(TOKENS, cache=empty_cache(model.config, 32))
+
+
 @pytest.mark.parametrize("with_prefix", [True, False])
 def test_cached_decode_equals_full_forward(model, with_prefix):
     prefix = random_prefix(model.config) if with_prefix else None
     whole, _ = model(TOKENS, prefix)
-    logits, cache = model(TOKENS[:, :10], prefix, empty_cache(model.config, 32))
+    logits, cache = model(TOKENS[:, :10], prefix, empty_cache(model.config, 32), attention.own_slots(TOKENS[:, :10]))
     parts = [logits]
     step = jax.jit(lambda token, cache, slot: model(token, prefix, cache, slot))
     for slot in range(10, TOKENS.shape[1]):

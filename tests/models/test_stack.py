@@ -12,11 +12,12 @@ from jaxprefix import load_model
 from jaxprefix.check import compiled_memory
 from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.loss import next_token_loss
+from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.stack import stacked
 from jaxprefix.shapes import PaddedShape
 from tests.arrays import empty_cache, random_prefix
-from tests.base_folders import make_base_folder
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.tolerances import BFLOAT16, MODEL
 
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
@@ -61,9 +62,26 @@ def test_scanned_layers_are_not_copied_in_another_type(base_folder):
 def test_scanned_layers_take_a_cache(base_folder, model):
     other, prefix = load_model(base_folder, compute=Compute(scan_layers=True)), random_prefix(model.config)
     forward = jax.jit(lambda model, tokens, *rest: model(tokens, prefix, *rest))
-    _, cache = forward(other, TOKENS[:, :10], empty_cache(model.config, 32))
+    _, cache = forward(other, TOKENS[:, :10], empty_cache(model.config, 32), own_slots(TOKENS[:, :10]))
     logits, _ = forward(other, TOKENS[:, 10:11], cache, jnp.full((2, 1), 10))
     np.testing.assert_allclose(logits[:, 0], forward(model, TOKENS)[0][:, 10], rtol=0, atol=MODEL)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about the bits that a CPU keeps")
+def test_second_derivatives_are_right_or_refused():
+    """Arrays kept as bits have none: the product with the Hessian would be half as long as it is."""
+    model, half = (load_model(GOLDEN_BASE, dtype) for dtype in ("float32", "bfloat16"))
+    prefix, direction = (random_prefix(model.config, seed=seed) for seed in (1, 2))
+
+    @jax.jit
+    def slope(prefix, model):
+        return (jax.grad(lambda prefix: jnp.sin(model(TOKENS, prefix)[0]).mean())(prefix) * direction).sum()
+
+    product, step = (jax.jit(jax.grad(slope))(prefix, model) * direction).sum(), 1e-2
+    ends = [slope(prefix + distance * direction, model) for distance in (step, -step)]
+    np.testing.assert_allclose(product, (ends[0] - ends[1]) / (2 * step), rtol=0.02)
+    with pytest.raises(NotImplementedError, match="second derivatives in bfloat16 on a CPU"):
+        jax.grad(slope)(prefix, half)
 
 
 def test_scanning_changes_the_program(base_folder):
