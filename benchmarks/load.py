@@ -22,6 +22,7 @@ def drop_from_cache(folder: Path) -> int:
     size = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet stays
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size += path.stat().st_size
     return size

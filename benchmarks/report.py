@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -58,9 +59,10 @@ def take_turns(
     A way that breaks off keeps the turns that it has had. A process's first yield, of its preparation, is left out.
     """
     results: dict[str, list[Turn]] = {way: [] for way in ways}
+    for number, way in itertools.product(range(n_rounds), ways):
+        turns = take_turns({way: ways[way]}, measure, n_turns)[way]
+        results[way] += [turn | {"round": number} for turn in turns]
     if n_rounds:
-        for way in [*ways] * n_rounds:
-            results[way] += take_turns({way: ways[way]}, measure, n_turns)[way]
         return results
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for all of them
     at_work = {way: _start(measure, arguments) for way, arguments in ways.items()}
@@ -74,7 +76,7 @@ def take_turns(
                 process.join()
                 print(f"{way} ended with {process.exitcode} in turn {number}", file=sys.stderr, flush=True)
             else:
-                results[way] += [turn] if number else []
+                results[way] += [turn | {"turn": number}] if number else []
     for process, pipe in at_work.values():
         pipe.close()
         process.join()
@@ -134,7 +136,13 @@ def turns_title(n_turns: int, what: str, n_rounds: int) -> str:
 
 def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
     """Return the median over turns of a field's ratio, ours ÷ theirs, over those that both have; NaN for none."""
-    return median([{field: a[field] / b[field]} for a, b in zip(ours, theirs, strict=False)], field)
+    beside = {_place(turn): turn[field] for turn in theirs}
+    return median([{field: turn[field] / beside[_place(turn)]} for turn in ours if _place(turn) in beside], field)
+
+
+def _place(turn: Mapping[str, Any]) -> tuple[int, int]:
+    """Return which round and turn a result is of."""
+    return turn.get("round", 0), turn["turn"]
 
 
 def median(results: Sequence[Mapping[str, Any]], field: str) -> float:

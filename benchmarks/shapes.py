@@ -1,4 +1,4 @@
-"""Base models of known sizes with random weights, in the hub's layout. No jax in here until a folder is made."""
+"""Base models of known sizes with random weights, in the hub's layout. No jax in here until one is made or read."""
 
 import json
 import shutil

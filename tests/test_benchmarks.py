@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.decode import bytes_per_token
+from benchmarks.decode import bytes_per_token, rows_of_table
 from benchmarks.memory import largest_array
 from benchmarks.report import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
@@ -63,10 +63,11 @@ def test_decode(run_benchmark):
 @pytest.mark.parametrize(("n_rounds", "whole"), [(0, [1, 2, 3]), (2, [1, 2, 3, 1, 2, 3])])
 def test_a_way_that_breaks_off_keeps_its_turns(capsys, n_rounds, whole):
     results = report.take_turns({"fine": [None], "lost": [2], "failed": [0]}, ways.breaks_off_in, 3, n_rounds)
-    turns = {way: [turn["turn"] for turn in of_way] for way, of_way in results.items()}
+    turns = {way: [turn["count"] for turn in of_way] for way, of_way in results.items()}
     assert turns == {"fine": whole, "lost": [1] * max(n_rounds, 1), "failed": []}
     assert "lost ended with 3 in turn 2" in capsys.readouterr().err
-    assert math.isnan(report.ratio(results["fine"], results["failed"], "turn"))
+    assert math.isnan(report.ratio(results["fine"], results["failed"], "count"))
+    assert report.ratio(results["fine"], results["lost"], "count") == 1, "of the same rounds"
 
 
 def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path):
@@ -77,14 +78,25 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     batches, n_useful, lengths = torch_batches(config)
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
     assert [of_batch.sum() for of_batch in lengths] == n_useful  # without a prompt, each token has a label
-    ours = update_batches(config, read_inputs(config), make_mesh(), 0)
+    ours = [*update_batches(config, read_inputs(config), make_mesh(), 0)]
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
+
+    def learnt(tokens, labels):
+        return sorted(zip(tokens[labels != IGNORED].tolist(), labels[labels != IGNORED].tolist(), strict=True))
+
+    assert [learnt(*batch) for batch in batches] == [learnt(batch.tokens, batch.labels) for batch in ours]
 
 
 def test_a_decoding_step_reads_all_weights_but_the_embeddings_unless_one_is_the_head():
     layers = 12 * (12 * 768**2 + 13 * 768)
     assert bytes_per_token("gpt2", "bfloat16") == 2 * (layers + 2 * 768 + 32000 * 768)
     assert bytes_per_token("110m", "float32") == 4 * (layers + 2 * 768 + 44416 * 768)
+
+
+def test_the_limit_of_decoding_is_of_a_step_of_all_rows():
+    turn = {"ids": "a", "peak_bytes": 2**30, "device_peak_bytes": 0, "turn": 1}
+    results = {way: [turn | {"tokens_per_s": speed}] for way, speed in (("jaxprefix:2", 20.0), ("peft:2", 10.0))}
+    assert [row[4] for row in rows_of_table(results, 50.0)] == ["0.20", "0.10"]
 
 
 def test_what_measures_pytorch_has_no_jax_in_memory():
@@ -94,7 +106,9 @@ def test_what_measures_pytorch_has_no_jax_in_memory():
 
 def test_train(run_benchmark):
     printed, results = run_benchmark("train", "--shape", "1m", "--updates", 2, "--ways", "jaxprefix:float32")
-    assert all(turn["tokens_per_s"] > 0 for turn in results["jaxprefix:float32"])
+    n_matrix = 2 * 12 * 64**2 + 4000 * 64
+    for turn in results["jaxprefix:float32"]:  # 4 operations a weight, and attention's
+        assert 4 * n_matrix < turn["of_limit"] * turn["rate"] / turn["tokens_per_s"] < 4.5 * n_matrix
     assert "| jaxprefix:float32 |" in printed
 
 
@@ -220,8 +234,10 @@ def test_such_products_would_be_found(monkeypatch, traced_anew):
     assert products_of_weight_shapes(program) == {(768, 256), (256, 256), (896, 256), (256, 896)}
 
 
-def test_how_turns_are_summed_up(monkeypatch):
-    ours, theirs = ([{"t": float(t)} for t in times] for times in ((2, 4, 30), (1, 1, 1, 9)))
+def test_how_turns_are_summed_up():
+    ours, theirs = (
+        [{"t": float(t), "turn": turn} for turn, t in enumerate(times)] for times in ((2, 4, 30), (1, 1, 1, 9))
+    )
     assert report.ratio(ours, theirs, "t") == 4
     assert (report.median(ours, "t"), report.largest(ours, "t")) == (4, 30)
 
@@ -246,4 +262,4 @@ def test_processes_share_a_gpus_memory_unless_the_user_says_otherwise(monkeypatc
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     if own:
         monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", own)
-    assert report.take_turns({"way": []}, ways.shows_preallocation, 1) == {"way": [{"told": told}]}
+    assert report.take_turns({"way": []}, ways.shows_preallocation, 1) == {"way": [{"told": told, "turn": 1}]}

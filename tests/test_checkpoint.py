@@ -203,11 +203,6 @@ def test_a_folder_may_have_any_name(saved, tmp_path):
         assert read(shutil.copytree(saved, tmp_path / name / "checkpoints")) == content_of(8)
 
 
-def test_names_that_are_no_numbers_are_no_checkpoints(folder):
-    (folder / "²").mkdir()
-    assert newest_checkpoint(folder) == 8
-
-
 def test_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint to go on from"):
         read(tmp_path)
@@ -275,12 +270,6 @@ def test_the_system_says_why_in_tensorstores_errors(tmp_path):
     with pytest.raises(ValueError, match="FAILED_PRECONDITION") as error:
         store.write("key", b"value").result()
     assert short_reason(error.value) == "Not a directory"
-
-
-def test_the_newest_is_the_one_of_the_largest_number(tmp_path):
-    for name in ("9", "10"):
-        (tmp_path / name).mkdir()
-    assert newest_checkpoint(tmp_path) == 10
 
 
 def test_reading_anothers_run_leaves_its_save_under_way(folder):

@@ -17,7 +17,7 @@ def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd)
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["9" * 30, "１２", "012", "12"])
+@pytest.mark.parametrize("name", ["9" * 30, "１２", "²", "012", "12"])
 def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name):
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
     (run / "checkpoints" / name).touch() if name == "12" else (run / "checkpoints" / name).mkdir()
@@ -25,6 +25,12 @@ def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_pa
     for writing in (False, True):
         with Checkpoints(run / "checkpoints", writing) as checkpoints:
             assert checkpoints.read()[1]["n_done"] == 8
+
+
+def test_the_newest_is_the_one_of_the_largest_number(tmp_path):
+    for name in ("9", "10"):
+        (tmp_path / name).mkdir()
+    assert newest_checkpoint(tmp_path) == 10
 
 
 def test_the_largest_count_of_updates_is_a_checkpoint(tmp_path):

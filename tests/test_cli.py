@@ -1,3 +1,5 @@
+"""The command line as a user meets it: what it prints, and how it fails."""
+
 import importlib.metadata
 import json
 import os
@@ -14,17 +16,10 @@ from convert.errors import InputError, RunError
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
-from tests.runs import flags_of, metrics_of, printed_by, run_config
-
-"""The command line as a user meets it: what it prints, and how it fails."""
-
+from tests.runs import PATIENCE, flags_of, metrics_of, printed_by, run_config
 
 BASE = ["--pretrained_model_dir", str(GOLDEN_BASE)]
-
-
 PREFIX = ["--prefix_checkpoint_path", str(GOLDEN / "forward.weight")]
-
-
 GREEDY = ["--decode_method", "greedy", "--max_output_len", "8"]
 
 
@@ -107,7 +102,7 @@ def test_output_folder_that_cannot_be_written(capsys, tmp_path):
     fails(capsys, convert, "p.weight: cannot be written (File exists)")
 
 
-def test_all_wrong_settings_are_named_at_once(capsys, tmp_path):
+def test_all_wrong_settings_are_named_at_once(capsys):
     flags = ["--n_epochs", "0", "--adam_beta1", "1", "--bf16", "--fp16"]
     base = ["train", *BASE, "--data_filepath", "x", "--save_name", "y"]
     fails(capsys, [*base, *flags], "--n_epochs must be positive", "--adam_beta1 must be", "exclude each other")
@@ -185,7 +180,7 @@ def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):
     flags = train_flags(tmp_path, n_epochs=2000, n_training_steps=100000)
     lines = []
     with subprocess.Popen([sys.executable, "-m", "jaxprefix", *flags], stderr=subprocess.PIPE, text=True) as process:
-        watchdog = threading.Timer(120, process.kill)
+        watchdog = threading.Timer(PATIENCE, process.kill)
         watchdog.start()
         for line in process.stderr:
             lines.append(line)

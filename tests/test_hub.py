@@ -130,7 +130,7 @@ def test_a_repository_without_weights(tmp_path, monkeypatch):
         resolve_folder("user/model")
 
 
-def test_what_needs_no_weights_fetches_none(hub, folders, tmp_path):
+def test_what_needs_no_weights_fetches_none(hub, folders):
     load_tokenizer("user/model", "v1")
     list(check(CheckConfig("user/model", revision="v1")))
     assert "model.safetensors" not in hub.fetched()

@@ -88,10 +88,10 @@ def test_what_fails_on_one_ends_both(tmp_path):
 @pytest.mark.slow
 def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
     config = run_config(tmp_path)
-    first, last = (tmp_path / "data.jsonl"), config.data_filepath.read_text().splitlines(keepends=True)
-    first.write_text("".join([*last[1:], last[0]]))
+    reordered, lines = tmp_path / "data.jsonl", config.data_filepath.read_text().splitlines(keepends=True)
+    reordered.write_text("".join([*lines[1:], lines[0]]))
     one, other = documented_flags()
-    pair = [start(config, *one), start(config, *other, "--data_filepath", str(first), "--seed", "7")]
+    pair = [start(config, *one), start(config, *other, "--data_filepath", str(reordered), "--seed", "7")]
     codes, _, errors = ended(pair)
     assert codes == [2, 2], errors
     assert "error: process 1 cannot match process 0's settings; its own error tells why" in errors[0]

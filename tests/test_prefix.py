@@ -66,7 +66,7 @@ def test_fitting_brings_the_encoder_close_to_the_bases_keys_and_values(golden_mo
     target = base_keys_values(golden_model, 10)
     raw = PrefixEncoder(golden_model.config, 10, 10, 10, 42)
     fitted = new_encoder(golden_model, 10, 10, 10, seed=42)
-    assert jnp.square(fitted() - target).mean() < 0.999 * jnp.square(raw() - target).mean()
+    assert jnp.square(fitted() - target).mean() < 0.97 * jnp.square(raw() - target).mean()
 
 
 @pytest.mark.parametrize("hidden_dim", [10, 0])

@@ -22,6 +22,7 @@ from jaxprefix.train import train
 from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import at_update, before_updates, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
+from tests.tolerances import FUNCTION, LOSS
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])  # the first, beside and at the end of an epoch, the last but one
@@ -209,8 +210,8 @@ def test_other_devices_go_on_within_rounding(finished, tmp_path):
     train(run_config(tmp_path, n_epochs=4, resume=True))
     command = [sys.executable, "-m", "jaxprefix", "train", *flags_of(four), "--resume"]
     subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, check=True, capture_output=True)
-    np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=1e-5)
-    np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=1e-5)
+    np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=LOSS)
+    np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=FUNCTION)
 
 
 def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(finished, tmp_path, monkeypatch):

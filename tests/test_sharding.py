@@ -310,7 +310,7 @@ from tests.runs import run_config
 told, next_token_loss, with_split_rows = set(), loss.next_token_loss, update.with_split_rows
 for module in (metrics, update):
     module.with_split_rows = lambda *given, name=module.__name__: told.add(name) or with_split_rows(*given)
-    loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
+loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
 train(run_config(Path(sys.argv[1]), mesh="fsdp=8", n_training_steps=1, save_model=False, save_log=False))
 print(*sorted(told), sep=", ")
 """

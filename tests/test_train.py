@@ -122,7 +122,7 @@ def test_prefix_and_longest_row_must_fit_the_positions(tmp_path):
     assert not any(tmp_path.iterdir()), "nothing is written for a run that cannot start"
 
 
-def test_overwrite_deletes_runs_and_nothing_else(finished, tmp_path):
+def test_overwrite_deletes_runs_and_nothing_else(tmp_path):
     config = run_config(tmp_path, n_training_steps=1, overwrite=True)
     train(config)
     (config.run_dir / "left-over").write_text("from the first run")

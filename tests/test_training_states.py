@@ -21,7 +21,7 @@ from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
 from tests.runs import losses_of, metrics_of, run_config, stop_at
 from tests.test_conversion import converted
-from tests.tolerances import LOSS
+from tests.tolerances import LOSS, RATE
 
 RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
 
@@ -46,7 +46,7 @@ def test_a_run_goes_on_in_pytorch(tmp_path, uninterrupted):
     state = converted(config.run_dir, tmp_path / "state.pt", GOLDEN_BASE)
     record = reference_run(tmp_path, state, n_epochs=4)
     np.testing.assert_allclose(record["losses"], uninterrupted[0][6:], rtol=LOSS)
-    np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=1e-6)
+    np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=RATE)
 
 
 def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
@@ -59,7 +59,7 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
     config = run_config(tmp_path, "run", **RINNA, n_epochs=4, resume=True)
     assert train(config).n_done == 12
     np.testing.assert_allclose(losses_of(config.run_dir), uninterrupted[0][6:], rtol=LOSS)
-    np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=1e-6)
+    np.testing.assert_allclose([point["lr"] for point in metrics_of(config.run_dir)], uninterrupted[1][6:], rtol=RATE)
     with pytest.raises(InputError, match="already has a checkpoint of update 12; the source is only at 6"):
         converted(tmp_path / "state.pt", tmp_path / "run")
     train(other := run_config(tmp_path, "other", prefix_seq_len=3, n_training_steps=1))

@@ -138,9 +138,9 @@ def test_no_decay_on_biases(tmp_path, golden_model):
     config = run_config(tmp_path, weight_decay=0.5, max_lr=0.1, n_training_steps=100, n_epochs=1)
     optimizer = make_optimizer(config, optax.constant_schedule(0.1))
     moved = optax.apply_updates(encoder, optimizer.update(still, optimizer.init(encoder), encoder)[0])
-    for name, shrinks in (("0", 1 - 0.05), ("2", 1 - 0.05)):
+    for name in ("0", "2"):
         old, new = encoder.prefix_mlp[name], moved.prefix_mlp[name]
-        np.testing.assert_allclose(new.weight[...], old.weight[...] * shrinks, rtol=1e-6)
+        np.testing.assert_allclose(new.weight[...], old.weight[...] * 0.95, rtol=1e-6)
         np.testing.assert_array_equal(new.bias[...], old.bias[...])
     np.testing.assert_allclose(moved.prefix_wte.weight[...], encoder.prefix_wte.weight[...] * 0.95, rtol=1e-6)
 
@@ -181,7 +181,7 @@ def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
     scaled, loss = run(start, base, batch, loss_scale=LossScale.start())
     plain, plain_loss = run(start, base, batch)
     assert float(loss) == pytest.approx(float(plain_loss), rel=1e-3)
-    assert 0 < gap(scaled.encoder, plain.encoder) < 1e-2
+    assert 0 < gap(scaled.encoder, plain.encoder) < 1e-3
     assert int(scaled.loss_scale.n_good) == 1
 
     huge = LossScale(jnp.float32(1e38), jnp.int32(5))

@@ -1,7 +1,7 @@
 """The tolerances of comparisons with other programs, in one place; none is loosened for a single test."""
 
 FUNCTION = 1e-5
-"""A single function in float32, absolute."""
+"""A single function in float32, absolute; relative to the largest entry where that is stated."""
 MODEL = 1e-4
 """A whole model in float32: logits absolute, gradients relative to the largest entry."""
 LOSS = 1e-5

@@ -9,7 +9,7 @@ def breaks_off_in(last: int | None) -> Iterator[dict[str, int]]:
     for turn in range(4):
         if turn == last:
             sys.exit(3)
-        yield {"turn": turn}
+        yield {"count": turn}
 
 
 def shows_preallocation() -> Iterator[dict[str, str]]:

@@ -109,9 +109,10 @@ def train(
     order: Callable[[int, int, int], list[int]] = epoch_order,
     examples: Sequence[Example] | None = None,
 ) -> dict[str, Any]:
-    """Train a prefix and return {"losses", "rates", "dev", "encoder"}, for the comparison with jaxprefix.
+    """Train a prefix and return {"losses", "rates", "dev", "encoder", "n_done"}, for the comparison with jaxprefix.
 
-    `losses` holds every micro-batch's loss, `rates` every update's learning rate, `dev` every epoch's (monitor, ppl).
+    `losses` holds every micro-batch's loss, `rates` every update's learning rate, `dev` every epoch's (monitor, ppl);
+    `n_done` counts updates, with those of --checkpoint_path.
     `order` and `examples` replace the random order of an epoch and the documents of --data_filepath.
     """
     device = start_ranks(flags)

@@ -136,7 +136,7 @@ def test_bfloat16_stays_close_to_float32(base_folder, model):
     whole, _ = model(TOKENS, prefix)
     assert half.dtype == jnp.float32
     difference = jax.nn.softmax(half) - jax.nn.softmax(whole)
-    assert 0 < jnp.abs(difference).mean() < 1e-3
+    assert 0 < jnp.abs(difference).mean() < 2e-4
 
 
 def test_a_fingerprint_is_of_the_weights_whatever_their_file(base_folder, tmp_path):

@@ -1,5 +1,7 @@
-"""Run the reference under a launcher and keep every rank's encoder: python -m … each_rank FOLDER flags …"""
+"""Run the reference under a launcher, each rank in its own folder; keep the encoders: … each_rank FOLDER flags …"""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from torch_ref.train import train
 
 if __name__ == "__main__":
     folder, *arguments = (part for part in sys.argv[1:] if not part.startswith("--local_rank"))
-    record = train(train_parser().parse_args(arguments))
-    torch.save(record["encoder"].state_dict(), Path(folder) / f"rank{dist.get_rank()}.pt")
+    own = Path(folder) / f"rank{os.environ['RANK']}"
+    own.mkdir()
+    with contextlib.chdir(own):
+        record = train(train_parser().parse_args(arguments))
+    torch.save(record["encoder"].state_dict(), own.with_suffix(".pt"))
     dist.destroy_process_group()

@@ -102,7 +102,7 @@ class Stage:
 STAGES = (
     Stage("tokens (differing)", "tokens", differing, 0),
     Stage("chunks (differing)", "chunks", differing, 0),
-    Stage("batches (differing rows)", "batches", differing, 0),
+    Stage("batches (differing arrays)", "batches", differing, 0),
     Stage("base keys and values", "base_keys_values", absolute, MODEL),
     Stage("encoder after 200 fitting steps", "initialised", absolute, FUNCTION),
     Stage("logits with prefix", "logits", absolute, MODEL),

@@ -43,6 +43,7 @@ def encoder_of(reference, state: str) -> PrefixEncoder:
 
 
 def close(found: torch.Tensor, name: str, tolerance: float = FUNCTION) -> None:
+    """Compare with a golden array, relative to its largest entry if that is above 1."""
     expected = FORWARD[name]
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=tolerance * scale)

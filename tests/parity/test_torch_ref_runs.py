@@ -4,7 +4,7 @@ Each test of a quirk of the original fails when the reference does the sound thi
 """
 
 import contextlib
-import functools
+import json
 import os
 import re
 import subprocess
@@ -15,6 +15,7 @@ from unittest.mock import Mock, patch
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.parity.runs import reference_run, started_encoder
@@ -117,7 +118,15 @@ def test_accumulation_is_a_mean_under_deepspeed(tmp_path, monkeypatch):
 
 def test_unfinished_accumulation_joins_the_next_epoch(run):
     assert len(run(n_accum_steps=2)["rates"]) == 1
-    assert len(run(n_accum_steps=2, n_epochs=2)["rates"]) == 3
+    carried, step = [], PlainSteps.step
+
+    def noted(steps, loss):
+        carried.append(any(p.grad is not None and bool(p.grad.any()) for p in steps.encoder.parameters()))
+        return step(steps, loss)
+
+    with patch.object(PlainSteps, "step", noted):
+        assert len(run(n_accum_steps=2, n_epochs=2)["rates"]) == 3
+    assert carried == [False, True] * 3
 
 
 def test_dev_means_are_not_weighted_by_tokens(run):
@@ -146,9 +155,12 @@ def test_files_and_log_lines(run, tmp_path, capsys):
     assert lines == [line for line in capsys.readouterr().out.splitlines() if "Epoch" in line]
     assert [bool(re.fullmatch(LOG_LINE, line)) for line in lines] == [True, False, True, True, False]
     assert [bool(re.fullmatch(DEV_LINE, line)) for line in lines] == [False, True, False, False, True]
+    board = EventAccumulator(str(tmp_path / names[3])).Reload()
+    steps = {tag: [event.step for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+    assert steps == {"loss/train": [2, 4, 6], "ppl/train": [2, 4, 6], "monitor/dev": [0, 1], "ppl/dev": [0, 1]}
 
 
-def test_the_best_prefix_is_that_of_the_lowest_dev_loss(run, tmp_path, monkeypatch):
+def test_the_best_prefix_is_that_of_the_lowest_dev_loss(run, monkeypatch):
     losses = iter([(3.0, 1.0), (2.0, 1.0), (4.0, 1.0)])
     kept = []
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
@@ -223,26 +235,18 @@ def test_gpt2_trains(gpt2_folder, tmp_path):
     assert record["dev"][-1][0] < record["dev"][0][0]
 
 
-def test_prompt_loop(monkeypatch, capsys):
-    prompts = iter(["今日は", ""])
-    monkeypatch.setattr("builtins.input", functools.partial(next_or_eof, prompts))
+def test_prompt_loop(tokenizer, monkeypatch, capsys):
+    golden = json.loads((GOLDEN / "forward.greedy.json").read_text())
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[*golden, *[EOFError] * 3]))
     weight = str(GOLDEN / "forward.weight")
     flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--prefix_checkpoint_path", weight]
     generate.main([*flags, "--decode_method", "greedy", "--max_output_len", "5"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith("今日は")
+    expected = [prompt + tokenizer.decode(ids[:5]) for prompt, (ids, _) in golden.items()]
+    assert capsys.readouterr().out.splitlines() == expected
     with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not 3"):
         generate.main([*flags, "--prefix_seq_len", "3"])
     with pytest.raises(ValueError, match="is gpt_neox, not --model_type gpt"):
         generate.main([*flags, "--model_type", "gpt"])
-
-
-def next_or_eof(prompts, _shown):
-    try:
-        return next(prompts)
-    except StopIteration:
-        raise EOFError from None
 
 
 LAUNCHERS = [
@@ -272,14 +276,29 @@ def test_two_ranks_log_and_save_once_and_end_equal(launcher, tmp_path, encoder_f
     assert done.returncode == 0, done.stderr
     assert len(re.findall(LOG_LINE, done.stdout)) == 4  # 8 examples ÷ 2 ranks ÷ 2, twice
     assert len(re.findall(DEV_LINE, done.stdout)) == 2
-    assert len(list(tmp_path.glob("*.checkpoint"))) == 2  # the last and the best
-    assert len(list(tmp_path.glob("*.log"))) == 1
+    assert len(list(tmp_path.glob("rank0/*.checkpoint"))) == 2  # the last and the best
+    assert len(list(tmp_path.glob("rank0/*.log"))) == 1
+    assert not any((tmp_path / "rank1").iterdir())
     initial, first, second = (
         torch.load(path, weights_only=True) for path in (encoder_file, tmp_path / "rank0.pt", tmp_path / "rank1.pt")
     )
     for name in first:
         assert torch.equal(first[name], second[name]), name
         assert not torch.equal(first[name], initial[name]), name
+
+
+def test_every_epoch_has_a_random_order_of_its_own():
+    torch.manual_seed(0)
+    orders = [train.epoch_order(20, 42, epoch) for epoch in range(2)]
+    assert [sorted(order) for order in orders] == [[*range(20)]] * 2
+    assert orders[0] != orders[1] != [*range(20)] != orders[0]
+
+
+def test_the_seed_decides_the_order(tmp_path, encoder_file):
+    sizes = {"checkpoint_path": encoder_file, "train_data_size": 9, "dev_data_size": 5, "n_training_steps": 2}
+    with contextlib.chdir(tmp_path):
+        losses = [train.train(flags_of(seed=seed, **sizes))["losses"] for seed in (1, 1, 2)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_micro_batches_that_were_applied_are_not_seen_again(tmp_path):
@@ -325,7 +344,7 @@ def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path):
     assert (len(record["rates"]), len(record["dev"])) == (3, 1)
 
 
-def test_an_empty_prompt_begins_with_bos(monkeypatch, capsys):
+def test_an_empty_prompt_begins_with_bos(monkeypatch):
     seen = []
     monkeypatch.setattr("builtins.input", Mock(side_effect=["", EOFError]))
     monkeypatch.setattr(generate, "generate_ids", lambda base, ids, *_: seen.append(ids) or [])

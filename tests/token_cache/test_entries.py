@@ -43,7 +43,7 @@ def test_nobody_needs_to_read_how_far_it_is(data, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch, capfd):
+def test_the_second_time_nothing_is_tokenized(data, tokenizer, monkeypatch):
     first = load_examples(data, Chunking(tokenizer))
     monkeypatch.setattr(token_cache, "_tokenize", lambda *_: pytest.fail("tokenized again"))
     assert same(load_examples(data, Chunking(tokenizer)), first)
@@ -154,7 +154,7 @@ def test_a_large_file_without_examples(tmp_path, tokenizer):
         load_examples(path, Chunking(tokenizer))
 
 
-def test_an_entry_at_work_is_judged_by_its_newest_file(tmp_path, monkeypatch):
+def test_an_entry_at_work_is_judged_by_its_newest_file(tmp_path):
     unfinished = tmp_path / "unfinished-1"
     unfinished.mkdir()
     (unfinished / "tokens.bin").write_bytes(b"new")

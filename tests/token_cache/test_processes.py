@@ -148,7 +148,7 @@ def test_a_system_that_does_not_tell_a_processs_cores(monkeypatch):
     assert token_cache._n_cores() == 3
 
 
-def test_who_waits_for_another_says_so(data, tokenizer, monkeypatch, capfd):
+def test_who_waits_for_another_says_so(monkeypatch, capfd):
     asked = []
 
     def flock(file, how):

@@ -216,7 +216,7 @@ def config_target(folder: Path) -> Target:
     return Target(lambda generator: broken_json(generator.choice(good), generator), read)
 
 
-def command_target(folder: Path) -> Target:
+def command_target() -> Target:
     """Command lines through the parser; what they ask for is not done."""
     base, data = str(GOLDEN_BASE), str(GOLDEN / "documents.jsonl")
     good = [
@@ -258,7 +258,7 @@ def command_target(folder: Path) -> Target:
 
 def targets(folder: Path) -> dict[str, Target]:
     """Return everything that is tried; `folder` is for its files."""
-    rest = {"data": data_target(folder), "config": config_target(folder), "command line": command_target(folder)}
+    rest = {"data": data_target(folder), "config": config_target(folder), "command line": command_target()}
     return {**rest, **dict(prefix_targets(folder))}
 
 
