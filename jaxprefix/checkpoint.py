@@ -23,7 +23,14 @@ import numpy as np
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.hosts import anywhere, broadcast_from_first, is_first, wait_for_all, wait_until_visible
+from jaxprefix.hosts import (
+    anywhere,
+    barrier_unless_failed,
+    broadcast_from_first,
+    is_first,
+    wait_for_all,
+    wait_until_visible,
+)
 from jaxprefix.models import path_name
 
 KEPT = 2
@@ -83,7 +90,9 @@ class Checkpoints:
             cleanup_tmp_directories=self._writing,
             lightweight_initialize=True,
             # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+            async_options=ocp.options.AsyncOptions(
+                barrier_sync_fn=barrier_unless_failed, create_directories_asynchronously=False
+            ),
         )
         return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -25,6 +26,7 @@ from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
 from jaxprefix.screen import Heedless, mute
 
+INTERRUPTED = 128 + signal.SIGINT
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Command = (
@@ -70,7 +72,7 @@ def _main(arguments: list[str] | None) -> int:
         mute(sys.stdout)
         return _fail(RunError(f"standard output cannot be written ({error.strerror})"))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
 
 def _fail(error: PlainError) -> int:
@@ -126,8 +128,9 @@ def _train(config: TrainConfig) -> int:
 
     try:
         result = train(config)
-    except (PlainError, OSError) as error:
-        leave_soon(getattr(error, "exit_code", InputError.exit_code))
+    except (PlainError, OSError, KeyboardInterrupt) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        leave_soon(INTERRUPTED if interrupted else getattr(error, "exit_code", InputError.exit_code))
         raise
     if result.stopped_by is not None:
         return 128 + result.stopped_by

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -84,9 +85,22 @@ def joined(config: HostsConfig) -> Iterator[None]:
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
-    yield
-    wait_for_all("end")
+    with plain_where_others_end():
+        yield
+        wait_for_all("end")
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def plain_where_others_end() -> Iterator[None]:
+    """Turn the errors of communication, which other processes' ends make, into RunError."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not re.search("gloo|nccl|coordination service|heartbeat", str(error), re.IGNORECASE):
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise RunError(f"another process ended, or cannot be reached ({reason})") from error
 
 
 def _check_port(port: int) -> None:
@@ -141,6 +155,17 @@ def wait_for_all(name: str) -> None:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise RunError(f"{name}: not all processes reached this step within {PATIENCE_SECONDS} seconds") from error
+
+
+def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Wait for all processes in a thread of Orbax's, which does so once more after its save has failed on one of them.
+
+    That one must tell and end instead: the others still wait where it failed.
+    """
+    if sys.exc_info()[0] is None:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:

@@ -1,6 +1,7 @@
 """What training starts from: an encoder fitted to the base model, another run's encoder, or a checkpoint."""
 
 import dataclasses
+import hashlib
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from convert.prefix import RUN_SUBFOLDER, is_bare_prefix, read_prefix
 from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
-from jaxprefix.hosts import agree, broadcast_from_first, is_first
+from jaxprefix.hosts import agree, broadcast_from_first, check_same, is_first
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DEV_LOSS, DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_description import check_base
@@ -92,6 +93,12 @@ def start_encoder(
     if earlier is None:  # the original's: a torch file with the encoder's state
         earlier = read_training_state(config.checkpoint_path)
     return from_names(like, earlier, config.checkpoint_path)["encoder"]
+
+
+def check_same_start(encoder: Encoder) -> None:
+    """Check that all processes start from the same encoder; all call it together. Raises InputError."""
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(encoder)))
+    check_same({"the encoder to start from": digest.hexdigest()[:16]})
 
 
 def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Progress]:

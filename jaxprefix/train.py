@@ -26,7 +26,14 @@ from jaxprefix.run_folder import CHECKPOINTS, check_run_folder, open_shared_fold
 from jaxprefix.run_lock import lock_shared_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
-from jaxprefix.start import Progress, abstract_state, earlier_arrays, restore_state, start_encoder
+from jaxprefix.start import (
+    Progress,
+    abstract_state,
+    check_same_start,
+    earlier_arrays,
+    restore_state,
+    start_encoder,
+)
 from jaxprefix.update import TrainState, first_state, learning_rate, make_update
 
 
@@ -62,7 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
 def train_jointly(config: TrainConfig) -> TrainResult:
     """Make the run that `train` describes, in a process that has joined the others."""
     inputs = agree("read its inputs", lambda: read_inputs(config))
-    mesh = make_mesh(mesh_sizes(config.mesh))
+    mesh = agree("make its mesh", lambda: make_mesh(mesh_sizes(config.mesh)))
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
     description = checked_description(config, inputs, identity)
     with contextlib.ExitStack() as stack:
@@ -82,6 +89,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             return first_state(config, start_encoder(config, base, inputs.base.tokenizer, earlier))
 
         state = agree("start the prefix", start)
+        if not resuming:
+            agree("start from process 0's encoder", lambda: check_same_start(state.encoder))
         progress = Progress()
         if config.writes:
             stack.enter_context(within_disk(config))

@@ -233,7 +233,8 @@ def test_the_version_is_told(capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RunError("nan"), 1), (InputError("no"), 2), (OSError(28, "full", "a"), 2)]
+    ("error", "code"),
+    [(RunError("nan"), 1), (InputError("no"), 2), (OSError(28, "full", "a"), 2), (KeyboardInterrupt(), 130)],
 )
 def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch, error, code):
     def fail(config):

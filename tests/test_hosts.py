@@ -174,6 +174,16 @@ def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_code
     assert exit_codes.get(timeout=PATIENCE) == 1
 
 
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind):
+    lost = kind("UNKNOWN: Gloo all-reduce failed: Read error: Connection closed by peer\nand pages more")
+    told = r"^another process ended, or cannot be reached \(UNKNOWN: Gloo .* by peer\)$"
+    with pytest.raises(RunError, match=told), hosts.plain_where_others_end():
+        raise lost
+    with pytest.raises(kind, match=r"^INTERNAL$"), hosts.plain_where_others_end():
+        raise kind("INTERNAL")
+
+
 def test_no_cluster_is_found(monkeypatch):
     def initialize(*arguments, **options):
         raise ValueError("coordinator_address should be defined.")

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from convert.prefix import write_adapter
 from jaxprefix.train import train
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
 from tests.runs import losses_of, metrics_of, run_config, same_end, start
@@ -75,13 +76,20 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
 
 
 @pytest.mark.slow
-def test_what_fails_on_one_ends_both(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "others", "own"),
+    [
+        (("--data_filepath", "nowhere.jsonl"), "read its inputs", "nowhere.jsonl: no such data file"),
+        (("--mesh", "data=3"), "make its mesh", "--mesh data=3"),
+    ],
+)
+def test_what_fails_on_one_ends_both(tmp_path, flags, others, own):
     config = run_config(tmp_path)
     first, second = documented_flags()
-    codes, _, errors = ended([start(config, *first), start(config, *second, "--data_filepath", "nowhere.jsonl")])
+    codes, _, errors = ended([start(config, *first), start(config, *second, *flags)])
     assert codes == [2, 2], errors
-    assert "error: process 1 cannot read its inputs; its own error tells why" in errors[0]
-    assert "error: nowhere.jsonl: no such data file" in errors[1]
+    assert f"error: process 1 cannot {others}; its own error tells why" in errors[0]
+    assert f"error: {own}" in errors[1]
     assert not any(tmp_path.iterdir())
 
 
@@ -114,6 +122,47 @@ def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
     assert codes == [2, 2], errors
     assert "error: process 1 cannot find the earlier run; its own error tells why" in errors[0]
     assert "nowhere: no such file or folder" in errors[1]
+
+
+@pytest.mark.slow
+def test_processes_that_would_start_from_different_prefixes_change_nothing(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0].run_dir, tmp_path / "run")
+    config, before = run_config(tmp_path), sorted((tmp_path / "run").rglob("*"))
+    for number in range(2):
+        write_adapter(tmp_path / str(number), np.full((10, 3 * 2 * 64), number, np.float32), 3, 4, {})
+    flags = ("--overwrite", "--prefix_hidden_dim", "0", "--checkpoint_path")
+    pair = [
+        start(config, *own, *flags, str(tmp_path / str(number)), **TWO_DEVICES)
+        for number, own in enumerate(documented_flags())
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [2, 2], errors
+    assert "error: process 1 cannot start from process 0's encoder; its own error tells why" in errors[0]
+    assert "the encoder to start from: " in errors[1]
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+FULL = """
+import errno, jax, jaxprefix.cli
+from orbax.checkpoint._src.checkpointers import async_checkpointer as orbax
+commit = orbax._background_wait_for_commit_futures
+def on_a_disk_of_its_own(*arguments, **options):
+    if jax.process_index() == 0:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    commit(*arguments, **options)
+orbax._background_wait_for_commit_futures = on_a_disk_of_its_own
+jaxprefix.cli.entry_point()
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_ends_both(tmp_path):
+    codes, _, errors = ended(
+        start_pair(run_config(tmp_path), program=("-c", FULL)), timeout=90
+    )  # Orbax by itself: 1200
+    assert codes[0] == 1, errors
+    assert codes[1] in (1, -signal.SIGABRT)
+    assert "cannot be saved (No space left on device)" in errors[0]
 
 
 @pytest.mark.slow
