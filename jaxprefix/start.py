@@ -97,8 +97,9 @@ def start_encoder(
 
 def check_same_start(encoder: Encoder) -> None:
     """Check that all processes start from the same encoder; all call it together. Raises InputError."""
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(encoder)))
-    check_same({"the encoder to start from": digest.hexdigest()[:16]})
+    if jax.process_count() > 1:  # a single one need not wait until it is made
+        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(encoder)))
+        check_same({"the encoder to start from": digest.hexdigest()[:16]})
 
 
 def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Progress]:
