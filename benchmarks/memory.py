@@ -136,7 +136,7 @@ def publish_measured(flags: argparse.Namespace) -> None:
         results = take_turns(arguments_of(flags.ways, config), measure, 1, flags.rounds)
     rows = []
     for way, turns in results.items():
-        held = weights // 2 if way.endswith("bfloat16") and way != "torch_ref:bfloat16" else weights  # which autocasts
+        held = weights if way.endswith("float32") or way.startswith("torch_ref") else weights // 2  # which autocasts
         peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
         rows.append([way, *map(gib, (held, *peaks)), f"{max(peaks) / held:.2f}"])
     header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]

@@ -8,6 +8,7 @@ Two layouts of the same numbers:
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,8 +106,11 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, h
         "prefix_projection": False,
         "inference_mode": True,
     }
-    with replacing(folder / ADAPTER_CONFIG) as temporary:  # only once the weights are there, too
-        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(folder / ADAPTER_CONFIG) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may tell only here: before the weights are replaced
         write_safetensors(folder / ADAPTER_WEIGHTS, folded, header)
 
 

@@ -72,12 +72,16 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.finish()
         finally:
             if self._in_use:
-                self._manager.close()
+                try:
+                    self._manager.close()
+                except Exception:
+                    if not isinstance(error, SaveError):  # of which this is the consequence
+                        raise
 
     @functools.cached_property
     def _manager(self) -> Any:
@@ -179,7 +183,8 @@ class Checkpoints:
             arrays = {name: _stored_array(folder / STATE, name) for name in sums if name != "progress"}
             found = {name: _sha256(value) for name, value in [*arrays.items(), ("progress", progress)]}
         except Exception as error:  # whatever damaged bytes make the readers raise
-            raise _DamagedError(short_reason(error)) from error
+            where = f": {name}" if (name := getattr(error, "filename", None)) else ""
+            raise _DamagedError(short_reason(error) + where) from error
         if number != step:
             raise _DamagedError(f"it holds checkpoint {number} instead")
         if differing := [name for name in found if found[name] != sums.get(name)]:

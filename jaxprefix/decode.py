@@ -89,6 +89,7 @@ def generate(
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")
+    prompts = list(prompts)  # an iterator gives them once
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"prompts[{index}] must be a text, is of type {type(prompt).__name__}")

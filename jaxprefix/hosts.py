@@ -97,10 +97,11 @@ def plain_where_others_end() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if not re.search("gloo|nccl|coordination service|heartbeat", str(error), re.IGNORECASE):
+        lost = re.search(r"\b(gloo|nccl)|coordination service|heartbeat", str(error), re.IGNORECASE)
+        if not lost or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        reason = str(error).partition("\n")[0][:200]
-        raise RunError(f"another process ended, or cannot be reached ({reason})") from error
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"the other processes cannot be reached, one may have ended ({reason})") from error
 
 
 def _check_port(port: int) -> None:

@@ -177,7 +177,9 @@ def save_prefix(
     Raises InputError for a prefix that could not be loaded again, or a run's folder, whose prefix is in a folder of its
     own, and OSError; an earlier prefix is kept then.
     """
-    if (Path(folder) / RUN_SUBFOLDER).exists():
+    from jaxprefix.run_description import is_run_folder  # which imports this file
+
+    if is_run_folder(Path(folder)):
         raise InputError(f"{folder}: is a run's folder, whose prefix is in {RUN_SUBFOLDER}/; name that one, or another")
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:

@@ -10,7 +10,7 @@ import pytest
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.checkpoint import Checkpoints, from_names, newest_checkpoint, short_reason
+from jaxprefix.checkpoint import Checkpoints, SaveError, from_names, newest_checkpoint, short_reason
 
 CONTENT = {
     step: {"encoder.weight": np.arange(600, dtype=np.float32).reshape(20, 30) * step, "count": np.int32([step])}
@@ -276,6 +276,19 @@ def test_reading_anothers_run_leaves_its_save_under_way(folder):
     (folder / "12.orbax-checkpoint-tmp").mkdir()
     read(folder, writing=False)
     assert (folder / "12.orbax-checkpoint-tmp").is_dir()
+
+
+def test_a_save_that_failed_is_told_whatever_follows_from_it(folder, monkeypatch):
+    checkpoints = Checkpoints(folder)
+    monkeypatch.setattr(checkpoints._manager, "close", Mock(side_effect=TimeoutError("barrier")))
+    with pytest.raises(SaveError, match="full"), checkpoints:
+        raise SaveError("full")
+
+
+def test_a_missing_file_is_named(folder, capfd):
+    (missing := folder / "8" / "progress" / "progress.json").unlink()
+    read(folder)
+    assert f"8: damaged, No such file or directory: {missing}; going on from 4" in capfd.readouterr().err
 
 
 def test_of_damaged_checkpoints_the_newest_is_kept(folder):

@@ -51,6 +51,12 @@ def test_one_text_is_no_list_of_prompts(model, tokenizer):
         generate(model, tokenizer, "朝の")
 
 
+def test_prompts_may_come_from_an_iterator(golden_model, tokenizer):
+    texts, settings = ["朝の", "昨日"], {"decode_method": "greedy", "max_output_len": 3}
+    found = inspect.unwrap(generate)(golden_model, tokenizer, iter(texts), **settings)
+    assert found == generate(golden_model, tokenizer, texts, **settings)
+
+
 def test_a_prompt_that_is_no_text_is_named(golden_model, tokenizer):
     with pytest.raises(InputError, match=r"^prompts\[1\] must be a text, is of type NoneType$"):
         inspect.unwrap(generate)(golden_model, tokenizer, ["朝の", None])

@@ -175,13 +175,17 @@ def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_code
 
 
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
-def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind):
+def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind, monkeypatch):
     lost = kind("UNKNOWN: Gloo all-reduce failed: Read error: Connection closed by peer\nand pages more")
-    told = r"^another process ended, or cannot be reached \(UNKNOWN: Gloo .* by peer\)$"
-    with pytest.raises(RunError, match=told), hosts.plain_where_others_end():
+    told = r"^the other processes cannot be reached, one may have ended \(UNKNOWN: Gloo .* by peer\)$"
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    config = HostsConfig(coordinator_address=f"localhost:{free_port()}", num_processes=1, process_id=0)
+    with pytest.raises(RunError, match=told), hosts.joined(config):
         raise lost
-    with pytest.raises(kind, match=r"^INTERNAL$"), hosts.plain_where_others_end():
-        raise kind("INTERNAL")
+    for other in ("INTERNAL", "RESOURCE_EXHAUSTED: of NCCL", "invalid literal 'igloo'"):
+        with pytest.raises(kind, match=f"^{other}$"), hosts.joined(config):
+            raise kind(other)
 
 
 def test_no_cluster_is_found(monkeypatch):

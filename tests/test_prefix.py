@@ -127,7 +127,8 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
         with pytest.raises(InputError, match=problem):
             save_prefix(tmp_path / "own", spoilt, golden_model.config, tokenizer)
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config), prefix)
-    (tmp_path / "run" / "prefix").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"data_sha256": ""}')
     with pytest.raises(InputError, match="run: is a run's folder, whose prefix is in prefix/; name that one"):
         save_prefix(tmp_path / "run", prefix, golden_model.config, tokenizer)
 

@@ -149,9 +149,9 @@ def check_attention(method: AttentionMethod, head_dim: int) -> None:
 
 def check_inputs(tokens: Any, cache: Cache | None, slots: Any) -> None:
     """Raise InputError for tokens that are no integer array [rows, tokens], and for a cache without slots."""
-    shape, dtype = getattr(tokens, "shape", ()), getattr(tokens, "dtype", np.dtype(object))
-    if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
-        found = f"{dtype} {list(shape)}" if hasattr(tokens, "dtype") else type(tokens).__name__
+    is_array = isinstance(tokens, np.ndarray | jax.Array)
+    if not is_array or tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        found = f"{tokens.dtype} {list(tokens.shape)}" if is_array else type(tokens).__name__
         raise InputError(f"tokens must be an integer array [rows, tokens], neither of them 0; found {found}")
     if cache is not None and slots is None:
         raise InputError("a cache needs the slots that the tokens' keys and values are written at")

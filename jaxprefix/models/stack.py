@@ -69,13 +69,13 @@ summed_at_once.defvjp(_summed_forward, _summed_backward)
 
 
 @jax.custom_jvp
-def _bits(array: Array) -> Array:
-    """Return an array's bits, which have no derivative: a second one would silently lack a part."""
-    return array.view(scanned_dtype(array))
+def differentiated_once(gradient: Array) -> Array:
+    """Return a gradient without a derivative: bits, which layers keep, have none, so a part of it would be missing."""
+    return gradient
 
 
-@_bits.defjvp
-def _no_derivative(primals: Any, tangents: Any) -> Any:
+@differentiated_once.defjvp
+def _not_twice(primals: Any, tangents: Any) -> Any:
     raise NotImplementedError("second derivatives in bfloat16 on a CPU; float32 and float16 have them")
 
 
@@ -90,8 +90,7 @@ class Kept:
     @classmethod
     def of(cls, array: Array) -> "Kept":
         """Turn an array into what is kept."""
-        as_bits = scanned_dtype(array) != array.dtype
-        return cls(_bits(array) if as_bits else array, array.dtype)
+        return cls(array.view(scanned_dtype(array)), array.dtype)
 
     @property
     def numbers(self) -> Array:
@@ -130,8 +129,11 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
         return out, jax.tree.map(Kept.of, kept)
 
     def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
-        kept = jax.tree.map(lambda array: array.numbers, kept, is_leaf=lambda node: isinstance(node, Kept))
+        arrays, structure = jax.tree.flatten(kept, is_leaf=lambda node: isinstance(node, Kept))
+        kept = jax.tree.unflatten(structure, [array.numbers for array in arrays])
         towards_x, towards_cache = gradients  # the cache's is kept out of the barrier: zeros, in training
+        if any(array.array.dtype != array.dtype for array in arrays):
+            towards_x = differentiated_once(towards_x)
         kept, towards_x = jax.lax.optimization_barrier((kept, towards_x))
         pull_back = kept
         if recompute:

@@ -54,12 +54,13 @@ def test_an_adapter_without_weights(tmp_path):
         read_prefix(tmp_path)
 
 
-def test_an_adapter_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["convert.prefix.save_safetensors", "os.fsync"])
+def test_an_adapter_that_cannot_be_replaced_stays(tmp_path, monkeypatch, step):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
-    monkeypatch.setattr("convert.prefix.save_safetensors", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(OSError, match="No space"):
         write_adapter(tmp_path, np.ones((3, 8), np.float32), n_layer=1, n_head=1, header={})
     assert len(read_prefix(tmp_path)[0]) == 2

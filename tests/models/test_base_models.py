@@ -85,6 +85,7 @@ def test_prefix_changes_every_position(model):
     ("tokens", "found"),
     [
         ([[1, 2]], "list"),
+        (torch.zeros(2, 3, dtype=torch.int64), "Tensor"),
         (np.zeros(3, np.int32), r"int32 \[3\]"),
         (np.zeros((1, 2, 3), np.int32), r"int32 \[1, 2, 3\]"),
         (np.zeros((2, 0), np.int32), r"int32 \[2, 0\]"),

@@ -68,9 +68,11 @@ def test_scanned_layers_take_a_cache(base_folder, model):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about the bits that a CPU keeps")
-def test_second_derivatives_are_right_or_refused():
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_second_derivatives_are_right_or_refused(scan_layers):
     """Arrays kept as bits have none: the product with the Hessian would be half as long as it is."""
-    model, half = (load_model(GOLDEN_BASE, dtype) for dtype in ("float32", "bfloat16"))
+    compute = Compute(scan_layers=scan_layers)
+    model, half = (load_model(GOLDEN_BASE, dtype, compute=compute) for dtype in ("float32", "bfloat16"))
     prefix, direction = (random_prefix(model.config, seed=seed) for seed in (1, 2))
 
     @jax.jit
