@@ -278,8 +278,9 @@ def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     for module in (train_module, run_folder, hosts):
         monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
-    steps = ["read its inputs", "read the weights", "describe the run", "match process 0's settings"]
+    steps = ["read its inputs", "make its mesh", "read the weights", "describe the run", "match process 0's settings"]
     steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
+    steps += ["start from process 0's encoder"]
     assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]
 
 
