@@ -201,8 +201,7 @@ def test_nucleus_drops_the_crossing_token():
 def positions_given(folder, max_output_len=3, prompt=(5, 6, 7)):
     """The position ids of every call of a base model that generates behind a prefix of four."""
     flags = ["--pretrained_model_dir", str(folder), "--decode_method", "greedy"]
-    model_type = "gpt" if "gpt2" in folder.name else "gpt-neox"
-    flags += ["--max_output_len", str(max_output_len), "--model_type", model_type]
+    flags += ["--max_output_len", str(max_output_len), "--model_type", "gpt" if "gpt2" in folder.name else "gpt-neox"]
     parsed = generate_parser().parse_args(flags)
     base = load_base(parsed)
     heads = base.config.num_attention_heads
@@ -241,8 +240,7 @@ def test_prompt_loop(tokenizer, monkeypatch, capsys):
     weight = str(GOLDEN / "forward.weight")
     flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--prefix_checkpoint_path", weight]
     generate.main([*flags, "--decode_method", "greedy", "--max_output_len", "5"])
-    expected = [prompt + tokenizer.decode(ids[:5]) for prompt, (ids, _) in golden.items()]
-    assert capsys.readouterr().out.splitlines() == expected
+    assert capsys.readouterr().out.splitlines() == [p + tokenizer.decode(ids[:5]) for p, (ids, _) in golden.items()]
     with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not 3"):
         generate.main([*flags, "--prefix_seq_len", "3"])
     with pytest.raises(ValueError, match="is gpt_neox, not --model_type gpt"):
@@ -276,8 +274,8 @@ def test_two_ranks_log_and_save_once_and_end_equal(launcher, tmp_path, encoder_f
     assert done.returncode == 0, done.stderr
     assert len(re.findall(LOG_LINE, done.stdout)) == 4  # 8 examples ÷ 2 ranks ÷ 2, twice
     assert len(re.findall(DEV_LINE, done.stdout)) == 2
-    assert len(list(tmp_path.glob("rank0/*.checkpoint"))) == 2  # the last and the best
-    assert len(list(tmp_path.glob("rank0/*.log"))) == 1
+    n_files = {kind: len(list(tmp_path.glob(f"rank0/*.{kind}"))) for kind in ("checkpoint", "log")}
+    assert n_files == {"checkpoint": 2, "log": 1}  # the last prefix and the best
     assert not any((tmp_path / "rank1").iterdir())
     initial, first, second = (
         torch.load(path, weights_only=True) for path in (encoder_file, tmp_path / "rank0.pt", tmp_path / "rank1.pt")
