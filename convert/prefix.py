@@ -8,7 +8,6 @@ Two layouts of the same numbers:
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from convert import torch_files
 from convert.errors import InputError
-from convert.files import replacing, save_safetensors
+from convert.files import flush_to_disk, replacing, save_safetensors
 from convert.training_state import is_training_state
 from convert.untrusted import member, read_object, refuse_pointer
 from convert.weights import read_safetensors
@@ -107,10 +106,8 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, h
         "inference_mode": True,
     }
     with replacing(folder / ADAPTER_CONFIG) as temporary:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may tell only here: before the weights are replaced
+        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        flush_to_disk(temporary)  # before the weights are replaced: the folder changes as a whole or not at all
         write_safetensors(folder / ADAPTER_WEIGHTS, folded, header)
 
 

@@ -157,9 +157,8 @@ jaxprefix.cli.entry_point()
 
 @pytest.mark.slow
 def test_a_save_that_fails_on_one_ends_both(tmp_path):
-    codes, _, errors = ended(
-        start_pair(run_config(tmp_path), program=("-c", FULL)), timeout=90
-    )  # Orbax by itself: 1200
+    pair = start_pair(run_config(tmp_path), program=("-c", FULL))
+    codes, _, errors = ended(pair, timeout=90)  # Orbax by itself: 1200
     assert codes[0] == 1, errors
     assert codes[1] in (1, -signal.SIGABRT)
     assert "cannot be saved (No space left on device)" in errors[0]

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import types
 from pathlib import Path
 
@@ -54,13 +55,21 @@ def test_an_adapter_without_weights(tmp_path):
         read_prefix(tmp_path)
 
 
-@pytest.mark.parametrize("step", ["convert.prefix.save_safetensors", "os.fsync"])
-def test_an_adapter_that_cannot_be_replaced_stays(tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("full_at", ["adapter_config.json.tmp", "adapter_model.safetensors.tmp", "writing"])
+def test_an_adapter_that_cannot_be_replaced_stays(tmp_path, monkeypatch, full_at):
+    """A full disk may tell only as a file is flushed."""
+
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def fsync(file):
+        if (path := tmp_path / full_at).exists() and os.path.samestat(os.fstat(file), path.stat()):
+            fail()
+
     write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
-    monkeypatch.setattr(step, fail)
+    monkeypatch.setattr(os, "fsync", fsync)
+    if full_at == "writing":
+        monkeypatch.setattr("convert.prefix.save_safetensors", fail)
     with pytest.raises(OSError, match="No space"):
         write_adapter(tmp_path, np.ones((3, 8), np.float32), n_layer=1, n_head=1, header={})
     assert len(read_prefix(tmp_path)[0]) == 2
