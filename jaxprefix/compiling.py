@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import sys
 
 import jax
 
@@ -18,7 +19,14 @@ def prepare_compiling() -> None:
     trim_after_compiling()
     jax.config.update("jax_enable_x64", False)  # types here are what they say
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        folder = cache_folder() / "compiled"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            advice = "set XDG_CACHE_HOME to another folder"
+            print(f"WARNING: {folder}: compiled programs cannot be kept ({error.strerror}); {advice}", file=sys.stderr)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
 

@@ -10,11 +10,13 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
+from jaxprefix.compiling import prepare_compiling
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import PATIENCE, flags_of, metrics_of, printed_by, run_config
 
@@ -219,6 +221,18 @@ def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwi
     environment = others | {"XDG_CACHE_HOME": "cache"} | given
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == kept, result.stderr
+
+
+def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_path):
+    folder = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data_file(tmp_path, "a file")))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        prepare_compiling()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+    assert "compiled programs cannot be kept (Not a directory); set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 def test_types_are_what_they_say_whatever_the_environment_says():
