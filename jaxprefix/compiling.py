@@ -7,7 +7,7 @@ import sys
 
 import jax
 
-from jaxprefix.config import cache_folder
+from jaxprefix.config import OTHER_CACHE, cache_folder
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
@@ -23,10 +23,10 @@ def prepare_compiling() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            advice = "set XDG_CACHE_HOME to another folder"
-            print(f"WARNING: {folder}: compiled programs cannot be kept ({error.strerror}); {advice}", file=sys.stderr)
-            return
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+            what = f"{folder}: compiled programs cannot be kept ({error.strerror}); {OTHER_CACHE}"
+            print(f"WARNING: {what}", file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
 

@@ -13,7 +13,7 @@ import tyro
 
 from convert.errors import InputError
 from jaxprefix.recipe import RecipeName
-from jaxprefix.settings import check_types, range_problems
+from jaxprefix.settings import convert_and_check, range_problems
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -29,6 +29,9 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         raise InputError("there is no home folder for caches; set XDG_CACHE_HOME to a folder") from error
 
+
+OTHER_CACHE = "set XDG_CACHE_HOME to another folder"
+"""What to do where `cache_folder` is of no use."""
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -46,7 +49,7 @@ class Compute:
     """Compile one layer for all: compiles faster, runs slower, saves memory on a CPU; for very deep models."""
 
     def __post_init__(self) -> None:
-        check_types(self, "computing")
+        convert_and_check(self, "computing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class HostsConfig:
     """A process ends if it finishes no update, evaluation or checkpoint for so long: another one hangs."""
 
     def __post_init__(self) -> None:
-        check_types(self, "processes")
+        convert_and_check(self, "processes")
         problems = range_problems(self, ["stall_minutes"])
         named = ("coordinator_address", "num_processes", "process_id")
         missing = [f"--{name}" for name in named if getattr(self, name) is None]
@@ -196,7 +199,7 @@ class TrainConfig:
     hosts: tyro.conf.OmitArgPrefixes[HostsConfig] = HostsConfig()
 
     def __post_init__(self) -> None:
-        check_types(self, self.command)
+        convert_and_check(self, self.command)
         positive = ["prefix_seq_len", "prefix_input_dim", "max_seq_len", "train_data_size", "batch_size"]
         positive += ["n_accum_steps", "n_training_steps", "n_epochs", "log_every_n_steps", "checkpoint_every_n_steps"]
         positive += ["max_lr", "adam_eps", "dev_data_size", "checkpoint_every_minutes"]
@@ -292,6 +295,6 @@ class ConvertConfig:
     """Branch, tag or commit of a hub id."""
 
     def __post_init__(self) -> None:
-        check_types(self, "convert")
+        convert_and_check(self, "convert")
         if self.revision is not None and self.pretrained_model_dir is None:
             raise InputError("--revision belongs to --pretrained_model_dir, which is not given")

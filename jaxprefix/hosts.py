@@ -39,9 +39,6 @@ LEAVE_SECONDS = 5
 VISIBLE_SECONDS = 60
 """How long a network file system may hide a file that another host wrote."""
 
-SETTINGS_BYTES = 2**16
-"""Room for what processes compare."""
-
 Result = TypeVar("Result")
 
 
@@ -49,14 +46,24 @@ Result = TypeVar("Result")
 def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes of a run for the duration of the `with`. JAX must not have been used before.
 
-    Raises InputError when the cluster is not recognised, the port is taken, or JAX is in use already. When the others
-    are not all there after JOIN_SECONDS, the program ends with an error, before JAX would abort it.
+    Raises InputError when the cluster is not recognised, the port is taken, JAX is in use already, or processes have
+    unequal numbers of devices; RunError when the others can no longer be reached. When they are not all there after
+    JOIN_SECONDS, the program ends with an error, before JAX would abort it.
     """
-    if not config.several:
+    if config.several:
+        _join(config)
+        with plain_where_others_end():
+            yield
+            wait_for_all("end")
+        jax.distributed.shutdown()
+    else:
         _warn_of_slurm()
         devices()  # fails plainly where a platform does not work
         yield
-        return
+
+
+def _join(config: HostsConfig) -> None:
+    """Connect this process to the others, and see their devices."""
     if config.process_id == 0 and config.coordinator_address is not None:
         _check_port(int(config.coordinator_address.rpartition(":")[2]))
     _bypass_proxy()
@@ -85,10 +92,6 @@ def joined(config: HostsConfig) -> Iterator[None]:
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
-    with plain_where_others_end():
-        yield
-        wait_for_all("end")
-    jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -159,9 +162,9 @@ def wait_for_all(name: str) -> None:
 
 
 def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
-    """Wait for all processes in a thread of Orbax's, which does so once more after its save has failed on one of them.
+    """Wait for all processes in Orbax's thread, unless an exception is being handled.
 
-    That one must tell and end instead: the others still wait where it failed.
+    After a save that failed, Orbax waits once more, where the others never come: its error would be told late.
     """
     if sys.exc_info()[0] is None:
         from orbax.checkpoint import multihost
@@ -214,9 +217,10 @@ def check_same(settings: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    own, padded = json.dumps(settings).encode(), np.zeros(SETTINGS_BYTES, np.uint8)
-    padded[: len(own)] = np.frombuffer(own, np.uint8)
-    first = json.loads(broadcast_from_first(padded).tobytes().rstrip(b"\0"))
+    own = json.dumps(settings).encode()
+    size = int(broadcast_from_first(np.array(len(own), np.int32)))
+    cut = np.frombuffer(own[:size].ljust(size), np.uint8)  # only the first one's content counts
+    first = json.loads(broadcast_from_first(cut).tobytes())
     differing = [name for name in {**settings, **first} if first.get(name) != settings.get(name)]
     if differing:
         told = [f"{name}: {first.get(name)!r} on process 0, {settings.get(name)!r} here" for name in differing]

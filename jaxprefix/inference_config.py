@@ -10,7 +10,7 @@ import tyro
 from convert.errors import InputError
 from jaxprefix.config import SEED_LIMIT, DType, mesh_problems
 from jaxprefix.recipe import RecipeName
-from jaxprefix.settings import check_types, range_problems
+from jaxprefix.settings import convert_and_check, range_problems
 
 LEAST_TEMPERATURE = 1e-6
 """Low enough to be greedy; far below it, the division would overflow."""
@@ -34,7 +34,7 @@ class DecodeConfig:
     """`rinna` does as the original in the nucleus, GPT-2's positions, evaluate's chunks and means (see the README)."""
 
     def __post_init__(self) -> None:
-        check_types(self, "decoding")
+        convert_and_check(self, "decoding")
         problems = range_problems(self, ["max_output_len"], ["top_k"])
         if not 0 <= self.top_p <= 1:
             problems.append(f"--top_p must be between 0 and 1, is {self.top_p}")
@@ -72,7 +72,7 @@ class InferenceConfig:
 
     def common_problems(self) -> list[str]:
         """Return what is wrong with these settings. Raises InputError for values of another type."""
-        check_types(self, "generate or evaluate")
+        convert_and_check(self, "generate or evaluate")
         problems = range_problems(self, ["batch_size"])
         if not 0 <= self.seed < SEED_LIMIT:
             problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")

@@ -1,6 +1,7 @@
-"""A device whose memory is too small: the error that says by how much, and what to lower."""
+"""A device or host whose memory is too small: the error that says by how much, and what to lower."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @contextlib.contextmanager
 def within_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn JAX's error of a device that is full into RunError, which ends with what `advice` returns."""
+    """Turn the errors of a device or host that is full into RunError, which ends with what `advice` returns."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError) as error:
+        host_is_full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        if not host_is_full and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunError(f"out of memory: {shortage(str(error))}; {advice()}") from error
 

@@ -31,7 +31,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
         screen: Any = Heedless(sys.stderr)  # a run may also be a function's, without the command line around it
-        self._console = Console(file=screen, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = Console(file=screen, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
@@ -57,7 +57,7 @@ class RunLog:
     def line(self, text: str) -> None:
         """Write a line to the screen and to log.txt, preceded by the seconds since the start."""
         text = f"{time.monotonic() - self._started:.2f}s {text}"
-        self._console.print(text, markup=False)
+        self._console.print(text)
         if self._text is not None:
             print(text, file=self._text, flush=True)
 

@@ -10,11 +10,12 @@ from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 from convert.errors import InputError
 
 
-def check_types(settings: Any, what: str) -> None:
-    """Check the types of a dataclass's fields, as the command line does for its own; a str may stand for a Path.
+def convert_and_check(settings: Any, what: str) -> None:
+    """Convert what is only spelled otherwise (str and Path, NumPy's numbers), and check the types of all fields.
 
-    Raises InputError that lists the values which are of another type, not among a field's choices, or not UTF-8: Python
-    takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
+    `settings` is a dataclass, whose fields are replaced even if it is frozen. Raises InputError that lists the values
+    which are of another type, not among a field's choices, or not UTF-8: Python takes such bytes from a shell, but
+    config.json, SentencePiece and Orbax do not.
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
@@ -23,7 +24,7 @@ def check_types(settings: Any, what: str) -> None:
             value = Path(value)
         elif isinstance(value, Path) and Path not in kinds:  # a model's folder, which may be a hub id instead
             value = str(value)
-        elif hasattr(value, "item"):  # one of NumPy's numbers
+        elif getattr(value, "ndim", None) == 0:  # one of NumPy's numbers
             value = value.item()
         object.__setattr__(settings, name, value)
         if isinstance(value, str | Path) and not is_utf8(value):

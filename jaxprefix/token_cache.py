@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import cache_folder
+from jaxprefix.config import OTHER_CACHE, cache_folder
 from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
 from jaxprefix.lines import read_lines, sha256_of
 
@@ -61,13 +61,11 @@ def load_examples(path: Path, chunking: Chunking) -> Examples:
                 if (examples := _open(folder)) is None:
                     examples = _make(path, chunking, folder)
     except OSError as error:
-        advice = "set XDG_CACHE_HOME to another folder"
-        raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {advice}") from error
-    assert examples is not None
+        raise InputError(f"{folder}: the token cache cannot be written ({error.strerror}); {OTHER_CACHE}") from error
     return not_empty(examples, path)
 
 
-def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
+def _make(path: Path, chunking: Chunking, folder: Path) -> Examples:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as unfinished:
@@ -77,7 +75,9 @@ def _make(path: Path, chunking: Chunking, folder: Path) -> Examples | None:
         if _open(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         _move(Path(unfinished), folder)
-    return _open(folder)
+    if (examples := _open(folder)) is None:
+        raise InputError(f"{folder}: what was just written there cannot be read; {OTHER_CACHE}")
+    return examples
 
 
 def _remove_abandoned(tokens: Path) -> None:
@@ -119,10 +119,10 @@ def _open(folder: Path) -> Examples | None:
         if about["n_tokens"]:  # what is empty cannot be mapped
             tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
         skipped = Skipped(*about["skipped"])
+        sizes = [about["n_tokens"], about["n_examples"], about["n_examples"]]
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    sizes = [len(tokens), len(ends), len(prompt_lengths)]
-    if sizes != [about["n_tokens"], about["n_examples"], about["n_examples"]] or ends[-1:].sum() != len(tokens):
+    if sizes != [len(tokens), len(ends), len(prompt_lengths)] or ends[-1:].sum() != len(tokens):
         return None
     return Examples(tokens, ends, prompt_lengths, skipped)
 

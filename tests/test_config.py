@@ -70,6 +70,7 @@ def test_settings_of_decoding_that_cannot_be_meant(changes, message):
         (run_config(Path()), "model_type", "bert", "--model_type must be one of gpt-neox, gpt; is 'bert'"),
         (DecodeConfig(), "recipe", "beam", "--recipe must be one of default, rinna; is 'beam'"),
         (DecodeConfig(), "top_k", 5.0, "--top_k must be of type int, is 5.0"),
+        (DecodeConfig(), "top_p", np.zeros(2), "--top_p must be of type float, is array([0., 0.])"),
         (Compute(), "remat", "full", "--remat must be one of elementwise, block; is 'full'"),
         (run_config(Path()), "mesh", {"fsdp": 8}, "--mesh must be of type str | None, is {'fsdp': 8}"),
         (run_config(Path()), "batch_size", 2.5, "--batch_size must be of type int, is 2.5"),

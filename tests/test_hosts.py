@@ -63,14 +63,25 @@ def second_of_two(monkeypatch):
     monkeypatch.setattr(hosts, "wait_for_all", lambda name: None)
 
 
+def first_says(monkeypatch, settings):
+    """Have process 0 send its settings, as JAX does: what the others give must have the same shape."""
+    content = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+
+    def from_first(own):
+        sent = content if own.ndim else np.array(len(content))
+        assert own.shape == sent.shape
+        return sent
+
+    monkeypatch.setattr(hosts, "broadcast_from_first", from_first)
+
+
 @pytest.mark.usefixtures("second_of_two")
 def test_settings_that_differ_are_named(monkeypatch):
-    there = json.dumps({"seed": 42, "suffix": " 😃", "mesh": None}).encode()
-    padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
-    monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
-    hosts.check_same({"seed": 42, "suffix": " 😃", "mesh": None})
+    long = " 😃" * 50_000
+    first_says(monkeypatch, {"seed": 42, "suffix": long, "mesh": None})
+    hosts.check_same({"seed": 42, "suffix": long, "mesh": None})
     with pytest.raises(InputError, match=r"differ from those of process 0:\n  - seed: 42 on process 0, 7 here$"):
-        hosts.check_same({"seed": 7, "suffix": " 😃", "mesh": None})
+        hosts.check_same({"seed": 7, "suffix": long, "mesh": None})
 
 
 @pytest.fixture
@@ -256,9 +267,7 @@ def test_how_processes_join_and_leave(monkeypatch):
 
 def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    there = json.dumps({"seed": 42}).encode()
-    padded = np.frombuffer(there.ljust(hosts.SETTINGS_BYTES, b"\0"), np.uint8)
-    monkeypatch.setattr(hosts, "broadcast_from_first", lambda own: padded)
+    first_says(monkeypatch, {"seed": 42})
     with pytest.raises(InputError, match="checkpoint_sha256: None on process 0, 'a' here"):
         hosts.check_same({"seed": 42, "checkpoint_sha256": "a"})
     with pytest.raises(InputError, match="seed: 42 on process 0, None here"):

@@ -1,4 +1,5 @@
 import ctypes
+import errno
 import os
 import types
 
@@ -38,14 +39,25 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     assert (", 2.50 more than" in shortage(text)) == ("12.50" in asked)
 
 
-def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("full", "told"),
+    [
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB."),
+            "12.50 GiB were requested at once",
+        ),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "more was requested than is free"),
+        (MemoryError(), "more was requested than is free"),
+    ],
+)
+def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, capsys, full, told):
     def fail(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.")
+        raise full
 
     monkeypatch.setattr(jaxprefix.decode, "_decode", fail)
     assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
     error = capsys.readouterr().err
-    assert "error: out of memory: 12.50 GiB were requested at once; " in error
+    assert f"error: out of memory: {told}; " in error
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
 
 

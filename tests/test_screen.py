@@ -41,6 +41,12 @@ def test_a_stream_that_was_closed_before(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_suffix_or_path_stands_as_it_is(capsys):
+    with RunLog(None, n_updates=1, from_step=0, to_evaluate=False, quiet=False) as log:
+        log.line("the suffix ' :smile:' in [bold]data[/bold]")
+    assert capsys.readouterr().err.endswith(" the suffix ' :smile:' in [bold]data[/bold]\n")
+
+
 def test_what_the_system_has_closed_takes_no_other_files_place(tmp_path):
     number = os.open(os.devnull, os.O_WRONLY)
     with open(number, "w", buffering=1, closefd=False) as stream:

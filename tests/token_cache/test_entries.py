@@ -82,7 +82,7 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "prompt_lengths.npy", "about.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", b"", b"[]"])
+@pytest.mark.parametrize("damage", ["cut", "gone", b"", b"[]", b'{"n_tokens": 0, "skipped": []}'])
 @pytest.mark.usefixtures("in_this_process")
 def test_a_damaged_entry_is_made_anew(data, tokenizer, name, damage):
     expected = list(load_examples(data, Chunking(tokenizer)))
@@ -125,6 +125,13 @@ def test_gzip_makes_the_same_examples(data, tokenizer, tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress(data.read_bytes()))
     assert same(load_examples(packed, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
     assert len(list((cache_folder() / "tokens").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_entry_that_cannot_be_read_back(data, tokenizer, monkeypatch):
+    monkeypatch.setattr(token_cache, "_open", lambda folder: None)
+    with pytest.raises(InputError, match="what was just written there cannot be read; set XDG_CACHE_HOME"):
+        load_examples(data, Chunking(tokenizer))
 
 
 def test_a_file_that_changes_before_it_is_tokenized(data, tokenizer, monkeypatch):
