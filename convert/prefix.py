@@ -46,8 +46,8 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read a prefix of any format as (folded float32 array, its header: base model, dev loss).
 
     Accepts a run folder, an adapter folder or a file, whose format is recognised by its content. Tensors may be
-    float32, float16 or bfloat16; folded, [P, 2·L, N, H] or layered. A safetensors header names the base model; an
-    adapter folder and an array of more than two axes give its shape. Raises InputError when it is none of these, or
+    float64, float32, float16 or bfloat16; folded, [P, 2·L, N, H] or layered. A safetensors header names the base model;
+    an adapter folder and an array of more than two axes give its shape. Raises InputError when it is none of these, or
     holds a number that is not finite.
     """
     if path.is_dir():

@@ -1,7 +1,8 @@
-"""A base model's folder, opened: its configuration and tokenizer, before any weight is read."""
+"""A base model before any weight is read: its folder's configuration and tokenizer, and what tells it from others."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
@@ -25,3 +26,19 @@ def open_base(
     """
     path = resolve_folder(dir_or_hub_id, revision, weights)
     return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type), load_tokenizer(path))
+
+
+def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+    """Describe a base model for the header of a prefix file; on loading, all fields but the name must agree."""
+    fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
+    identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
+    return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
+
+
+def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
+    """Say in which fields a file's base differs from a `base_identity`; a field that the file lacks counts as equal."""
+    return [
+        f"{field}: made for {found[field]}, this base has {value}"
+        for field, value in identity.items()
+        if field != "base_model" and found.get(field, value) != value
+    ]

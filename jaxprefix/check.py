@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprefix.base_folder import open_base
+from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.batches import Batch, Packing
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
 from jaxprefix.data import UpdatePlan, label_counts, split_examples
@@ -23,7 +23,6 @@ from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import scanned_dtype
 from jaxprefix.models.stack import stacked
-from jaxprefix.prefix import base_identity
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
@@ -102,12 +101,9 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
     """Tell whether the suffix can be learnt."""
     if not suffix:
         return "suffix: none"
-    ids = tokenizer.encode(suffix)
-    if tokenizer.unk_id in ids:
-        return f"suffix {suffix!r}: UNKNOWN to this tokenizer, cannot be learnt"
-    if not tokenizer.decode(ids).strip():
-        return f"suffix {suffix!r}: BLANK to this tokenizer, no sentence can end with it"
-    return f"suffix {suffix!r}: {len(ids)} token(s)"
+    if flaw := tokenizer.why_unlearnable(suffix):
+        return f"suffix {suffix!r}: {flaw}; it CANNOT BE LEARNT"
+    return f"suffix {suffix!r}: {len(tokenizer.encode(suffix))} token(s)"
 
 
 def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> str:

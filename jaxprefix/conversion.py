@@ -10,11 +10,11 @@ from convert.prefix import ADAPTER_CONFIG, RUN_SUBFOLDER, read_prefix, write_ada
 from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
-from jaxprefix.base_folder import open_base
+from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.checkpoint import Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
-from jaxprefix.prefix import base_identity, check_prefix
+from jaxprefix.prefix import check_prefix
 from jaxprefix.run_description import is_run_folder
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
 from jaxprefix.run_lock import only_writer

@@ -26,14 +26,13 @@ from jaxprefix.models.attention import Cache, cache_of, own_slots, positions_of
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
+from jaxprefix.sampling import Sampling, are_finite, choose_tokens
 from jaxprefix.shapes import round_up
 from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_BUCKET = 16
 """Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
-LIKELY = 4096
-"""Tokens that a CPU sorts to find a nucleus without top_k: sorting all would take longer than running the model."""
 GPU_STEPS = 8
 """Tokens between two checks whether all rows have stopped: a GPU waits for the host at each of them."""
 
@@ -46,16 +45,6 @@ class BatchTiming(NamedTuple):
     seconds: float
 
 
-class Sampling(NamedTuple):
-    """The numbers that are inputs of the compiled loop, so that other values need no new program."""
-
-    temperature: Float[Array, ""] | float
-    top_p: Float[Array, ""] | float
-    seed: Int[Array, ""] | np.uint32
-    first_index: Int[Array, ""] | int
-    """Of the batch's first row in the list of prompts: a row's random numbers come from the seed and its own index."""
-
-
 class Made(NamedTuple):
     """What the decoding loop has generated so far."""
 
@@ -63,6 +52,13 @@ class Made(NamedTuple):
     ids: Int[Array, "B max_output_len"]
     stopped: Bool[Array, "B"]
     finite: Bool[Array, ""]  # all logits, of rows that had not stopped
+
+    def followed_by(self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int) -> "Made":
+        """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were."""
+        stopped = self.stopped | (tokens == eos_id)
+        ids = self.ids.at[:, self.n].set(jnp.where(stopped, eos_id, tokens))
+        n = self.n + 1
+        return Made(n, ids, stopped | (n >= ids.shape[1]), self.finite & (finite | self.stopped).all())
 
 
 DecodeState = tuple[Made, Int[Array, "B"], Cache]
@@ -149,15 +145,9 @@ def generate_ids(
     compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
-        width = round_up(max(map(len, group)), PROMPT_BUCKET)
-        tokens = np.full((batch_size, width), tokenizer.pad_id, np.int32)
-        lengths = np.zeros(batch_size, np.int32)  # 0: a row without a prompt
-        for index, ids in enumerate(group):
-            tokens[index, : len(ids)] = ids
-            lengths[index] = len(ids)
         started = time.perf_counter()
         sampling = Sampling(float(decode.temperature), float(decode.top_p), np.uint32(seed), first_index + first)
-        spread = jax.device_put((tokens, lengths), sharding)
+        spread = jax.device_put(padded_prompts(group, batch_size, tokenizer.pad_id), sharding)
         made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, compiled_for))
         if not finite:
             sound = prefix is None or np.isfinite(np.asarray(prefix, np.float32)).all()
@@ -168,6 +158,15 @@ def generate_ids(
             timings.append(BatchTiming(len(group), int(lengths_made.sum()), time.perf_counter() - started))
         for row, length in zip(made, lengths_made, strict=False):
             yield row[:length].tolist()
+
+
+def padded_prompts(prompts: Sequence[list[int]], n_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return int32 token ids [n_rows, tokens], padded on the right, and each row's length, 0 without a prompt."""
+    tokens = np.full((n_rows, round_up(max(map(len, prompts)), PROMPT_BUCKET)), pad_id, np.int32)
+    lengths = np.zeros(n_rows, np.int32)
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, lengths
 
 
 def check_prompts(
@@ -216,11 +215,7 @@ def _decode(
         logits = model.logits(hidden)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, made.n)
         tokens = choose_tokens(logits, step_keys, decode, sampling)
-        finite = made.finite & (are_finite(logits) | made.stopped).all()
-        stopped = made.stopped | (tokens == eos_id)
-        ids = made.ids.at[:, made.n].set(jnp.where(stopped, eos_id, tokens))
-        n_made = made.n + 1
-        return Made(n_made, ids, stopped | (n_made >= decode.max_output_len), finite), tokens
+        return made.followed_by(tokens, are_finite(logits), eos_id), tokens
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
         return ~state[0].stopped.all()
@@ -254,68 +249,3 @@ def cache_dtype(model: BaseModel) -> DTypeLike:
     """
     dtype = model.embed.weight.dtype
     return jnp.float32 if dtype == jnp.bfloat16 and on_a_cpu() else dtype
-
-
-def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Tell for each row whether its largest logit is finite: one NaN or +∞ makes that NaN or +∞."""
-    return jnp.isfinite(logits.max(axis=-1))
-
-
-def choose_tokens(
-    logits: Float[Array, "B V"], keys: Array, decode: DecodeConfig, sampling: Sampling
-) -> Int[Array, "B"]:
-    """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
-    if decode.decode_method == "greedy":
-        below, n_tokens = logits < logits.max(axis=-1, keepdims=True), logits.shape[-1]
-        return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes a CPU four times as long
-    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)  # where JAX has 64 bits, too
-    logits, numbers = logits / sampling.temperature, jax.vmap(uniform)(keys)
-    if decode.decode_method == "sample":
-        return draw(logits, numbers)
-
-    drop_crossing = RECIPES[decode.recipe].drop_crossing_token
-
-    def from_nucleus(logits: Float[Array, "B K"], ids: Int[Array, "B K"]) -> Int[Array, "B"]:
-        return jnp.take_along_axis(ids, draw(logits, numbers)[:, None], axis=-1)[:, 0]
-
-    if decode.top_k or logits.shape[-1] <= LIKELY or not on_a_cpu():
-        return from_nucleus(*nucleus(logits, decode.top_k, sampling.top_p, drop_crossing))
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    likeliest, ids = nucleus(logits, LIKELY, sampling.top_p, drop_crossing, normaliser)
-    return jax.lax.cond(
-        jnp.isneginf(likeliest[:, -1]).all(),  # the last one is outside, so all less likely ones are
-        lambda: from_nucleus(likeliest, ids),
-        lambda: from_nucleus(*nucleus(logits, 0, sampling.top_p, drop_crossing)),
-    )
-
-
-def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Draw an index from each row's softmax with one number from [0, 1): the index where the running sum passes it.
-
-    `jax.random.categorical` needs a random number for each token, which takes a CPU a third of a step.
-    """
-    sums = jnp.cumsum(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-    below = jnp.nextafter(sums[:, -1], 0)  # a product that is rounded up to the last sum would lie behind all indices
-    return (sums <= jnp.minimum(numbers * sums[:, -1], below)[:, None]).sum(axis=-1)
-
-
-def nucleus(
-    logits: Float[Array, "B V"],
-    top_k: int,
-    top_p: float | Float[Array, ""],
-    drop_crossing: bool = False,
-    normaliser: Float[Array, "B 1"] | None = None,
-) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
-
-    The nucleus is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751).
-    With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as the
-    original does. Of equal logits the lower id comes first, also at the end of top_k. `normaliser` is the log of the
-    summed exponentials that probabilities are relative to: by default over those top_k.
-    """
-    n_tokens = logits.shape[-1]
-    likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))
-    probabilities = jax.nn.softmax(likeliest) if normaliser is None else jnp.exp(likeliest - normaliser)
-    reached = jnp.cumsum(probabilities, axis=-1)
-    outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
-    return jnp.where(outside.at[:, 0].set(False) & (top_p > 0), -jnp.inf, likeliest), ids

@@ -2,9 +2,10 @@
 
 import math
 import sys
-from typing import TypeVar
+from typing import Any
 
 from convert.errors import InputError, RunError
+from jaxprefix.base_folder import BaseFolder
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
@@ -12,6 +13,7 @@ from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import load_model
+from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_description import setting_of
 from jaxprefix.sentences import suffix_rate, without_cut_end
@@ -21,7 +23,6 @@ from jaxprefix.tokenizer import Tokenizer
 
 Report = dict[str, dict[str, float | int]]
 """Measures by name, for the base model with the prefix and without it."""
-Setting = TypeVar("Setting", str, int)
 
 
 def evaluate(config: EvaluateConfig) -> Report:
@@ -31,31 +32,16 @@ def evaluate(config: EvaluateConfig) -> Report:
     """
     mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
-    recipe = RECIPES[config.decode.recipe]
-    suffix, max_seq_len = _as_trained(config, "suffix", str), _as_trained(config, "max_seq_len", int)
+    suffix: str = _as_trained(config, "suffix")
     print(f"suffix: {suffix!r}", file=sys.stderr)
-
-    prompts, generated_suffix = list[list[int]](), ""
-    if config.n_samples:
-        given = read_prompts(config.prompt_file) if config.prompt_file else [""]
-        encoded = [base.tokenizer.encode(prompt) for prompt in given]
-        prompts = [encoded[i % len(encoded)] for i in range(config.n_samples)]
-        generated_suffix = as_generated(suffix, base.tokenizer)
-        check_prompts(base.config, base.tokenizer, encoded, prefix, config.decode)
-    examples: Examples | None = None
-    if config.data_filepath is not None:
-        chunking = Chunking(base.tokenizer, suffix, max_seq_len, recipe, config.skip_bad_lines)
-        examples = load_examples(config.data_filepath, chunking)
-        for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
-            print(line, file=sys.stderr)
-        check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
-
+    prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
+    examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix)
     model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
+    recipe = RECIPES[config.decode.recipe]
 
     def sampled(prompt: list[int], made: list[int]) -> str:
         text = continuation(base.tokenizer, prompt, made)
-        cut_off = len(made) == config.decode.max_output_len
-        return without_cut_end(text, generated_suffix) if cut_off else text
+        return without_cut_end(text, ending) if len(made) == config.decode.max_output_len else text
 
     report: Report = {}
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
@@ -68,35 +54,51 @@ def evaluate(config: EvaluateConfig) -> Report:
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
         if prompts:
             made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
-            values |= suffix_rate(map(sampled, prompts, made_ids), generated_suffix)
+            values |= suffix_rate(map(sampled, prompts, made_ids), ending)
     return report
+
+
+def _encoded_prompts(
+    config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str
+) -> tuple[list[list[int]], str]:
+    """Return n_samples prompts, those that are given in turn, and the suffix as texts will have it."""
+    given = read_prompts(config.prompt_file) if config.prompt_file else [""]
+    encoded = [base.tokenizer.encode(prompt) for prompt in given]
+    ending = as_generated(suffix, base.tokenizer)
+    check_prompts(base.config, base.tokenizer, encoded, prefix, config.decode)
+    return [encoded[i % len(encoded)] for i in range(config.n_samples)], ending
+
+
+def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str) -> Examples:
+    """Return the data's examples, which fit behind the prefix; say what was skipped or is unknown."""
+    assert config.data_filepath is not None
+    recipe = RECIPES[config.decode.recipe]
+    chunking = Chunking(base.tokenizer, suffix, _as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
+    examples = load_examples(config.data_filepath, chunking)
+    for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
+        print(line, file=sys.stderr)
+    check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
+    return examples
 
 
 def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
     """Return a suffix as it appears, normalised, in generated texts. Raises InputError if no sentence can end so."""
-    ids = tokenizer.encode(suffix)
-    if tokenizer.unk_id in ids:
-        raise InputError(
-            f"the suffix {suffix!r} holds text unknown to the tokenizer; --n_samples 0 skips the suffix rate"
-        )
-    generated = tokenizer.decode(ids)
-    if not generated.strip():
-        raise InputError(f"the suffix {suffix!r} is blank in generated texts; --n_samples 0 skips the suffix rate")
-    if "\n" in generated.strip():
-        raise InputError(
-            f"the suffix {suffix!r} spans several lines, but a sentence is one line; "
-            "--n_samples 0 skips the suffix rate"
-        )
+    generated = tokenizer.decode(tokenizer.encode(suffix))
+    flaw = tokenizer.why_unlearnable(suffix)
+    if flaw is None and "\n" in generated.strip():
+        flaw = "spans several lines, but a sentence is one line"
+    if flaw:
+        raise InputError(f"the suffix {suffix!r} {flaw}; --n_samples 0 skips the suffix rate")
     return generated
 
 
-def _as_trained(config: EvaluateConfig, name: str, kind: type[Setting]) -> Setting:
+def _as_trained(config: EvaluateConfig, name: str) -> Any:
     """Return a setting if it is given, else that of the prefix's run, else train's default."""
     if (given := getattr(config, name)) is not None:
         return given
-    found = setting_of(config.prefix_checkpoint_path, name)
+    default, found = getattr(TrainConfig, name), setting_of(config.prefix_checkpoint_path, name)
     if found is None:
-        return getattr(TrainConfig, name)
-    if type(found) is not kind or (isinstance(found, int) and found < 1):
+        return default
+    if type(found) is not type(default) or (isinstance(found, int) and found < 1):
         raise InputError(f"{config.prefix_checkpoint_path}: its config.json has an invalid {name}, {found!r}")
     return found

@@ -119,7 +119,7 @@ class InFlight:
                 examples = offending_examples(run, state, number)
                 causes = f"--max_lr {run.config.max_lr:g} is too high, or one of these examples is the cause"
                 raise RunError.all(f"{fault}; {what_is_left(run.config)}. Either {causes}:", examples)
-            if math.isfinite(loss):  # else float16 has skipped the update
+            if math.isfinite(loss):  # one that is not would spoil the window's mean; float16 has skipped that update
                 self.window.add(loss, n_labels, self.clock - started)
             run.log.progress(number, loss, self.window.tokens_per_s)
             run.watchdog.progress()

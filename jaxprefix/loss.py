@@ -1,4 +1,7 @@
-"""Next-token cross entropy that never holds all logits in memory. Legend: `models/attention.py`."""
+"""Next-token cross entropy that never holds all logits in memory.
+
+Legend: `models/attention.py`, and C: columns of a chunk.
+"""
 
 import functools
 from typing import Any

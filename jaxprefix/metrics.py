@@ -96,7 +96,10 @@ def dev_loss(
     recipe: Recipe = Recipe(),
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Return {"loss": nats per token, "ppl": its exponential} over the batches, computed where the base lies."""
+    """Return {"loss": nats per token, "ppl": perplexity}, averaged over the batches as the recipe says.
+
+    Computed where the base lies.
+    """
     meter, in_flight = LossMeter(recipe), deque[tuple[Array, int]]()
 
     def settle(n_left: int) -> None:

@@ -19,10 +19,12 @@ from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import RUN_SUBFOLDER, read_prefix, to_folded, to_layers, write_adapter
-from jaxprefix.models import BaseModel
+from jaxprefix.base_folder import base_identity, differing_fields
+from jaxprefix.models import BaseModel, path_name
 from jaxprefix.models.attention import heads_first
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import Embedding, Linear
+from jaxprefix.run_description import is_run_folder
 from jaxprefix.tokenizer import Tokenizer
 
 Prefix = Float[Array, "L 2 P N H"]
@@ -114,23 +116,7 @@ def fit(encoder: PrefixEncoder, target: Prefix, n_steps: int = 200) -> PrefixEnc
 
 def decays(encoder: Encoder) -> Encoder:
     """Return True for each parameter that weight decay applies to, False for biases."""
-    return jax.tree.map_with_path(lambda path, _: "bias" not in jax.tree_util.keystr(path), encoder)
-
-
-def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """Describe a base model for the header of a prefix file; on loading, all fields but the name must agree."""
-    fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
-    identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
-    return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
-
-
-def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
-    """Say in which fields a file's base model differs from a `base_identity`; a field that the file lacks does not."""
-    return [
-        f"{field}: made for {found[field]}, this base has {value}"
-        for field, value in identity.items()
-        if field != "base_model" and found.get(field, value) != value
-    ]
+    return jax.tree.map_with_path(lambda path, _: "bias" not in path_name(path), encoder)
 
 
 def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
@@ -177,8 +163,6 @@ def save_prefix(
     Raises InputError for a prefix that could not be loaded again, or a run's folder, whose prefix is in a folder of its
     own, and OSError; an earlier prefix is kept then.
     """
-    from jaxprefix.run_description import is_run_folder  # which imports this file
-
     if is_run_folder(Path(folder)):
         raise InputError(f"{folder}: is a run's folder, whose prefix is in {RUN_SUBFOLDER}/; name that one, or another")
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)

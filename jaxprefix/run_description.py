@@ -11,9 +11,9 @@ from convert.errors import InputError
 from convert.files import replacing
 from convert.prefix import RUN_SUBFOLDER
 from convert.untrusted import member, read_object
+from jaxprefix.base_folder import differing_fields
 from jaxprefix.config import TrainConfig
 from jaxprefix.lines import sha256_of
-from jaxprefix.prefix import differing_fields
 
 CONFIG_FILE = "config.json"
 PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}

@@ -1,4 +1,4 @@
-"""Log lines and errors that cannot be written end nothing: a closed terminal, or a pipe whose reader has gone."""
+"""Streams for log lines and errors: a closed terminal, or a pipe whose reader has gone, must not end the program."""
 
 import contextlib
 import os

@@ -27,8 +27,8 @@ from jaxprefix.models import BaseModel, path_name
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split. The first match counts whose spec names as many axes as the
-# weight has, or none. Weights are [out, in], see `layers.Linear`.
+# Path of a base model's weight → how its axes are split. Of the rules that match, the first counts whose spec has as
+# many axes as the weight, or none. Weights are [out, in], see `layers.Linear`.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
@@ -123,7 +123,7 @@ def with_gathered_embeddings(base: Weights, mesh: Mesh | AbstractMesh) -> Weight
     """Gather the embeddings along their width, inside jit."""
 
     def gather(path: Any, weight: Array) -> Array:
-        name = jax.tree_util.keystr(path)
+        name = path_name(path)
         if "embed" not in name:
             return weight
         splits = "embed_positions" not in name and len(weight) % mesh.shape["tensor"] == 0  # a tied head stays split

@@ -31,7 +31,7 @@ class Progress:
 
     n_done: int = 0
     best_dev_loss: float | None = None
-    """That of the run's prefix, which tells it; a checkpoint is saved before its own epoch is measured."""
+    """Kept in the prefix's file, not in checkpoints, which are saved before their epoch is measured."""
     has_prefix: bool = False
     """Whether a prefix had been saved."""
     window: Sequence[Any] = ()
@@ -71,6 +71,21 @@ def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, n
         return None
     with checkpoints:
         return checkpoints.read()[0]
+
+
+def starting_state(
+    config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, identity: dict[str, str], resuming: bool
+) -> TrainState:
+    """Return the state before the first update, the same on all processes; of a run to resume, its shapes alone.
+
+    `identity` is that of the base model. Raises InputError as `earlier_arrays` and `start_encoder` do.
+    """
+    if resuming:
+        return agree("start the prefix", lambda: abstract_state(config, base))
+    earlier = earlier_arrays(config, identity)
+    state = agree("start the prefix", lambda: first_state(config, start_encoder(config, base, tokenizer, earlier)))
+    agree("start from process 0's encoder", lambda: check_same_start(state.encoder))
+    return state
 
 
 def abstract_state(config: TrainConfig, base: BaseModel) -> TrainState:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxprefix.base_folder import base_identity
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
@@ -20,21 +21,14 @@ from jaxprefix.inputs import Inputs, read_inputs
 from jaxprefix.loop import Run, loop
 from jaxprefix.memory import within_memory
 from jaxprefix.models import fingerprint, load_model
-from jaxprefix.prefix import Encoder, base_identity
+from jaxprefix.prefix import Encoder
 from jaxprefix.run_description import common_settings, describe_run
 from jaxprefix.run_folder import CHECKPOINTS, check_run_folder, open_shared_folder
 from jaxprefix.run_lock import lock_shared_folder
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
-from jaxprefix.start import (
-    Progress,
-    abstract_state,
-    check_same_start,
-    earlier_arrays,
-    restore_state,
-    start_encoder,
-)
-from jaxprefix.update import TrainState, first_state, learning_rate, make_update
+from jaxprefix.start import Progress, restore_state, starting_state
+from jaxprefix.update import learning_rate, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +75,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         )
         rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
         resuming = has_checkpoint(config)
-        earlier = None if resuming else earlier_arrays(config, identity)
-
-        def start() -> TrainState:
-            if resuming:
-                return abstract_state(config, base)
-            return first_state(config, start_encoder(config, base, inputs.base.tokenizer, earlier))
-
-        state = agree("start the prefix", start)
-        if not resuming:
-            agree("start from process 0's encoder", lambda: check_same_start(state.encoder))
-        progress = Progress()
+        state, progress = starting_state(config, base, inputs.base.tokenizer, identity, resuming), Progress()
         if config.writes:
             stack.enter_context(within_disk(config))
         stop = stack.enter_context(stop_on_signal(config))
@@ -153,5 +137,5 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
-    if inputs.base.tokenizer.unk_id in inputs.base.tokenizer.encode(config.suffix):
-        yield f"WARNING: the suffix {config.suffix!r} holds text unknown to the tokenizer; it cannot be learnt"
+    if config.suffix and (flaw := inputs.base.tokenizer.why_unlearnable(config.suffix)):
+        yield f"WARNING: the suffix {config.suffix!r} {flaw}; it cannot be learnt"

@@ -12,13 +12,13 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Sampling, _decode, choose_tokens, draw, generate_ids, nucleus
+from jaxprefix.decode import GPU_STEPS, _decode, generate_ids
 from jaxprefix.inference_config import DecodeConfig
+from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder, with_config
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
-SEED = np.uint32(0)
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
 
 
@@ -187,69 +187,6 @@ def test_too_long_a_text_is_refused(model, tokenizer):
         ids_of(model, tokenizer, [[5] * 200], decode=DecodeConfig(max_output_len=100))
 
 
-LOGITS = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "drop_crossing", "kept"),
-    [
-        (0, 0.0, False, 4),
-        (3, 0.0, False, 3),
-        (0, 0.7, False, 2),  # 0.5 + 0.3 crosses 0.7: the crossing token stays …
-        (0, 0.7, True, 1),  # … or goes
-        (0, 0.1, True, 1),  # the likeliest always stays
-        (2, 0.6, False, 1),  # of the two left the first has 0.5 / 0.8 = 0.625 ≥ 0.6
-        (0, 1.0, False, 4),
-    ],
-)
-def test_a_nucleus_holds_what_top_k_and_top_p_leave(top_k, top_p, drop_crossing, kept):
-    shuffled = LOGITS[:, jnp.asarray([2, 0, 3, 1])]
-    likeliest, ids = nucleus(shuffled, top_k, top_p, drop_crossing)
-    assert int(jnp.isfinite(likeliest).sum()) == kept
-    np.testing.assert_array_equal(likeliest[0, :kept], LOGITS[0, :kept])
-    np.testing.assert_array_equal(ids[0], [1, 3, 0, 2][: top_k or 4])
-
-
-@pytest.mark.parametrize(
-    "logits", [[1.0, 3.0, 2.0, 3.0], [3.0, 3.0, 3.0], [-np.inf, -np.inf], [2.0, np.inf, 0.0], [np.nan, np.nan]]
-)
-def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
-    keys, unused = jax.random.split(jax.random.key(0), 2), Sampling(jnp.float32(1), jnp.float32(1), SEED, 0)
-    chosen = choose_tokens(jnp.asarray([logits, logits[::-1]]), keys, GREEDY, unused)
-    np.testing.assert_array_equal(chosen, [np.argmax(logits), np.argmax(logits[::-1])])
-
-
-def test_a_nucleus_ends_where_its_probabilities_reach_top_p():
-    likeliest, _ = nucleus(jnp.zeros((1, 4)), 0, 0.5)
-    assert jnp.isfinite(likeliest).tolist() == [[True, True, False, False]]
-
-
-def test_samples_are_the_same_where_jax_has_64_bits():
-    keys = jax.random.split(jax.random.key(0), 4000)
-    logits, sampling = jnp.broadcast_to(LOGITS, (4000, 4)), Sampling(1.0, 0.9, SEED, 0)
-    chosen = choose_tokens(logits, keys, DecodeConfig(), sampling)
-    with jax.enable_x64(True):
-        np.testing.assert_array_equal(choose_tokens(logits, keys, DecodeConfig(), sampling), chosen)
-
-
-def test_samples_come_from_the_nucleus():
-    keys = jax.random.split(jax.random.key(0), 4000)
-    shuffled = jnp.broadcast_to(LOGITS[:, jnp.asarray([2, 0, 3, 1])], (4000, 4))
-    sampling = Sampling(jnp.float32(1), jnp.float32(0.7), SEED, 0)
-    tokens = choose_tokens(shuffled, keys, DecodeConfig(top_k=3), sampling)
-    np.testing.assert_allclose(np.bincount(tokens, minlength=4) / 4000, [0, 0.625, 0, 0.375], atol=0.03)
-
-
-def test_samples_follow_the_softmax_and_the_temperature():
-    keys = jax.random.split(jax.random.key(0), 4000)
-    logits = jnp.broadcast_to(LOGITS, (4000, 4))
-    for temperature in (1.0, 2.0):
-        decode = DecodeConfig(decode_method="sample", temperature=temperature)
-        sampling = Sampling(jnp.float32(temperature), jnp.float32(1), SEED, 0)
-        shares = np.bincount(choose_tokens(logits, keys, decode, sampling), minlength=4) / 4000
-        np.testing.assert_allclose(shares, jax.nn.softmax(LOGITS[0] / temperature), atol=0.03)
-
-
 def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     def made(**sampling):
         return ids_of(golden_model, tokenizer, [[5, 6]] * 4, decode=DecodeConfig(max_output_len=8, **sampling))
@@ -271,25 +208,6 @@ def test_an_empty_prompt_takes_a_position(golden_model, tokenizer):
         ids_of(golden_model, tokenizer, [[]], decode=decode)
 
 
-@pytest.mark.parametrize("scales", [[8.0], [0.1], [8.0, 0.1]])
-@pytest.mark.parametrize("recipe", ["default", "rinna"])
-def test_a_nucleus_of_all_tokens_is_the_same_without_sorting_them(monkeypatch, scales, recipe):
-    """Of peaked logits the likeliest few are looked at, of flat ones all are sorted after all."""
-    numbers = np.random.default_rng(0).standard_normal((200, 300))
-    logits = jnp.asarray(np.resize(scales, (200, 1)) * numbers, jnp.float32)
-    keys, sampling = jax.random.split(jax.random.key(1), 200), Sampling(1.0, 0.9, SEED, 0)
-    decode = DecodeConfig(top_k=0, recipe=recipe)
-    expected = choose_tokens(logits, keys, decode, sampling)
-    monkeypatch.setattr(jaxprefix.decode, "LIKELY", 100)
-    np.testing.assert_array_equal(choose_tokens(logits, keys, decode, sampling), expected)
-
-
-def test_a_draw_never_takes_what_has_no_probability():
-    logits = jnp.asarray([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 3)
-    numbers = jnp.asarray([0.0, 0.5, 1 - 2**-24])
-    np.testing.assert_array_equal(draw(logits, numbers), [1, 3, 3])
-
-
 def test_every_step_draws_anew(golden_model, tokenizer):
     """Of a head of zeros all tokens are as likely: twelve that are alike would come of one random key."""
     model = jax.tree.map(lambda weight: weight, golden_model)
@@ -298,18 +216,10 @@ def test_every_step_draws_anew(golden_model, tokenizer):
     assert len(set(made)) > 6
 
 
-def test_temperature_comes_before_the_nucleus():
-    """At 4 the three likeliest reach 0.7, at 1 the two."""
-    keys = jax.random.split(jax.random.key(0), 500)
-    sampling = Sampling(jnp.float32(4), jnp.float32(0.7), SEED, 0)
-    chosen = choose_tokens(jnp.broadcast_to(LOGITS, (500, 4)), keys, DecodeConfig(), sampling)
-    assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
-
-
 def test_nothing_follows_where_there_is_no_prompt(golden_model, tokenizer):
     """A row that fills up a batch: what it would make, would keep the others waiting."""
     tokens, lengths = jnp.asarray([[5, 6, 7], [tokenizer.pad_id] * 3]), jnp.asarray([3, 0])
-    sampling = Sampling(1.0, 1.0, SEED, 0)
+    sampling = Sampling(1.0, 1.0, np.uint32(0), 0)
     made, finite = _decode(golden_model, None, tokens, lengths, sampling, tokenizer.eos_id, GREEDY)
     assert finite
     assert (made != tokenizer.eos_id).any(axis=1).tolist() == [True, False]

@@ -58,7 +58,8 @@ DECODED_UNDER_TENSOR = """
 import dataclasses, re
 import jax, jax.numpy as jnp, numpy as np
 from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.decode import Sampling, _decode
+from jaxprefix.decode import _decode
+from jaxprefix.sampling import Sampling
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.models import abstract_model, path_name
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh

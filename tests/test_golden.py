@@ -12,12 +12,13 @@ from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
 from jaxprefix.batches import make_padded_batch
 from jaxprefix.data import IGNORED, longest_row
-from jaxprefix.decode import generate_ids, nucleus
+from jaxprefix.decode import generate_ids
 from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES
+from jaxprefix.sampling import nucleus
 from jaxprefix.shapes import PaddedShape
 from tests.base_folders import GOLDEN
 from tests.parity.runs import named

@@ -18,7 +18,7 @@ import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder
+from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder, start
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.data import UpdatePlan, label_counts
@@ -275,7 +275,7 @@ def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypat
 
 def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     named, agree = [], train_module.agree
-    for module in (train_module, run_folder, hosts):
+    for module in (train_module, run_folder, hosts, start):
         monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
     steps = ["read its inputs", "make its mesh", "read the weights", "describe the run", "match process 0's settings"]

@@ -11,7 +11,6 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from convert import gpt2 as gpt2_table
@@ -61,20 +60,16 @@ def load_model(
         raise InputError(f"dtype must be one of {', '.join(types)}; is {type_name}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
-    graph, abstract = nnx.split(abstract_model(config, compute))
-    unloaded = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(abstract)}
-    loaded: dict[tuple, nnx.Param] = {}
     first_device = jax.sharding.SingleDeviceSharding(own_device())
 
-    def load(name: str, weight: FiniteWeight) -> None:
+    def load(name: str, weight: FiniteWeight) -> jax.Array:
         sharding = sharding_of(name, weight.shape) if sharding_of else first_device
-        read = partial(_read_once, {}, weight, type_name)
-        path, leaf = unloaded[name]
-        loaded[path] = leaf.replace(jax.make_array_from_callback(weight.shape, sharding, read))
+        return jax.make_array_from_callback(weight.shape, sharding, partial(_read_once, {}, weight, type_name))
 
+    names, weights = zip(*_stream(folder, config), strict=True)
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(load, *zip(*_stream(folder, config), strict=True)))
-    model = nnx.merge(graph, nnx.from_flat_state(loaded))
+        loaded = dict(zip(names, pool.map(load, names, weights), strict=True))
+    model = jax.tree.map_with_path(lambda path, _: loaded[path_name(path)], abstract_model(config, compute))
     if compute.scan_layers:
         model.layers = stacked(model.layers)
     return model

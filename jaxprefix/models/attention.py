@@ -6,7 +6,7 @@ Legend, used in types, einsum strings and comments of the whole package:
 
 A prefix is `Float[Array, "L 2 P N H"]`: for every layer the P keys (index 0) and values (index 1) that
 stand in front of the tokens. It has no batch axis; attention puts it in front of every row.
-Its keys enter un-rotated. Tokens sit at positions P, P+1, …, see `positions_of`.
+Attention takes its keys as they are. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
 import re
@@ -74,9 +74,15 @@ def heads_first(x: Float[Array, "*rest T N H"]) -> Float[Array, "*rest N T H"]:
 
 
 def write_cache(
-    cache: LayerCache, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"]
+    cache: LayerCache | None, k: Float[Array, "B N T H"], v: Float[Array, "B N T H"], slots: Int[Array, "B T"] | None
 ) -> LayerCache:
-    """Write new keys and values into a cache at their rows' slots; JAX drops writes beyond its end."""
+    """Write new keys and values into a cache at their rows' slots; without a cache, return them.
+
+    JAX drops writes beyond the cache's end.
+    """
+    if cache is None:
+        return k, v
+    assert slots is not None, "see check_inputs"
     if alone_on_a_cpu():  # its compiler writes one row in place only if heads have indices, too
         places = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[1])[:, None], slots[:, None]
         return cache[0].at[places].set(k), cache[1].at[places].set(v)
@@ -175,7 +181,7 @@ def square_causal(
     n_prefix = 0 if prefix is None else prefix.shape[1]
     n_behind = -(n_prefix + n_tokens) % CUDNN_MULTIPLE
 
-    def laid_out(x: Float[Array, "B T N H"], front: Float[Array, "P N H"]) -> Float[Array, "B S N H"]:
+    def laid_out(x: Float[Array, "B T N H"], front: Float[Array, "P N H"]) -> Float[Array, "B padded N H"]:
         return jnp.pad(heads_first(_behind(front, heads_first(x))), ((0, 0), (0, n_behind), (0, 0), (0, 0)))
 
     dummies = jnp.zeros((n_prefix, *heads))

@@ -45,10 +45,7 @@ class Attention(nnx.Module):
         """Return the heads' outputs, concatenated, and the keys and values, written into the cache if there is one."""
         qkv = self.qkv(x)  # [B, T, 3, N·H]
         q, k, v = (qkv[:, :, i].reshape(*qkv.shape[:2], self.n_head, -1) for i in range(3))
-        k, v = heads_first(k), heads_first(v)
-        if cache is not None:
-            assert slots is not None, "see check_inputs"
-            k, v = write_cache(cache, k, v, slots)
+        k, v = write_cache(cache, heads_first(k), heads_first(v), slots)
         attended = attend(q, k, v, prefix, slots, self.scale, self.method, packing)
         return attended.reshape(x.shape), (k, v)
 

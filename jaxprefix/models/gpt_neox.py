@@ -48,10 +48,7 @@ class Attention(nnx.Module):
         qkv = self.qkv(x)
         q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], self.n_head, -1), 3, axis=-1)  # [B, T, N, H] each
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
-        k, v = heads_first(k), heads_first(v)
-        if cache is not None:
-            assert slots is not None, "see check_inputs"
-            k, v = write_cache(cache, k, v, slots)
+        k, v = write_cache(cache, heads_first(k), heads_first(v), slots)
         attended = attend(q, k, v, prefix, slots, None, self.method, packing)
         return attended.reshape(x.shape), (k, v)
 

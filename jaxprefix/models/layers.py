@@ -188,7 +188,7 @@ def scanned_dtype(array: Array | jax.ShapeDtypeStruct) -> np.dtype:
 
 
 def _numbers(array: Weight) -> Float[Array, "*out n_in"]:
-    """Return an array whose `scanned_dtype` may be that of bits."""
+    """Return a weight's numbers: uint16 holds bfloat16's bits, see `scanned_dtype`."""
     return array.view(jnp.bfloat16) if array.dtype == jnp.uint16 else array
 
 

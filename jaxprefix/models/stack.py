@@ -70,7 +70,7 @@ summed_at_once.defvjp(_summed_forward, _summed_backward)
 
 @jax.custom_jvp
 def differentiated_once(gradient: Array) -> Array:
-    """Return a gradient without a derivative: bits, which layers keep, have none, so a part of it would be missing."""
+    """Return a gradient that refuses a second derivative: layers that keep bits would silently lose part of it."""
     return gradient
 
 
@@ -160,7 +160,6 @@ def stacked(layers: Any, combine: Callable[..., Any] = stack_and_delete) -> Any:
     One weight is stacked after the other, so that the model is never in memory twice. Raises InputError if the layers
     differ in more than their arrays.
     """
-    graphs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
-    if any(graph != graphs[0] for graph in graphs):
+    if len({jax.tree.structure(layer) for layer in layers}) > 1:
         raise InputError("--scan_layers: the layers of this base model differ in more than their weights")
-    return nnx.merge(graphs[0], jax.tree.map(combine, *states))
+    return jax.tree.map(combine, *layers)

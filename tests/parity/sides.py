@@ -20,6 +20,7 @@ import torch
 
 import jaxprefix.decode
 import jaxprefix.prefix
+import jaxprefix.sampling
 import jaxprefix.train
 import jaxprefix.update
 import torch_ref.data
@@ -192,7 +193,7 @@ class Ours:
     def nucleus_probabilities(self) -> list[np.ndarray]:
         drop = self.recipe.drop_crossing_token
         logits = jnp.asarray(nucleus_logits())
-        kept = [jaxprefix.decode.nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
+        kept = [jaxprefix.sampling.nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
         return [in_order_of_ids(*nucleus, logits.shape[1]) for nucleus in kept]
 
 
