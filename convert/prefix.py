@@ -20,7 +20,7 @@ from convert.errors import InputError
 from convert.files import flush_to_disk, replacing, save_safetensors
 from convert.training_state import is_training_state
 from convert.untrusted import member, read_object, refuse_pointer
-from convert.weights import read_safetensors
+from convert.weights import FLOATS, read_safetensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +55,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
     array, header = _read_file(path)
-    if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
+    if array.dtype.name not in FLOATS:
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
         if array.shape[1] != 2:

@@ -13,6 +13,7 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.torch_files import load_torch, save_torch
+from convert.weights import FLOATS
 
 PARAMETERS = (
     "prefix_wte.weight",
@@ -57,9 +58,14 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
             if not isinstance(value, np.ndarray):
                 problems.append(f"missing {key}")
                 continue
+            if value.dtype.name not in FLOATS:
+                problems.append(f"{key} must hold floating-point numbers, found {value.dtype}")
+                continue
             arrays[key] = np.array(value, np.float32)
             if not np.isfinite(arrays[key]).all():
                 problems.append(f"{key} holds numbers that are not finite")
+            if rule == MOMENTS["exp_avg_sq"] and (arrays[key] < 0).any():
+                problems.append(f"{key}, a mean of squares, holds negative numbers")
     problems += _shape_problems(arrays)
     if isinstance(optimizer, dict):
         step = optimizer.get("step")

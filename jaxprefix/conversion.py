@@ -14,8 +14,8 @@ from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.checkpoint import Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.models import copy_base_model
-from jaxprefix.prefix import check_prefix
-from jaxprefix.run_description import is_run_folder
+from jaxprefix.prefix import check_prefix, check_sizes
+from jaxprefix.run_description import check_base, is_run_folder
 from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
 from jaxprefix.run_lock import only_writer
 from jaxprefix.start import Progress
@@ -99,7 +99,7 @@ def _export_training_state(config: ConvertConfig) -> str:
         )
     with Checkpoints(config.source / CHECKPOINTS, writing=False) as checkpoints:
         arrays, progress = checkpoints.read()
-    _check_width(config, arrays)
+    _check_state(config, arrays)
     write_training_state(config.target, arrays, config.source)
     return f"{config.target}: encoder and optimizer after {progress['n_done']} updates"
 
@@ -110,7 +110,7 @@ def _import_training_state(config: ConvertConfig) -> str:
     _check_folder_name(config, "a training state, which becomes a run folder", resume)
     check_takes_state(config.target)
     arrays = read_training_state(config.source)
-    _check_width(config, arrays)
+    _check_state(config, arrays)
     if STEPS[0] not in arrays:
         raise InputError(f"{config.source}: holds an encoder without its optimizer; give it to train --checkpoint_path")
     n_done = int(arrays[STEPS[0]])
@@ -133,14 +133,13 @@ def _check_folder_name(config: ConvertConfig, what: str, advice: str = "") -> No
         raise InputError(f"{config.source}: is {what}, not a {suffix} file{advice}")
 
 
-def _check_width(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Compare the encoder's output, if there is one, with the base model, if one is given."""
-    output = arrays.get("encoder.prefix_mlp.2.weight")
-    if config.pretrained_model_dir is None or output is None:
+def _check_state(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
+    """Compare a training state, and the run that it is from or for, with the base model, if one is given."""
+    if config.pretrained_model_dir is None:
         return
-    base = open_base(config.pretrained_model_dir, config.revision, weights=False).config
-    found = output.shape[0]
-    if found != base.folded_width:
-        raise InputError(
-            f"{config.source}: its encoder makes {found} numbers per position, {base.name} takes {base.folded_width}"
-        )
+    base = open_base(config.pretrained_model_dir, config.revision, weights=False)
+    for folder in filter(is_run_folder, (config.source, config.target)):
+        check_base(folder, base_identity(base.config, base.tokenizer))
+    positions, output = arrays.get("encoder.prefix_wte.weight"), arrays.get("encoder.prefix_mlp.2.weight")
+    if positions is not None and output is not None:
+        check_sizes(config.source, len(positions), len(output), base.config)

@@ -140,13 +140,18 @@ def check_prefix(
     """Check that a prefix file's content is for a base model. Raises InputError."""
     if differing := differing_fields(header, base_identity(config, tokenizer)):
         raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
-    if folded.shape[1] != config.folded_width:
+    check_sizes(path, folded.shape[0], folded.shape[1], config)
+
+
+def check_sizes(path: str | Path, length: int, width: int, config: ModelConfig) -> None:
+    """Check a file's folded prefix [length, width], or what its encoder makes, against a base. Raises InputError."""
+    if width != config.folded_width:
         raise InputError(
-            f"{path}: the prefix was made for another base model: it has {folded.shape[1]} numbers per position, this "
-            f"model {config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
+            f"{path}: the prefix was made for another base model: it has {width} numbers per position, this model "
+            f"{config.folded_width} = 2 · {config.n_layer} layers · {config.n_head} heads · {config.head_dim}"
         )
-    if folded.shape[0] >= config.max_positions:
-        raise InputError(f"{path}: prefix length {folded.shape[0]} leaves no room in {config.max_positions} positions")
+    if length >= config.max_positions:
+        raise InputError(f"{path}: prefix length {length} leaves no room in {config.max_positions} positions")
 
 
 def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:

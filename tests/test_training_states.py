@@ -16,13 +16,14 @@ from jaxprefix.recipe import RECIPES
 from jaxprefix.run_lock import only_writer
 from jaxprefix.start import start_encoder
 from jaxprefix.train import train
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
 from tests.runs import losses_of, metrics_of, run_config, stop_at
 from tests.test_conversion import converted
 from tests.tolerances import LOSS, RATE
 
+NEGATIVE = ENCODER | {"prefix_mlp.0.bias": -torch.ones(4)}
 RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
 
 
@@ -97,6 +98,8 @@ def test_damaged_training_states_are_refused(tmp_path):
         ({"encoder": good, "optimizer": moments | {"step": -1}}, "step must be a whole number, found -1"),
         ({"encoder": good, "optimizer": moments | {"exp_avg": {}}}, "missing moments.1.0.mu.prefix_mlp.0.bias"),
         ({"encoder": good | {"prefix_mlp.0.bias": torch.full((4,), torch.nan)}}, "0.bias holds numbers that are not"),
+        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(4, dtype=torch.int)}}, "floating-point numbers, found i"),
+        ({"encoder": good, "optimizer": moments | {"exp_avg_sq": NEGATIVE}}, "0.bias, a mean of squares, holds negati"),
         ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(4,\), found \(9,\)"),
         ({"encoder": good}, "holds an encoder without its optimizer"),
     ):
@@ -106,10 +109,25 @@ def test_damaged_training_states_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_encoder_for_a_base_of_another_width(tmp_path):
+def test_an_encoder_for_a_base_of_another_size(tmp_path):
     torch.save(ENCODER, tmp_path / "state.pt")
-    with pytest.raises(InputError, match=r"its encoder makes 8 numbers per position, .*base takes 384"):
+    with pytest.raises(InputError, match=r"it has 8 numbers per position, this model 384 = 2"):
         converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
+    sizes = {"prefix_wte.weight": (512, 3), "prefix_mlp.2.weight": (384, 4), "prefix_mlp.2.bias": (384,)}
+    torch.save(ENCODER | {name: torch.ones(shape) for name, shape in sizes.items()}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="prefix length 512 leaves no room in 512 positions"):
+        converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
+
+
+def test_a_run_of_another_base_of_that_width(tmp_path):
+    train(run := run_config(tmp_path, n_training_steps=1))
+    state = converted(run.run_dir, tmp_path / "state.pt", GOLDEN_BASE)
+    other = make_base_folder(tmp_path / "base", num_attention_heads=8)
+    told = r"run: the run is for another base model:\n(.|\n)*n_head: made for 4, this base has 8"
+    for source, target in (run.run_dir, tmp_path / "again.pt"), (state, run.run_dir):
+        with pytest.raises(InputError, match=told):
+            converted(source, target, other)
+    assert not (tmp_path / "again.pt").exists()
 
 
 def test_a_prefix_trained_directly_has_no_training_state(tmp_path):
