@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import sys
+import tempfile
 
 import jax
 
@@ -22,6 +23,7 @@ def prepare_compiling() -> None:
         folder = cache_folder() / "compiled"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             what = f"{folder}: compiled programs cannot be kept ({error.strerror}); {OTHER_CACHE}"
             print(f"WARNING: {what}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, and how it fails."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -201,7 +202,8 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     report = f"skipped 20 of 40 lines of {path}, first: line 2: `text` must be a string, found int"
     assert main([*train_flags(tmp_path, data_filepath=path, n_epochs=1), "--skip_bad_lines"]) == 0
     assert report in (tmp_path / "run" / "log.txt").read_text()
-    capsys.readouterr()
+    few = train_flags(tmp_path, data_filepath=path, train_data_size=100)
+    fails(capsys, [*few, "--skip_bad_lines"], f"lower one, or both; {report}")
     assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert report in capsys.readouterr().err
 
@@ -209,30 +211,37 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ({}, ["cache/jaxprefix/compiled", "0.0"]),
+        ({}, ["{}/jaxprefix/compiled", "0.0"]),
         ({"JAX_COMPILATION_CACHE_DIR": "own"}, ["own", "0.0"]),
-        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["cache/jaxprefix/compiled", "5.0"]),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["{}/jaxprefix/compiled", "5.0"]),
     ],
 )
-def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwise(given, kept):
+def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwise(given, kept, tmp_path):
     program = "import jax\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
     program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"
     others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment = others | {"XDG_CACHE_HOME": "cache"} | given
+    environment = others | {"XDG_CACHE_HOME": str(tmp_path)} | given
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == kept, result.stderr
+    assert result.stdout.split() == [part.format(tmp_path) for part in kept], result.stderr
 
 
-def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("attempt", ["pathlib.Path.mkdir", "tempfile.TemporaryFile"])
+def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_path, attempt):
+    """Nor do they make JAX warn of each of them."""
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
     folder = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(data_file(tmp_path, "a file")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(attempt, fail)
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         prepare_compiling()
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
-    assert "compiled programs cannot be kept (Not a directory); set XDG_CACHE_HOME" in capsys.readouterr().err
+    assert "compiled programs cannot be kept (Read-only file system); set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 def test_types_are_what_they_say_whatever_the_environment_says():

@@ -14,13 +14,14 @@ from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, 
 from tests.runs import losses_of, metrics_of, run_config, same_end, start
 from tests.tolerances import LOSS
 
+LONG = {"n_epochs": 5}  # of four updates
 IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """A run of 8 updates and what its processes printed."""
-    config = run_config(tmp_path_factory.mktemp("pair"))
+    """A run of 20 updates and what its processes printed."""
+    config = run_config(tmp_path_factory.mktemp("pair"), **LONG)
     codes, outputs, errors = ended(start_pair(config))
     assert codes == [0, 0], errors
     return config, outputs, errors
@@ -28,9 +29,9 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_device(undisturbed, tmp_path):
-    alone = run_config(tmp_path)
+    alone = run_config(tmp_path, **LONG)
     train(alone)
-    for split, n_points in (("train", 8), ("dev", 2)):
+    for split, n_points in (("train", 20), ("dev", 5)):
         losses = losses_of(undisturbed[0].run_dir, split)
         assert len(losses) == n_points
         np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS)
@@ -42,7 +43,7 @@ def test_the_first_process_writes_and_speaks_for_both(undisturbed):
     assert {path.name for path in config.run_dir.iterdir()} == {
         *("config.json", "metrics.jsonl", "log.txt", "tensorboard", "checkpoints", "prefix")
     }
-    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 21))
     assert len(list((config.run_dir / "tensorboard").iterdir())) == 1
     assert "4 device(s)" in errors[0]
     assert "best prefix" in outputs[0]
@@ -52,7 +53,7 @@ def test_the_first_process_writes_and_speaks_for_both(undisturbed):
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed, tmp_path):
-    config = run_config(tmp_path)
+    config = run_config(tmp_path, **LONG)
     pair = start_pair(config)
     log = config.run_dir / "log.txt"
     while not (log.is_file() and "training: " in log.read_text()):  # from here on the first update is compiled
@@ -62,7 +63,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
     codes, _, errors = ended(pair)
     assert codes == [143, 143], errors
     n_done = len(losses_of(config.run_dir))
-    assert 1 <= n_done < 8
+    assert 1 <= n_done < 20
     assert (config.run_dir / "checkpoints" / str(n_done)).is_dir()
     assert f"stopped after update {n_done}; repeat the command with --resume to go on" in errors[0]
 
@@ -71,7 +72,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
         [start(config, "--distributed", "--resume", **TWO_DEVICES, **slurm(i, job)) for i in range(2)]
     )
     assert codes == [0, 0], errors
-    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 9))
+    assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 21))
     same_end(config, undisturbed[0])
 
 
@@ -113,7 +114,7 @@ def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
 
 @pytest.mark.slow
 def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
-    config, places = run_config(tmp_path), (undisturbed[0].run_dir, tmp_path / "nowhere")
+    config, places = run_config(tmp_path, **LONG), (undisturbed[0].run_dir, tmp_path / "nowhere")
     pair = [
         start(config, *flags, "--checkpoint_path", str(place), **TWO_DEVICES)
         for flags, place in zip(documented_flags(), places, strict=True)
@@ -127,7 +128,7 @@ def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_processes_that_would_start_from_different_prefixes_change_nothing(undisturbed, tmp_path):
     shutil.copytree(undisturbed[0].run_dir, tmp_path / "run")
-    config, before = run_config(tmp_path), sorted((tmp_path / "run").rglob("*"))
+    config, before = run_config(tmp_path, **LONG), sorted((tmp_path / "run").rglob("*"))
     for number in range(2):
         write_adapter(tmp_path / str(number), np.full((10, 3 * 2 * 64), number, np.float32), 3, 4, {})
     flags = ("--overwrite", "--prefix_hidden_dim", "0", "--checkpoint_path")
@@ -172,7 +173,7 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
     shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
     impatient = ("-c", IMPATIENT.format("VISIBLE_SECONDS"))
     pair = [
-        start(run_config(tmp_path / place), *flags, "--resume", program=impatient, **TWO_DEVICES)
+        start(run_config(tmp_path / place, **LONG), *flags, "--resume", program=impatient, **TWO_DEVICES)
         for place, flags in zip(("one", "other"), documented_flags(), strict=True)
     ]
     codes, _, errors = ended(pair)

@@ -194,17 +194,17 @@ def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
 def test_loss_scale_doubles_after_a_thousand_good_updates():
     scale = LossScale(jnp.float32(1024), jnp.int32(998))
     scale = scale.adjusted(jnp.bool_(True))
-    assert (float(scale.value), int(scale.n_good)) == (1024, 999)
+    assert (float(scale.factor), int(scale.n_good)) == (1024, 999)
     scale = scale.adjusted(jnp.bool_(True))
-    assert (float(scale.value), int(scale.n_good)) == (2048, 0)
+    assert (float(scale.factor), int(scale.n_good)) == (2048, 0)
 
 
 def test_the_loss_scale_starts_at_two_to_the_tenth_and_ends_at_one():
     scale = LossScale.start()
-    assert float(scale.value) == 1024
+    assert float(scale.factor) == 1024
     for _ in range(12):
         scale = scale.adjusted(jnp.bool_(False))
-    assert float(scale.value) == 1
+    assert float(scale.factor) == 1
 
 
 @pytest.mark.parametrize(

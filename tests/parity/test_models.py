@@ -7,17 +7,20 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from jaxprefix import load_model
+from convert.prefix import to_folded
+from jaxprefix import load_model, load_prefix, save_prefix
+from jaxprefix.config import ConvertConfig
+from jaxprefix.conversion import convert
 from jaxprefix.decode import generate_ids
 from jaxprefix.inference_config import DecodeConfig
-from tests.arrays import random_prefix
+from tests.arrays import normals, random_prefix
 from tests.base_folders import make_base_folder, with_config
-from tests.parity.cases import as_cache
 from tests.tolerances import MODEL
 from torch_ref import generate
 from torch_ref.config import generate_parser
@@ -191,14 +194,34 @@ def test_dynamic_scaling_decodes_as_transformers_does(tmp_path, tokenizer):
     assert made == expected.tolist()
 
 
-def test_gpt2_generates_at_the_originals_positions_under_rinna(tmp_path, tokenizer):
-    folder = make_base_folder(tmp_path / "base", model_type="gpt2")
+def test_a_wrong_head_is_noticed(tmp_path):
+    folder = folder_of(tmp_path, "line-corporation/japanese-large-lm-3.6b", vocab_size=440)
     model = load_model(folder)
-    prefix = random_prefix(model.config)
-    flags = ["--pretrained_model_dir", str(folder), "--model_type", "gpt", "--decode_method", "greedy"]
+    hidden, _ = model.hidden(jnp.asarray(TOKENS))
+    (random,) = normals(model.embed.weight.shape)
+    other = random * model.embed.weight[...].std()
+    expected = torch_logits(torch_model(folder), None).detach().numpy()
+    np.testing.assert_allclose(hidden @ model.head_weight.T, expected, rtol=0, atol=MODEL)
+    assert np.abs(hidden @ other.T - expected).max() > 100 * MODEL
+
+
+@pytest.mark.parametrize(("base", "flag"), [({}, "gpt-neox"), ({"model_type": "gpt2"}, "gpt")])
+def test_a_file_of_either_side_generates_the_same_on_both_under_rinna(tmp_path, tokenizer, base, flag):
+    """Of GPT-2 at the original's positions, too."""
+    folder = make_base_folder(tmp_path / "base", **base)
+    model = load_model(folder)
+    save_prefix(tmp_path / "adapter", random_prefix(model.config), model.config, tokenizer)
+    convert(ConvertConfig(tmp_path / "adapter", ours := tmp_path / "ours.weight"))
+    folded = np.array(to_folded(random_prefix(model.config)))
+    torch.save(torch.from_numpy(folded).requires_grad_(), theirs := tmp_path / "theirs.best.checkpoint")
+
+    flags = ["--pretrained_model_dir", str(folder), "--model_type", flag, "--decode_method", "greedy"]
     flags = generate_parser().parse_args([*flags, "--max_output_len", "12"])
-    base, prompts = load_base(flags), [[30], [40, 41, 42, 43, 44], [50, 51, 52]]
-    past = torch.from_numpy(as_cache(prefix).copy())
-    theirs = [generate.generate_ids(base, prompt, past, tokenizer.eos_id, flags) for prompt in prompts]
-    decode = DecodeConfig("greedy", max_output_len=12, recipe="rinna")
-    assert list(generate_ids(model, tokenizer, prompts, prefix, decode=decode)) == theirs
+    reference, prompts = load_base(flags), [[30], [40, 41, 42, 43, 44], [50, 51, 52]]
+    decode, made = DecodeConfig("greedy", max_output_len=12, recipe="rinna"), []
+    for path in (ours, theirs):
+        prefix = generate.load_prefix(path, reference)
+        made.append([generate.generate_ids(reference, prompt, prefix, tokenizer.eos_id, flags) for prompt in prompts])
+        prefix = load_prefix(path, model.config)
+        made.append(list(generate_ids(model, tokenizer, prompts, prefix, decode=decode)))
+    assert all(ids == made[0] for ids in made)

@@ -1,0 +1,44 @@
+"""The commands on our pages are ones that the command line takes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tyro
+
+from jaxprefix.cli import Command
+
+ROOT = Path(__file__).parent.parent
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
+}
+IN_A_JOB = {
+    "$NODE0:$((20000 + SLURM_JOB_ID % 40000))": "node0:20000",
+    "$SLURM_NTASKS": "2",
+    "$SLURM_PROCID": "1",
+    "$(test -f runs/smile/config.json && echo --resume)": "--resume",
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """The arguments of every `jaxprefix` line in a page's shell blocks; not of those that leave some out (…)."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"\bjaxprefix ((train|generate|evaluate|convert|check) .*)", line) for line in lines]
+    texts = [match[1].rstrip("'") for match in found if match and "…" not in match[1]]
+    for written, meant in IN_A_JOB.items():
+        texts = [text.replace(written, meant) for text in texts]
+    return [shlex.split(text, comments=True) for text in texts]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_a_page_are_taken(page):
+    for arguments in commands(PAGES[page]):
+        tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
+
+
+def test_commands_are_found():
+    assert len(commands(PAGES["README.md"])) == 8
+    assert len(commands(PAGES["docs/launch.md"])) == 7
