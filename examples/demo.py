@@ -27,7 +27,7 @@ def main() -> None:
         train_data_size=400,
         dev_data_size=20,
         n_epochs=4,
-        max_lr=1e-2,
+        max_lr=2e-2,
         log_every_n_steps=50,
         overwrite=True,
     )
@@ -58,7 +58,7 @@ def main() -> None:
     print(f"  {command} generate {with_prefix} --compare")
     print(f"  {command} evaluate {with_prefix} --prompt_file data/prompts.txt")
     print(f"  {command} train {base} --data_filepath data/sample_data.jsonl --save_name mine \\")
-    print("      --suffix '！！' --train_data_size 400 --n_epochs 4 --max_lr 1e-2")
+    print("      --suffix '！！' --train_data_size 400 --n_epochs 4 --max_lr 2e-2")
 
 
 if __name__ == "__main__":
