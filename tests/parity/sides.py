@@ -191,8 +191,7 @@ class Ours:
 
     @property
     def nucleus_probabilities(self) -> list[np.ndarray]:
-        drop = self.recipe.drop_crossing_token
-        logits = jnp.asarray(nucleus_logits())
+        logits, drop = jnp.asarray(nucleus_logits()), self.recipe.drop_crossing_token
         kept = [jaxprefix.sampling.nucleus(logits, *cut, drop_crossing=drop) for cut in NUCLEUS]
         return [in_order_of_ids(*nucleus, logits.shape[1]) for nucleus in kept]
 
