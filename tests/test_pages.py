@@ -12,7 +12,7 @@ from jaxprefix.cli import Command
 ROOT = Path(__file__).parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md")
 }
 IN_A_JOB = {
     "$NODE0:$((20000 + SLURM_JOB_ID % 40000))": "node0:20000",
