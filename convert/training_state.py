@@ -27,7 +27,7 @@ ENCODER = "encoder.{name}"
 DIRECT = "encoder.folded"
 """The prefix itself, which a run without an encoder trains."""
 MOMENTS = {"exp_avg": "moments.1.0.mu.{name}", "exp_avg_sq": "moments.1.0.nu.{name}"}
-SCALE = ["loss_scale.factor", "loss_scale.n_good"]
+SCALE = ["loss_scale", "loss_scale.n_good"]
 STEPS = ("moments.1.0.count", "moments.1.2.count")
 """The update counts of Adam and of the learning rate's schedule."""
 

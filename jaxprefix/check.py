@@ -43,7 +43,6 @@ def check(config: CheckConfig) -> Iterator[str]:
     if config.data_filepath is not None:
         examples = load_data(config, tokenizer)  # may be too few: everything else is told first
         yield from describe_data(examples, tokenizer)
-        yield from examples.skipped.report(config.data_filepath)
     yield describe_suffix(config.suffix, tokenizer)
     if config.data_filepath is None:
         n_columns = config.max_seq_len + 1
@@ -51,6 +50,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     else:
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
+        yield from examples.skipped.report(config.data_filepath)
         plan = UpdatePlan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"

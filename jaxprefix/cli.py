@@ -85,9 +85,10 @@ def _run(arguments: list[str] | None) -> int:
         settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
     except SystemExit as end:  # after --help, or flags that are wrong
         return int(end.code or 0)
-    from jaxprefix import compiling
+    if not isinstance(settings, ConvertConfig):  # which compiles nothing
+        from jaxprefix import compiling
 
-    compiling.prepare_compiling()
+        compiling.prepare_compiling()
     match settings:
         case CheckConfig():  # first: it is a TrainConfig as well
             _check(settings)

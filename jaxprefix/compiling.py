@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 import tempfile
+import warnings
 
 import jax
 
@@ -27,8 +28,8 @@ def prepare_compiling() -> None:
         except OSError as error:
             what = f"{folder}: compiled programs cannot be kept ({error.strerror}); {OTHER_CACHE}"
             print(f"WARNING: {what}", file=sys.stderr)
-        else:
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+            warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # JAX's, of each
+        jax.config.update("jax_compilation_cache_dir", str(folder))  # one that is full may still be read
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
 

@@ -14,7 +14,7 @@ from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import load_model
 from jaxprefix.prefix import Prefix
-from jaxprefix.recipe import RECIPES
+from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.run_description import setting_of
 from jaxprefix.sentences import suffix_rate, without_cut_end
 from jaxprefix.sharding import base_sharding, make_mesh
@@ -33,11 +33,11 @@ def evaluate(config: EvaluateConfig) -> Report:
     mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
     suffix: str = _as_trained(config, "suffix")
+    recipe = RECIPES[config.decode.recipe]
     print(f"suffix: {suffix!r}", file=sys.stderr)
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
-    examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix)
+    examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
     model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
-    recipe = RECIPES[config.decode.recipe]
 
     def sampled(prompt: list[int], made: list[int]) -> str:
         text = continuation(base.tokenizer, prompt, made)
@@ -69,10 +69,9 @@ def _encoded_prompts(
     return [encoded[i % len(encoded)] for i in range(config.n_samples)], ending
 
 
-def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str) -> Examples:
+def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str, recipe: Recipe) -> Examples:
     """Return the data's examples, which fit behind the prefix; say what was skipped or is unknown."""
     assert config.data_filepath is not None
-    recipe = RECIPES[config.decode.recipe]
     chunking = Chunking(base.tokenizer, suffix, _as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
@@ -85,7 +84,9 @@ def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
     """Return a suffix as it appears, normalised, in generated texts. Raises InputError if no sentence can end so."""
     generated = tokenizer.decode(tokenizer.encode(suffix))
     flaw = tokenizer.why_unlearnable(suffix)
-    if flaw is None and "\n" in generated.strip():
+    if flaw is None and not generated.strip():
+        flaw = "is blank in generated texts"
+    elif flaw is None and "\n" in generated.strip():
         flaw = "spans several lines, but a sentence is one line"
     if flaw:
         raise InputError(f"the suffix {suffix!r} {flaw}; --n_samples 0 skips the suffix rate")

@@ -19,11 +19,14 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
     """Turn the errors of a device or host that is full into RunError, which ends with what `advice` returns."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError, OSError) as error:
-        host_is_full = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-        if not host_is_full and "RESOURCE_EXHAUSTED" not in str(error):
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise RunError(f"out of memory: {shortage(str(error))}; {advice()}") from error
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise RunError(f"out of memory: this machine has less free than was requested; {advice()}") from error
 
 
 def shortage(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Checks that all settings share: types, also where settings come from Python code, and ranges."""
+"""What all settings share: paths and NumPy's numbers converted, types checked, also from Python code, and ranges."""
 
 import typing
 from collections.abc import Sequence

@@ -206,11 +206,11 @@ class Tokenizer:
         return self.vocabulary.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special])
 
     def why_unlearnable(self, text: str) -> str | None:
-        """Say why no generated text can hold `text`; None if one can."""
+        """Say why no model can learn to write `text`; None if one can."""
         ids = self.encode(text)
         if self.unk_id in ids:
             return "holds text unknown to the tokenizer"
-        return None if self.decode(ids).strip() else "is blank in generated texts"
+        return None if ids else "is nothing to the tokenizer"
 
 
 def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:

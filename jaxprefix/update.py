@@ -28,7 +28,8 @@ class LossScale(NamedTuple):
     Starts at 2^10; halves when a gradient overflows (that update is skipped), doubles after 1000 that did not.
     """
 
-    factor: Float[Array, ""]
+    value: Float[Array, ""]
+    """Called `loss_scale` in checkpoints, see `models.path_name`."""
     n_good: Int[Array, ""]
 
     @classmethod
@@ -39,8 +40,8 @@ class LossScale(NamedTuple):
     def adjusted(self, finite: Bool[Array, ""]) -> "LossScale":
         """Return the scale for the next update, given whether this one's gradients were finite."""
         grow = finite & (self.n_good + 1 >= 1000)
-        factor = jnp.where(finite, jnp.where(grow, self.factor * 2, self.factor), jnp.maximum(self.factor / 2, 1))
-        return LossScale(factor, jnp.where(finite & ~grow, self.n_good + 1, 0))
+        value = jnp.where(finite, jnp.where(grow, self.value * 2, self.value), jnp.maximum(self.value / 2, 1))
+        return LossScale(value, jnp.where(finite & ~grow, self.n_good + 1, 0))
 
 
 class TrainState(NamedTuple):
@@ -186,7 +187,7 @@ def make_update(config: TrainConfig, mesh: Mesh) -> Update:
 
     def update(state: TrainState, rate: LearningRate, base: FrozenBase, batch: Batch) -> tuple[TrainState, Outcome]:
         optimizer = make_optimizer(config, rate)
-        scale = 1.0 if state.loss_scale is None else state.loss_scale.factor
+        scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         model = with_split_rows(base.model, mesh)
         loss, gradient = loss_and_gradient(state.encoder, model, batch, RECIPES[config.recipe], scale, mesh)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)

@@ -66,7 +66,7 @@ def test_no_suffix(capsys):
 
 def test_a_blank_suffix(capsys):
     lines = report(capsys, GOLDEN_BASE, "--suffix", "　")[1]
-    assert "suffix '\\u3000': is blank in generated texts; it CANNOT BE LEARNT" in lines
+    assert "suffix '\\u3000': is nothing to the tokenizer; it CANNOT BE LEARNT" in lines
 
 
 def test_weights_that_are_missing_and_a_run_that_is_nowhere_end_the_check(capsys, tmp_path):

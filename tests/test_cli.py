@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import jax
@@ -238,7 +239,8 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         prepare_compiling()
-        assert jax.config.jax_compilation_cache_dir is None
+        warnings.warn("Error writing persistent compilation cache entry for 'jit_a'", stacklevel=1)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxprefix" / "compiled"), "it may be read"
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
     assert "compiled programs cannot be kept (Read-only file system); set XDG_CACHE_HOME" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, _decode, generate_ids
+from jaxprefix.decode import GPU_STEPS, Made, _decode, generate_ids
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
@@ -214,6 +214,18 @@ def test_every_step_draws_anew(golden_model, tokenizer):
     model.head.weight[...] = jnp.zeros_like(model.head.weight[...])
     [made] = ids_of(model, tokenizer, [[5, 6]], decode=DecodeConfig("sample", max_output_len=12))
     assert len(set(made)) > 6
+
+
+def test_a_row_that_was_not_finite_as_it_ended_is_remembered():
+    """What follows an end does not count, what led to it does."""
+    made = Made(jnp.int32(0), jnp.zeros((2, 4), jnp.int32), jnp.array([False, False]), jnp.array(True))
+    assert made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2).finite
+    made = made.followed_by(jnp.array([7, 2]), jnp.array([True, False]), eos_id=2)
+    assert not made.finite
+    assert not made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2).finite
+    ended = made._replace(finite=jnp.array(True)).followed_by(jnp.array([7, 5]), jnp.array([True, False]), eos_id=2)
+    assert ended.finite
+    np.testing.assert_array_equal(ended.ids, [[7, 7, 0, 0], [2, 2, 0, 0]])
 
 
 def test_nothing_follows_where_there_is_no_prompt(golden_model, tokenizer):

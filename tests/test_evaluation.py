@@ -59,7 +59,9 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     strangers = shutil.copy(GOLDEN / "forward.weight", run)
     assert report("--prefix_checkpoint_path", strangers) == report(*PREFIX), "that it lies there says nothing"
     (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
-    fails(capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is blank in generated")
+    fails(
+        capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is nothing to the tokenizer"
+    )
 
 
 def test_evaluate_tells_of_unknown_tokens(capsys):

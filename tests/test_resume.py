@@ -261,7 +261,7 @@ def test_the_loss_scale_and_its_skipped_updates_go_on(tmp_path, monkeypatch):
     train(run_config(tmp_path, fp16=True, n_training_steps=3, resume=True))
     with Checkpoints(tmp_path / "run" / "checkpoints", writing=False) as checkpoints:
         arrays, progress = checkpoints.read()
-    assert float(arrays["loss_scale.factor"]) == 2**27
+    assert float(arrays["loss_scale"]) == 2**27
     assert progress["n_skipped"] == 3
 
 

@@ -155,6 +155,12 @@ def test_an_unknown_suffix_is_warned_of(tmp_path):
     assert "unknown tokens: 27 (4.27%), in 13 examples" in log
 
 
+@pytest.mark.parametrize(("suffix", "n_warnings"), [("　", 1), ("", 0)])
+def test_a_suffix_that_is_nothing_is_warned_of_unless_that_is_meant(tmp_path, capsys, suffix, n_warnings):
+    train(run_config(tmp_path, suffix=suffix, n_training_steps=1, save_model=False, save_log=False))
+    assert capsys.readouterr().err.count("is nothing to the tokenizer; it cannot be learnt") == n_warnings
+
+
 def test_without_saving_nothing_is_written(tmp_path):
     train(run_config(tmp_path, save_model=False, save_log=False, n_training_steps=1))
     assert not any(tmp_path.iterdir())

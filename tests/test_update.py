@@ -187,24 +187,24 @@ def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
     huge = LossScale(jnp.float32(1e38), jnp.int32(5))
     skipped, _ = run(start, base, batch, loss_scale=huge)
     assert gap(skipped.encoder, start(optax.sgd(1.0)).encoder) == 0
-    assert float(skipped.loss_scale.factor) == pytest.approx(5e37)
+    assert float(skipped.loss_scale.value) == pytest.approx(5e37)
     assert int(skipped.loss_scale.n_good) == 0
 
 
 def test_loss_scale_doubles_after_a_thousand_good_updates():
     scale = LossScale(jnp.float32(1024), jnp.int32(998))
     scale = scale.adjusted(jnp.bool_(True))
-    assert (float(scale.factor), int(scale.n_good)) == (1024, 999)
+    assert (float(scale.value), int(scale.n_good)) == (1024, 999)
     scale = scale.adjusted(jnp.bool_(True))
-    assert (float(scale.factor), int(scale.n_good)) == (2048, 0)
+    assert (float(scale.value), int(scale.n_good)) == (2048, 0)
 
 
 def test_the_loss_scale_starts_at_two_to_the_tenth_and_ends_at_one():
     scale = LossScale.start()
-    assert float(scale.factor) == 1024
+    assert float(scale.value) == 1024
     for _ in range(12):
         scale = scale.adjusted(jnp.bool_(False))
-    assert float(scale.factor) == 1
+    assert float(scale.value) == 1
 
 
 @pytest.mark.parametrize(
