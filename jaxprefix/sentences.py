@@ -26,7 +26,7 @@ def count_sentences(text: str, suffix: str) -> tuple[int, int]:
 
 
 def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
-    """Return the same for one line, which ends with its newline unless it is the text's last, and a suffix not blank."""
+    """Return the same for a line, which ends with its newline unless it is the text's last, and a suffix not blank."""
     first, *others = line.split(suffix.strip())
     *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
     suffixed = [piece.strip() for piece in before_suffix if piece.strip(f"{_MARKS}{_BRACKETS} ")]
