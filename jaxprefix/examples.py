@@ -62,6 +62,10 @@ class Skipped(NamedTuple):
         if self.n_bad:
             yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first}"
 
+    def in_error(self, path: Path) -> str:
+        """Return the report as the end of an error's line, empty if there is none."""
+        return "".join(f"; {line}" for line in self.report(path))
+
 
 class Examples(Sequence[Example]):
     """Examples in flat arrays, which may be files mapped into memory; a slice is a view."""
@@ -160,7 +164,7 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
 def not_empty(examples: Examples, path: Path) -> Examples:
     """Return a file's examples. Raises InputError if there are none."""
     if not examples:
-        report = "".join(f"; {line}" for line in examples.skipped.report(path))
+        report = examples.skipped.in_error(path)
         raise InputError(f"{path}: holds no example{report}")
     return examples
 

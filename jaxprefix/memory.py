@@ -1,4 +1,4 @@
-"""A device or host whose memory is too small: the error that says by how much, and what to lower."""
+"""A device or host whose memory is too small: the error that says what to lower and, of a device, by how much."""
 
 import contextlib
 import errno

@@ -44,10 +44,10 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     [
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB."),
-            "12.50 GiB were requested at once",
+            "12.50 GiB were requested at once; ",
         ),
-        (OSError(errno.ENOMEM, "Cannot allocate memory", "7.safetensors"), "this machine has less free than was req"),
-        (MemoryError("Unable to allocate 500. MiB"), "this machine has less free than was requested"),
+        (OSError(errno.ENOMEM, "Cannot allocate", "7.safetensors"), "this machine has less free than was requested; "),
+        (MemoryError("Unable to allocate 500. MiB"), "this machine has less free than was requested; "),
     ],
 )
 def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, capsys, full, told):
