@@ -9,6 +9,7 @@ sums over rows of a large array reach.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -65,7 +66,7 @@ def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Call
     return lambda: list(generate_ids(model, endless, rows, prefix, batch_size=n_rows, decode=decode))
 
 
-def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
+def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str, compiled: bool = False) -> Callable[[], Ids]:
     """Return the same for transformers' generate with its cache, the prefix loaded by PEFT."""
     import torch
     from peft import PeftModel
@@ -73,10 +74,13 @@ def peft_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    if compiled:  # lengths grow by one with each token
+        base.forward = torch.compile(base.forward, dynamic=True)
     model = PeftModel.from_pretrained(base, str(folder / "prefix")).to(device).eval()
     tokens = torch.from_numpy(prompts(folder, n_rows)).to(device)
     lengths = {"max_new_tokens": n_new, "min_new_tokens": n_new}
 
+    @torch.inference_mode()
     def decode() -> Ids:
         mask = torch.ones_like(tokens)
         made = model.generate(input_ids=tokens, attention_mask=mask, do_sample=False, pad_token_id=0, **lengths)
@@ -104,7 +108,11 @@ def peft_bandwidth() -> tuple[Callable[[], Any], int]:
     return lambda: array.sum(dim=1)[0].item(), array.nbytes
 
 
-WAYS = {"jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth), "peft": (peft_decoder, peft_bandwidth)}
+WAYS = {
+    "jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth),
+    "peft": (peft_decoder, peft_bandwidth),
+    "peft_compiled": (functools.partial(peft_decoder, compiled=True), peft_bandwidth),
+}
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -179,6 +187,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["jaxprefix", "peft"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16], help="prompts that are continued together")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
@@ -188,7 +197,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape], flags.dtype)
         write_prefix(folder / "prefix", flags.shape)
-        arguments = {f"{w}:{n}": (w, folder, n, flags.new_tokens, flags.dtype) for n in flags.rows for w in WAYS}
+        ways = [(way, n_rows) for n_rows in flags.rows for way in flags.ways]
+        arguments = {f"{way}:{n}": (way, folder, n, flags.new_tokens, flags.dtype) for way, n in ways}
         results = take_turns(arguments, measure, flags.times, flags.alone)
     n_bytes = bytes_per_token(flags.shape, flags.dtype)
     bandwidth = max(result["bytes_per_s"] for runs in results.values() for result in runs)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import alternate, median, peak_memory, publish, table
-from benchmarks.shapes import SHAPES, make_folder
+from benchmarks.shapes import SHAPES, SMALL_BASE, make_folder
 
 
 def drop_from_cache(folder: Path) -> int:
@@ -42,12 +42,12 @@ def files_loader(folder: Path, _: str) -> Callable[[], None]:
 
 
 def jaxprefix_loader(folder: Path, dtype: str) -> Callable[[], Any]:
-    """Return a function that loads the model, JAX being ready."""
+    """Return a function that loads the model, once a small one has been loaded, so that all is imported and ready."""
     import jax
 
     from jaxprefix import load_model
 
-    jax.block_until_ready(jax.numpy.zeros(8).astype(dtype) + 1)
+    load_model(SMALL_BASE, dtype)
     return lambda: jax.block_until_ready(jax.tree.leaves(load_model(folder, dtype)))
 
 
@@ -55,6 +55,8 @@ def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
     """Return the same for transformers, onto a GPU if there is one."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(SMALL_BASE)
 
     def load() -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))

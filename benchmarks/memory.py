@@ -118,12 +118,17 @@ def publish_account(flags: argparse.Namespace) -> None:
 
 
 def measure(way: str, config: TrainConfig) -> Iterator[Turn | None]:
-    """Train in this process, and yield its peaks; `benchmarks.train`'s also hold what measures the matrix rate."""
+    """Train in this process, and yield its peaks; `benchmarks.train`'s also hold what measures the matrix rate.
+
+    The peak after one update is of one batch's shape; caches for others' may still grow.
+    """
     training = WAYS[way](config)
     yield None
-    for number in range(config.n_training_steps):
+    training.update(0)()
+    after_one = peak_memory()
+    for number in range(1, config.n_training_steps):
         training.update(number)()
-    yield {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
+    yield {"after_one": after_one, "peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
 
 
 def publish_measured(flags: argparse.Namespace) -> None:
@@ -138,8 +143,8 @@ def publish_measured(flags: argparse.Namespace) -> None:
     for way, turns in results.items():
         held = weights if way.endswith("float32") or way.startswith("torch_ref") else weights // 2  # which autocasts
         peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
-        rows.append([way, *map(gib, (held, *peaks)), f"{max(peaks) / held:.2f}"])
-    header = ["training", "weights, GiB", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
+        rows.append([way, *map(gib, (held, largest(turns, "after_one"), *peaks)), f"{max(peaks) / held:.2f}"])
+    header = ["training", "weights, GiB", "after one update", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
     title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
     title += compute_title(config.compute)
     publish(f"memory_{flags.shape}{compute_suffix(config.compute)}", f"{title}\n\n{table(header, rows)}", results)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,10 +31,13 @@ SPAWN = multiprocessing.get_context("spawn")
 Turn = dict[str, Any]
 """The measurements of one turn."""
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Of a CPU, those that decide how fast it multiplies."""
 
 
 def in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """Call a function in a new process, and return its result."""
+    _use_one_gpu()
     with ProcessPoolExecutor(1, SPAWN) as pool:
         return pool.submit(measure, *arguments).result()
 
@@ -64,7 +69,8 @@ def take_turns(
         results[way] += [turn | {"round": number} for turn in turns]
     if n_rounds:
         return results
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is for all of them
+    _use_one_gpu()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its memory is for all of them
     at_work = {way: _start(measure, arguments) for way, arguments in ways.items()}
     for number in range(n_turns + 1):
         for way, (process, pipe) in [*at_work.items()]:
@@ -98,6 +104,11 @@ def _work(pipe: Connection, measure: Callable[..., Iterator[Turn | None]], argum
         while True:
             pipe.recv()
             pipe.send(next(turns))
+
+
+def _use_one_gpu() -> None:
+    """Let the processes that follow see the first GPU alone: PyTorch would take that one, jaxprefix all."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -168,15 +179,18 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in _lines("/proc/cpuinfo") if ":" in line)
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     gpus = []
     if shutil.which(query[0]):
         gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": cpu or platform.processor(),
+        "cpu": told.get("model name") or platform.processor(),
+        "cpu_family_model": [told.get(name) for name in ("cpu family", "model")],  # one name may stand for several
+        "cpu_features": [name for name in CPU_FEATURES if name in told.get("flags", "").split()],
         "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
         "gpus": gpus,
         "python": platform.python_version(),
         **versions,
@@ -192,12 +206,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def publish(name: str, text: str, results: Any) -> None:
     """Print a table, and write it with all results to results/NAME.json."""
     about = machine()
-    where = about["gpus"][0] if about["gpus"] else f"{about['cores']} cores, {about['cpu']}"
+    family, model = about["cpu_family_model"]
+    cpu = f"{about['cores']} cores, {about['cpu']} (family {family}, model {model})"
+    where = about["gpus"][0] if about["gpus"] else cpu
     print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
     RESULTS.mkdir(exist_ok=True)
-    arguments = [Path(argument).name for argument in sys.argv[1:]]
-    content = {"machine": about, "arguments": arguments, "table": text, "results": results}
+    content = {"machine": about, "arguments": list(map(_told, sys.argv[1:])), "table": text, "results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _told(argument: str) -> str:
+    """Return an argument; of a path, the name without its folder and, of a file, the start of its checksum."""
+    path = Path(argument)
+    checksum = f" (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}…)" if path.is_file() else ""
+    return path.name + checksum
 
 
 def peak_memory() -> int:

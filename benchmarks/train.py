@@ -5,14 +5,15 @@ python -m benchmarks.train --shape 1.4b --tokens 2048 --ways jaxprefix:bfloat16 
 
 All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
 machine whose speed changes from minute to minute changes for all; ratios are medians over turns. Useful tokens are
-labels in the loss. The limit is 4N FLOPs a token, and attention's, at the rate at which products of the MLP's shape,
-one after the other, run in the same process in the same turn.
+labels in the loss; their share is of all positions computed, padding too. The limit is 4N FLOPs a token, and
+attention's, at the rate of products of the MLP's shape, one after the other, in the same process and turn.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,10 +61,15 @@ class Training(NamedTuple):
     """Labels of each batch."""
     lengths: list[np.ndarray]
     """Tokens of each batch's rows."""
-    first: list[int]
-    """Batches to make an update of before measuring, so that all shapes are compiled."""
+    shapes: list[tuple[int, ...]]
+    """Of each batch as it is computed, padding included."""
     update: Callable[[int], Callable[[], object]]
     """Starts the update of a batch, and returns a function that waits for its loss."""
+
+    @property
+    def first(self) -> list[int]:
+        """The first batch of each shape: an update of each, before measuring, has all shapes compiled or planned."""
+        return [self.shapes.index(shape) for shape in dict.fromkeys(self.shapes)]
 
 
 def jaxprefix_training(config: TrainConfig) -> Training:
@@ -97,7 +103,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     n_useful, examples = [batch.n_labels for batch in batches], inputs.train_set
     groups = (inputs.plan.micro_batches(number)[0] for number in range(len(batches)))
     lengths = [row_lengths([examples[i] for i in group]) for group in groups]
-    return Training(n_useful, lengths, _one_of_each([batch.tokens.shape for batch in batches]), update)
+    return Training(n_useful, lengths, [batch.tokens.shape for batch in batches], update)
 
 
 def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.ndarray]]:
@@ -142,7 +148,7 @@ def torch_ref_training(config: TrainConfig) -> Training:
         steps.step(loss)
         return loss.item
 
-    return Training(n_useful, lengths, [0], update)
+    return Training(n_useful, lengths, [tuple(tokens.shape) for tokens, _ in batches], update)
 
 
 def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
@@ -171,13 +177,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
         optimizer.zero_grad()
         return loss.item
 
-    first = _one_of_each([tokens.shape for tokens, _ in batches]) if compiled else [0]
-    return Training(n_useful, lengths, first, update)
-
-
-def _one_of_each(shapes: list[tuple[int, ...]]) -> list[int]:
-    """Return the first batch of each shape."""
-    return [shapes.index(shape) for shape in dict.fromkeys(shapes)]
+    return Training(n_useful, lengths, [tuple(tokens.shape) for tokens, _ in batches], update)
 
 
 WAYS = {
@@ -264,8 +264,9 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | Non
         n_useful = sum(training.n_useful[number] for number in numbers)
         of_attention = attention_flops([training.lengths[number] for number in numbers], PREFIX, n_layer, width)
         of_limit = (4 * n_matrix * n_useful + of_attention) / (rate * seconds)
+        useful = n_useful / sum(math.prod(training.shapes[number]) for number in numbers)
         speed = {"tokens_per_s": n_useful / seconds, "step_s": seconds / n_a_turn}
-        yield {**speed, "rate": rate, "of_limit": of_limit, **peaks}
+        yield {**speed, "useful": useful, "rate": rate, "of_limit": of_limit, **peaks}
 
 
 def arguments_of(ways: Sequence[str], config: TrainConfig) -> dict[str, tuple[str, TrainConfig]]:
@@ -294,6 +295,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
             f"{median(r, 'tokens_per_s'):.0f}",
             f"{ratio(first, r, 'tokens_per_s'):.2f}",
             f"{median(r, 'step_s'):.3g}",
+            f"{median(r, 'useful'):.2f}",
             f"{median(r, 'rate') / 1e9:.0f}",
             f"{median(r, 'of_limit'):.2f}",
             gib(largest(r, "peak_bytes")),
@@ -334,8 +336,8 @@ def main() -> None:
         n_turns = flags.updates // flags.updates_a_turn
         results = take_turns(arguments_of(flags.ways, config), turns, n_turns, flags.alone)
     first = flags.ways[0]
-    header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "matrix GFLOP/s", "of its limit"]
-    header += ["host peak GiB", "GPU peak GiB"]
+    header = ["training", "useful tokens/s", f"{first} is × as fast", "s an update", "useful share", "matrix GFLOP/s"]
+    header += ["of its limit", "host peak GiB", "GPU peak GiB"]
     rows_of = f"rows of up to {flags.tokens - PREFIX} tokens" if flags.tokens else "the original's rows"
     setting = f"batches of {flags.batch_size} examples, {rows_of}, prefix {PREFIX}"
     title = f"{flags.shape}, {setting}, {turns_title(flags.updates, 'updates', flags.alone)}"

@@ -12,6 +12,9 @@ def breaks_off_in(last: int | None) -> Iterator[dict[str, int]]:
         yield {"count": turn}
 
 
-def shows_preallocation() -> Iterator[dict[str, str]]:
+OF_GPUS = ("XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_VISIBLE_DEVICES")
+
+
+def shows_gpus() -> Iterator[dict[str, tuple[str, ...]]]:
     while True:
-        yield {"told": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "unset")}
+        yield {"told": tuple(os.environ.get(name, "unset") for name in OF_GPUS)}

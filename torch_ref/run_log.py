@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 
 
 def is_first_rank() -> bool:
@@ -23,6 +22,8 @@ class RunLog:
         self.window: list[float] = []
         if flags.save_log and is_first_rank():
             self.text = Path(f"{stem}.log").open("a", encoding="utf-8")  # noqa: SIM115
+            from torch.utils.tensorboard import SummaryWriter  # late: importing it takes a while
+
             self.board = SummaryWriter(f"{stem}.tensorboard")
 
     def line(self, text: str) -> None:
