@@ -6,6 +6,7 @@ Each tensor is mapped, copied and unmapped again, so that only what the caller k
 import dataclasses
 import functools
 import json
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,10 +88,15 @@ class FiniteWeight:
         return part
 
 
+def empty_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array in memory pages of its own; JAX uses memory aligned like that without another copy on a CPU."""
+    n_bytes = max(math.prod(shape) * dtype.itemsize, 1)
+    return np.ndarray(shape, dtype, mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
 def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Copy an array to memory pages of its own; JAX uses memory aligned like that without another copy on a CPU."""
-    pages = mmap.mmap(-1, max(array.size * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    copy = np.ndarray(array.shape, dtype, pages)
+    """Copy an array to pages of its own."""
+    copy = empty_pages(array.shape, dtype)
     with np.errstate(over="ignore"):
         np.copyto(copy, array, casting="unsafe")
     return copy

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.batches import Batch, Packing
@@ -18,11 +18,9 @@ from jaxprefix.devices import devices
 from jaxprefix.examples import Examples
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
 from jaxprefix.memory import GIB
-from jaxprefix.models import abstract_model, check_weights, path_name, weight_shapes
+from jaxprefix.models import abstract_model, check_weights, held_dtype, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.models.layers import scanned_dtype
-from jaxprefix.models.stack import stacked
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
@@ -143,16 +141,10 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     place = base_sharding(mesh, model.n_head)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.dtype), sharding=place(path_name(path), leaf.shape))
-
-    def stack_shapes(*layers: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        first = layers[0]
-        sharding = NamedSharding(mesh, PartitionSpec(None, *first.sharding.spec))
-        return jax.ShapeDtypeStruct((len(layers), *first.shape), scanned_dtype(first), sharding=sharding)
+        name, shape = path_name(path), leaf.shape
+        return jax.ShapeDtypeStruct(shape, held_dtype(name, shape, config.dtype), sharding=place(name, shape))
 
     base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
-    if config.compute.scan_layers:
-        base.layers = stacked(base.layers, stack_shapes)
     arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
     update: Any = make_update(config, mesh)

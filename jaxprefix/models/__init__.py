@@ -1,8 +1,10 @@
 """Frozen base models: Flax NNX modules whose weights come from a folder in the hub's layout."""
 
 import hashlib
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
@@ -20,18 +22,21 @@ from convert.files import filling
 from convert.prefix import ADAPTER_CONFIG
 from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
-from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index
+from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index, empty_pages
 from jaxprefix.config import Compute, DType
 from jaxprefix.devices import own_device
 from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
 from jaxprefix.models.gpt_neox import GPTNeoX
+from jaxprefix.models.layers import scanned_dtype
 from jaxprefix.models.stack import stacked
 
 BaseModel = GPTNeoX | GPT2
 _CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
 _TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
+Reader = Callable[[Index, str], np.ndarray]
+"""Returns a part of a weight in a type."""
 READERS = 4
 """Weights that are read at the same time: most of the time goes into new memory pages, or waiting for the disk."""
 
@@ -62,24 +67,54 @@ def load_model(
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
     first_device = jax.sharding.SingleDeviceSharding(own_device())
 
-    def load(name: str, weight: FiniteWeight) -> jax.Array:
-        sharding = sharding_of(name, weight.shape) if sharding_of else first_device
-        return jax.make_array_from_callback(weight.shape, sharding, partial(_read_once, {}, weight, type_name))
+    def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path_name(path)
+        sharding = sharding_of(name, leaf.shape) if sharding_of else first_device
+        read: Reader
+        if is_stacked(name):
+            layers = [weights[name.replace("layers", f"layers.{n}", 1)] for n in range(config.n_layer)]
+            read = partial(_read_layers, layers, held_dtype(name, leaf.shape, type_name))
+        else:
+            read = weights[name].read
+        return jax.make_array_from_callback(leaf.shape, sharding, partial(_read_once, {}, read, type_name))
 
-    names, weights = zip(*_stream(folder, config), strict=True)
-    with ThreadPoolExecutor(READERS) as pool:
-        loaded = dict(zip(names, pool.map(load, names, weights), strict=True))
-    model = jax.tree.map_with_path(lambda path, _: loaded[path_name(path)], abstract_model(config, compute))
-    if compute.scan_layers:
-        model.layers = stacked(model.layers)
-    return model
+    model = abstract_model(config, compute)  # first: its layers may be unfit for a loop
+    weights = dict(_stream(folder, config))
+    with ThreadPoolExecutor(1 if compute.scan_layers else READERS) as pool:  # of all layers, one weight at a time
+        paths, leaves = zip(*jax.tree.leaves_with_path(model), strict=True)
+        return jax.tree.unflatten(jax.tree.structure(model), pool.map(load, paths, leaves))
 
 
-def _read_once(parts: dict[str, np.ndarray], weight: FiniteWeight, dtype: str, index: Index) -> np.ndarray:
+def _read_once(parts: dict[str, np.ndarray], read: Reader, dtype: str, index: Index) -> np.ndarray:
     """Read a part of a weight, or return what was read into `parts` for another device that holds the same one."""
     if (key := str(index)) not in parts:
-        parts[key] = weight.read(index, dtype)
+        parts[key] = read(index, dtype)
     return parts[key]
+
+
+def _read_layers(layers: Sequence[FiniteWeight], held: np.dtype, index: Index, dtype: str) -> np.ndarray:
+    """Read a part of a weight of all layers, one behind the other, into an array of type `held`."""
+    assert index is not None
+    chosen, within = layers[index[0]], index[1:]
+    shape = np.broadcast_to(0, layers[0].shape)[within].shape
+    whole = empty_pages((len(chosen), *shape), held)
+
+    def fill(number: int) -> None:
+        whole[number] = chosen[number].read(within, dtype).view(held)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        deque(pool.map(fill, range(len(chosen))), maxlen=0)
+    return whole
+
+
+def is_stacked(name: str) -> bool:
+    """Tell whether a path is that of a weight of all layers in one array, as --scan_layers has them."""
+    return re.match(r"layers\.\D", name) is not None
+
+
+def held_dtype(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype:
+    """Return the type in which a weight of a model in `dtype` is held; see `scanned_dtype`."""
+    return scanned_dtype(jax.ShapeDtypeStruct(shape[1:], dtype)) if is_stacked(name) else np.dtype(dtype)
 
 
 def copy_base_model(folder: Path, target: Path) -> None:
@@ -99,8 +134,11 @@ def copy_base_model(folder: Path, target: Path) -> None:
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:
-    """Return the model with shapes in place of weights."""
-    return _CLASSES[config.model_type](config, compute)
+    """Return the model with shapes in place of weights. Raises InputError for layers that cannot be scanned."""
+    model = _CLASSES[config.model_type](config, compute)
+    if compute.scan_layers:
+        model.layers = stacked(model.layers)
+    return model
 
 
 def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

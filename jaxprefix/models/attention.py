@@ -9,7 +9,6 @@ stand in front of the tokens. It has no batch axis; attention puts it in front o
 Attention takes its keys as they are. Tokens sit at positions P, P+1, …, see `positions_of`.
 """
 
-import re
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from convert.errors import InputError
 from jaxprefix.batches import Packing
 from jaxprefix.config import AttentionMethod
-from jaxprefix.devices import alone_on_a_cpu, own_device
+from jaxprefix.devices import FIRST_WITH_BFLOAT16, alone_on_a_cpu, cuda_generation, own_device
 from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
 from jaxprefix.models.packing import on_texts
@@ -138,9 +137,8 @@ def _cudnn_pays(q: Float[Array, "B T N H"]) -> bool:
 
 def cudnn_takes(head_dim: int) -> bool:
     """Tell whether cuDNN's flash attention runs on this machine's GPU (Ampere or later) with heads of this width."""
-    capability = str(getattr(own_device(), "compute_capability", ""))  # "9.0"; AMD's are names
-    generation = int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else 0
-    return generation >= 8 and head_dim % 8 == 0 and head_dim <= (256 if generation >= 9 else 128)
+    generation = cuda_generation() or 0
+    return generation >= FIRST_WITH_BFLOAT16 and head_dim % 8 == 0 and head_dim <= (256 if generation >= 9 else 128)
 
 
 def check_attention(method: AttentionMethod, head_dim: int) -> None:

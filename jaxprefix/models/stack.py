@@ -146,20 +146,11 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
     return frozen
 
 
-def stack_and_delete(*arrays: Array) -> Array:
-    """Stack arrays along a new first axis, in their `scanned_dtype`, and delete them."""
-    whole = jax.block_until_ready(jnp.stack([array.view(scanned_dtype(array)) for array in arrays]))
-    for array in arrays:
-        array.delete()
-    return whole
+def stacked(layers: Any) -> Any:
+    """Return one layer, to scan, whose shapes are those of the given layers with their number in front.
 
-
-def stacked(layers: Any, combine: Callable[..., Any] = stack_and_delete) -> Any:
-    """Return one layer whose arrays hold those of all given layers, each made by `combine`.
-
-    One weight is stacked after the other, so that the model is never in memory twice. Raises InputError if the layers
-    differ in more than their arrays.
+    Raises InputError if the layers differ in more than their weights.
     """
     if len({jax.tree.structure(layer) for layer in layers}) > 1:
         raise InputError("--scan_layers: the layers of this base model differ in more than their weights")
-    return jax.tree.map(combine, *layers)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype), layers[0])

@@ -14,7 +14,6 @@ from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
-from jaxprefix.models.stack import stacked
 from jaxprefix.shapes import PaddedShape
 from tests.arrays import empty_cache, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -94,11 +93,12 @@ def test_scanning_changes_the_program(base_folder):
     assert "scan" not in str(forward(plain))
 
 
-def test_stacking_layers_leaves_none_of_theirs_in_memory(base_folder):
-    layers = load_model(base_folder).layers
-    arrays = jax.tree.leaves(layers)
-    stacked(layers)
-    assert all(array.is_deleted() for array in arrays)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loop_takes_the_weights_of_all_layers_one_behind_the_other(base_folder, dtype):
+    layers = load_model(base_folder, dtype).layers
+    scanned = load_model(base_folder, dtype, compute=Compute(scan_layers=True)).layers
+    for whole, *parts in zip(*map(jax.tree.leaves, (scanned, *layers)), strict=True):
+        np.testing.assert_array_equal(np.asarray(whole).view(parts[0].dtype), np.stack(parts))
 
 
 def test_layers_that_differ_cannot_be_scanned(tmp_path):
