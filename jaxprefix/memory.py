@@ -11,6 +11,10 @@ import jax
 from convert.errors import RunError
 
 GIB = 2**30
+FULL = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|ALLOC_FAILED|Autotuning failed.*No valid config", re.DOTALL)
+"""What errors of a full device say: XLA's, CUDA's, its libraries'; and of a GPU on which no kernel could be tried."""
+CHARACTERS = 120
+"""Most characters of an error that does not name its cause so plainly, and is repeated."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -20,9 +24,10 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not FULL.search(str(error)):
             raise
-        raise RunError(f"out of memory: {shortage(str(error))}; {advice()}") from error
+        cause = "" if "RESOURCE_EXHAUSTED" in str(error) else " (" + str(error).partition("\n")[0][:CHARACTERS] + ")"
+        raise RunError(f"out of memory: {shortage(str(error))}{cause}; {advice()}") from error
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
@@ -43,5 +48,8 @@ def shortage(text: str) -> str:
     free = size - stats.get("bytes_in_use", 0) / GIB
     over = "more was requested than"
     if n_gib is not None:
-        over = f"{n_gib:.2f} GiB were requested at once, {max(n_gib - free, 0):.2f} more than"
-    return f"{over} the {free:.2f} of {size:.2f} GiB that {device.device_kind} has free"
+        over = f"{n_gib:.2f} GiB were requested at once, {n_gib - free:.2f} more than"
+        if n_gib <= free:  # which other programs may have taken, too
+            over = f"{n_gib:.2f} GiB were requested at once, which are not in one piece within"
+    limit = f"the {size:.2f} GiB of {device.device_kind} that JAX may use; XLA_CLIENT_MEM_FRACTION=.95 allows it more"
+    return f"{over} the {free:.2f} free of {limit}"

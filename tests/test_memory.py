@@ -35,8 +35,9 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     assert " in all" not in shortage(text), "the host's memory says nothing of a GPU's"
     stats |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
     assert asked in shortage(text)
-    assert shortage(text).endswith(" than the 10.00 of 11.00 GiB that H100 has free")
-    assert (", 2.50 more than" in shortage(text)) == ("12.50" in asked)
+    assert "the 10.00 free of the 11.00 GiB of H100 that JAX may use; XLA_CLIENT_MEM_FRACTION=.95" in shortage(text)
+    assert (", 2.50 more than the 10.00 free" in shortage(text)) == ("12.50" in asked)
+    assert ("which are not in one piece within the 10.00 free" in shortage(text)) == asked.startswith(("1.50", "2.00"))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,15 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB."),
             "12.50 GiB were requested at once; ",
+        ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Autotuning failed for HLO: %a = f32[]\n: No valid config found!"),
+            "more was requested than is free; this machine has {:.2f} GiB in all (INTERNAL: Autotuning failed for HLO: "
+            "%a = f32[]); ",
+        ),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: CUBLAS_STATUS_ALLOC_FAILED"),
+            "more was requested than is free; this machine has {:.2f} GiB in all (INTERNAL: CUBLAS_STATUS_ALLOC_FAILED",
         ),
         (OSError(errno.ENOMEM, "Cannot allocate", "7.safetensors"), "this machine has less free than was requested; "),
         (MemoryError("Unable to allocate 500. MiB"), "this machine has less free than was requested; "),
@@ -57,7 +67,8 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     monkeypatch.setattr(jaxprefix.decode, "_decode", fail)
     assert main(["generate", "--pretrained_model_dir", str(GOLDEN_BASE), "--prompt", "a", "--batch_size", "3"]) == 1
     error = capsys.readouterr().err
-    assert f"error: out of memory: {told}" in error
+    n_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert f"error: out of memory: {told.format(n_gib)}" in error
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
 
 
