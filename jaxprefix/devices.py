@@ -1,12 +1,16 @@
 """The devices that programs are compiled for: this machine's, or others that are named and need not exist."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from convert.errors import InputError
+
+FIRST_WITH_BFLOAT16 = 8
+"""NVIDIA's generation (Ampere) from which on GPUs multiply bfloat16 as fast as float16, and cuDNN's attention runs."""
 
 _named: Sequence[Any] = ()
 
@@ -34,6 +38,12 @@ def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
 def on_a_cpu() -> bool:
     """Tell whether programs run on CPUs, whose compiler needs some things that a GPU's is better off without."""
     return own_device().platform == "cpu"
+
+
+def cuda_generation() -> int | None:
+    """Return the generation of this process's NVIDIA GPU, the first number of its compute capability; else None."""
+    capability = str(getattr(own_device(), "compute_capability", ""))  # "9.0"; AMD's are names
+    return int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else None
 
 
 def alone_on_a_cpu() -> bool:

@@ -1,20 +1,17 @@
-"""One run of many processes, one or more on each host: they join, agree, and stop together.
+"""One run of many processes, one or more on each host: they agree, and stop together. They have joined (`joining.py`).
 
 Every process makes the same updates on its own devices. The first one writes the files, all together the checkpoints,
-so they must share the folder of runs. In a run of one process, nobody is joined, asked or waited for.
+so they must share the folder of runs. In a run of one process, nobody is asked or waited for.
 """
 
-import collections
 import contextlib
 import json
 import os
-import re
 import secrets
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import InputError, PlainError, RunError
-from jaxprefix.config import HostsConfig
-from jaxprefix.devices import devices
 
-JOIN_SECONDS = 120
-"""How long a process waits for the others to join."""
-HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long counts as dead, and the others end."""
 PATIENCE_SECONDS = 3600
 """How long the others wait for a process that is busy with something slow, like downloading the base model."""
 LEAVE_SECONDS = 5
@@ -40,106 +31,6 @@ VISIBLE_SECONDS = 60
 """How long a network file system may hide a file that another host wrote."""
 
 Result = TypeVar("Result")
-
-
-@contextlib.contextmanager
-def joined(config: HostsConfig) -> Iterator[None]:
-    """Join the other processes of a run for the duration of the `with`. JAX must not have been used before.
-
-    Raises InputError when the cluster is not recognised, the port is taken, JAX is in use already, or processes have
-    unequal numbers of devices; RunError when the others can no longer be reached. When they are not all there after
-    JOIN_SECONDS, the program ends with an error, before JAX would abort it.
-    """
-    if config.several:
-        _join(config)
-        with plain_where_others_end():
-            yield
-            wait_for_all("end")
-        jax.distributed.shutdown()
-    else:
-        _warn_of_slurm()
-        devices()  # fails plainly where a platform does not work
-        yield
-
-
-def _join(config: HostsConfig) -> None:
-    """Connect this process to the others, and see their devices."""
-    if config.process_id == 0 and config.coordinator_address is not None:
-        _check_port(int(config.coordinator_address.rpartition(":")[2]))
-    _bypass_proxy()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
-    timer.daemon = True
-    timer.start()
-    try:
-        jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            cluster_detection_method=None if config.distributed else "deactivate",
-            initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-        # The processes tell each other their devices, which must not wait for slow downloads.
-        counts = collections.Counter(device.process_index for device in jax.devices())
-    except ValueError as error:
-        raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
-    except RuntimeError as error:
-        raise InputError(f"cannot join the other processes: {error}") from error
-    finally:
-        timer.cancel()
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
-        raise InputError(f"all processes must have the same number of devices; {found}")
-
-
-@contextlib.contextmanager
-def plain_where_others_end() -> Iterator[None]:
-    """Turn the errors of communication, which other processes' ends make, into RunError."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        lost = re.search(r"\b(gloo|nccl)|coordination service|heartbeat", str(error), re.IGNORECASE)
-        if not lost or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"the other processes cannot be reached, one may have ended ({reason})") from error
-
-
-def _check_port(port: int) -> None:
-    """Raise InputError when a port is taken, which JAX does not survive."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
-
-
-def _bypass_proxy() -> None:
-    """Reach the other processes directly where a proxy is set for the rest of the world."""
-    proxies = ("grpc_proxy", "https_proxy", "http_proxy")  # of which gRPC takes the first that is set; empty is none
-    if any(map(os.environ.get, proxies)):  # JAX warns of any such variable
-        os.environ[proxies[0]] = ""
-
-
-def _warn_of_slurm() -> None:
-    """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
-    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
-    if task is not None and n_tasks != "1":
-        what = f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run"
-        print(f"WARNING: {what}", file=sys.stderr)
-
-
-def _give_up(config: HostsConfig) -> None:
-    where = config.coordinator_address or "the address that --distributed found"
-    who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
-    _end_at_once(InputError(f"{who} did not join at {where} within {JOIN_SECONDS} seconds"))
-
-
-def _end_at_once(error: PlainError) -> None:
-    """End the program from a background thread: the main one waits where it cannot be interrupted."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    os._exit(error.exit_code)
 
 
 def is_first() -> bool:
@@ -248,7 +139,7 @@ def check_shared(folder: Path) -> None:
     """Check that all processes see the same folder, by a file that the first one makes there. Raises InputError."""
     if jax.process_count() == 1:
         return
-    mark = folder / f".shared-{int(broadcast_from_first(np.array(secrets.randbits(31), np.int32)))}"
+    mark = _new_mark(folder)
 
     def look() -> None:
         if is_first():
@@ -262,12 +153,45 @@ def check_shared(folder: Path) -> None:
             mark.unlink(missing_ok=True)
 
 
+def all_see(folder: Path) -> bool:
+    """Tell whether all processes see the folder of the first one, by a file that is made there; they call it together.
+
+    Unlike `check_shared`, does not wait for a slow file system.
+    """
+    if jax.process_count() == 1:
+        return True
+    mark = _new_mark(folder)
+
+    def make() -> None:
+        with contextlib.suppress(OSError):
+            mark.touch()
+
+    agree_first("mark a folder", make)  # before any other looks: a network file system remembers what was missing
+    try:
+        return not anywhere(not mark.exists())
+    finally:
+        if is_first():
+            with contextlib.suppress(OSError):
+                mark.unlink()
+
+
+def _new_mark(folder: Path) -> Path:
+    """Return a path in the folder that is new, and has the same name on all processes."""
+    return folder / f".shared-{int(broadcast_from_first(np.array(secrets.randbits(31), np.int32)))}"
+
+
 def leave_soon(exit_code: int) -> None:
     """End a process that failed alone within LEAVE_SECONDS: JAX would wait for the others as it ends, then abort it."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
         timer.daemon = True
         timer.start()
+
+
+def end_at_once(error: PlainError) -> None:
+    """End the program from a background thread: the main one waits where it cannot be interrupted."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code)
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:
@@ -329,4 +253,4 @@ class Watchdog:
         while not self._ended.wait(min(limit / 10, 60)):
             if time.monotonic() - self._seen > limit:
                 what = f"no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
-                _end_at_once(RunError(f"{what}: a process hangs, or --stall_minutes is too short"))
+                end_at_once(RunError(f"{what}: a process hangs, or --stall_minutes is too short"))

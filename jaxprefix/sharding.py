@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -22,27 +23,27 @@ from jaxtyping import Array
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES as AXES
 from jaxprefix.devices import devices
-from jaxprefix.models import BaseModel, path_name
+from jaxprefix.models import BaseModel, is_stacked, path_name
 
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
 # Path of a base model's weight → how its axes are split. Of the rules that match, the first counts whose spec has as
-# many axes as the weight, or none. Weights are [out, in], see `layers.Linear`.
+# many axes as the weight, or none. Weights are [out, in], see `layers.Linear`. Layers' numbers are left out.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"embed_positions\.weight", P(None, "fsdp")),  # [positions, D]
-    (r"layers\.\d+\.attention\.qkv\.weight", P("tensor", "fsdp")),  # GPT-NeoX: [N·3·H, D]
-    (r"layers\.\d+\.attention\.qkv\.bias", P("tensor")),
-    (r"layers\.\d+\.attention\.qkv\.weight", P(None, "tensor", "fsdp")),  # GPT-2: [3, N·H, D]
-    (r"layers\.\d+\.attention\.qkv\.bias", P(None, "tensor")),
-    (r"layers\.\d+\.attention\.out\.weight", P("fsdp", "tensor")),  # [D, N·H]
-    (r"layers\.\d+\.mlp\.up\.weight", P("tensor", "fsdp")),  # [F, D]
-    (r"layers\.\d+\.mlp\.up\.bias", P("tensor")),
-    (r"layers\.\d+\.mlp\.down\.weight", P("fsdp", "tensor")),  # [D, F]
-    (r"layers\.\d+\.(attention\.out|mlp\.down)\.bias", P()),
-    (r"(layers\.\d+\.attention|layers\.\d+\.mlp|final)_norm\.(weight|bias)", P()),
+    (r"layers\.attention\.qkv\.weight", P("tensor", "fsdp")),  # GPT-NeoX: [N·3·H, D]
+    (r"layers\.attention\.qkv\.bias", P("tensor")),
+    (r"layers\.attention\.qkv\.weight", P(None, "tensor", "fsdp")),  # GPT-2: [3, N·H, D]
+    (r"layers\.attention\.qkv\.bias", P(None, "tensor")),
+    (r"layers\.attention\.out\.weight", P("fsdp", "tensor")),  # [D, N·H]
+    (r"layers\.mlp\.up\.weight", P("tensor", "fsdp")),  # [F, D]
+    (r"layers\.mlp\.up\.bias", P("tensor")),
+    (r"layers\.mlp\.down\.weight", P("fsdp", "tensor")),  # [D, F]
+    (r"layers\.(attention\.out|mlp\.down)\.bias", P()),
+    (r"(layers\.attention|layers\.mlp|final)_norm\.(weight|bias)", P()),
 )
 
 
@@ -56,7 +57,9 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
         given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise InputError(f"--mesh {given} is for {math.prod(sizes.values())} devices, there are {len(devices())}")
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices())
+    # jax.make_mesh refuses several hosts with GPUs, which it takes for slices of a TPU pod.
+    arranged = mesh_utils.create_device_mesh(shape, devices(), allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -72,12 +75,13 @@ def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tupl
         return axis is not None and size % mesh.shape[axis] == 0 and not (splits_heads and whole_heads)
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        matches = (spec for rule, spec in BASE_RULES if re.fullmatch(rule, path))
-        spec = next((spec for spec in matches if len(spec) in (0, len(shape))), None)
+        front, own = ((None,), shape[1:]) if is_stacked(path) else ((), shape)  # all devices have all layers
+        matches = (spec for rule, spec in BASE_RULES if re.fullmatch(rule, re.sub(r"\.\d+\.", ".", path)))
+        spec = next((spec for spec in matches if len(spec) in (0, len(own))), None)
         if spec is None:
             raise KeyError(f"no sharding rule for {path}")
-        axes = (axis if fits(path, axis, size) else None for axis, size in zip(spec, shape, strict=False))
-        return NamedSharding(mesh, P(*axes))
+        axes = (axis if fits(path, axis, size) else None for axis, size in zip(spec, own, strict=False))
+        return NamedSharding(mesh, P(*front, *axes))
 
     return place
 

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 
 from jaxprefix.base_folder import base_identity
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.compiling import keep_only_shared_programs
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
-from jaxprefix.devices import own_device
+from jaxprefix.devices import FIRST_WITH_BFLOAT16, cuda_generation, own_device
 from jaxprefix.faults import less_memory, stop_on_signal, within_disk
-from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, joined
+from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first
 from jaxprefix.inputs import Inputs, read_inputs
+from jaxprefix.joining import joined
 from jaxprefix.loop import Run, loop
 from jaxprefix.memory import within_memory
 from jaxprefix.models import fingerprint, load_model
@@ -62,6 +64,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 def train_jointly(config: TrainConfig) -> TrainResult:
     """Make the run that `train` describes, in a process that has joined the others."""
+    keep_only_shared_programs()
     inputs = agree("read its inputs", lambda: read_inputs(config))
     mesh = agree("make its mesh", lambda: make_mesh(mesh_sizes(config.mesh)))
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
@@ -137,5 +140,8 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
+    generation = cuda_generation()
+    if config.dtype == "bfloat16" and generation is not None and generation < FIRST_WITH_BFLOAT16:
+        yield f"WARNING: {own_device().device_kind} has no fast bfloat16 products; --fp16 is faster there"
     if config.suffix and (flaw := inputs.base.tokenizer.why_unlearnable(config.suffix)):
         yield f"WARNING: the suffix {config.suffix!r} {flaw}; it cannot be learnt"

@@ -29,6 +29,8 @@ def pytest_configure(config):
     """
     if config.option.gpu:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a GPU's memory is for all processes of the session
+        if jax.default_backend() != "gpu":
+            raise pytest.UsageError("--gpu: JAX finds no GPU")
     else:
         os.environ |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         jax.config.update("jax_platforms", "cpu")

@@ -56,12 +56,19 @@ def flags_of(config: TrainConfig) -> list[str]:
 
 
 def start(
-    config: TrainConfig, *flags: str, program: tuple[str, ...] = ("-m", "jaxprefix"), **variables: str
+    config: TrainConfig,
+    *flags: str,
+    program: tuple[str, ...] = ("-m", "jaxprefix"),
+    within: tuple[str, ...] = (),
+    **variables: str,
 ) -> subprocess.Popen[str]:
-    """Start a run_config as a process of its own, which keeps what it compiles where this one does."""
+    """Start a run_config as a process of its own, which keeps what it compiles where this one does.
+
+    `within` is the command that runs it, if there is one.
+    """
     folder = jax.config.jax_compilation_cache_dir
     kept = {} if folder is None else {"JAX_COMPILATION_CACHE_DIR": folder, **CACHE_ALL}
-    command = [sys.executable, *program, "train", *flags_of(config), *flags]
+    command = [*within, sys.executable, *program, "train", *flags_of(config), *flags]
     environment = os.environ | kept | variables
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

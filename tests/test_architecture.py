@@ -23,7 +23,7 @@ FLOORS = [
     {"loop"},
     {"inputs", "faults", "start"},
     {"update", "decode", "metrics", "run_folder", "checkpoint"},
-    {"prefix", "sampling", "loss", "run_lock", "sharding", "hosts", "memory", "compiling"},
+    {"prefix", "sampling", "loss", "run_lock", "sharding", "hosts", "joining", "memory", "compiling"},
     {"run_description", "run_log"},
     {"base_folder"},
     {"models"},

@@ -233,7 +233,7 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
     def fail(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    folder = jax.config.jax_compilation_cache_dir
+    folder, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(attempt, fail)
     try:
@@ -241,9 +241,17 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
         prepare_compiling()
         warnings.warn("Error writing persistent compilation cache entry for 'jit_a'", stacklevel=1)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxprefix" / "compiled"), "it may be read"
+        assert jax.config.jax_persistent_cache_enable_xla_caches == "none", "on a GPU, XLA's own would be an error"
+        assert "cannot be kept (Read-only file system); set XDG_CACHE_HOME to another" in capsys.readouterr().err
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        prepare_compiling()
+        assert "cannot be kept (Read-only file system); set JAX_COMPILATION_CACHE_DIR to" in capsys.readouterr().err
+        jax.config.update("jax_compilation_cache_dir", "gs://bucket")
+        prepare_compiling()
+        assert capsys.readouterr().err == "", "a bucket is no folder"
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
-    assert "compiled programs cannot be kept (Read-only file system); set XDG_CACHE_HOME" in capsys.readouterr().err
+        jax.config.update("jax_persistent_cache_enable_xla_caches", caches)
 
 
 def test_types_are_what_they_say_whatever_the_environment_says():

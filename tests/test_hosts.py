@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError, RunError
-from jaxprefix import hosts
+from jaxprefix import hosts, joining
 from jaxprefix.config import HostsConfig
-from jaxprefix.hosts import Vote, joined
+from jaxprefix.hosts import Vote
+from jaxprefix.joining import joined
 from jaxprefix.sharding import make_mesh
 from tests.pairs import free_port, slurm
 from tests.runs import PATIENCE
@@ -131,6 +132,17 @@ def test_processes_need_as_many_devices(monkeypatch):
         pass
 
 
+def test_a_platform_that_does_not_work_is_told_plainly_after_joining(monkeypatch):
+    def no_backend():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", no_backend)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    told = r"^JAX cannot use its devices \(.*\): none is there$"
+    with pytest.raises(InputError, match=told), joined(HostsConfig(True)):
+        pass
+
+
 @pytest.mark.parametrize(
     ("set_before", "proxy"),
     [({}, None), ({"http_proxy": "p"}, ""), ({"https_proxy": "p", "no_proxy": "a"}, ""), ({"grpc_proxy": "p"}, "")],
@@ -138,7 +150,7 @@ def test_processes_need_as_many_devices(monkeypatch):
 def test_a_proxy_is_for_the_rest_of_the_world(monkeypatch, set_before, proxy):
     environment = {**set_before}
     monkeypatch.setattr(os, "environ", environment)
-    hosts._bypass_proxy()
+    joining._bypass_proxy()
     assert environment.get("grpc_proxy") == proxy
 
 
@@ -192,10 +204,12 @@ def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind, monkey
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     config = HostsConfig(coordinator_address=f"localhost:{free_port()}", num_processes=1, process_id=0)
-    with pytest.raises(RunError, match=told), hosts.joined(config):
+    with pytest.raises(RunError, match=told), joined(config):
         raise lost
+    with pytest.raises(RunError, match=r"\(INTERNAL: NCCL operation .*\); NCCL_DEBUG=INFO tells more$"), joined(config):
+        raise kind("INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error")
     for other in ("INTERNAL", "RESOURCE_EXHAUSTED: of NCCL", "invalid literal 'igloo'"):
-        with pytest.raises(kind, match=f"^{other}$"), hosts.joined(config):
+        with pytest.raises(kind, match=f"^{other}$"), joined(config):
             raise kind(other)
 
 
@@ -209,7 +223,7 @@ def test_no_cluster_is_found(monkeypatch):
 
 
 def test_nobody_joins(exit_codes, capsys):
-    threading.Thread(target=hosts._give_up, args=[HostsConfig(False, "node0:1", 2, 0)], daemon=True).start()
+    threading.Thread(target=joining._give_up, args=[HostsConfig(False, "node0:1", 2, 0)], daemon=True).start()
     assert exit_codes.get(timeout=PATIENCE) == 2
     assert capsys.readouterr().err == "error: some of the other processes did not join at node0:1 within 120 seconds\n"
 
@@ -249,7 +263,7 @@ def test_who_has_joined_is_not_given_up(monkeypatch):
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     with joined(HostsConfig(True)):
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        own = [timer for timer in timers if timer.function is hosts._give_up]
+        own = [timer for timer in timers if timer.function is joining._give_up]
         assert all(timer.finished.is_set() for timer in own), "one would end this program in two minutes"
 
 
@@ -258,7 +272,7 @@ def test_how_processes_join_and_leave(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **how: order.append(how["cluster_detection_method"]))
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: order.append("shut down"))
-    monkeypatch.setattr(hosts, "wait_for_all", lambda name: order.append(f"wait to {name}"))
+    monkeypatch.setattr(joining, "wait_for_all", lambda name: order.append(f"wait to {name}"))
     for config in HostsConfig(True), HostsConfig(False, "127.0.0.1:1", 2, 1):
         with joined(config):
             order.append("run")
@@ -291,5 +305,5 @@ def test_jax_does_not_take_sigterm_for_itself(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     jax.config.update("jax_enable_preemption_service", True)
-    with hosts.joined(HostsConfig(True)):
+    with joined(HostsConfig(True)):
         assert seen == [False]

@@ -10,12 +10,13 @@ import pytest
 
 from convert.prefix import write_adapter
 from jaxprefix.train import train
+from tests.markers import needs_own_mounts
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
 from tests.runs import losses_of, metrics_of, run_config, same_end, start
 from tests.tolerances import LOSS
 
 LONG = {"n_epochs": 5}  # of four updates
-IMPATIENT = "import jaxprefix.cli, jaxprefix.hosts as h; h.{} = 2; jaxprefix.cli.entry_point()"
+IMPATIENT = "import jaxprefix.cli, jaxprefix.{0}; jaxprefix.{0}.{1} = 2; jaxprefix.cli.entry_point()"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,40 @@ def test_two_processes_give_the_losses_of_one_device(undisturbed, tmp_path):
         losses = losses_of(undisturbed[0].run_dir, split)
         assert len(losses) == n_points
         np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS)
+
+
+ON_ANOTHER_HOST = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"')
+
+
+@pytest.mark.slow
+@needs_own_mounts
+def test_two_hosts_are_one_mesh(undisturbed, tmp_path):
+    """JAX knows hosts apart by the id of their boot, and takes devices of several for slices of a TPU pod."""
+    (boot := tmp_path / "boot_id").write_text("11111111-2222-3333-4444-555555555555\n")
+    config = run_config(tmp_path, **LONG)
+    hosts = [(), (*ON_ANOTHER_HOST, str(boot))]
+    pair = [
+        start(config, *flags, within=host, **TWO_DEVICES) for host, flags in zip(hosts, documented_flags(), strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [0, 0], errors
+    assert "4 device(s)" in errors[0]
+    same_end(undisturbed[0], config)
+
+
+@pytest.mark.slow
+def test_programs_are_kept_only_where_all_processes_see_them(undisturbed, tmp_path):
+    assert "compiled programs are not kept" not in "".join(undisturbed[2])
+    config, folders = run_config(tmp_path, n_epochs=1), [tmp_path / "one", tmp_path / "other"]
+    pair = [
+        start(config, *flags, JAX_COMPILATION_CACHE_DIR=str(folder), **TWO_DEVICES)
+        for folder, flags in zip(folders, documented_flags(), strict=True)
+    ]
+    codes, _, errors = ended(pair)
+    assert codes == [0, 0], errors
+    assert f"WARNING: {folders[0]}: not seen by all processes, so compiled programs are not kept; " in errors[0]
+    assert "not kept" not in errors[1]
+    assert not [*folders[0].glob("*update*"), *folders[1].iterdir()]
 
 
 @pytest.mark.slow
@@ -171,7 +206,7 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
     for place in ("one", "other"):
         (tmp_path / place).mkdir()
     shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
-    impatient = ("-c", IMPATIENT.format("VISIBLE_SECONDS"))
+    impatient = ("-c", IMPATIENT.format("hosts", "VISIBLE_SECONDS"))
     pair = [
         start(run_config(tmp_path / place, **LONG), *flags, "--resume", program=impatient, **TWO_DEVICES)
         for place, flags in zip(("one", "other"), documented_flags(), strict=True)
@@ -188,7 +223,7 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     config = run_config(tmp_path)
-    pair = start_pair(config, program=("-c", IMPATIENT.format("HEARTBEAT_SECONDS")))
+    pair = start_pair(config, program=("-c", IMPATIENT.format("joining", "HEARTBEAT_SECONDS")))
     while not (config.run_dir / "log.txt").is_file():
         assert all(process.poll() is None for process in pair)
         time.sleep(0.05)
@@ -201,7 +236,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
 @pytest.mark.slow
 def test_a_coordinator_that_does_not_answer(tmp_path):
     _, second = documented_flags()
-    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("JOIN_SECONDS")))
+    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("joining", "JOIN_SECONDS")))
     [code], _, [error] = ended([process])
     assert code == 2
     assert re.fullmatch(r"error: process 0 or another process did not join at 127.0.0.1:\d+ within 2 seconds\n", error)

@@ -15,6 +15,7 @@ from benchmarks.memory import SAVING_ORDER
 from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
+from jaxprefix.devices import compiling_for
 from jaxprefix.models import abstract_model, load_model, path_name, weight_shapes, weight_table
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, with_gathered_embeddings
 from jaxprefix.train import train
@@ -72,6 +73,26 @@ def test_rows_to_decode_are_split_over_data_alone():
 def test_a_mesh_must_take_all_devices():
     with pytest.raises(InputError, match="--mesh data=2,tensor=3 is for 6 devices, there are 1"):
         make_mesh({"data": 2, "tensor": 3})
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX tells of a device of one of several hosts with GPUs."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def test_devices_of_several_hosts_make_a_mesh_in_which_those_of_a_host_are_neighbours():
+    """`jax.make_mesh` takes hosts for slices of a TPU pod, and refuses several."""
+    devices = [Device(2048 * host + n, host, host) for host in (0, 1) for n in range(4)]
+    with compiling_for(devices[::-1]):
+        mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert mesh.devices.ravel().tolist() == devices
+    assert [{device.slice_index for device in row.ravel()} for row in mesh.devices] == [{0}, {1}]
 
 
 MESHES = [f"data={d},fsdp={f},tensor={8 // d // f}" for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]

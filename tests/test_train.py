@@ -147,6 +147,13 @@ def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
             command(config)
 
 
+@pytest.mark.parametrize(("generation", "warned"), [(7, True), (8, False), (None, False)])
+def test_bfloat16_is_warned_of_on_gpus_that_are_slow_at_it(tmp_path, monkeypatch, capsys, generation, warned):
+    monkeypatch.setattr(train_module, "cuda_generation", lambda: generation)
+    train(run_config(tmp_path, dtype="bfloat16", n_training_steps=1, save_model=False, save_log=False))
+    assert ("WARNING: cpu has no fast bfloat16 products; --fp16" in capsys.readouterr().err) == warned
+
+
 def test_an_unknown_suffix_is_warned_of(tmp_path):
     config = run_config(tmp_path, suffix=" 🦀", n_training_steps=1)
     train(config)

@@ -121,6 +121,8 @@ def test_gradients_towards_the_prefix_are_summed_over_rows_in_float32():
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("cudnn", marks=needs_gpu)])
 @pytest.mark.parametrize("width", [64, 80, 96, pytest.param(256, marks=needs_gpu)])
 def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense_one(implementation, width):
+    if implementation == "cudnn" and not attention.cudnn_takes(width):
+        pytest.skip("cuDNN needs Ampere or later, for wide heads Hopper")
     rows, front = (2, 600, 4, width), (2, 10, 4, width)
     halves = normals(rows, rows, rows, front, rows, dtype=jnp.bfloat16)
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, width**-0.5, implementation), *halves)

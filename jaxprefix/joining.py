@@ -1,0 +1,118 @@
+"""How the processes of a run find each other, and what they say when others end or never come."""
+
+import collections
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import jax
+
+from convert.errors import InputError, RunError
+from jaxprefix.config import HostsConfig
+from jaxprefix.devices import devices
+from jaxprefix.hosts import end_at_once, wait_for_all
+from jaxprefix.memory import FULL
+
+JOIN_SECONDS = 120
+"""How long a process waits for the others to join."""
+HEARTBEAT_SECONDS = 30
+"""A process that has been silent for so long counts as dead, and the others end."""
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """Join the other processes of a run for the duration of the `with`. JAX must not have been used before.
+
+    Raises InputError when the cluster is not recognised, the port is taken, JAX is in use already, or processes have
+    unequal numbers of devices; RunError when the others can no longer be reached. When they are not all there after
+    JOIN_SECONDS, the program ends with an error, before JAX would abort it.
+    """
+    if config.several:
+        _join(config)
+        with plain_where_others_end():
+            yield
+            wait_for_all("end")
+        jax.distributed.shutdown()
+    else:
+        _warn_of_slurm()
+        devices()  # fails plainly where a platform does not work
+        yield
+
+
+def _join(config: HostsConfig) -> None:
+    """Connect this process to the others, and see their devices."""
+    if config.process_id == 0 and config.coordinator_address is not None:
+        _check_port(int(config.coordinator_address.rpartition(":")[2]))
+    _bypass_proxy()
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            cluster_detection_method=None if config.distributed else "deactivate",
+            initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        # The processes tell each other their devices, which must not wait for slow downloads.
+        counts = collections.Counter(device.process_index for device in devices())
+    except ValueError as error:
+        raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
+    except RuntimeError as error:
+        raise InputError(f"cannot join the other processes: {error}") from error
+    finally:
+        timer.cancel()
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
+        raise InputError(f"all processes must have the same number of devices; {found}")
+
+
+@contextlib.contextmanager
+def plain_where_others_end() -> Iterator[None]:
+    """Turn the errors of communication, which other processes' ends make, into RunError."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        lost = re.search(r"\b(gloo|nccl)|coordination service|heartbeat", str(error), re.IGNORECASE)
+        if not lost or FULL.search(str(error)):
+            raise
+        reason = str(error).partition("\n")[0]
+        hint = "; NCCL_DEBUG=INFO tells more" if "nccl" in lost[0].lower() else ""
+        raise RunError(f"the other processes cannot be reached, one may have ended ({reason}){hint}") from error
+
+
+def _check_port(port: int) -> None:
+    """Raise InputError when a port is taken, which JAX does not survive."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
+
+
+def _bypass_proxy() -> None:
+    """Reach the other processes directly where a proxy is set for the rest of the world."""
+    proxies = ("grpc_proxy", "https_proxy", "http_proxy")  # of which gRPC takes the first that is set; empty is none
+    if any(map(os.environ.get, proxies)):  # JAX warns of any such variable
+        os.environ[proxies[0]] = ""
+
+
+def _warn_of_slurm() -> None:
+    """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
+    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
+    if task is not None and n_tasks != "1":
+        what = f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run"
+        print(f"WARNING: {what}", file=sys.stderr)
+
+
+def _give_up(config: HostsConfig) -> None:
+    where = config.coordinator_address or "the address that --distributed found"
+    who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
+    end_at_once(InputError(f"{who} did not join at {where} within {JOIN_SECONDS} seconds"))
