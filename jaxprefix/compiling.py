@@ -9,10 +9,8 @@ import warnings
 from pathlib import Path
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxprefix.config import OTHER_CACHE, cache_folder
-from jaxprefix.hosts import all_see, is_first
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
@@ -29,6 +27,9 @@ def prepare_compiling() -> None:
         advice = OTHER_CACHE
     if "://" not in _programs_place():  # a bucket
         _check_writable(Path(_programs_place()), advice)
+    if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
+        # That of a GPU's kernels, which programs hold anyway, ends runs that share it or cannot write it.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
 
@@ -46,23 +47,6 @@ def _check_writable(folder: Path, advice: str) -> None:
     except OSError as error:
         print(f"WARNING: {folder}: compiled programs cannot be kept ({error.strerror}); {advice}", file=sys.stderr)
         warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # JAX's, of each
-        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own, for GPUs, would be an error
-
-
-def keep_only_shared_programs() -> None:
-    """Of several processes, keep no compiled programs unless all have the same folder; they call this together.
-
-    JAX lets process 0 alone fill it. With one for each host, process 0 would find its programs next time while the
-    others compile, and on GPUs wait for process 0 to try its share of each program's kernels: for good.
-    """
-    place = _programs_place()
-    if "://" in place or all_see(Path(place or os.devnull)):
-        return
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or JAX goes by what it has decided before
-    if is_first():
-        what = f"{place or 'no folder'}: not seen by all processes, so compiled programs are not kept"
-        print(f"WARNING: {what}; set JAX_COMPILATION_CACHE_DIR to a folder that all hosts share", file=sys.stderr)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ Every process makes the same updates on its own devices. The first one writes th
 so they must share the folder of runs. In a run of one process, nobody is asked or waited for.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -139,7 +138,7 @@ def check_shared(folder: Path) -> None:
     """Check that all processes see the same folder, by a file that the first one makes there. Raises InputError."""
     if jax.process_count() == 1:
         return
-    mark = _new_mark(folder)
+    mark = folder / f".shared-{int(broadcast_from_first(np.array(secrets.randbits(31), np.int32)))}"
 
     def look() -> None:
         if is_first():
@@ -151,33 +150,6 @@ def check_shared(folder: Path) -> None:
     finally:
         if is_first():
             mark.unlink(missing_ok=True)
-
-
-def all_see(folder: Path) -> bool:
-    """Tell whether all processes see the folder of the first one, by a file that is made there; they call it together.
-
-    Unlike `check_shared`, does not wait for a slow file system.
-    """
-    if jax.process_count() == 1:
-        return True
-    mark = _new_mark(folder)
-
-    def make() -> None:
-        with contextlib.suppress(OSError):
-            mark.touch()
-
-    agree_first("mark a folder", make)  # before any other looks: a network file system remembers what was missing
-    try:
-        return not anywhere(not mark.exists())
-    finally:
-        if is_first():
-            with contextlib.suppress(OSError):
-                mark.unlink()
-
-
-def _new_mark(folder: Path) -> Path:
-    """Return a path in the folder that is new, and has the same name on all processes."""
-    return folder / f".shared-{int(broadcast_from_first(np.array(secrets.randbits(31), np.int32)))}"
 
 
 def leave_soon(exit_code: int) -> None:

@@ -13,12 +13,12 @@ import jax
 
 from convert.errors import InputError, RunError
 from jaxprefix.config import HostsConfig
-from jaxprefix.devices import devices
-from jaxprefix.hosts import end_at_once, wait_for_all
+from jaxprefix.devices import devices, on_a_cpu
+from jaxprefix.hosts import anywhere, end_at_once, wait_for_all
 from jaxprefix.memory import FULL
 
 JOIN_SECONDS = 120
-"""How long a process waits for the others to join."""
+"""How long a process waits for the others to join, then to tell their devices, then to be reached by these."""
 HEARTBEAT_SECONDS = 30
 """A process that has been silent for so long counts as dead, and the others end."""
 
@@ -29,11 +29,11 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
     Raises InputError when the cluster is not recognised, the port is taken, JAX is in use already, or processes have
     unequal numbers of devices; RunError when the others can no longer be reached. When they are not all there after
-    JOIN_SECONDS, the program ends with an error, before JAX would abort it.
+    JOIN_SECONDS, or do not reach each other, the program ends with an error, before JAX would abort it.
     """
     if config.several:
-        _join(config)
         with plain_where_others_end():
+            _join(config)
             yield
             wait_for_all("end")
         jax.distributed.shutdown()
@@ -44,35 +44,55 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
 
 def _join(config: HostsConfig) -> None:
-    """Connect this process to the others, and see their devices."""
+    """Connect this process to the others, and see that their devices reach each other."""
     if config.process_id == 0 and config.coordinator_address is not None:
         _check_port(int(config.coordinator_address.rpartition(":")[2]))
     _bypass_proxy()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    timer = threading.Timer(JOIN_SECONDS, _give_up, [config])
-    timer.daemon = True
-    timer.start()
+    address = config.coordinator_address or "the address that --distributed found"
+    who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
     try:
-        jax.distributed.initialize(
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            cluster_detection_method=None if config.distributed else "deactivate",
-            initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-        # The processes tell each other their devices, which must not wait for slow downloads.
-        counts = collections.Counter(device.process_index for device in devices())
+        with _within_time(f"{who} did not join at {address}"):
+            jax.distributed.initialize(
+                config.coordinator_address,
+                config.num_processes,
+                config.process_id,
+                cluster_detection_method=None if config.distributed else "deactivate",
+                initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except ValueError as error:
         raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
     except RuntimeError as error:
         raise InputError(f"cannot join the other processes: {error}") from error
-    finally:
-        timer.cancel()
+    # The processes tell each other their devices, which must not wait for slow downloads.
+    advice = "; does every host see its GPUs? With JAX_PLATFORMS=cuda, one that does not says so"
+    with _within_time("all processes joined, but not all told their devices", advice):
+        counts = collections.Counter(device.process_index for device in devices())
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
+    if not on_a_cpu() and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+        # Where one process finds a program and another does not, the latter compiles alone, and waits for the former to
+        # try its share of the program's kernels: for good.
+        jax.config.update("jax_enable_compilation_cache", False)
+    advice = "; NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME chooses the network"
+    with _within_time("all processes joined, but their devices did not reach each other", advice):
+        anywhere(False)
+
+
+@contextlib.contextmanager
+def _within_time(problem: str, advice: str = "") -> Iterator[None]:
+    """End the program with an error if the block takes longer than JOIN_SECONDS: it waits for other processes."""
+    error = InputError(f"{problem} within {JOIN_SECONDS} seconds{advice}")
+    timer = threading.Timer(JOIN_SECONDS, end_at_once, [error])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager
@@ -110,9 +130,3 @@ def _warn_of_slurm() -> None:
     if task is not None and n_tasks != "1":
         what = f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run"
         print(f"WARNING: {what}", file=sys.stderr)
-
-
-def _give_up(config: HostsConfig) -> None:
-    where = config.coordinator_address or "the address that --distributed found"
-    who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
-    end_at_once(InputError(f"{who} did not join at {where} within {JOIN_SECONDS} seconds"))

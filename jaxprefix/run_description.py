@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from convert.prefix import RUN_SUBFOLDER
 from convert.untrusted import member, read_object
 from jaxprefix.base_folder import differing_fields
 from jaxprefix.config import TrainConfig
+from jaxprefix.devices import own_device
 from jaxprefix.lines import sha256_of
 
 CONFIG_FILE = "config.json"
@@ -53,6 +55,8 @@ def write_description(folder: Path, description: dict[str, Any]) -> None:
 def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[str, Any]:
     """Return what must be the same on all processes of a run."""
     settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
+    settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    settings["device"] = own_device().device_kind  # processes that compile for others would wait for each other
     settings["checkpoint_path"] = None if config.checkpoint_path is None else "given"  # else some would wait for ever
     if config.checkpoint_path is not None and config.checkpoint_path.is_file():
         settings["checkpoint_sha256"] = sha256_of(config.checkpoint_path)

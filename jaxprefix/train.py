@@ -8,20 +8,20 @@ from signal import Signals
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxprefix.base_folder import base_identity
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
-from jaxprefix.compiling import keep_only_shared_programs
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
 from jaxprefix.devices import FIRST_WITH_BFLOAT16, cuda_generation, own_device
 from jaxprefix.faults import less_memory, stop_on_signal, within_disk
-from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first
+from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, spread
 from jaxprefix.inputs import Inputs, read_inputs
 from jaxprefix.joining import joined
 from jaxprefix.loop import Run, loop
-from jaxprefix.memory import within_memory
+from jaxprefix.memory import released_after_errors, within_memory
 from jaxprefix.models import fingerprint, load_model
 from jaxprefix.prefix import Encoder
 from jaxprefix.run_description import common_settings, describe_run
@@ -58,13 +58,12 @@ def train(config: TrainConfig) -> TrainResult:
     with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all of them
     are done; a signal to any of them ends the run for all.
     """
-    with within_memory(lambda: less_memory(config)), joined(config.hosts):
+    with released_after_errors(), within_memory(lambda: less_memory(config)), joined(config.hosts):
         return train_jointly(config)
 
 
 def train_jointly(config: TrainConfig) -> TrainResult:
     """Make the run that `train` describes, in a process that has joined the others."""
-    keep_only_shared_programs()
     inputs = agree("read its inputs", lambda: read_inputs(config))
     mesh = agree("make its mesh", lambda: make_mesh(mesh_sizes(config.mesh)))
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
@@ -78,6 +77,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         )
         rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
         resuming = has_checkpoint(config)
+        watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         state, progress = starting_state(config, base, inputs.base.tokenizer, identity, resuming), Progress()
         if config.writes:
             stack.enter_context(within_disk(config))
@@ -86,7 +86,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if checkpoints and resuming:
             state, progress = restore_state(config, checkpoints, state)
         open_shared_folder(config, description)
-        state = jax.device_put(state, replicated(mesh))
+        state = spread(jax.tree.map(np.asarray, state), replicated(mesh))  # device_put would gather it to compare
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
@@ -95,7 +95,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         update = make_update(config, mesh)
-        watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
+        watchdog.progress()
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
         if stopped_by is not None:

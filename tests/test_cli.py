@@ -212,16 +212,19 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ({}, ["{}/jaxprefix/compiled", "0.0"]),
-        ({"JAX_COMPILATION_CACHE_DIR": "own"}, ["own", "0.0"]),
-        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["{}/jaxprefix/compiled", "5.0"]),
+        ({}, ["{}/jaxprefix/compiled", "0.0", "none"]),
+        ({"JAX_COMPILATION_CACHE_DIR": "{}/own"}, ["{}/own", "0.0", "none"]),
+        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["{}/jaxprefix/compiled", "5.0", "none"]),
+        ({"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "all"}, ["{}/jaxprefix/compiled", "0.0", "all"]),
     ],
 )
-def test_programs_that_compile_quickly_are_kept_too_unless_the_user_says_otherwise(given, kept, tmp_path):
+def test_what_is_compiled_is_kept_as_the_user_says(given, kept, tmp_path):
+    """By default also what compiles quickly; but not XLA's own cache of kernels, which ends GPU runs that share it."""
     program = "import jax\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
-    program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs)"
+    program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs, "
+    program += "jax.config.jax_persistent_cache_enable_xla_caches)"
     others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment = others | {"XDG_CACHE_HOME": str(tmp_path)} | given
+    environment = others | {"XDG_CACHE_HOME": str(tmp_path)} | {name: v.format(tmp_path) for name, v in given.items()}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout.split() == [part.format(tmp_path) for part in kept], result.stderr
 
@@ -233,7 +236,7 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
     def fail(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    folder, caches = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_enable_xla_caches
+    folder = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(attempt, fail)
     try:
@@ -241,7 +244,6 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
         prepare_compiling()
         warnings.warn("Error writing persistent compilation cache entry for 'jit_a'", stacklevel=1)
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxprefix" / "compiled"), "it may be read"
-        assert jax.config.jax_persistent_cache_enable_xla_caches == "none", "on a GPU, XLA's own would be an error"
         assert "cannot be kept (Read-only file system); set XDG_CACHE_HOME to another" in capsys.readouterr().err
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         prepare_compiling()
@@ -251,7 +253,6 @@ def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_
         assert capsys.readouterr().err == "", "a bucket is no folder"
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_enable_xla_caches", caches)
 
 
 def test_types_are_what_they_say_whatever_the_environment_says():

@@ -57,7 +57,7 @@ class TestNumbers:
         assert "Either --max_lr 1e+38 is too high, or one of these" in str(error.value)
         examples = [int(number) - 1 for number in re.findall("\n  - example ([0-9]+) of the data", str(error.value))]
         assert examples == UpdatePlan(config, 14).micro_batches(1)[0], "all of the update's"
-        assert len(heard) == 1 + 1 + 4, "an update, what its checkpoint took, the other update's examples"
+        assert len(heard) == 1 + 1 + 1 + 4, "the start, an update, what its checkpoint took, the other's examples"
         assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["1"]
         assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
 

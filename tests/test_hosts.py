@@ -20,6 +20,8 @@ from jaxprefix.sharding import make_mesh
 from tests.pairs import free_port, slurm
 from tests.runs import PATIENCE
 
+OWN_RISK = {"JAX_ENABLE_COMPILATION_CACHE": "1"}
+
 
 def join(port: int, process_id: int) -> None:
     with joined(HostsConfig(False, f"127.0.0.1:{port}", 2, process_id)):
@@ -222,10 +224,47 @@ def test_no_cluster_is_found(monkeypatch):
         pass
 
 
-def test_nobody_joins(exit_codes, capsys):
-    threading.Thread(target=joining._give_up, args=[HostsConfig(False, "node0:1", 2, 0)], daemon=True).start()
+@pytest.mark.parametrize(
+    ("hangs", "told"),
+    [
+        ("initialize", "some of the other processes did not join at 127.0.0.1:{port} within 0.01 seconds"),
+        (
+            "devices",
+            "all processes joined, but not all told their devices within 0.01 seconds; does every host see its",
+        ),
+        (
+            "anywhere",
+            "all processes joined, but their devices did not reach each other within 0.01 seconds; NCCL_DEBUG",
+        ),
+    ],
+)
+def test_where_joining_hangs_is_told(exit_codes, capsys, monkeypatch, hangs, told):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.01)
+    place = jax.distributed if hangs == "initialize" else joining
+    monkeypatch.setattr(place, hangs, lambda *_, **__: threading.Event().wait(PATIENCE))
+    config = HostsConfig(False, f"127.0.0.1:{(port := free_port())}", 2, 0)
+    threading.Thread(target=lambda: joined(config).__enter__(), daemon=True).start()
     assert exit_codes.get(timeout=PATIENCE) == 2
-    assert capsys.readouterr().err == "error: some of the other processes did not join at node0:1 within 120 seconds\n"
+    assert f"error: {told.format(port=port)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "kept"), [("gpu", {}, False), ("cpu", {}, True), ("gpu", OWN_RISK, True)]
+)
+def test_several_processes_on_gpus_keep_no_compiled_programs(monkeypatch, platform, asked, kept):
+    """A process that finds its program leaves another, which does not, waiting for its share of XLA's trials."""
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(joining, "on_a_cpu", lambda: platform == "cpu")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    try:
+        with joined(HostsConfig(True)):
+            assert jax.config.jax_enable_compilation_cache == kept
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_a_process_that_hangs_is_ended(second_of_two, exit_codes, capsys):
@@ -261,9 +300,10 @@ def test_who_has_joined_is_not_given_up(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    before = threading.enumerate()
     with joined(HostsConfig(True)):
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        own = [timer for timer in timers if timer.function is joining._give_up]
+        own = [timer for timer in timers if timer.function is hosts.end_at_once and timer not in before]
         assert all(timer.finished.is_set() for timer in own), "one would end this program in two minutes"
 
 
