@@ -47,7 +47,7 @@ def filling(folder: Path) -> Iterator[None]:
     Raises InputError if it holds anything but what a killed copy left.
     """
     existed = folder.exists()
-    if existed and not (folder.is_dir() and all(LEFTOVER.fullmatch(path.name) for path in folder.iterdir())):
+    if existed and not (folder.is_dir() and all(map(_does_not_count, folder.iterdir()))):
         raise InputError(f"{folder}: is not an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -61,9 +61,19 @@ def filling(folder: Path) -> Iterator[None]:
         raise
 
 
+def _does_not_count(path: Path) -> bool:
+    return is_incidental(path.name) or LEFTOVER.fullmatch(path.name) is not None
+
+
 def _clear(folder: Path) -> None:
     for path in folder.iterdir():
-        path.unlink()
+        if not is_incidental(path.name):
+            path.unlink()
+
+
+def is_incidental(name: str) -> bool:
+    """Tell whether a name is of what a file manager, JupyterLab or NFS puts into folders."""
+    return name in (".DS_Store", ".ipynb_checkpoints") or name.startswith(".nfs")
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:
@@ -76,4 +86,6 @@ def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping
         if not (code := re.search(r"\(os error (\d+)\)", str(error))):
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(mode)
+    if path.stat().st_mode != mode:
+        with contextlib.suppress(OSError):  # some mounted disks refuse it
+            path.chmod(mode)

@@ -6,6 +6,7 @@ compared with the file's before it is used.
 """
 
 import io
+import mmap
 import pickle
 import pickletools
 import re
@@ -186,7 +187,7 @@ def _load_zip(path: Path, checked: bool) -> Any:
             with path.open("rb") as file:
                 file.seek(info.header_offset + 26)
                 n_name, n_extra = struct.unpack("<HH", file.read(4))
-            storage = _map(path, dtype, info.header_offset + 30 + n_name + n_extra, size)
+            storage = _part(mapped, dtype, info.header_offset + 30 + n_name + n_extra, size)
             if checked and zlib.crc32(storage.view(np.uint8).data) != info.CRC:
                 raise ValueError(f"{info.filename} does not match its checksum")
             return storage
@@ -195,6 +196,7 @@ def _load_zip(path: Path, checked: bool) -> Any:
             byte_order = record(archive.getinfo(f"{folder}byteorder"), limit=16)
             if byte_order != b"little":
                 raise ValueError(f"its byte order is {byte_order!r}, not little")
+        mapped = _map(path)
         stream = io.BytesIO(record(content, PICKLE_BYTES))
         return _Unpickler(_next_pickle(stream), open_storage, path.stat().st_size).load()
 
@@ -231,7 +233,8 @@ def _load_old(path: Path) -> Any:
             place += 8 + size * dtype.itemsize
         if place != n_bytes:
             raise ValueError(f"its storages end at byte {place} of {n_bytes}")
-        return load(content, lambda dtype, key, size: _map(path, dtype, places[key], size))
+        mapped = _map(path)
+        return load(content, lambda dtype, key, size: _part(mapped, dtype, places[key], size))
 
 
 def _next_pickle(stream: io.BytesIO) -> bytes:
@@ -244,11 +247,15 @@ def _next_pickle(stream: io.BytesIO) -> bytes:
     return stream.getvalue()[begin : stream.tell()]
 
 
-def _map(path: Path, dtype: np.dtype, place: int, size: int) -> np.ndarray:
-    """Map a storage; NumPy refuses one that exceeds the file."""
-    if size == 0:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", place, (size,)))
+def _map(path: Path) -> mmap.mmap:
+    """Map a file, once for all of its storages: each mapping takes a file descriptor, of which there may be 256."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _part(mapped: mmap.mmap, dtype: np.dtype, place: int, size: int) -> np.ndarray:
+    """Return a storage of a mapped file; NumPy refuses one that exceeds the file."""
+    return np.ndarray((size,), dtype, mapped, place) if size else np.empty(0, dtype)
 
 
 def _is_size(value: Any) -> bool:

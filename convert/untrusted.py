@@ -61,6 +61,8 @@ def member(folder: Path, name: str) -> Path:
     places = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     try:
         target = path.resolve()
+        if target.is_symlink():
+            raise OSError("links in a circle")  # from Python 3.13 on, resolve says nothing
     except (OSError, ValueError, RuntimeError) as error:  # links in a circle, NUL bytes
         raise InputError(f"{path}: cannot be resolved ({error})") from error
     if not any(target.is_relative_to(place) for place in places):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from convert.errors import InputError
 from convert.weights import SHARD_INDEX, TORCH_INDEX
+from jaxprefix.settings import expanded
 
 SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
 TOKENIZERS_FILE = "tokenizer.json"
@@ -23,7 +24,7 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weigh
     commit. What is in the cache is not fetched again; without a network, only the cache is used. Raises InputError
     when there is neither such a folder nor a repository that can be reached.
     """
-    folder = Path(dir_or_hub_id)
+    folder = expanded(dir_or_hub_id)
     if folder.is_dir():
         if revision is not None:
             raise InputError(f"{dir_or_hub_id}: is a folder; --revision is only for hub ids")

@@ -4,11 +4,12 @@ import contextlib
 import errno
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 
 import jax
 
-from convert.errors import RunError
+from convert.errors import PlainError, RunError
 
 GIB = 2**30
 FULL = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|ALLOC_FAILED|Autotuning failed.*No valid config", re.DOTALL)
@@ -32,6 +33,22 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         raise RunError(f"out of memory: this machine has less free than was requested; {advice()}") from error
+
+
+@contextlib.contextmanager
+def released_after_errors() -> Iterator[None]:
+    """Let go of what the functions that an error ended had in memory, such as a base model, however long it is kept.
+
+    A notebook keeps its last error, and with it those functions' variables.
+    """
+    try:
+        yield
+    except (PlainError, KeyboardInterrupt) as error:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__cause__ or link.__context__
+        raise
 
 
 def shortage(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
+from convert.files import is_incidental
 from convert.prefix import RUN_SUBFOLDER
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
@@ -84,8 +85,8 @@ def _is_converted(folder: Path) -> bool:
 
 
 def _content(folder: Path) -> set[str]:
-    """Return the names in a folder, without the file that a run leaves when it is killed as it begins."""
-    return {path.name for path in folder.iterdir()} - {f"{CONFIG_FILE}.tmp"}
+    """Return the names in a folder that count: not what a run leaves when it is killed as it begins."""
+    return {path.name for path in folder.iterdir() if not is_incidental(path.name)} - {f"{CONFIG_FILE}.tmp"}
 
 
 def _empty(folder: Path) -> None:

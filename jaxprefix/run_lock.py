@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -14,34 +15,37 @@ from convert.errors import InputError
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree_first, check_shared
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
+NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+LEASE_SECONDS = 120
+"""How long a file server may keep the locks of a host that has crashed: NFSv4's by default 90."""
+ANOTHER = "another process"
 
 
 def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
     """Let the first process lock the run's folder until the stack is closed; check that all see its parent folder."""
     if config.writes:
-        agree_first("lock the run's folder", lambda: stack.enter_context(only_writer(config.run_dir)))
+        agree_first(
+            "lock the run's folder", lambda: stack.enter_context(only_writer(config.run_dir, config.save_model))
+        )
         check_shared(config.run_dir.resolve().parent)
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, checkpoints: bool = True) -> Iterator[None]:
     """Hold a lock beside a run's folder, `.NAME.lock`, which the system releases however this process ends.
 
-    Raises InputError that names the process which holds it, or when it cannot be made. On a file system without locks,
-    warns and goes on without one.
+    Waits LEASE_SECONDS for a process of another host. Raises InputError that names the process which holds it, or when
+    it cannot be made. On a file system without locks, no `checkpoints` can be written, either, which is an InputError;
+    if there will be none, warns and goes on without a lock.
     """
     path = folder.resolve()
     path = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _locked(path)
+        file = _awaited(path, checkpoints)
     except BlockingIOError as error:
-        owner = "another process"
-        with contextlib.suppress(OSError):  # that process may end at this moment
-            owner = path.read_text(encoding="utf-8").strip() or owner
         advice = f"wait for it or choose another --save_name (its lock is {path})"
-        raise InputError(f"{folder}: is in use by {owner}; {advice}") from error
+        raise InputError(f"{folder}: is in use by {_owner(path)}; {advice}") from error
     except FileExistsError as error:
         raise InputError(f"{path.parent}: cannot be written (Not a directory)") from error
     except OSError as error:
@@ -54,7 +58,31 @@ def only_writer(folder: Path) -> Iterator[None]:
                 path.unlink()
 
 
-def _locked(path: Path) -> IO[str]:
+def _owner(path: Path) -> str:
+    """Return who holds a lock, as its file says; that process may end at this moment, or not have said it yet."""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8").strip() or ANOTHER
+    return ANOTHER
+
+
+def _awaited(path: Path, checkpoints: bool) -> IO[str]:
+    """Open and lock the lock's file, as `_locked`, after a while if another host holds it."""
+    deadline = None
+    while True:
+        try:
+            return _locked(path, checkpoints)
+        except BlockingIOError:
+            owner, now = _owner(path), time.monotonic()
+            if owner == ANOTHER or owner.endswith(f" on {socket.gethostname()}") or (deadline and now > deadline):
+                raise
+            if deadline is None:
+                deadline = now + LEASE_SECONDS
+                what = f"{path} is held by {owner}; waiting up to {LEASE_SECONDS} s, since that host may have crashed"
+                print(what, file=sys.stderr, flush=True)
+        time.sleep(1)
+
+
+def _locked(path: Path, checkpoints: bool) -> IO[str]:
     """Open the lock's file, lock it, and write into it who holds it."""
     while True:
         file, locked = path.open("a+", encoding="utf-8"), True
@@ -69,6 +97,11 @@ def _locked(path: Path) -> IO[str]:
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
         file.close()  # its former owner removed it between opening and locking
+    if not locked and checkpoints and not _takes_record_locks(file):
+        path.unlink()
+        file.close()
+        advice = "choose a folder on another disk, or --no_save_model"
+        raise InputError(f"{path.parent}: does not support file locks, which checkpoints need; {advice}")
     if not locked:
         print(
             f"WARNING: {path.parent}: does not support file locks, so a second run of that name goes unnoticed",
@@ -84,3 +117,12 @@ def _locked(path: Path) -> IO[str]:
             file.close()
         raise
     return file
+
+
+def _takes_record_locks(file: IO[str]) -> bool:
+    """Tell whether a file system has the kind of locks with which TensorStore writes checkpoints."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections import deque
@@ -98,13 +99,18 @@ class TensorBoard:
         self._folder, self._from_step = folder, from_step
 
     @functools.cached_property
-    def _writer(self) -> Any:
+    def _records(self) -> Any:
+        # TensorBoard's own EventFileWriter would import TensorFlow where it is installed, tensorboardX torch.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter  # tensorboardX would import torch
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        writer, again = EventFileWriter(str(self._folder)), SessionLog(status=SessionLog.START)
-        writer.add_event(Event(wall_time=time.time(), step=self._from_step + 1, session_log=again))
-        return writer
+        now, again = time.time(), SessionLog(status=SessionLog.START)
+        self._folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(now):010}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9:09}"
+        records = RecordWriter((self._folder / name).open("xb"))
+        records.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        records.write(Event(wall_time=now, step=self._from_step + 1, session_log=again).SerializeToString())
+        return records
 
     def scalars(self, step: int, values: dict[str, float | int]) -> None:
         """Write scalars by their tags."""
@@ -112,13 +118,13 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         of_step = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=of_step))
-        self._writer.flush()
+        self._records.write(Event(wall_time=time.time(), step=step, summary=of_step).SerializeToString())
+        self._records.flush()
 
     def close(self) -> None:
         """Close the file, if it has been begun."""
-        if "_writer" in vars(self):
-            self._writer.close()
+        if "_records" in vars(self):
+            self._records.close()
 
 
 def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:

@@ -1,5 +1,6 @@
 """What all settings share: paths and NumPy's numbers converted, types checked, also from Python code, and ranges."""
 
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ def convert_and_check(settings: Any, what: str) -> None:
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
         value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # of `A | None`, A and None
-        if isinstance(value, str) and Path in kinds:
-            value = Path(value)
+        if isinstance(value, str | Path) and Path in kinds:
+            if re.match("[a-z][a-z0-9+.-]*:/", str(value)):
+                problems.append(f"--{name} must be a path on this machine, is {str(value)!r}")
+            value = expanded(value)
         elif isinstance(value, Path) and Path not in kinds:  # a model's folder, which may be a hub id instead
             value = str(value)
         elif getattr(value, "ndim", None) == 0:  # one of NumPy's numbers
@@ -36,9 +39,18 @@ def convert_and_check(settings: Any, what: str) -> None:
             if choices:
                 problems.append(f"--{name} must be one of {', '.join(choices)}; is {value!r}")
             else:
-                problems.append(f"--{name} must be of type {getattr(kind, '__name__', kind)}, is {value!r}")
+                named = kind if typing.get_args(kind) else kind.__name__  # of unions, Python 3.14's is "Union"
+                problems.append(f"--{name} must be of type {named}, is {value!r}")
     if problems:
         raise InputError.all(f"{what}:", problems)
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in the place of ~, which a shell leaves alone in --flag=~/folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user, or no home
+        return Path(path)
 
 
 def is_utf8(value: str | Path) -> bool:

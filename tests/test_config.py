@@ -8,7 +8,9 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, cache_folder
+from jaxprefix.hub import resolve_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
+from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 
 NAMES = "--save_name must be a folder name and --filename_note must not contain /; together they give"
@@ -77,7 +79,7 @@ def test_settings_of_decoding_that_cannot_be_meant(changes, message):
         (HostsConfig(), "num_processes", "2", "--num_processes must be of type int | None, is '2'"),
         (ConvertConfig(Path(), Path()), "revision", 3, "--revision must be of type str | None, is 3"),
         (EvaluateConfig("base"), "n_samples", None, "--n_samples must be of type int, is None"),
-        (GenerateConfig("base", prompt=["a"]), "prompt", ["a", 3], "--prompt must be of type list, is ['a', 3]"),
+        (GenerateConfig("base", prompt=["a"]), "prompt", ["a", 3], "--prompt must be of type list[str], is ['a', 3]"),
     ],
 )
 def test_types_that_python_does_not_check(config, name, value, message):
@@ -104,6 +106,30 @@ def test_bytes_of_a_shell_that_are_not_utf8_are_refused(config, name, value):
     with pytest.raises(InputError) as error:
         dataclasses.replace(config, **{name: value})
     assert str(error.value).split("\n  - ")[1:] == [f"--{name} must be UTF-8, is {str(value)!r}"]
+
+
+def given(name, value):
+    """A run_config with a value that Python does not check."""
+    config = run_config(Path())
+    object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
+
+
+@pytest.mark.parametrize("name", ["output_dir", "data_filepath", "checkpoint_path"])
+def test_a_bucket_is_no_path(name):
+    with pytest.raises(InputError) as error:
+        given(name, "gs://bucket/runs")
+    assert str(error.value) == f"train:\n  - --{name} must be a path on this machine, is 'gs://bucket/runs'"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    """Of --output_dir=~/runs, a shell makes none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert given("output_dir", "~/runs").output_dir == tmp_path / "runs"
+    assert given("data_filepath", "~nobody_here/data").data_filepath == Path("~nobody_here/data")
+    (tmp_path / "base").symlink_to(GOLDEN_BASE)
+    assert resolve_folder("~/base") == tmp_path / "base"
 
 
 def test_caches_need_a_home(monkeypatch):

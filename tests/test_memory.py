@@ -1,16 +1,21 @@
 import ctypes
 import errno
+import gc
 import os
 import types
+import weakref
 
 import jax
 import pytest
 
 import jaxprefix.decode
+import jaxprefix.train as train_module
+from convert.errors import RunError
 from jaxprefix import compiling
 from jaxprefix.cli import main
 from jaxprefix.memory import shortage
 from tests.base_folders import GOLDEN_BASE
+from tests.runs import run_config
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,28 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     n_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     assert f"error: out of memory: {told.format(n_gib)}" in error
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
+
+
+@pytest.mark.parametrize(
+    ("end", "raised"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of memory"), RunError),
+        (RunError("no number is finite"), RunError),
+        (KeyboardInterrupt(), RunError),
+    ],
+)
+def test_an_error_that_a_notebook_keeps_holds_no_base_model(tmp_path, monkeypatch, end, raised):
+    held = []
+
+    def fails(run, *_):
+        held.append(weakref.ref(run.base))
+        raise end
+
+    monkeypatch.setattr(train_module, "loop", fails)
+    with pytest.raises(raised) as kept:
+        train_module.train(run_config(tmp_path, save_model=False, save_log=False))
+    gc.collect()
+    assert held[0]() is None, kept
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,20 @@ def test_commands_are_found():
         "docs/formats.md": 4,
         "docs/launch.md": 7,
     }
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_refuses_an_old_python_before_it_makes_an_environment_of_it(tmp_path):
+    """That environment would stay one of the old Python, whatever the next make is given."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (old := tmp_path / "python3.9").write_text(
+        f"""#!/bin/sh
+exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])' "$2"
+"""
+    )
+    old.chmod(0o755)
+    made = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert made.returncode != 0
+    assert "needs Python 3.11 or newer" in made.stderr
+    assert not (tmp_path / ".venv").exists()

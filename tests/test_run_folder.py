@@ -148,7 +148,7 @@ def test_processes_may_have_the_same_things_in_other_places(tmp_path):
         path.mkdir()
     settings, others = (common_settings(one, describe_run(one, {})) for one in (config, other))
     assert settings == others
-    assert "seed" in settings
+    assert {"seed", "XLA_FLAGS", "JAX_PLATFORMS", "device"} <= settings.keys(), "programs must be the same, too"
     assert "checkpoint_sha256" not in settings, "of a folder"
 
 
@@ -270,6 +270,14 @@ def test_what_to_do_with_a_folder_that_is_not_empty(tmp_path):
         if made == "checkpoints/12.orbax-checkpoint-tmp":
             with pytest.raises(InputError, match=r"no run to resume, config.json is missing or damaged"):
                 check_resumed(config)
+
+
+def test_what_a_file_manager_leaves_is_no_content_of_a_run(tmp_path):
+    config = run_config(tmp_path)
+    (config.run_dir / "checkpoints" / "9").mkdir(parents=True)
+    (config.run_dir / ".DS_Store").touch()
+    begin(dataclasses.replace(config, resume=True))  # after jaxprefix convert
+    begin(run_config(tmp_path / "run" / "checkpoints", "9"))
 
 
 @pytest.mark.parametrize("last_first", [False, True])

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -71,11 +72,41 @@ def test_a_lock_in_a_folder_that_has_become_read_only_stays_and_is_told_to_nobod
         assert in_use(tmp_path / "run")
 
 
+def test_a_host_that_has_crashed_is_waited_for(tmp_path, monkeypatch, capsys):
+    """A file server keeps the locks of such a host for a while."""
+    monkeypatch.setattr(time, "sleep", slept := Mock())
+    (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
+    file = (tmp_path / "lock").open("w")
+    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=[BlockingIOError, BlockingIOError, file]))
+    with only_writer(tmp_path / "run"):
+        told = f"{tmp_path}/.run.lock is held by process 7 on elsewhere; waiting up to 120 s, since that host may have"
+        assert capsys.readouterr().err.startswith(told)
+    assert slept.call_count == 2
+
+
+def test_a_host_that_holds_a_lock_for_long_has_not_crashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", Mock())
+    monkeypatch.setattr(run_lock, "LEASE_SECONDS", 0.01)
+    (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
+    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=BlockingIOError))
+    with pytest.raises(InputError, match="is in use by process 7 on elsewhere; wait"), only_writer(tmp_path / "run"):
+        pass
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_is_warned_of_or_refused(tmp_path, monkeypatch, capsys, number):
+    """TensorStore needs some to write checkpoints, of another kind; a run would end at its first."""
+    warning = f"WARNING: {tmp_path}: does not support file locks"
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
     with only_writer(tmp_path / "run"):
-        assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}: does not support file locks")
+        assert capsys.readouterr().err.startswith(warning)
+    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(number, os.strerror(number))))
+    with only_writer(tmp_path / "run", checkpoints=False):
+        assert capsys.readouterr().err.startswith(warning)
+    told = "does not support file locks, which checkpoints need; choose a folder on another disk, or --no_save_model"
+    with pytest.raises(InputError, match=told), only_writer(tmp_path / "run"):
+        pass
+    assert not any(tmp_path.iterdir())
 
 
 def in_use(folder):

@@ -130,7 +130,7 @@ def copy_base_model(folder: Path, target: Path) -> None:
     with filling(target):
         write_weights(target, weight_table(config), config.n_layer, whole)
         for path in filter(Path.is_file, beside):
-            shutil.copy(path, target / path.name)
+            shutil.copyfile(path, target / path.name)
 
 
 def abstract_model(config: ModelConfig, compute: Compute = Compute()) -> BaseModel:

@@ -1,11 +1,15 @@
 """Files that appear whole or not at all."""
 
+import errno
 import os
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from convert.errors import InputError
-from convert.files import filling, replacing
+from convert.files import filling, replacing, save_safetensors
 
 
 def interrupted_after(write, text):
@@ -55,6 +59,30 @@ def test_what_a_killed_copy_left_is_in_nobodys_way(tmp_path, monkeypatch):
         (tmp_path / "model.safetensors").touch()
     with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
         pass
+
+
+def test_what_file_managers_leave_does_not_count_and_stays(tmp_path):
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".nfs0001").touch()
+    with pytest.raises(KeyboardInterrupt), filling(tmp_path):
+        interrupted_after((tmp_path / "1.tmp").write_text, "half of")
+    with filling(tmp_path):
+        (tmp_path / "model.safetensors").touch()
+    names = {".DS_Store", ".ipynb_checkpoints", ".nfs0001", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_disk_that_refuses_modes_takes_files(tmp_path, monkeypatch):
+    """As some mounted by WSL 2 or Docker Desktop do."""
+    wanted = tmp_path / "wanted"
+    wanted.touch()
+    monkeypatch.setattr(os, "chmod", Mock(side_effect=PermissionError(errno.EPERM, "Operation not permitted")))
+    save_safetensors({"a": np.ones(2)}, tmp_path / "a", {})
+    assert [*load_file(tmp_path / "a")["a"]] == [1, 1]
+    monkeypatch.undo()
+    save_safetensors({"a": np.ones(2)}, tmp_path / "b", {})
+    assert (tmp_path / "b").stat().st_mode == wanted.stat().st_mode, "readable for all, unlike the library's files"
 
 
 def test_a_strangers_unfinished_file_is_not_removed(tmp_path):

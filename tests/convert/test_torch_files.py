@@ -1,5 +1,7 @@
 """Tensors as torch.save writes them, beyond plain state dicts."""
 
+import os
+import resource
 import zipfile
 
 import numpy as np
@@ -22,6 +24,20 @@ def test_parameters_and_tensors_with_attributes_are_their_numbers(tmp_path, make
     numbers = torch.arange(6.0).reshape(2, 3)
     torch.save({"a": make(numbers.clone())}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
     np.testing.assert_array_equal(load_torch(tmp_path / "x.pt")["a"], numbers)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_of_many_tensors_is_opened_once(tmp_path, zipped):
+    """macOS lets a terminal's programs open 256 files."""
+    tensors = {str(n): torch.full((2,), n) for n in range(300)}
+    torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 100, hard))
+    try:
+        read = load_torch(tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert {name: tensor.tolist() for name, tensor in read.items()} == {str(n): [n, n] for n in range(300)}
 
 
 class Subclass(torch.Tensor):

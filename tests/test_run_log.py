@@ -1,0 +1,33 @@
+"""The files that a run writes about itself."""
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jaxprefix.run_log import TensorBoard
+from tests.runs import printed_by
+
+
+def test_scalars_do_not_wait_for_tensorflow(tmp_path):
+    """Where TensorFlow is installed, TensorBoard's own writer imports it: seconds, and whatever is broken there."""
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('numpy is another')")
+    program = f"""
+import sys
+from pathlib import Path
+from jaxprefix.run_log import TensorBoard
+board = TensorBoard(Path({str(tmp_path / "board")!r}), 0)
+board.scalars(1, {{"loss/train": 0.5}})
+print("tensorflow" in sys.modules)
+"""
+    assert printed_by(program, PYTHONPATH=str(tmp_path)) == "False\n"
+    (scalar,) = EventAccumulator(str(tmp_path / "board")).Reload().Scalars("loss/train")
+    assert (scalar.step, scalar.value) == (1, 0.5)
+
+
+def test_each_opening_has_a_file_of_its_own(tmp_path):
+    for step in range(1, 4):
+        board = TensorBoard(tmp_path, step - 1)
+        board.scalars(step, {"loss/train": step})
+        board.close()
+    assert len([*tmp_path.iterdir()]) == 3
+    scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
+    assert [(scalar.step, scalar.value) for scalar in scalars] == [(1, 1), (2, 2), (3, 3)]
