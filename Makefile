@@ -27,7 +27,7 @@ torture: .venv/dev          ## kills, lost hosts, long use, damage, 21,000 broke
 	.venv/bin/python -m tests.torture.soak
 	.venv/bin/python -W ignore -m tests.torture.fuzz
 	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_resume.py tests/test_checkpoint.py tests/test_hosts.py \
-		tests/test_pairs.py
+		tests/test_joining.py tests/test_pairs.py
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .

@@ -65,11 +65,12 @@ def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
 
     def load() -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        for weight in model.parameters():
-            weight.detach().flatten()[::NUMBERS_OF_A_PAGE].sum()
         if torch.cuda.is_available():
             model.to("cuda")
             torch.cuda.synchronize()
+            return
+        for weight in model.parameters():
+            weight.detach().flatten()[::NUMBERS_OF_A_PAGE].sum()
 
     return load
 

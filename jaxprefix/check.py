@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from jaxprefix.memory import GIB
 from jaxprefix.models import abstract_model, check_weights, held_dtype, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.settings import expanded
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
@@ -31,7 +31,7 @@ from jaxprefix.update import FrozenBase, learning_rate, make_update
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for what would stop a run."""
     folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
-    if expanded(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
+    if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
         check_weights(folder, model)
     if config.checkpoint_path is not None:  # read as a new run does
         earlier = earlier_arrays(config, base_identity(model, tokenizer))

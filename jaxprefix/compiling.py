@@ -21,22 +21,18 @@ def prepare_compiling() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX has another; give freed memory back; no 64 bits."""
     trim_after_compiling()
     jax.config.update("jax_enable_x64", False)  # types here are what they say
-    advice = "set JAX_COMPILATION_CACHE_DIR to another folder"
-    if not _programs_place():
+    advice = "set JAX_COMPILATION_CACHE_DIR to another folder, or to nothing"
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         advice = OTHER_CACHE
-    if "://" not in _programs_place():  # a bucket
-        _check_writable(Path(_programs_place()), advice)
+    place = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if place and "://" not in place:  # nothing is kept, or in a bucket
+        _check_writable(Path(place), advice)
     if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:
         # That of a GPU's kernels, which programs hold anyway, ends runs that share it or cannot write it.
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones add up to seconds
-
-
-def _programs_place() -> str:
-    """Return the folder or bucket in which JAX keeps compiled programs; empty if it keeps none."""
-    return jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
 
 
 def _check_writable(folder: Path, advice: str) -> None:

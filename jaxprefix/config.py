@@ -65,7 +65,7 @@ class HostsConfig:
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """A process ends if it finishes no update, evaluation or checkpoint for so long: another one hangs."""
+    """A process ends if it finishes no start, update, evaluation or checkpoint for so long: another one hangs."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "processes")

@@ -154,7 +154,7 @@ def check_shared(folder: Path) -> None:
 
 def leave_soon(exit_code: int) -> None:
     """End a process that failed alone within LEAVE_SECONDS: JAX would wait for the others as it ends, then abort it."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
         timer.daemon = True
         timer.start()
@@ -167,8 +167,14 @@ def end_at_once(error: PlainError) -> None:
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:
-    """Return global arrays over all processes' devices, of arrays that every process holds whole."""
-    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), arrays)
+    """Return global arrays over all processes' devices, of arrays that every process holds whole.
+
+    For several hosts, `jax.device_put` would gather each array from all processes, to compare.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, sharding)
+    whole = jax.tree.map(np.asarray, arrays)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), whole)
 
 
 class Vote:
@@ -199,8 +205,8 @@ class Vote:
 class Watchdog:
     """Ends this process when it makes no progress for long, because another one hangs: a collective waits for ever.
 
-    Used as a context manager around the loop; in a run of one process it does nothing. A process that died or froze is
-    noticed earlier, by its missing heartbeat; this is for one that is alive and stuck.
+    Used as a context manager, from where the prefix is started; in a run of one process it does nothing. A process that
+    died or froze is noticed earlier, by its missing heartbeat; this is for one that is alive and stuck.
     """
 
     def __init__(self, minutes: float):
@@ -224,5 +230,5 @@ class Watchdog:
         limit = 60 * self._minutes
         while not self._ended.wait(min(limit / 10, 60)):
             if time.monotonic() - self._seen > limit:
-                what = f"no update, evaluation or checkpoint ended within {self._minutes:g} minutes"
+                what = f"no start, update, evaluation or checkpoint ended within {self._minutes:g} minutes"
                 end_at_once(RunError(f"{what}: a process hangs, or --stall_minutes is too short"))

@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -52,7 +52,7 @@ def _join(config: HostsConfig) -> None:
     address = config.coordinator_address or "the address that --distributed found"
     who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
     try:
-        with _within_time(f"{who} did not join at {address}"):
+        with _within_time(lambda: InputError(f"{who} did not join at {address} within {JOIN_SECONDS} seconds")):
             jax.distributed.initialize(
                 config.coordinator_address,
                 config.num_processes,
@@ -67,8 +67,12 @@ def _join(config: HostsConfig) -> None:
     except RuntimeError as error:
         raise InputError(f"cannot join the other processes: {error}") from error
     # The processes tell each other their devices, which must not wait for slow downloads.
-    advice = "; does every host see its GPUs? With JAX_PLATFORMS=cuda, one that does not says so"
-    with _within_time("all processes joined, but not all told their devices", advice):
+    with _within_time(
+        lambda: InputError(
+            f"all processes joined, but not all told their devices within {JOIN_SECONDS} seconds; does every host see "
+            "its GPUs? With JAX_PLATFORMS=cuda, one that does not says so"
+        )
+    ):
         counts = collections.Counter(device.process_index for device in devices())
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
@@ -77,16 +81,19 @@ def _join(config: HostsConfig) -> None:
         # Where one process finds a program and another does not, the latter compiles alone, and waits for the former to
         # try its share of the program's kernels: for good.
         jax.config.update("jax_enable_compilation_cache", False)
-    advice = "; NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME chooses the network"
-    with _within_time("all processes joined, but their devices did not reach each other", advice):
+    with _within_time(
+        lambda: InputError(
+            f"all processes joined, but their devices did not reach each other within {JOIN_SECONDS} seconds; "
+            "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME chooses the network"
+        )
+    ):
         anywhere(False)
 
 
 @contextlib.contextmanager
-def _within_time(problem: str, advice: str = "") -> Iterator[None]:
-    """End the program with an error if the block takes longer than JOIN_SECONDS: it waits for other processes."""
-    error = InputError(f"{problem} within {JOIN_SECONDS} seconds{advice}")
-    timer = threading.Timer(JOIN_SECONDS, end_at_once, [error])
+def _within_time(error: Callable[[], InputError]) -> Iterator[None]:
+    """End the program with an error if the block, which waits for other processes, takes longer than JOIN_SECONDS."""
+    timer = threading.Timer(JOIN_SECONDS, lambda: end_at_once(error()))
     timer.daemon = True
     timer.start()
     try:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,8 @@ FULL = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|ALLOC_FAILED|Autotuning fai
 """What errors of a full device say: XLA's, CUDA's, its libraries'; and of a GPU on which no kernel could be tried."""
 CHARACTERS = 120
 """Most characters of an error that does not name its cause so plainly, and is repeated."""
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables, the latter deprecated, for the share of a GPU's memory that JAX takes."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -41,12 +44,14 @@ def released_after_errors() -> Iterator[None]:
 
     A notebook keeps its last error, and with it those functions' variables.
     """
+    released = {sys.exception()}  # what the caller is handling is the caller's
     try:
         yield
     except (PlainError, KeyboardInterrupt) as error:
         link: BaseException | None = error
-        while link is not None:
+        while link is not None and link not in released:
             traceback.clear_frames(link.__traceback__)
+            released.add(link)
             link = link.__cause__ or link.__context__
         raise
 
@@ -68,5 +73,7 @@ def shortage(text: str) -> str:
         over = f"{n_gib:.2f} GiB were requested at once, {n_gib - free:.2f} more than"
         if n_gib <= free:  # which other programs may have taken, too
             over = f"{n_gib:.2f} GiB were requested at once, which are not in one piece within"
-    limit = f"the {size:.2f} GiB of {device.device_kind} that JAX may use; XLA_CLIENT_MEM_FRACTION=.95 allows it more"
-    return f"{over} the {free:.2f} free of {limit}"
+    told = f"{over} the {free:.2f} free of the {size:.2f} GiB of {device.device_kind} that JAX may use"
+    if device.platform == "gpu" and not any(map(os.environ.get, FRACTIONS)):
+        told += f"; {FRACTIONS[0]}=.95 allows it more"
+    return told

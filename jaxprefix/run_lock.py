@@ -85,22 +85,20 @@ def _awaited(path: Path, checkpoints: bool) -> IO[str]:
 def _locked(path: Path, checkpoints: bool) -> IO[str]:
     """Open the lock's file, lock it, and write into it who holds it."""
     while True:
-        file, locked = path.open("a+", encoding="utf-8"), True
+        file = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.close()
-                raise
-            locked = False
+            locked = _lock(file)
+        except OSError:
+            file.close()
+            raise
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
                 break
         file.close()  # its former owner removed it between opening and locking
-    if not locked and checkpoints and not _takes_record_locks(file):
+    if not locked and checkpoints:
         path.unlink()
         file.close()
-        advice = "choose a folder on another disk, or --no_save_model"
+        advice = "choose one on another disk"
         raise InputError(f"{path.parent}: does not support file locks, which checkpoints need; {advice}")
     if not locked:
         print(
@@ -119,10 +117,13 @@ def _locked(path: Path, checkpoints: bool) -> IO[str]:
     return file
 
 
-def _takes_record_locks(file: IO[str]) -> bool:
-    """Tell whether a file system has the kind of locks with which TensorStore writes checkpoints."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _lock(file: IO[str]) -> bool:
+    """Lock a file; return False on a file system that has neither kind of lock. Raises OSError, if another has it."""
+    for lock in (fcntl.flock, fcntl.lockf):  # TensorStore writes checkpoints with the latter kind
+        try:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    return False

@@ -22,9 +22,11 @@ def convert_and_check(settings: Any, what: str) -> None:
     for name, kind in typing.get_type_hints(type(settings)).items():
         value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # of `A | None`, A and None
         if isinstance(value, str | Path) and Path in kinds:
-            if re.match("[a-z][a-z0-9+.-]*:/", str(value)):
+            if re.match("[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE) and not Path(Path(value).parts[0]).exists():
                 problems.append(f"--{name} must be a path on this machine, is {str(value)!r}")
             value = expanded(value)
+        elif name == "pretrained_model_dir" and isinstance(value, str) and value.startswith("~"):
+            value = str(expanded(value))
         elif isinstance(value, Path) and Path not in kinds:  # a model's folder, which may be a hub id instead
             value = str(value)
         elif getattr(value, "ndim", None) == 0:  # one of NumPy's numbers

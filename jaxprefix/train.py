@@ -8,7 +8,6 @@ from signal import Signals
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxprefix.base_folder import base_identity
@@ -75,7 +74,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             "load the base",
             lambda: load_model(inputs.base.path, config.dtype, place, inputs.base.config, config.compute),
         )
-        rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
+        rate = spread(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
         resuming = has_checkpoint(config)
         watchdog = stack.enter_context(Watchdog(config.hosts.stall_minutes))
         state, progress = starting_state(config, base, inputs.base.tokenizer, identity, resuming), Progress()
@@ -86,7 +85,8 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if checkpoints and resuming:
             state, progress = restore_state(config, checkpoints, state)
         open_shared_folder(config, description)
-        state = spread(jax.tree.map(np.asarray, state), replicated(mesh))  # device_put would gather it to compare
+        state = spread(state, replicated(mesh))
+        watchdog.progress()
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
@@ -95,9 +95,9 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         update = make_update(config, mesh)
-        watchdog.progress()
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
+        watchdog.progress()
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")

@@ -1,6 +1,8 @@
 import gc
 import importlib.util
 import os
+import queue
+import threading
 import types
 from pathlib import Path
 
@@ -130,3 +132,16 @@ def finished(tmp_path_factory):
     config = run_config(tmp_path_factory.mktemp("runs"))
     assert train(config).finished
     return config
+
+
+@pytest.fixture
+def exit_codes(monkeypatch):
+    """The codes with which the program would have been ended at once."""
+    codes = queue.Queue()
+
+    def never_return(code):
+        codes.put(code)
+        threading.Event().wait()
+
+    monkeypatch.setattr(os, "_exit", never_return)
+    return codes

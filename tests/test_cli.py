@@ -214,6 +214,7 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     [
         ({}, ["{}/jaxprefix/compiled", "0.0", "none"]),
         ({"JAX_COMPILATION_CACHE_DIR": "{}/own"}, ["{}/own", "0.0", "none"]),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, ["", "0.0", "none"]),
         ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["{}/jaxprefix/compiled", "5.0", "none"]),
         ({"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "all"}, ["{}/jaxprefix/compiled", "0.0", "all"]),
     ],
@@ -222,11 +223,11 @@ def test_what_is_compiled_is_kept_as_the_user_says(given, kept, tmp_path):
     """By default also what compiles quickly; but not XLA's own cache of kernels, which ends GPU runs that share it."""
     program = "import jax\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
     program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs, "
-    program += "jax.config.jax_persistent_cache_enable_xla_caches)"
+    program += "jax.config.jax_persistent_cache_enable_xla_caches, sep=';', end='')"
     others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment = others | {"XDG_CACHE_HOME": str(tmp_path)} | {name: v.format(tmp_path) for name, v in given.items()}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == [part.format(tmp_path) for part in kept], result.stderr
+    assert result.stdout.split(";") == [part.format(tmp_path) for part in kept], result.stderr
 
 
 @pytest.mark.parametrize("attempt", ["pathlib.Path.mkdir", "tempfile.TemporaryFile"])

@@ -123,11 +123,19 @@ def test_a_bucket_is_no_path(name):
     assert str(error.value) == f"train:\n  - --{name} must be a path on this machine, is 'gs://bucket/runs'"
 
 
+def test_a_colon_may_stand_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs:").mkdir()
+    assert given("output_dir", "c:/runs").output_dir == Path("c:/runs")
+    assert given("output_dir", "runs:/of/may").output_dir == Path("runs:/of/may")
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     """Of --output_dir=~/runs, a shell makes none."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert given("output_dir", "~/runs").output_dir == tmp_path / "runs"
     assert given("data_filepath", "~nobody_here/data").data_filepath == Path("~nobody_here/data")
+    assert given("pretrained_model_dir", "~/base").pretrained_model_dir == str(tmp_path / "base")
     (tmp_path / "base").symlink_to(GOLDEN_BASE)
     assert resolve_folder("~/base") == tmp_path / "base"
 

@@ -13,7 +13,7 @@ import jaxprefix.train as train_module
 from convert.errors import RunError
 from jaxprefix import compiling
 from jaxprefix.cli import main
-from jaxprefix.memory import shortage
+from jaxprefix.memory import released_after_errors, shortage
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 
@@ -40,7 +40,11 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     assert " in all" not in shortage(text), "the host's memory says nothing of a GPU's"
     stats |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
     assert asked in shortage(text)
-    assert "the 10.00 free of the 11.00 GiB of H100 that JAX may use; XLA_CLIENT_MEM_FRACTION=.95" in shortage(text)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    told = " the 10.00 free of the 11.00 GiB of H100 that JAX may use"
+    assert shortage(text).endswith(f"{told}; XLA_CLIENT_MEM_FRACTION=.95 allows it more")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert shortage(text).endswith(told), "both together would be an error"
     assert (", 2.50 more than the 10.00 free" in shortage(text)) == ("12.50" in asked)
     assert ("which are not in one piece within the 10.00 free" in shortage(text)) == asked.startswith(("1.50", "2.00"))
 
@@ -97,6 +101,28 @@ def test_an_error_that_a_notebook_keeps_holds_no_base_model(tmp_path, monkeypatc
         train_module.train(run_config(tmp_path, save_model=False, save_log=False))
     gc.collect()
     assert held[0]() is None, kept
+
+
+def test_what_the_caller_is_handling_stays_the_callers():
+    """And causes in a circle have an end."""
+    error, other = RunError("error"), RunError("other")
+    other.__cause__ = error
+
+    def with_variable():
+        variable = "the caller's"
+        raise ValueError(variable)
+
+    def caller():
+        try:
+            with_variable()
+        except ValueError:
+            with released_after_errors():
+                raise error from other
+
+    with pytest.raises(RunError, match="error"):
+        caller()
+    handled = error.__context__.__traceback__.tb_next.tb_frame
+    assert handled.f_locals == {"variable": "the caller's"}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from convert.prefix import write_adapter
 from jaxprefix.train import train
-from tests.markers import needs_own_mounts
+from tests.markers import ON_ANOTHER_HOST, needs_another_host
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
 from tests.runs import losses_of, metrics_of, run_config, same_end, start
 from tests.tolerances import LOSS
@@ -38,11 +38,8 @@ def test_two_processes_give_the_losses_of_one_device(undisturbed, tmp_path):
         np.testing.assert_allclose(losses, losses_of(alone.run_dir, split), rtol=LOSS)
 
 
-ON_ANOTHER_HOST = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"')
-
-
 @pytest.mark.slow
-@needs_own_mounts
+@needs_another_host
 def test_two_hosts_are_one_mesh(undisturbed, tmp_path):
     """JAX knows hosts apart by the id of their boot, and takes devices of several for slices of a TPU pod."""
     (boot := tmp_path / "boot_id").write_text("11111111-2222-3333-4444-555555555555\n")

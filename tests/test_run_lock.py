@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -95,18 +97,38 @@ def test_a_host_that_holds_a_lock_for_long_has_not_crashed(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_warned_of_or_refused(tmp_path, monkeypatch, capsys, number):
-    """TensorStore needs some to write checkpoints, of another kind; a run would end at its first."""
-    warning = f"WARNING: {tmp_path}: does not support file locks"
-    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(number, os.strerror(number))))
-    with only_writer(tmp_path / "run"):
-        assert capsys.readouterr().err.startswith(warning)
-    monkeypatch.setattr(fcntl, "lockf", Mock(side_effect=OSError(number, os.strerror(number))))
+    """TensorStore needs some to write checkpoints; a run would end at its first."""
+    for kind in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, kind, Mock(side_effect=OSError(number, os.strerror(number))))
     with only_writer(tmp_path / "run", checkpoints=False):
-        assert capsys.readouterr().err.startswith(warning)
-    told = "does not support file locks, which checkpoints need; choose a folder on another disk, or --no_save_model"
+        assert capsys.readouterr().err.startswith(f"WARNING: {tmp_path}: does not support file locks")
+    told = f"{tmp_path}: does not support file locks, which checkpoints need; choose one on another disk"
     with pytest.raises(InputError, match=told), only_writer(tmp_path / "run"):
         pass
     assert not any(tmp_path.iterdir())
+
+
+def test_where_there_is_but_one_kind_of_lock_that_one_is_used(tmp_path):
+    """The system lets a process take it again, but not another one."""
+    program = """
+import errno, fcntl, sys
+from pathlib import Path
+from jaxprefix.run_lock import only_writer
+def none(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = none
+with only_writer(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "locked\n"
+        second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        assert f"is in use by process {first.pid} on " in second.stderr
+        assert (tmp_path / ".run.lock").exists()
+        first.communicate("")
+    assert first.returncode == 0
 
 
 def in_use(folder):

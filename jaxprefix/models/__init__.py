@@ -76,7 +76,8 @@ def load_model(
             read = partial(_read_layers, layers, held_dtype(name, leaf.shape, type_name))
         else:
             read = weights[name].read
-        return jax.make_array_from_callback(leaf.shape, sharding, partial(_read_once, {}, read, type_name))
+        array = jax.make_array_from_callback(leaf.shape, sharding, partial(_read_once, {}, read, type_name))
+        return jax.block_until_ready(array) if is_stacked(name) else array  # or the host would hold the next one, too
 
     model = abstract_model(config, compute)  # first: its layers may be unfit for a loop
     weights = dict(_stream(folder, config))
