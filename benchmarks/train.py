@@ -50,7 +50,7 @@ from jaxprefix.tokenizer import load_tokenizer
 
 PREFIX = 10
 RATE_TOKENS = {"cpu": 512, "gpu": 8192}
-RATE_PAIRS = {"cpu": 10, "gpu": 100}
+RATE_PAIRS, RATE_TIMES = {"cpu": 10, "gpu": 100}, 3
 """Pairs of matrix products in one measurement of their rate: milliseconds of work, so that a call's cost vanishes."""
 
 
@@ -232,16 +232,16 @@ def torch_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], Non
 
 
 def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], float]:
-    """Return a function that measures the FLOP/s of an MLP's two matrix products, pair after pair."""
+    """Return a function that measures the FLOP/s of an MLP's two products; a median, since a first call is slow."""
     run, n_tokens = (jax_products if way == "jaxprefix" else torch_products)(dtype, width, inner)
     run()
 
-    def measured() -> float:
+    def seconds(_: int) -> float:
         started = time.perf_counter()
         run()
-        return 4 * n_tokens * width * inner / (time.perf_counter() - started)
+        return time.perf_counter() - started
 
-    return measured
+    return lambda: 4 * n_tokens * width * inner / float(np.median(list(map(seconds, range(RATE_TIMES)))))
 
 
 def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | None]:
