@@ -274,7 +274,7 @@ def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch)
     heard = []
     monkeypatch.setattr("jaxprefix.hosts.Watchdog.progress", lambda self: heard.append(1))
     train(run_config(tmp_path, log_every_n_steps=100, n_epochs=1, dev_data_size=8))
-    assert len(heard) == 1 + 4 + 2 + 1, "the start, updates, batches of the dev set, what the epoch's end took"
+    assert len(heard) == 1 + 4 + 2 + 1 + 1, "the start, updates, batches of the dev set, the ends of epoch and run"
 
 
 def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypatch):
