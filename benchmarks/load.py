@@ -100,12 +100,11 @@ def main() -> None:
         results = alternate({way: (way, folder, flags.dtype) for way in WAYS}, measure, flags.rounds)
     file_bytes = results["files"][0]["file_bytes"]
     weights = file_bytes * np.dtype(flags.dtype).itemsize / np.dtype(flags.disk).itemsize
-    read = median(results["files"], "seconds")
     rows = [
         [
             way,
             f"{median(r, 'seconds'):.2f}",
-            f"{median(r, 'seconds') / read:.2f}",
+            f"{np.median([a['seconds'] / b['seconds'] for a, b in zip(r, results['files'], strict=True)]):.2f}",
             f"{median(r, 'peak_bytes') / weights:.2f}",
         ]
         for way, r in results.items()

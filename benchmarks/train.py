@@ -51,7 +51,7 @@ from jaxprefix.tokenizer import load_tokenizer
 PREFIX = 10
 RATE_TOKENS = {"cpu": 512, "gpu": 8192}
 RATE_PAIRS, RATE_TIMES = {"cpu": 10, "gpu": 100}, 3
-"""Pairs of matrix products in one measurement of their rate: milliseconds of work, so that a call's cost vanishes."""
+"""Pairs of products in a call that measures their rate: milliseconds, so that its cost vanishes; calls for a median."""
 
 
 class Training(NamedTuple):

@@ -98,7 +98,7 @@ def _locked(path: Path, checkpoints: bool) -> IO[str]:
     if not locked and checkpoints:
         path.unlink()
         file.close()
-        advice = "choose one on another disk"
+        advice = "choose one on another disk (to train without, --no_save_model)"
         raise InputError(f"{path.parent}: does not support file locks, which checkpoints need; {advice}")
     if not locked:
         print(
@@ -118,7 +118,10 @@ def _locked(path: Path, checkpoints: bool) -> IO[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock a file; return False on a file system that has neither kind of lock. Raises OSError, if another has it."""
+    """Lock a file; return False on a file system that has neither kind of lock. Raises OSError, if another has it.
+
+    The latter kind, for file systems without flock, does not keep two runs of one process apart.
+    """
     for lock in (fcntl.flock, fcntl.lockf):  # TensorStore writes checkpoints with the latter kind
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,7 +25,7 @@ def convert_and_check(settings: Any, what: str) -> None:
             if re.match("[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE) and not Path(Path(value).parts[0]).exists():
                 problems.append(f"--{name} must be a path on this machine, is {str(value)!r}")
             value = expanded(value)
-        elif name == "pretrained_model_dir" and isinstance(value, str) and value.startswith("~"):
+        elif name == "pretrained_model_dir" and isinstance(value, str | Path) and str(value).startswith("~"):
             value = str(expanded(value))
         elif isinstance(value, Path) and Path not in kinds:  # a model's folder, which may be a hub id instead
             value = str(value)

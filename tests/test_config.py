@@ -135,7 +135,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert given("output_dir", "~/runs").output_dir == tmp_path / "runs"
     assert given("data_filepath", "~nobody_here/data").data_filepath == Path("~nobody_here/data")
-    assert given("pretrained_model_dir", "~/base").pretrained_model_dir == str(tmp_path / "base")
+    for base in ("~/base", Path("~/base")):
+        assert given("pretrained_model_dir", base).pretrained_model_dir == str(tmp_path / "base")
     (tmp_path / "base").symlink_to(GOLDEN_BASE)
     assert resolve_folder("~/base") == tmp_path / "base"
 

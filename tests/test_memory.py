@@ -13,7 +13,7 @@ import jaxprefix.train as train_module
 from convert.errors import RunError
 from jaxprefix import compiling
 from jaxprefix.cli import main
-from jaxprefix.memory import released_after_errors, shortage
+from jaxprefix.memory import FRACTIONS, released_after_errors, shortage
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 
@@ -40,7 +40,8 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     assert " in all" not in shortage(text), "the host's memory says nothing of a GPU's"
     stats |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
     assert asked in shortage(text)
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for name in FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
     told = " the 10.00 free of the 11.00 GiB of H100 that JAX may use"
     assert shortage(text).endswith(f"{told}; XLA_CLIENT_MEM_FRACTION=.95 allows it more")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")

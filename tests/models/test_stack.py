@@ -101,6 +101,14 @@ def test_a_loop_takes_the_weights_of_all_layers_one_behind_the_other(base_folder
         np.testing.assert_array_equal(np.asarray(whole).view(parts[0].dtype), np.stack(parts))
 
 
+def test_a_weight_of_all_layers_has_left_the_host_before_the_next_is_read(base_folder, monkeypatch):
+    """A GPU's transfers go on in the background: the host would hold several such weights, gigabytes each."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda array: waited.append(array.shape) or array)
+    scanned = load_model(base_folder, compute=Compute(scan_layers=True))
+    assert waited == [leaf.shape for leaf in jax.tree.leaves(scanned.layers)]
+
+
 def test_layers_that_differ_cannot_be_scanned(tmp_path):
     folder = make_base_folder(tmp_path / "base", model_type="gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(InputError, match="--scan_layers: the layers of this base model differ"):
