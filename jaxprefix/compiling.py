@@ -15,17 +15,18 @@ from jaxprefix.config import OTHER_CACHE, cache_folder
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""
 TRIM_SECONDS = 0.1
+OWN_CACHE = "set JAX_COMPILATION_CACHE_DIR to another folder, or to nothing"
+"""What to do where the user's own cache is of no use; `OTHER_CACHE` is for ours."""
 
 
 def prepare_compiling() -> None:
     """Keep compiled programs in the user's cache folder, unless JAX has another; give freed memory back; no 64 bits."""
     trim_after_compiling()
     jax.config.update("jax_enable_x64", False)  # types here are what they say
-    advice = "set JAX_COMPILATION_CACHE_DIR to another folder, or to nothing"
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        advice = OTHER_CACHE
-    place = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    place, advice = jax.config.jax_compilation_cache_dir, OWN_CACHE  # type: ignore[attr-defined]
+    if place is None:
+        place, advice = str(cache_folder() / "compiled"), OTHER_CACHE
+        jax.config.update("jax_compilation_cache_dir", place)
     if place and "://" not in place:  # nothing is kept, or in a bucket
         _check_writable(Path(place), advice)
     if "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES" not in os.environ:

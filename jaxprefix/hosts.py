@@ -173,8 +173,7 @@ def spread(arrays: Any, sharding: Sharding) -> Any:
     """
     if jax.process_count() == 1:
         return jax.device_put(arrays, sharding)
-    whole = jax.tree.map(np.asarray, arrays)
-    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), whole)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, np.asarray(a).__getitem__), arrays)
 
 
 class Vote:

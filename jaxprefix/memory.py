@@ -1,4 +1,4 @@
-"""A device or host whose memory is too small: the error that says what to lower and, of a device, by how much."""
+"""Memory that is too small, of a device or host: the error that says what to lower; and errors that hold none."""
 
 import contextlib
 import errno

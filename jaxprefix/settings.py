@@ -12,11 +12,11 @@ from convert.errors import InputError
 
 
 def convert_and_check(settings: Any, what: str) -> None:
-    """Convert what is only spelled otherwise (str and Path, NumPy's numbers), and check the types of all fields.
+    """Convert what is only spelled otherwise (str and Path, ~, NumPy's numbers), and check the types of all fields.
 
-    `settings` is a dataclass, whose fields are replaced even if it is frozen. Raises InputError that lists the values
-    which are of another type, not among a field's choices, or not UTF-8: Python takes such bytes from a shell, but
-    config.json, SentencePiece and Orbax do not.
+    `settings` is a dataclass, whose fields are replaced even if it is frozen. Raises InputError that lists the
+    values which are of another type, not among a field's choices, a URL in the place of a path, or not UTF-8:
+    Python takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():

@@ -18,6 +18,12 @@ from tests.runs import PATIENCE
 OWN_RISK = {"JAX_ENABLE_COMPILATION_CACHE": "1"}
 
 
+@pytest.fixture
+def nobody_to_join(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+
+
 def join(port: int, process_id: int) -> None:
     with joined(HostsConfig(False, f"127.0.0.1:{port}", 2, process_id)):
         raise AssertionError("joined nobody")
@@ -36,21 +42,21 @@ def test_joining_comes_before_jax_is_used():
         join(free_port(), process_id=1)
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 def test_processes_need_as_many_devices(monkeypatch):
     devices = [types.SimpleNamespace(process_index=process) for process in (0, 0, 1)]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     message = "all processes must have the same number of devices; process 0 has 2, process 1 has 1"
     with pytest.raises(InputError, match=message), joined(HostsConfig(True)):
         pass
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 def test_a_platform_that_does_not_work_is_told_plainly_after_joining(monkeypatch):
     def no_backend():
         raise AssertionError
 
     monkeypatch.setattr(jax, "devices", no_backend)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     told = r"^JAX cannot use its devices \(.*\): none is there$"
     with pytest.raises(InputError, match=told), joined(HostsConfig(True)):
         pass
@@ -77,12 +83,11 @@ def test_tasks_of_slurm_that_were_not_joined_are_told(monkeypatch, capsys):
         assert "WARNING: SLURM task 0 of 2 makes a run of its own; --distributed" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 @pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
 def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind, monkeypatch):
     lost = kind("UNKNOWN: Gloo all-reduce failed: Read error: Connection closed by peer\nand pages more")
     told = r"^the other processes cannot be reached, one may have ended \(UNKNOWN: Gloo .* by peer\)$"
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     config = HostsConfig(coordinator_address=f"localhost:{free_port()}", num_processes=1, process_id=0)
     with pytest.raises(RunError, match=told), joined(config):
         raise lost
@@ -102,6 +107,7 @@ def test_no_cluster_is_found(monkeypatch):
         pass
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 @pytest.mark.parametrize(
     ("hangs", "told"),
     [
@@ -117,8 +123,6 @@ def test_no_cluster_is_found(monkeypatch):
     ],
 )
 def test_where_joining_hangs_is_told(exit_codes, capsys, monkeypatch, hangs, told):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     monkeypatch.setattr(joining, "JOIN_SECONDS", 1)
     jax.devices()  # which takes long the first time
     place = jax.distributed if hangs == "initialize" else joining
@@ -129,6 +133,7 @@ def test_where_joining_hangs_is_told(exit_codes, capsys, monkeypatch, hangs, tol
     assert f"error: {told.format(port=port)}" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 @pytest.mark.parametrize(
     ("platform", "asked", "kept"), [("gpu", {}, False), ("cpu", {}, True), ("gpu", OWN_RISK, True)]
 )
@@ -138,8 +143,6 @@ def test_several_processes_on_gpus_keep_no_compiled_programs(monkeypatch, platfo
     for name, value in asked.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(joining, "on_a_cpu", lambda: platform == "cpu")
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     try:
         with joined(HostsConfig(True)):
             assert jax.config.jax_enable_compilation_cache == kept
@@ -147,10 +150,9 @@ def test_several_processes_on_gpus_keep_no_compiled_programs(monkeypatch, platfo
         jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.mark.usefixtures("nobody_to_join")
 def test_who_has_joined_is_not_given_up(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
     before = threading.enumerate()
     with joined(HostsConfig(True)):
         timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
