@@ -17,14 +17,12 @@ class BaseFolder(NamedTuple):
     tokenizer: Tokenizer
 
 
-def open_base(
-    dir_or_hub_id: str, revision: str | None = None, model_type: str | None = None, weights: bool = True
-) -> BaseFolder:
+def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str | None = None) -> BaseFolder:
     """Find a base model and read its config.json and tokenizer; `model_type` must agree if it is given.
 
-    Without `weights`, those of a hub id are not downloaded. Raises InputError.
+    Of a hub id, everything but the weights is downloaded (see `fetch_weights`). Raises InputError.
     """
-    path = resolve_folder(dir_or_hub_id, revision, weights)
+    path = resolve_folder(dir_or_hub_id, revision)
     return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type), load_tokenizer(path))
 
 

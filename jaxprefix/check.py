@@ -30,7 +30,7 @@ from jaxprefix.update import FrozenBase, learning_rate, make_update
 
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for what would stop a run."""
-    folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type, weights=False)
+    folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
         check_weights(folder, model)
     if config.checkpoint_path is not None:  # read as a new run does

@@ -73,7 +73,7 @@ def _convert_prefix(config: ConvertConfig) -> str:
     source, target = config.source, config.target
     folded, header = read_prefix(source)
     if config.pretrained_model_dir is not None:
-        _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision, weights=False)
+        _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision)
         check_prefix(source, folded, header, model_config, tokenizer)
         header = base_identity(model_config, tokenizer)
     if target.suffix in (".weight", ".checkpoint"):
@@ -137,7 +137,7 @@ def _check_state(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
     """Compare a training state, and the run that it is from or for, with the base model, if one is given."""
     if config.pretrained_model_dir is None:
         return
-    base = open_base(config.pretrained_model_dir, config.revision, weights=False)
+    base = open_base(config.pretrained_model_dir, config.revision)
     for folder in filter(is_run_folder, (config.source, config.target)):
         check_base(folder, base_identity(base.config, base.tokenizer))
     positions, output = arrays.get("encoder.prefix_wte.weight"), arrays.get("encoder.prefix_mlp.2.weight")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from convert.errors import InputError
-from convert.weights import SHARD_INDEX, TORCH_INDEX
+from convert.weights import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX, has_weights
 from jaxprefix.settings import expanded
 
 SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
@@ -13,28 +13,36 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 SMALL_FILES = ["config.json", *SENTENCEPIECE_FILES, TOKENIZERS_FILE, VOCAB_FILE, MERGES_FILE]
 SMALL_FILES += [ADDED_TOKENS_FILE, TOKENIZER_SETTINGS, SPECIAL_TOKENS]
-SAFETENSORS = ["model*.safetensors", SHARD_INDEX]
-TORCH_WEIGHTS = ["pytorch_model*.bin", TORCH_INDEX]
+SAFETENSORS = [SINGLE_FILE, SHARD_INDEX, "model-?????-of-?????.safetensors"]
+TORCH_WEIGHTS = [TORCH_FILE, TORCH_INDEX, "pytorch_model-?????-of-?????.bin"]
 
 
-def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None, weights: bool = True) -> Path:
-    """Return the local folder of a base model, downloading the needed files of a hub id first.
+def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of a base model; of a hub id, all but the weights is downloaded first.
 
-    With `weights`, safetensors are fetched, or torch's files where there are none. `revision` is a branch, tag or
-    commit. What is in the cache is not fetched again; without a network, only the cache is used. Raises InputError
-    when there is neither such a folder nor a repository that can be reached.
+    `revision` is a branch, tag or commit. What is in the cache is not fetched again; without a network, only the cache
+    is used. Raises InputError when there is neither such a folder nor a repository that can be reached.
     """
     folder = expanded(dir_or_hub_id)
     if folder.is_dir():
         if revision is not None:
             raise InputError(f"{dir_or_hub_id}: is a folder; --revision is only for hub ids")
         return folder
-    folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + (SAFETENSORS if weights else []))
-    if weights and not any(folder.glob(SAFETENSORS[0])):
-        folder = _download(str(dir_or_hub_id), revision, SMALL_FILES + TORCH_WEIGHTS)
-        if not any(folder.glob(TORCH_WEIGHTS[0])):
-            raise InputError(f"{dir_or_hub_id}: no weights in the cache, and the model hub is out of reach or has none")
-    return folder
+    return _download(str(dir_or_hub_id), revision, SMALL_FILES)
+
+
+def fetch_weights(dir_or_hub_id: str | Path, folder: Path) -> None:
+    """Download the weights of a hub id to the `folder` that `resolve_folder` has returned, of the same commit.
+
+    safetensors, or torch's files where there are none. A local folder is left as it is. Raises InputError.
+    """
+    if expanded(dir_or_hub_id).is_dir():
+        return
+    for files in (SAFETENSORS, TORCH_WEIGHTS):
+        _download(str(dir_or_hub_id), folder.name, SMALL_FILES + files)
+        if has_weights(folder):
+            return
+    raise InputError(f"{dir_or_hub_id}: no weights in the cache, and the model hub is out of reach or has none")
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -56,7 +64,8 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"{where} the model hub has no such repository; if it is private, run `hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        raise InputError(f"{where} it is not in the cache and the model hub cannot be reached") from error
+        cause = str(error.__cause__ or error).split("\n")[0]
+        raise InputError(f"{where} it is not whole in the cache and the model hub gives no answer ({cause})") from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
     except errors.HTTPError as error:
@@ -64,4 +73,8 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except OSError as error:
         raise InputError(
             f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 uses what is already there"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # of Xet, the hub's store of large files; an answer that is no JSON
+        raise InputError(
+            f"{where} its download failed ({error}); repeat the command, or try another way with HF_HUB_DISABLE_XET=1"
         ) from error

@@ -14,6 +14,7 @@ from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples
 from jaxprefix.examples import Chunking, Example, Examples
+from jaxprefix.hub import fetch_weights
 from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
@@ -35,13 +36,15 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(config: TrainConfig) -> Inputs:
-    """Read configuration, tokenizer and data, and check that they fit together."""
+    """Read configuration, tokenizer and data, and check that they fit together before weights are downloaded."""
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     check_attention(config.compute.attention, base.config.head_dim)
     examples = load_data(config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
-    return Inputs(base, train_set, dev_set, UpdatePlan(config, len(train_set)))
+    inputs = Inputs(base, train_set, dev_set, UpdatePlan(config, len(train_set)))
+    fetch_weights(config.pretrained_model_dir, base.path)
+    return inputs
 
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
@@ -83,13 +86,15 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
 
 
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model to generate or evaluate with, and load the prefix: all that can be checked before weights.
+    """Open the base model to generate or evaluate with, and load the prefix; then download a hub id's weights.
 
     Raises InputError.
     """
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     path = config.prefix_checkpoint_path
-    return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
+    prefix = None if path is None else load_prefix(path, base.config, base.tokenizer)
+    fetch_weights(config.pretrained_model_dir, base.path)
+    return base, prefix
 
 
 def read_prompts(path: Path) -> list[str]:

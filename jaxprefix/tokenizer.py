@@ -92,6 +92,11 @@ class SentencePiece:
         is_unknown = found == self.unk_id and piece != self.processor.id_to_piece(found)
         return None if is_unknown else found
 
+    def is_special(self, index: int) -> bool:
+        """Tell whether an id is a control or added token's, not a piece of texts."""
+        is_piece = index < self.processor.get_piece_size()
+        return self.processor.is_control(index) if is_piece else index in self._added_by_id
+
     def _encode_pieces(self, text: str) -> list[int]:
         text = text.lower() if self.lower else text
         try:
@@ -149,6 +154,11 @@ class TokenizersFile:
     def id_of(self, piece: str) -> int | None:
         """Return a piece's id."""
         return self.backend.token_to_id(piece)
+
+    def is_special(self, index: int) -> bool:
+        """Tell whether an id is an added token's, not a piece of texts; a file without added tokens does not say."""
+        added = self.backend.get_added_tokens_decoder()
+        return index in added if added else index < self.size
 
     def content(self, padding: int | None) -> bytes:
         """Return what determines the ids of texts, without a token that is there for padding alone.
@@ -221,7 +231,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     model or config.json. A tokenizer without a pad token pads with eos: padding is never read.
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
-    folder = resolve_folder(dir_or_hub_id, revision, weights=False)
+    folder = resolve_folder(dir_or_hub_id, revision)
     settings, special = (_read_settings(folder, file) for file in (TOKENIZER_SETTINGS, SPECIAL_TOKENS))
     settings = special | settings if "added_tokens_decoder" in settings else settings | special  # older ones lack it
     config = _read_settings(folder, "config.json")
@@ -238,7 +248,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     bos_id, eos_id, pad_id = (_special_id(vocabulary, kind, settings, config) for kind in ("bos", "eos", "pad"))
     if bos_id is None or eos_id is None:
         missing = [name for name, found in (("bos_token", bos_id), ("eos_token", eos_id)) if found is None]
-        raise InputError(f"{path}: has no {' and no '.join(missing)}")
+        raise InputError(f"{path}: has no {' and no '.join(missing)}; name the special token in {TOKENIZER_SETTINGS}")
     if isinstance(vocabulary, TokenizersFile) and vocabulary.is_unigram and vocabulary.unk_id in (None, bos_id, eos_id):
         if vocabulary.unk_id is None:
             raise InputError(f"{path}: defines no unknown token (unk_id)")
@@ -302,15 +312,19 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Added]
 def _special_id(
     vocabulary: Vocabulary, kind: str, settings: Mapping[str, Any], config: Mapping[str, Any]
 ) -> int | None:
-    """Return the id of the bos, eos or pad token: by its name, else the SentencePiece model's, else config.json's."""
+    """Return the id of the bos, eos or pad token: by its name, else config.json's, else the SentencePiece model's.
+
+    config.json counts where it gives a special token: some have another model's ids, which are words here.
+    """
     name = _content(settings.get(f"{kind}_token"))
     if isinstance(name, str) and (found := vocabulary.id_of(name)) is not None:
         return found
-    if isinstance(vocabulary, SentencePiece) and (own := getattr(vocabulary.processor, f"{kind}_id")()) >= 0:
-        return own
     given = config.get(f"{kind}_token_id")
     given = given[0] if isinstance(given, list) and given else given  # the first of several that end a text
-    return given if type(given) is int and 0 <= given < vocabulary.size else None
+    if type(given) is int and given >= 0 and vocabulary.is_special(given):
+        return given
+    own = getattr(vocabulary.processor, f"{kind}_id")() if isinstance(vocabulary, SentencePiece) else -1
+    return own if own >= 0 else None
 
 
 def _content(token: Any) -> Any:

@@ -18,12 +18,14 @@ class Hub:
         self.repos = repos  # (hub id, revision) → folder
         self.gated: set[str] = set()
         self.forbidden: set[str] = set()  # names of files that nobody gets
+        self.fails_with: int | None = None  # a status that answers everything
         self.cut_after: int | None = None  # bytes of a file after which the connection is closed
         self.requests: list[tuple[str, str, str | None]] = []  # (method, path, Range header)
 
     def folder(self, hub_id: str, revision: str) -> Path | None:
         names = {commit: name for name, commit in COMMITS.items()}
-        return self.repos.get((hub_id, names.get(revision, revision)))
+        by_commit = self.repos.get((hub_id, revision))
+        return by_commit or self.repos.get((hub_id, names.get(revision, revision)))
 
     def fetched(self) -> set[str]:
         """Names of the files that were sent."""
@@ -45,6 +47,9 @@ def serve(hub: Hub) -> Iterator[str]:
 
         def answer(self, with_body: bool) -> None:
             hub.requests.append((self.command, self.path, self.headers.get("Range")))
+            if hub.fails_with is not None:
+                self.refuse(hub.fails_with, "")
+                return
             path = self.path.split("?")[0].strip("/")
             if path.startswith("api/models/"):
                 owner, name, what, revision = path.removeprefix("api/models/").split("/")[:4]

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,10 +18,13 @@ from convert.errors import InputError
 from jaxprefix import load_model, load_tokenizer
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig
-from jaxprefix.hub import resolve_folder
+from jaxprefix.evaluation import evaluate
+from jaxprefix.hub import fetch_weights, resolve_folder
+from jaxprefix.inference_config import EvaluateConfig
+from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
-from tests.runs import PATIENCE
+from tests.runs import PATIENCE, run_config
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,12 @@ def hub(folders, tmp_path, monkeypatch):
         yield offered
 
 
+def fetch_all(hub_id: str, revision: str | None = None) -> Path:
+    folder = resolve_folder(hub_id, revision)
+    fetch_weights(hub_id, folder)
+    return folder
+
+
 def run(*command, **environment):
     return subprocess.run(
         [sys.executable, *command], env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
@@ -72,14 +83,14 @@ def test_a_hub_id_generates_and_only_the_needed_files_are_fetched(hub):
 
 
 def test_torch_weights_are_fetched_where_there_are_no_others(hub):
-    folder = resolve_folder("user/torch")
+    folder = fetch_all("user/torch")
     assert "pytorch_model.bin" in hub.fetched()
-    assert resolve_folder("user/torch") == folder
+    assert fetch_all("user/torch") == folder
 
 
 def test_a_revision_pins_the_files(hub, folders):
     for revision in ("v1", "b" * 40):
-        weights = (resolve_folder("user/model", revision) / "model.safetensors").read_bytes()
+        weights = (fetch_all("user/model", revision) / "model.safetensors").read_bytes()
         assert weights == (folders["user/model", "v1"] / "model.safetensors").read_bytes()
 
 
@@ -87,10 +98,10 @@ def test_an_interrupted_download_goes_on(hub, folders):
     size = (folders["user/model", "main"] / "model.safetensors").stat().st_size
     hub.cut_after = size // 2
     with pytest.raises(InputError, match="its download was interrupted; repeat the command to go on"):
-        resolve_folder("user/model")
+        fetch_all("user/model")
     assert "spiece.model" in hub.fetched()
     hub.cut_after, hub.requests = None, []
-    folder = resolve_folder("user/model")
+    folder = fetch_all("user/model")
     assert hub.fetched() == {"model.safetensors"}, "what had arrived is not fetched again, the broken file is"
     weights = (folder / "model.safetensors").read_bytes()
     assert weights == (folders["user/model", "main"] / "model.safetensors").read_bytes()
@@ -111,23 +122,77 @@ def test_what_the_hub_refuses_is_told_plainly(hub, arguments, message):
     hub.gated.add("user/gated")
     hub.forbidden.add("pytorch_model.bin")
     with pytest.raises(InputError, match=message):
-        resolve_folder(*arguments)
+        fetch_all(*arguments)
 
 
 def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     download_from(monkeypatch, os.environ["HF_ENDPOINT"], tmp_path / "file")
     with pytest.raises(InputError, match="it cannot be fetched into the cache"):
-        resolve_folder("user/model")
+        fetch_all("user/model")
     download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
-    with pytest.raises(InputError, match="it is not in the cache and the model hub cannot be reached"):
+    with pytest.raises(InputError, match=r"not whole in the cache and the model hub gives no answer \(.*refused"):
+        fetch_all("user/model")
+
+
+def test_a_cache_without_weights_says_what_is_missing(hub, monkeypatch):
+    resolve_folder("user/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"not whole in the cache .*model\.safetensors"):
+        fetch_all("user/model")
+
+
+def test_a_hub_that_answers_with_an_error_is_quoted(hub):
+    hub.fails_with = 503
+    with pytest.raises(InputError, match=r"the model hub gives no answer .*503"):
         resolve_folder("user/model")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Task error: CAS Client Error"), ValueError("Expecting value")])
+def test_a_download_that_fails_in_another_way_is_told_plainly(monkeypatch, error):
+    """huggingface_hub's own store of large files, Xet, raises RuntimeError; a login page is no JSON."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+    with pytest.raises(InputError, match=rf"its download failed \({error}\); repeat .* HF_HUB_DISABLE_XET=1"):
+        resolve_folder("user/model")
+
+
+def test_nothing_large_is_fetched_for_a_base_or_data_that_cannot_be_used(hub, folders, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "朝の市場"}\n')
+    with pytest.raises(InputError, match=r"makes . examples, fewer than"):
+        train(run_config(tmp_path, pretrained_model_dir="user/model", data_filepath=data))
+    with pytest.raises(InputError, match="no such prefix"):
+        evaluate(EvaluateConfig("user/model", prefix_checkpoint_path=tmp_path / "none"))
+    foreign = shutil.copytree(folders["user/model", "main"], tmp_path / "foreign")
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    hub.repos["user/llama", "main"] = foreign
+    with pytest.raises(InputError, match="llama"):
+        load_model("user/llama")
+    assert "model.safetensors" not in hub.fetched()
+
+
+def test_weights_are_those_of_the_commit_whose_config_was_read(hub, folders):
+    folder = resolve_folder("user/model")
+    hub.repos = hub.repos | {("user/model", "main"): folders["user/model", "v1"]}  # main moves on meanwhile
+    hub.repos["user/model", "a" * 40] = folders["user/model", "main"]
+    fetch_weights("user/model", folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    assert weights == (folders["user/model", "main"] / "model.safetensors").read_bytes()
+
+
+def test_a_variant_of_the_weights_is_not_taken_for_them(hub, folders, tmp_path):
+    both = shutil.copytree(folders["user/torch", "main"], tmp_path / "both")
+    (both / "model.fp16.safetensors").write_bytes(b"a variant")
+    hub.repos["user/both", "main"] = both
+    load_model("user/both")
+    assert "pytorch_model.bin" in hub.fetched()
+    assert "model.fp16.safetensors" not in hub.fetched()
 
 
 def test_a_repository_without_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(InputError, match="user/model: no weights in the cache, and the model hub is out of reach"):
-        resolve_folder("user/model")
+        fetch_all("user/model")
 
 
 def test_what_needs_no_weights_fetches_none(hub, folders):

@@ -278,8 +278,32 @@ def test_a_token_for_padding_alone_makes_no_other_tokenizer(bpe_folder, tmp_path
 
 def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
     folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [5, 0]}))
-    assert load_tokenizer(folder).eos_id == 5
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 0]}))
+    assert load_tokenizer(folder).eos_id == 1
+
+
+def test_a_word_is_no_special_token(bpe_folder, tmp_path):
+    """Some models' config.json has GPT-2's ids, which are words in a vocabulary of their own."""
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
+    with pytest.raises(InputError, match=r"has no eos_token; name the special token in tokenizer_config.json"):
+        load_tokenizer(folder)
+
+
+def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
+    """Its model has the trainer's bos, 1, also where a base model was trained with eos in its place."""
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    for given, expected in (
+        ({"bos_token_id": 2, "eos_token_id": 2}, (2, 2)),
+        ({"bos_token_id": 7}, (1, 2)),
+        ({}, (1, 2)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        tokenizer = load_tokenizer(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == expected
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2}))
+    assert load_tokenizer(tmp_path).bos_id == 1, "a name in the tokenizer's own files comes first"
 
 
 def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):

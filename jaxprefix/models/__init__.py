@@ -25,7 +25,7 @@ from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index, empty_pages
 from jaxprefix.config import Compute, DType
 from jaxprefix.devices import own_device
-from jaxprefix.hub import resolve_folder
+from jaxprefix.hub import fetch_weights, resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
 from jaxprefix.models.gpt_neox import GPTNeoX
@@ -65,6 +65,7 @@ def load_model(
         raise InputError(f"dtype must be one of {', '.join(types)}; is {type_name}")
     folder = resolve_folder(dir_or_hub_id, revision)
     config = config or read_model_config(folder, name=str(dir_or_hub_id))
+    fetch_weights(dir_or_hub_id, folder)
     first_device = jax.sharding.SingleDeviceSharding(own_device())
 
     def load(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
