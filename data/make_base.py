@@ -24,6 +24,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 DATA = Path(__file__).parent
 SMILE = "😃"
+OLDER_NAMES = {"rotary_pct": 1.0, "rotary_emb_base": 10000, "torch_dtype": "float16"}
+"""What transformers 4 reads in config.json instead of what transformers 5 writes; without it, it rotates a quarter."""
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
 
 
@@ -170,6 +172,8 @@ def main(settings: Settings) -> None:
     model = pretrain(stream, tokenizer.vocab_size(), settings)
     model.half().save_pretrained(settings.output_dir)
     (settings.output_dir / "generation_config.json").unlink(missing_ok=True)
+    config = settings.output_dir / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | OLDER_NAMES, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -227,8 +227,8 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     """Load the tokenizer of a base model's folder or hub id.
 
     That is a SentencePiece model if there is one, else tokenizer.json, else GPT-2's vocab.json and merges.txt.
-    The special tokens' names come from the tokenizer files beside it, or else their ids from the SentencePiece
-    model or config.json. A tokenizer without a pad token pads with eos: padding is never read.
+    The special tokens' names come from the tokenizer files beside it, or else their ids from config.json or the
+    SentencePiece model. A tokenizer without a pad token pads with eos: padding is never read.
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
     folder = resolve_folder(dir_or_hub_id, revision)

@@ -37,6 +37,9 @@ def test_the_small_base_is_small_and_complete(small_tokenizer):
     config = read_model_config(DATA / "small_base")
     assert config.vocab_size == small_tokenizer.vocab_size
     assert not config.parallel_residual
+    written = json.loads((DATA / "small_base" / "config.json").read_text())
+    newer = written["rope_parameters"]["partial_rotary_factor"], written["rope_parameters"]["rope_theta"]
+    assert (written["rotary_pct"], written["rotary_emb_base"]) == newer, "transformers 4 reads these"
 
 
 def test_suffix_and_prompts_are_known_to_the_tokenizer(small_tokenizer):
