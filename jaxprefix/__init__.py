@@ -1,6 +1,7 @@
 """Prefix-tuning of GPT-NeoX and GPT-2 language models in JAX: a frozen base model, a few trained keys and values."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError, RunError
@@ -24,6 +25,8 @@ _ROOMS = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that only what computes waits for JAX."""
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -22,7 +22,7 @@ class Packing(NamedTuple):
     columns: tuple[np.ndarray, ...]
     """[rows, texts, slots] for each class of lengths: the column of each token; n_columns after the text's last one."""
     places: np.ndarray
-    """[rows, columns]: each token's index into all classes' texts × slots, one behind the other, flattened."""
+    """[rows, columns]: each token's index into all classes' texts × slots, one after another, flattened."""
 
 
 class Batch(NamedTuple):

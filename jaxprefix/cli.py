@@ -16,16 +16,16 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
 
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
-from jaxprefix.inference_config import EvaluateConfig, GenerateConfig, InferenceConfig
-from jaxprefix.screen import Heedless, mute
+from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
+from jaxprefix.screen import UnfailingStream, mute
 
+DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
 INTERRUPTED = 128 + signal.SIGINT
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
     if sys.stderr is None:  # what is printed to it would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    with contextlib.redirect_stderr(Heedless(sys.stderr)):
+    with contextlib.redirect_stderr(UnfailingStream(sys.stderr)):
         return _main(arguments)
 
 
@@ -82,7 +82,7 @@ def _fail(error: PlainError) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        settings = tyro.cli(Command, prog="jaxprefix", args=arguments, use_underscores=True)
+        settings = tyro.cli(Command, prog="jaxprefix", description=DESCRIPTION, args=arguments, use_underscores=True)
     except SystemExit as end:  # after --help, or flags that are wrong
         return int(end.code or 0)
     if not isinstance(settings, ConvertConfig):  # which compiles nothing
@@ -97,29 +97,10 @@ def _run(arguments: list[str] | None) -> int:
         case ConvertConfig():
             _convert(settings)
         case GenerateConfig():
-            with _inference(settings):
-                _generate(settings)
+            _generate(settings)
         case EvaluateConfig():
-            with _inference(settings):
-                _evaluate(settings)
+            _evaluate(settings)
     return 0
-
-
-@contextlib.contextmanager
-def _inference(settings: InferenceConfig) -> Iterator[None]:
-    """Compile for the mesh's devices, or for one; say what to lower when their memory is too small."""
-    from jaxprefix.devices import compiling_for, devices, own_device
-    from jaxprefix.memory import within_memory
-
-    used = devices() if settings.mesh else [own_device()]
-    with within_memory(lambda: _less_memory(settings)), compiling_for(used):
-        yield
-
-
-def _less_memory(settings: InferenceConfig) -> str:
-    needed = [f"--batch_size {settings.batch_size}", f"--max_output_len {settings.decode.max_output_len}"]
-    needed += ["--max_seq_len"] if isinstance(settings, EvaluateConfig) else []
-    return f"lower {' or '.join(needed)}" + (", or use --dtype bfloat16" if settings.dtype == "float32" else "")
 
 
 def _train(config: TrainConfig) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from jaxprefix.config import OTHER_CACHE, cache_folder
+from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """JAX's event of a program that has been compiled, or read from the cache; it has not run yet."""

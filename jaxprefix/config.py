@@ -5,7 +5,6 @@ Flag names and defaults are the original's wherever it has the flag.
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,21 +16,6 @@ from jaxprefix.settings import convert_and_check, range_problems
 
 SEED_LIMIT = 2**32
 MESH_AXES = ("data", "fsdp", "tensor")
-
-
-def cache_folder() -> Path:
-    """Return the user's folder for what can be made again: compiled programs, tokens of large files.
-
-    Raises InputError for a user without a home folder.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxprefix"
-    except RuntimeError as error:
-        raise InputError("there is no home folder for caches; set XDG_CACHE_HOME to a folder") from error
-
-
-OTHER_CACHE = "set XDG_CACHE_HOME to another folder"
-"""What to do where `cache_folder` is of no use."""
 
 AttentionMethod = Literal["auto", "dense", "cudnn"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -57,7 +41,7 @@ class HostsConfig:
     """Which processes make a run together; this one alone unless something is given. See docs/launch.md."""
 
     distributed: bool = False
-    """One of many processes that SLURM, Open MPI, Kubernetes or a TPU pod started; the flags below are detected."""
+    """One of several processes that SLURM, Open MPI, Kubernetes or a TPU pod started; detects the next three flags."""
     coordinator_address: str | None = None
     """host:port at which process 0 awaits the others."""
     num_processes: int | None = None
@@ -65,7 +49,7 @@ class HostsConfig:
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """A process ends if it finishes no start, update, evaluation or checkpoint for so long: another one hangs."""
+    """Minutes without a finished start, update, evaluation or checkpoint until a process ends: another one hangs."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "processes")
@@ -146,15 +130,15 @@ class TrainConfig:
     packing: bool = True
     """Lay a batch's rows end to end instead of padding each: the same loss, fewer computed positions."""
     n_training_steps: int = 50_000
-    """Most updates to make."""
+    """Maximum number of updates."""
     n_epochs: int = 50
-    """Most epochs to make."""
+    """Maximum number of epochs."""
     n_warmup_steps: int = 0
     """Updates over which the learning rate rises to max_lr."""
     max_lr: float = 1e-4
     """Highest learning rate."""
     min_lr: float = 1e-6
-    """Lowest learning rate (default recipe)."""
+    """Lowest learning rate; ignored by --recipe rinna."""
     adam_beta1: float = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: float = 0.99
@@ -166,7 +150,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     seed: int = 42
-    """Seed of the encoder's start and of the data order."""
+    """Seed of the encoder's initialization and of the order of the data."""
     dtype: DType = "float32"
     """Type of the base model's weights and activations, float16 with dynamic loss scaling; the prefix stays float32."""
     bf16: bool = False
@@ -174,7 +158,7 @@ class TrainConfig:
     fp16: bool = False
     """Same as --dtype float16."""
     recipe: RecipeName = "default"
-    """`rinna` repeats the original's surprises, see the README's table."""
+    """`rinna` reproduces the original's quirks; see the README's table."""
     checkpoint_path: Path | None = None
     """Start from another run's newest encoder, or the original's file; with --prefix_hidden_dim 0, any prefix."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False

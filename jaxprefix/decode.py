@@ -45,23 +45,27 @@ class BatchTiming(NamedTuple):
     seconds: float
 
 
-class Made(NamedTuple):
+class Generated(NamedTuple):
     """What the decoding loop has generated so far."""
 
-    n: Int[Array, ""]  # tokens in every row
+    n: Int[Array, ""]
+    """Tokens in every row."""
     ids: Int[Array, "B max_output_len"]
+    """The tokens, filled up with eos."""
     stopped: Bool[Array, "B"]
-    finite: Bool[Array, ""]  # all logits, of rows that had not stopped
+    """Whether a row has made eos, or all of its tokens."""
+    finite: Bool[Array, ""]
+    """Whether all logits were, of rows that had not stopped."""
 
-    def followed_by(self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int) -> "Made":
+    def followed_by(self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int) -> "Generated":
         """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were."""
         stopped = self.stopped | (tokens == eos_id)
         ids = self.ids.at[:, self.n].set(jnp.where(stopped, eos_id, tokens))
         n = self.n + 1
-        return Made(n, ids, stopped | (n >= ids.shape[1]), self.finite & (finite | self.stopped).all())
+        return Generated(n, ids, stopped | (n >= ids.shape[1]), self.finite & (finite | self.stopped).all())
 
 
-DecodeState = tuple[Made, Int[Array, "B"], Cache]
+DecodeState = tuple[Generated, Int[Array, "B"], Cache]
 """What the decoding loop carries. The tokens are each row's last: their keys and values are not in the cache yet."""
 
 
@@ -210,22 +214,22 @@ def _decode(
     indices = sampling.first_index + jnp.arange(n_rows)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), indices)
 
-    def choose(made: Made, hidden: Float[Array, "B D"]) -> tuple[Made, Int[Array, "B"]]:
+    def choose(generated: Generated, hidden: Float[Array, "B D"]) -> tuple[Generated, Int[Array, "B"]]:
         """Choose what follows every row's last token, from its hidden state."""
         logits = model.logits(hidden)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, made.n)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, generated.n)
         tokens = choose_tokens(logits, step_keys, decode, sampling)
-        return made.followed_by(tokens, are_finite(logits), eos_id), tokens
+        return generated.followed_by(tokens, are_finite(logits), eos_id), tokens
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
         return ~state[0].stopped.all()
 
     def step(state: DecodeState) -> DecodeState:
-        made, tokens, cache = state
-        slots = (prefix_len + lengths + made.n - 1)[:, None]  # of each row's last token
+        generated, tokens, cache = state
+        slots = (prefix_len + lengths + generated.n - 1)[:, None]  # of each row's last token
         positions = slots - prefix_len + 1 if restarts else None
         hidden, cache = model.hidden(tokens[:, None], None, cache, slots, positions)
-        return *choose(made, hidden[:, 0]), cache
+        return *choose(generated, hidden[:, 0]), cache
 
     def steps(state: DecodeState) -> DecodeState:
         return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
@@ -236,10 +240,10 @@ def _decode(
     hidden, keys_values = model.hidden(tokens, prefix, positions=positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
     nothing, no_prompt = jnp.full((n_rows, decode.max_output_len), eos_id), lengths == 0
-    made, first = choose(Made(jnp.int32(0), nothing, no_prompt, jnp.bool_(True)), last)
+    generated, first = choose(Generated(jnp.int32(0), nothing, no_prompt, jnp.bool_(True)), last)
     cache = cache_of(keys_values, prefix, decode.max_output_len, cache_dtype(model))
-    made, *_ = jax.lax.while_loop(going_on, steps, (made, first, cache))
-    return made.ids, made.finite
+    generated, *_ = jax.lax.while_loop(going_on, steps, (generated, first, cache))
+    return generated.ids, generated.finite
 
 
 def cache_dtype(model: BaseModel) -> DTypeLike:

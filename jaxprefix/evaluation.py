@@ -9,8 +9,9 @@ from jaxprefix.base_folder import BaseFolder
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
+from jaxprefix.inference import on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import EvaluateConfig
-from jaxprefix.inputs import check_rows, open_with_prefix, read_prompts
+from jaxprefix.inputs import check_rows
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import load_model
 from jaxprefix.prefix import Prefix
@@ -26,10 +27,16 @@ Report = dict[str, dict[str, float | int]]
 
 
 def evaluate(config: EvaluateConfig) -> Report:
-    """Measure what the settings ask for, on the devices that `compiling_for` names.
+    """Measure what the settings ask for.
 
-    Raises InputError before the base model's weights are read, and RunError for a loss that is not finite.
+    Raises InputError before the base model's weights are read, and RunError for a loss that is not finite or when
+    memory is too small.
     """
+    with on_its_devices(config):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> Report:
     mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
     suffix: str = _as_trained(config, "suffix")

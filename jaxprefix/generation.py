@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from convert.errors import InputError
 from jaxprefix.config import mesh_sizes
 from jaxprefix.decode import BatchTiming, check_prompts, stream
+from jaxprefix.inference import on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import GenerateConfig
-from jaxprefix.inputs import open_with_prefix, read_prompts
 from jaxprefix.models import load_model
 from jaxprefix.prefix import check_length
 from jaxprefix.sharding import base_sharding, make_mesh
@@ -18,9 +18,14 @@ from jaxprefix.sharding import base_sharding, make_mesh
 def continue_prompts(config: GenerateConfig) -> None:
     """Print continuations of the prompts, or of one typed line after another.
 
-    It computes on the devices that `compiling_for` names. Raises InputError before the base model's weights are read;
-    for a typed line, the error is printed instead.
+    Raises InputError before the base model's weights are read, and RunError when memory is too small. For a typed line,
+    an InputError is printed instead.
     """
+    with on_its_devices(config):
+        _continue_prompts(config)
+
+
+def _continue_prompts(config: GenerateConfig) -> None:
     prompts = config.prompt or (read_prompts(config.prompt_file) if config.prompt_file else [])
     if not prompts and sys.stdin is None:
         raise InputError("neither --prompt nor --prompt_file is given, and standard input is closed")

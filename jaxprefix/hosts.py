@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from signal import Signals
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -176,29 +177,36 @@ def spread(arrays: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, np.asarray(a).__getitem__), arrays)
 
 
+class Verdict(NamedTuple):
+    """What all processes do after an update."""
+
+    save: bool = False
+    """Save a checkpoint."""
+    stop: Signals | None = None
+    """Save one and stop, because of this signal."""
+
+
 class Vote:
-    """Makes one process's wish, to save or to stop, every process's action after the same update; the highest wins.
+    """Makes one process's wish, to save or to stop, every process's action after the same update.
 
     The devices gather the votes after each update. The outcome is read one update later, when the loop has waited for
     that update anyway, so that voting costs no time.
     """
-
-    GO_ON = 0
-    SAVE = 1
-    """Save a checkpoint. SAVE + n: save one and stop, because of signal number n."""
 
     def __init__(self, mesh: Mesh):
         self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._latest: jax.Array | None = None
 
-    def cast(self, wish: int) -> int:
+    def cast(self, wish: Verdict) -> Verdict:
         """Vote after an update; return what to do now, the same on every process."""
         if jax.process_count() == 1:
             return wish
-        votes = np.full(self._split.mesh.size, wish, np.int32)
+        number = int(wish.save) if wish.stop is None else 1 + wish.stop  # the highest wins: any signal beats saving
+        votes = np.full(self._split.mesh.size, number, np.int32)
         earlier, self._latest = self._latest, self._highest(spread(votes, self._split))
-        return Vote.GO_ON if earlier is None else int(earlier)
+        highest = 0 if earlier is None else int(earlier)
+        return Verdict(highest > 0, Signals(highest - 1) if highest > 1 else None)
 
 
 class Watchdog:

@@ -23,11 +23,11 @@ class DecodeConfig:
     decode_method: Literal["nucleus", "sample", "greedy"] = "nucleus"
     """`greedy`: the likeliest token. `sample`: from the whole softmax. `nucleus`: from what top_k and top_p leave."""
     max_output_len: int = 128
-    """Most tokens to generate for a prompt."""
+    """Maximum number of new tokens per prompt."""
     top_p: float = 0.95
     """nucleus: probability mass to keep; 0 switches it off."""
     top_k: int = 50
-    """nucleus: most tokens to keep; 0 keeps all."""
+    """nucleus: maximum number of tokens to keep; 0 keeps all."""
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
@@ -55,7 +55,7 @@ class InferenceConfig:
     prompt_file: Path | None = None
     """File with one prompt per line."""
     json: bool = False
-    """Print JSON: generate an object for each prompt, evaluate one of all measures."""
+    """Print JSON instead of text: an object for each prompt, or one of all measures."""
     seed: int = 42
     """Seed of the sampling."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
@@ -67,12 +67,12 @@ class InferenceConfig:
     dtype: DType = "float32"
     """Type of the base model's weights and activations."""
     mesh: str | None = None
-    """Devices by axis, as in training: tensor=8 for a base model that one device cannot hold. Default: one device."""
+    """Devices by axis, as in training: tensor=8 for a base model too large for one device; without it, one device."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
-    def common_problems(self) -> list[str]:
+    def common_problems(self, command: str) -> list[str]:
         """Return what is wrong with these settings. Raises InputError for values of another type."""
-        convert_and_check(self, "generate or evaluate")
+        convert_and_check(self, command)
         problems = range_problems(self, ["batch_size"])
         if not 0 <= self.seed < SEED_LIMIT:
             problems.append(f"--seed must be at least 0 and below {SEED_LIMIT}, is {self.seed}")
@@ -93,7 +93,7 @@ class GenerateConfig(InferenceConfig):
     """Prefix length to expect; the prefix file knows its own."""
 
     def __post_init__(self) -> None:
-        problems = self.common_problems()
+        problems = self.common_problems("generate")
         if self.compare and self.prefix_checkpoint_path is None:
             problems.append("--compare needs --prefix_checkpoint_path")
         if self.prompt and self.prompt_file:
@@ -122,7 +122,7 @@ class EvaluateConfig(InferenceConfig):
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)
 
     def __post_init__(self) -> None:
-        problems = self.common_problems() + range_problems(self, ["max_seq_len"], ["n_samples"])
+        problems = self.common_problems("evaluate") + range_problems(self, ["max_seq_len"], ["n_samples"])
         if not self.n_samples and self.data_filepath is None:
             problems.append("nothing to measure: neither --data_filepath nor --n_samples")
         if self.n_samples and self.suffix is not None and not self.suffix.strip():

@@ -1,24 +1,20 @@
-"""What a run, a generation or an evaluation reads, and checks, before it starts; and the batch of every update."""
+"""What a training run reads, and checks, before it starts; and the batch of every update."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
 from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples
 from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.hub import fetch_weights
-from jaxprefix.inference_config import InferenceConfig
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.prefix import Prefix, load_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.shapes import Shape, fitting_shape, packed_shapes, padded_shape
 from jaxprefix.sharding import n_row_parts
@@ -83,28 +79,3 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
         shape = fitting_shape(shapes, groups)
         parts = [lay_out(group, tokenizer, shape) for group in groups]
         yield jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
-
-
-def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model to generate or evaluate with, and load the prefix; then download a hub id's weights.
-
-    Raises InputError.
-    """
-    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    path = config.prefix_checkpoint_path
-    prefix = None if path is None else load_prefix(path, base.config, base.tokenizer)
-    fetch_weights(config.pretrained_model_dir, base.path)
-    return base, prefix
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Read a file of one prompt a line; blank lines are left out. Raises InputError."""
-    try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read as a file of prompts ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
-    if not prompts:
-        raise InputError(f"{path}: holds no prompt")
-    return prompts

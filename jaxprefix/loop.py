@@ -15,7 +15,7 @@ from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
 from jaxprefix.faults import FiniteGuard, StopRequest, check_still_there, what_is_left
-from jaxprefix.hosts import Vote, Watchdog, is_first, spread
+from jaxprefix.hosts import Verdict, Vote, Watchdog, is_first, spread
 from jaxprefix.inputs import Inputs, update_batches
 from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.models import BaseModel
@@ -63,12 +63,11 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         batch = next(batches, None)  # laid out and transferred while the device is busy
 
         late = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
-        wish = Vote.SAVE if late else Vote.GO_ON
-        verdict = vote.cast(wish if stop.received is None else Vote.SAVE + stop.received)
+        verdict = vote.cast(Verdict(late or stop.received is not None, stop.received))
         epoch_ends = plan.ends_epoch(progress.n_done)
         logging = batch is None or progress.n_done % config.log_every_n_steps == 0
-        saving = epoch_ends or verdict > Vote.GO_ON or progress.n_done % config.checkpoint_every_n_steps == 0
-        stopping = verdict > Vote.SAVE and batch is not None
+        saving = epoch_ends or verdict.save or progress.n_done % config.checkpoint_every_n_steps == 0
+        stopping = verdict.stop is not None and batch is not None
         if saving or late:  # several processes vote with a delay of an update; a late one does not ask again meanwhile
             saved_at = time.monotonic()
 
@@ -81,7 +80,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             progress.to_evaluate = epoch_ends
             save(run, state, progress)
         if stopping:  # a resumed run begins with the evaluation
-            return Signals(verdict - Vote.SAVE)
+            return verdict.stop
         if epoch_ends:
             evaluate(run, state, progress, epoch)
         if saving:

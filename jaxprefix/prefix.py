@@ -15,19 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from convert.errors import InputError
 from convert.prefix import RUN_SUBFOLDER, read_prefix, to_folded, to_layers, write_adapter
 from jaxprefix.base_folder import base_identity, differing_fields
 from jaxprefix.models import BaseModel, path_name
-from jaxprefix.models.attention import heads_first
+from jaxprefix.models.attention import Prefix, heads_first
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import Embedding, Linear
 from jaxprefix.run_description import is_run_folder
+from jaxprefix.settings import expanded
 from jaxprefix.tokenizer import Tokenizer
-
-Prefix = Float[Array, "L 2 P N H"]
 
 DEV_LOSS = "dev_loss"
 """The field of a prefix file's header that holds its loss on the run's dev set."""
@@ -122,10 +120,11 @@ def decays(encoder: Encoder) -> Encoder:
 def load_prefix(path: str | Path, config: ModelConfig, tokenizer: Tokenizer | None = None) -> Prefix:
     """Load a prefix [L, 2, P, N, H] from a run folder, adapter folder or file, for a model's `config`.
 
-    Files: .weight, .checkpoint, .safetensors, .npy. Raises InputError that names each
-    field in which the file's base model differs from this one (with a tokenizer given, that too).
+    Files: .weight, .checkpoint, .safetensors, .npy. Raises InputError that names each field in which the file's base
+    model differs from this one; `tokenizer`, if given, is compared, too.
     """
-    folded, header = read_prefix(Path(path))
+    path = expanded(path)
+    folded, header = read_prefix(path)
     check_prefix(path, folded, header, config, tokenizer)
     return jax.device_put(to_layers(folded, config.n_layer, config.n_head, config.head_dim))
 
@@ -168,7 +167,8 @@ def save_prefix(
     Raises InputError for a prefix that could not be loaded again, or a run's folder, whose prefix is in a folder of its
     own, and OSError; an earlier prefix is kept then.
     """
-    if is_run_folder(Path(folder)):
+    folder = expanded(folder)
+    if is_run_folder(folder):
         raise InputError(f"{folder}: is a run's folder, whose prefix is in {RUN_SUBFOLDER}/; name that one, or another")
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:
@@ -179,4 +179,4 @@ def save_prefix(
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
     folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices
     header = base_identity(config, tokenizer) | ({} if dev_loss is None else {DEV_LOSS: repr(float(dev_loss))})
-    write_adapter(Path(folder), folded, config.n_layer, config.n_head, header)
+    write_adapter(folder, folded, config.n_layer, config.n_head, header)

@@ -25,7 +25,6 @@ MAY_CHANGE_ON_RESUME = {
     *("resume", "overwrite", "save_name", "filename_note"),
     *("save_log", "log_every_n_steps", "checkpoint_every_n_steps", "checkpoint_every_minutes"),
     *("compute", "mesh", "versions"),
-    *("bf16", "fp16"),  # dtype, which they set, may not
 }
 MAY_GROW_ON_RESUME = {"n_epochs", "n_training_steps"}
 

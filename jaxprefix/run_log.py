@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convert.errors import InputError
 from convert.files import replacing
-from jaxprefix.screen import Heedless
+from jaxprefix.screen import UnfailingStream
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,7 +31,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
-        screen: Any = Heedless(sys.stderr)  # a run may also be a function's, without the command line around it
+        screen: Any = UnfailingStream(sys.stderr)  # a run may also be a function's, without the command line around it
         self._console = Console(file=screen, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None

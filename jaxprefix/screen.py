@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 
-class Heedless:
+class UnfailingStream:
     """A text stream that never fails: once it cannot be written to, what is written goes nowhere.
 
     None stands for one that was closed before the program began.
@@ -27,7 +27,7 @@ class Heedless:
         self._attempt("flush")
 
     def _attempt(self, method: str, *arguments: str) -> None:
-        if self._stream is None:
+        if self._stream is None or self._stream.closed:
             return
         try:
             with contextlib.suppress(BlockingIOError):  # its reader is slow, but has not gone

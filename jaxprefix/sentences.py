@@ -26,14 +26,18 @@ def count_sentences(text: str, suffix: str) -> tuple[int, int]:
 
 
 def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
-    """Return the same for a line, which ends with its newline unless it is the text's last, and a suffix not blank."""
+    """Count in one line, which ends with its newline unless it is the text's last; the suffix is not blank."""
+    closing = _MARKS + _BRACKETS
     first, *others = line.split(suffix.strip())
-    *before_suffix, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]
-    suffixed = [piece.strip() for piece in before_suffix if piece.strip(f"{_MARKS}{_BRACKETS} ")]
-    unsuffixed = [*(piece.rstrip(_MARKS + _BRACKETS + ".") for piece in suffixed), rest]
-    n_unsuffixed = sum(len(_SENTENCE_END.findall(piece)) for piece in unsuffixed)
-    n_unsuffixed += rest.endswith("\n") and bool(_SENTENCE_END.split(rest)[-1].strip(f"{_MARKS}{_BRACKETS} \n"))
-    return len(suffixed) + n_unsuffixed, len(suffixed)
+    *pieces, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]  # marks behind a suffix end no other sentence
+    suffixed = [piece.strip() for piece in pieces if piece.strip(closing + " ")]
+    n_before = sum(_n_ends(piece.rstrip(closing + ".")) for piece in suffixed)  # in front of the one with the suffix
+    unmarked = rest.endswith("\n") and _SENTENCE_END.split(rest)[-1].strip(closing + " \n")
+    return len(suffixed) + n_before + _n_ends(rest) + bool(unmarked), len(suffixed)
+
+
+def _n_ends(text: str) -> int:
+    return len(_SENTENCE_END.findall(text))
 
 
 def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -49,5 +53,5 @@ def without_cut_end(text: str, suffix: str) -> str:
     task, rest = suffix.strip(), text.rstrip(" \ufffd")
     begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)
     rest = rest[: len(rest) - begun].rstrip(" ")
-    unfinished = rest.rstrip(f"{_MARKS}{_BRACKETS}.")
+    unfinished = rest.rstrip(_MARKS + _BRACKETS + ".")
     return unfinished if len(unfinished) < len(rest) else text

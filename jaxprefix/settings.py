@@ -15,7 +15,7 @@ def convert_and_check(settings: Any, what: str) -> None:
     """Convert what is only spelled otherwise (str and Path, ~, NumPy's numbers), and check the types of all fields.
 
     `settings` is a dataclass, whose fields are replaced even if it is frozen. Raises InputError that lists the
-    values which are of another type, not among a field's choices, a URL in the place of a path, or not UTF-8:
+    values which are of another type, not among a field's choices, a URL in place of a path, or not UTF-8:
     Python takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
     """
     problems = []
@@ -48,7 +48,7 @@ def convert_and_check(settings: Any, what: str) -> None:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with the home folder in the place of ~, which a shell leaves alone in --flag=~/folder."""
+    """Return a path with the home folder in place of ~, which a shell leaves alone in --flag=~/folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no such user, or no home

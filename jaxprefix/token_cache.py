@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from convert.errors import InputError, RunError
-from jaxprefix.config import OTHER_CACHE, cache_folder
 from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
 from jaxprefix.lines import read_lines, sha256_of
+from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
 FORMAT = 2
 """To be raised when the same file and settings make other examples than before."""

@@ -21,7 +21,7 @@ FLOORS = [
     {"cli"},
     {"train", "conversion", "check", "generation", "evaluation"},
     {"loop"},
-    {"inputs", "faults", "start"},
+    {"inputs", "inference", "faults", "start"},
     {"update", "decode", "metrics", "run_folder", "checkpoint"},
     {"prefix", "sampling", "loss", "run_lock", "sharding", "hosts", "joining", "memory", "compiling"},
     {"run_description", "run_log"},
@@ -35,7 +35,7 @@ FLOORS = [
     {"lines"},
     {"tokenizer"},
     {"inference_config"},
-    {"config", "hub", "devices"},
+    {"config", "hub", "devices", "user_cache"},
     {"recipe"},
     {"settings", "sentences", "screen"},
 ]

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import jaxprefix
 from convert.errors import InputError, RunError
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
@@ -265,6 +266,9 @@ def test_types_are_what_they_say_whatever_the_environment_says():
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxprefix {importlib.metadata.version('jaxprefix')}\n"
+    assert jaxprefix.__version__ == importlib.metadata.version("jaxprefix")
+    assert main(["--help"]) == 0
+    assert "jaxprefix --version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

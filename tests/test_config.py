@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, cache_folder
+from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig
 from jaxprefix.hub import resolve_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.models.config import read_model_config
+from jaxprefix.prefix import load_prefix, save_prefix
+from jaxprefix.tokenizer import load_tokenizer
+from jaxprefix.user_cache import cache_folder
+from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 
@@ -139,6 +144,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
         assert given("pretrained_model_dir", base).pretrained_model_dir == str(tmp_path / "base")
     (tmp_path / "base").symlink_to(GOLDEN_BASE)
     assert resolve_folder("~/base") == tmp_path / "base"
+    config, tokenizer = read_model_config(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
+    save_prefix("~/prefix", random_prefix(config), config, tokenizer)
+    assert (tmp_path / "prefix").is_dir()
+    assert load_prefix("~/prefix", config, tokenizer).shape[0] == config.n_layer
 
 
 def test_caches_need_a_home(monkeypatch):

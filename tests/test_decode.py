@@ -12,7 +12,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Made, _decode, generate_ids
+from jaxprefix.decode import GPU_STEPS, Generated, _decode, generate_ids
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
@@ -218,7 +218,7 @@ def test_every_step_draws_anew(golden_model, tokenizer):
 
 def test_a_row_that_was_not_finite_as_it_ended_is_remembered():
     """What follows an end does not count, what led to it does."""
-    made = Made(jnp.int32(0), jnp.zeros((2, 4), jnp.int32), jnp.array([False, False]), jnp.array(True))
+    made = Generated(jnp.int32(0), jnp.zeros((2, 4), jnp.int32), jnp.array([False, False]), jnp.array(True))
     assert made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2).finite
     made = made.followed_by(jnp.array([7, 2]), jnp.array([True, False]), eos_id=2)
     assert not made.finite

@@ -34,6 +34,27 @@ def test_devices_that_share_the_base_generate_and_measure_what_one_does():
             assert values == pytest.approx(measured[way], rel=LOSS)
 
 
+MEASURED_FROM_PYTHON = """
+import sys
+import jaxprefix.evaluation
+from jaxprefix.evaluation import evaluate, load_model
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
+
+def watched(*arguments):
+    base = load_model(*arguments)
+    print(len(base.embed.weight.sharding.device_set))
+    return base
+
+jaxprefix.evaluation.load_model = watched
+for mesh in None, "tensor=8":
+    evaluate(EvaluateConfig(sys.argv[1], n_samples=1, mesh=mesh, decode=DecodeConfig(max_output_len=2)))
+"""
+
+
+def test_from_python_too_one_device_measures_unless_a_mesh_is_given():
+    assert printed_by(MEASURED_FROM_PYTHON, GOLDEN_BASE, **ON_CPUS).split() == ["1", "8"]
+
+
 GENERATED_ON_A_MESH_OF_ONES_OWN = """
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P

@@ -10,7 +10,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix.cli import main
-from jaxprefix.inputs import read_prompts
+from jaxprefix.inference import read_prompts
 from tests.test_cli import BASE, GREEDY, PREFIX, fails
 
 

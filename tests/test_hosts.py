@@ -1,6 +1,7 @@
 """What one process of several does once they have joined: agreeing, leaving, and what it says."""
 
 import json
+from signal import Signals
 from unittest.mock import Mock
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from convert.errors import InputError, RunError
 from jaxprefix import hosts
 from jaxprefix.config import HostsConfig
-from jaxprefix.hosts import Vote
+from jaxprefix.hosts import Verdict, Vote
 from jaxprefix.sharding import make_mesh
 from tests.runs import PATIENCE
 
@@ -161,5 +162,5 @@ def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
 def test_a_wish_is_followed_one_update_later_by_all(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     vote = Vote(make_mesh())
-    go_on = Vote.GO_ON
-    assert [vote.cast(wish) for wish in (go_on, 16, go_on, go_on)] == [go_on, go_on, 16, go_on]
+    go_on, stop, save = Verdict(), Verdict(save=True, stop=Signals.SIGTERM), Verdict(save=True)
+    assert [vote.cast(wish) for wish in (go_on, stop, save, go_on, go_on)] == [go_on, go_on, stop, save, go_on]

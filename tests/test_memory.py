@@ -13,6 +13,8 @@ import jaxprefix.train as train_module
 from convert.errors import RunError
 from jaxprefix import compiling
 from jaxprefix.cli import main
+from jaxprefix.evaluation import evaluate
+from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.memory import FRACTIONS, released_after_errors, shortage
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
@@ -80,6 +82,8 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     n_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     assert f"error: out of memory: {told.format(n_gib)}" in error
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
+    with pytest.raises(RunError, match="lower --batch_size 16 or --max_output_len 60 or --max_seq_len"):
+        evaluate(EvaluateConfig(str(GOLDEN_BASE)))
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(tmp_path, monkeypatch):
 def test_minutes_between_checkpoints_begin_anew_with_each(tmp_path, monkeypatch, every_n_steps, votes_late, expected):
     """By a clock that goes on by a minute at each update. Processes that vote hear of a late one an update later."""
     saved, clock = [], types.SimpleNamespace(monotonic=lambda: 0.0)
-    wishes = [loop_module.Vote.GO_ON]
+    wishes = [loop_module.Verdict()]
     if votes_late:
         monkeypatch.setattr(loop_module.Vote, "cast", lambda self, wish: (wishes.append(wish), wishes[-2])[1])
     monkeypatch.setattr(loop_module, "time", clock)

@@ -4,13 +4,15 @@ import os
 import sys
 
 from jaxprefix.run_log import RunLog
-from jaxprefix.screen import Heedless
+from jaxprefix.screen import UnfailingStream
 
 
 def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tmp_path):
     with (tmp_path / "log").open("w") as file:
-        print("a", file=Heedless(file), flush=True)
-        assert (Heedless(file).fileno(), Heedless(file).isatty()) == (file.fileno(), False)
+        print("a", file=UnfailingStream(file), flush=True)
+        assert (UnfailingStream(file).fileno(), UnfailingStream(file).isatty()) == (file.fileno(), False)
+        file.close()  # by the program itself
+        print("b", file=UnfailingStream(file), flush=True)
     assert (tmp_path / "log").read_text() == "a\n"
 
     reader, writer = os.pipe()
@@ -18,7 +20,7 @@ def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tm
     with open(writer, "w") as pipe, open("/dev/full", "w", buffering=1) as full:
         for stream in (pipe, full):
             for _ in range(2):
-                print("a", file=Heedless(stream), flush=True)
+                print("a", file=UnfailingStream(stream), flush=True)
 
 
 def test_a_reader_that_is_slow_gets_what_comes_later():
@@ -26,9 +28,9 @@ def test_a_reader_that_is_slow_gets_what_comes_later():
     os.set_blocking(writer, False)
     with open(reader, "rb", buffering=0) as slow, open(writer, "w", buffering=1) as pipe:
         for _ in range(20):
-            print("a" * 10_000, file=Heedless(pipe), flush=True)
+            print("a" * 10_000, file=UnfailingStream(pipe), flush=True)
         slow.read(2**20)  # all that the pipe holds
-        print("the end", file=Heedless(pipe), flush=True)
+        print("the end", file=UnfailingStream(pipe), flush=True)
         assert slow.read(2**20).endswith(b"the end\n")
 
 
@@ -37,7 +39,7 @@ def test_a_stream_that_was_closed_before(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     with RunLog(None, n_updates=1, from_step=0, to_evaluate=False, quiet=False) as log:
         log.line("a")
-    Heedless(None).flush()
+    UnfailingStream(None).flush()
     assert capsys.readouterr().out == ""
 
 
@@ -52,7 +54,7 @@ def test_what_the_system_has_closed_takes_no_other_files_place(tmp_path):
     with open(number, "w", buffering=1, closefd=False) as stream:
         os.close(number)
         for _ in range(2):
-            print("a", file=Heedless(stream), flush=True)
+            print("a", file=UnfailingStream(stream), flush=True)
         with (tmp_path / "other").open("w") as other:
             assert other.fileno() != number
     os.close(number)

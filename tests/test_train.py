@@ -254,6 +254,7 @@ def test_a_revision_is_asked_for(tmp_path, monkeypatch):
         raise InputError(f"asked for {revision}")
 
     monkeypatch.setattr("jaxprefix.inputs.open_base", open_base)
+    monkeypatch.setattr("jaxprefix.inference.open_base", open_base)
     with pytest.raises(InputError, match="asked for v1"):
         train(run_config(tmp_path, revision="v1"))
     with pytest.raises(InputError, match="asked for v1"):

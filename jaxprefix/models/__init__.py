@@ -95,7 +95,7 @@ def _read_once(parts: dict[str, np.ndarray], read: Reader, dtype: str, index: In
 
 
 def _read_layers(layers: Sequence[FiniteWeight], held: np.dtype, index: Index, dtype: str) -> np.ndarray:
-    """Read a part of a weight of all layers, one behind the other, into an array of type `held`."""
+    """Read a part of a weight of all layers, one after another, into an array of type `held`."""
     assert index is not None
     chosen, within = layers[index[0]], index[1:]
     shape = np.broadcast_to(0, layers[0].shape)[within].shape

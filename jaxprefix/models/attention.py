@@ -26,6 +26,7 @@ from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
 from jaxprefix.models.packing import on_texts
 
+Prefix = Float[Array, "L 2 P N H"]
 LayerPrefix = Float[Array, "2 P N H"]
 LayerCache = tuple[Float[Array, "rows N S H"], Float[Array, "rows N S H"]]
 Cache = tuple[LayerCache, ...]
@@ -48,7 +49,7 @@ def own_slots(rows: Shaped[Array, "B T *rest"]) -> Int[Array, "B T"]:
 
 def cache_of(
     keys_values: tuple[tuple[Float[Array, "rows N T H"], ...], ...],
-    prefix: Float[Array, "L 2 P N H"] | None,
+    prefix: Prefix | None,
     n_free: int,
     dtype: DTypeLike,
 ) -> Cache:

@@ -9,6 +9,7 @@ from jaxprefix.models.attention import (
     Cache,
     LayerCache,
     LayerPrefix,
+    Prefix,
     attend,
     check_inputs,
     heads_first,
@@ -91,7 +92,7 @@ class GPT2(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        prefix: Float[Array, "L 2 P N H"] | None = None,
+        prefix: Prefix | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
@@ -107,7 +108,7 @@ class GPT2(nnx.Module):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        prefix: Float[Array, "L 2 P N H"] | None = None,
+        prefix: Prefix | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,

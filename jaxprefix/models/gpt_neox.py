@@ -12,6 +12,7 @@ from jaxprefix.models.attention import (
     Cache,
     LayerCache,
     LayerPrefix,
+    Prefix,
     attend,
     check_inputs,
     heads_first,
@@ -99,7 +100,7 @@ class GPTNeoX(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        prefix: Float[Array, "L 2 P N H"] | None = None,
+        prefix: Prefix | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
@@ -107,12 +108,16 @@ class GPTNeoX(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], Cache]:
         """Return float32 logits of the next token, and every layer's keys (after rotary) and values [B, N, S, H].
 
-        `slots` is each token's index in its row, by default 0 … T−1; the prefix comes before slot 0. `positions` are by
-        default P + slots. With a cache, which needs slots, keys and values are written into it at them, and tokens
-        attend to what it held before, too. Without one, what is returned has S = T and no room for more; `cache_of`
-        makes it. Rows are padded on the right. `packing`, without slots or a cache, says where the texts lie in rows
-        that hold several: texts do not see each other, and positions restart at P. Raises InputError for a prefix or
-        tokens of another shape or type.
+        `slots` is each token's index in its row, by default 0 … T−1; `positions` are by default P + slots. Rows are
+        padded on the right. `packing`, without slots or a cache, says where the texts lie in rows that hold several:
+        texts do not see each other, and positions restart at P.
+
+        What is returned without a cache has S = T and no room for more; `cache_of` makes a cache of it. With a cache,
+        which needs slots, keys and values are written at them, and tokens see what it holds up to their own slot. If
+        the prefix is in the cache, slots count from the prefix's first position, and `prefix` must be None: given
+        again, it would be attended to twice.
+
+        Raises InputError for a prefix or tokens of another shape or type.
         """
         hidden, written = self.hidden(tokens, prefix, cache, slots, positions, packing)
         return self.logits(hidden), written
@@ -120,7 +125,7 @@ class GPTNeoX(nnx.Module):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        prefix: Float[Array, "L 2 P N H"] | None = None,
+        prefix: Prefix | None = None,
         cache: Cache | None = None,
         slots: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,

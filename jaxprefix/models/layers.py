@@ -22,7 +22,7 @@ FEW_ROWS = 64
 
 
 def unloaded(*shape: int) -> nnx.Param:
-    """Return a base model's weight before it is loaded: its shape."""
+    """Return a placeholder for a base model's weight, with its shape only."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 

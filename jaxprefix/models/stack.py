@@ -11,14 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from convert.errors import InputError
-from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix
+from jaxprefix.models.attention import Cache, LayerCache, LayerPrefix, Prefix
 from jaxprefix.models.layers import after, scanned_dtype
 
 
 def run_layers(
     layers: Any,
     x: Float[Array, "B T D"],
-    prefix: Float[Array, "L 2 P N H"] | None,
+    prefix: Prefix | None,
     cache: Cache | None,
     shared: tuple[Any, ...],
     recompute: bool,

@@ -14,11 +14,11 @@ import pytest
 from convert.errors import InputError
 from jaxprefix import token_cache
 from jaxprefix.cli import main
-from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import SentencePiece, load_tokenizer
+from jaxprefix.user_cache import cache_folder
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.token_cache.helpers import raising, same
 
