@@ -29,6 +29,7 @@ from benchmarks.report import (
     median,
     peak_device_memory,
     peak_memory,
+    platform_of,
     publish,
     ratio,
     table,
@@ -39,7 +40,7 @@ from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 
 PROMPT, PREFIX = 16, 10
-READ_ROWS = {"cpu": 256, "gpu": 4096}
+READ_ROWS = {"cpu": 256, "gpu": 1024}
 """Rows of 1 MiB to read: more than any cache holds, and enough to keep a GPU busy far longer than a call takes."""
 Ids = list[list[int]]
 
@@ -122,7 +123,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str) -> Iterator[Turn | None]:
+def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str) -> Iterator[Turn | str]:
     """Decode with one way in this process, once a turn. Raises RuntimeError when a row stops early."""
     decoder, bandwidth = WAYS[way]
     decode = decoder(folder, n_rows, n_new, dtype)
@@ -130,7 +131,7 @@ def measure(way: str, folder: Path, n_rows: int, n_new: int, dtype: str) -> Iter
     peaks = {"peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
     read, n_bytes = bandwidth()
     read()
-    yield None
+    yield platform_of(way)
     while True:
         seconds, made = timed(decode)
         if [len(row) for row in made] != [n_new] * n_rows:
@@ -176,7 +177,7 @@ def rows_of_table(results: dict[str, list[dict[str, Any]]], steps_per_s: float) 
                 f"{speed:.1f}",
                 f"{ratio(ours, runs, 'tokens_per_s'):.2f}",
                 f"{speed / int(n_rows) / steps_per_s:.2f}",
-                gib(max(largest(runs, "peak_bytes"), largest(runs, "device_peak_bytes"))),
+                gib(largest(runs, "device_peak_bytes") or largest(runs, "peak_bytes")),
                 "yes" if same else "no",
             ]
         )

@@ -61,12 +61,12 @@ def transformers_loader(folder: Path, dtype: str) -> Callable[[], Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(SMALL_BASE)
+    where = {"device_map": "cuda"} if torch.cuda.is_available() else {}
+    AutoModelForCausalLM.from_pretrained(SMALL_BASE, **where)
 
     def load() -> None:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-        if torch.cuda.is_available():
-            model.to("cuda")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), **where)
+        if where:
             torch.cuda.synchronize()
             return
         for weight in model.parameters():

@@ -31,6 +31,7 @@ from benchmarks.report import (
     largest,
     peak_device_memory,
     peak_memory,
+    platform_of,
     publish,
     table,
     take_turns,
@@ -117,15 +118,15 @@ def publish_account(flags: argparse.Namespace) -> None:
     publish(name, f"{title}\n\n{table(header, rows)}", results)
 
 
-def measure(way: str, config: TrainConfig) -> Iterator[Turn | None]:
+def measure(way: str, config: TrainConfig) -> Iterator[Turn | str]:
     """Train in this process, and yield its peaks; `benchmarks.train`'s also hold what measures the matrix rate.
 
-    The peak after one update is of one batch's shape; caches for others' may still grow.
+    The peak after one update is of one batch's shape; caches for others' may still grow. On a GPU it is the GPU's.
     """
     training = WAYS[way](config)
-    yield None
+    yield platform_of(way)
     training.update(0)()
-    after_one = peak_memory()
+    after_one = peak_device_memory(way) or peak_memory()
     for number in range(1, config.n_training_steps):
         training.update(number)()
     yield {"after_one": after_one, "peak_bytes": peak_memory(), "device_peak_bytes": peak_device_memory(way)}
@@ -142,8 +143,9 @@ def publish_measured(flags: argparse.Namespace) -> None:
     rows = []
     for way, turns in results.items():
         held = weights if way.endswith("float32") or way.startswith("torch_ref") else weights // 2  # which autocasts
-        peaks = [largest(turns, field) for field in ("peak_bytes", "device_peak_bytes")]
-        rows.append([way, *map(gib, (held, largest(turns, "after_one"), *peaks)), f"{max(peaks) / held:.2f}"])
+        of_host, of_gpu = (largest(turns, field) for field in ("peak_bytes", "device_peak_bytes"))
+        bytes_of = (held, largest(turns, "after_one"), of_host, of_gpu)
+        rows.append([way, *map(gib, bytes_of), f"{(of_gpu or of_host) / held:.2f}"])
     header = ["training", "weights, GiB", "after one update", "host peak, GiB", "GPU peak, GiB", "peak ÷ weights"]
     title = f"{flags.shape}, batches of 4 examples, {flags.rounds} rounds of {flags.updates} updates"
     title += compute_title(config.compute)

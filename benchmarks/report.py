@@ -31,13 +31,15 @@ SPAWN = multiprocessing.get_context("spawn")
 Turn = dict[str, Any]
 """The measurements of one turn."""
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
+FRACTIONS = {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+"""Either name sets how much of a GPU's memory JAX takes; both together are an error."""
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Of a CPU, those that decide how fast it multiplies."""
 
 
 def in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
     """Call a function in a new process, and return its result."""
-    _use_one_gpu()
+    use_one_gpu()
     with ProcessPoolExecutor(1, SPAWN) as pool:
         return pool.submit(measure, *arguments).result()
 
@@ -55,22 +57,37 @@ def alternate(
 
 
 def take_turns(
-    ways: Mapping[str, Sequence[object]], measure: Callable[..., Iterator[Turn | None]], n_turns: int, n_rounds: int = 0
+    ways: Mapping[str, Sequence[object]], measure: Callable[..., Iterator[Any]], n_turns: int, n_rounds: int = 0
 ) -> dict[str, list[Turn]]:
     """Run the generator `measure` for every way, in a process of its own, and collect what it yields: one item a turn.
 
     All processes are started together and take turns, for machines whose speed changes from minute to minute. With
     `n_rounds`, only one runs at a time and has all its turns, every way once a round, for what fills a GPU's memory.
-    A way that breaks off keeps the turns that it has had. A process's first yield, of its preparation, is left out.
+    A way that breaks off keeps the turns that it has had. A process's first yield, of its preparation, is the platform
+    that it computes on. Raises RuntimeError when that is a CPU for one way and a GPU for another.
     """
+    use_one_gpu()
+    if not n_rounds:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its memory is for all of them
+        return _in_turn(ways, measure, n_turns, platforms={})
+    if not FRACTIONS & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = ".95"  # PyTorch takes all, JAX by itself three quarters
     results: dict[str, list[Turn]] = {way: [] for way in ways}
+    platforms: dict[str, str] = {}
     for number, way in itertools.product(range(n_rounds), ways):
-        turns = take_turns({way: ways[way]}, measure, n_turns)[way]
+        turns = _in_turn({way: ways[way]}, measure, n_turns, platforms)[way]
         results[way] += [turn | {"round": number} for turn in turns]
-    if n_rounds:
-        return results
-    _use_one_gpu()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its memory is for all of them
+    return results
+
+
+def _in_turn(
+    ways: Mapping[str, Sequence[object]],
+    measure: Callable[..., Iterator[Any]],
+    n_turns: int,
+    platforms: dict[str, str],
+) -> dict[str, list[Turn]]:
+    """Start a process for each way, and let them take turns; notes their `platforms`, which must be one."""
+    results: dict[str, list[Turn]] = {way: [] for way in ways}
     at_work = {way: _start(measure, arguments) for way, arguments in ways.items()}
     for number in range(n_turns + 1):
         for way, (process, pipe) in [*at_work.items()]:
@@ -82,14 +99,21 @@ def take_turns(
                 process.join()
                 print(f"{way} ended with {process.exitcode} in turn {number}", file=sys.stderr, flush=True)
             else:
-                results[way] += [turn | {"turn": number}] if number else []
+                if number:
+                    results[way].append(turn | {"turn": number})
+                else:
+                    platforms[way] = turn
+        if len({*platforms.values()}) > 1:
+            for process, _ in at_work.values():
+                process.terminate()
+            raise RuntimeError(f"not all compute on the same kind of device, so nothing is compared: {platforms}")
     for process, pipe in at_work.values():
         pipe.close()
         process.join()
     return results
 
 
-def _start(measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[object]) -> tuple[Any, Connection]:
+def _start(measure: Callable[..., Iterator[Any]], arguments: Sequence[object]) -> tuple[Any, Connection]:
     """Start a process that, for each item sent to it, advances a generator and sends back what that yields."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=_work, args=(theirs, measure, arguments))
@@ -98,7 +122,7 @@ def _start(measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[ob
     return process, ours
 
 
-def _work(pipe: Connection, measure: Callable[..., Iterator[Turn | None]], arguments: Sequence[object]) -> None:
+def _work(pipe: Connection, measure: Callable[..., Iterator[Any]], arguments: Sequence[object]) -> None:
     turns = measure(*arguments)
     with contextlib.suppress(EOFError):
         while True:
@@ -106,9 +130,20 @@ def _work(pipe: Connection, measure: Callable[..., Iterator[Turn | None]], argum
             pipe.send(next(turns))
 
 
-def _use_one_gpu() -> None:
+def use_one_gpu() -> None:
     """Let the processes that follow see the first GPU alone: PyTorch would take that one, jaxprefix all."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
+def platform_of(way: str) -> str:
+    """Return what a way computes on in this process: cpu or gpu."""
+    if way == "jaxprefix":
+        import jax
+
+        return jax.default_backend()
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -181,6 +216,8 @@ def machine() -> dict[str, Any]:
             continue
     told = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in _lines("/proc/cpuinfo") if ":" in line)
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    if chosen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={chosen}")
     gpus = []
     if shutil.which(query[0]):
         gpus = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
@@ -208,7 +245,7 @@ def publish(name: str, text: str, results: Any) -> None:
     about = machine()
     family, model = about["cpu_family_model"]
     cpu = f"{about['cores']} cores, {about['cpu']} (family {family}, model {model})"
-    where = about["gpus"][0] if about["gpus"] else cpu
+    where = "; ".join([cpu, *about["gpus"]])
     print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
     RESULTS.mkdir(exist_ok=True)
     content = {"machine": about, "arguments": list(map(_told, sys.argv[1:])), "table": text, "results": results}

@@ -3,8 +3,8 @@
 python -m benchmarks.startup --shape 110m
 
 `jaxprefix train` with an empty cache of compiled programs, the same with what that run has left there, and
-`python -m torch_ref.train` without DeepSpeed. The end of the first update is when its log line appears; what comes
-after it (evaluation, saving) is cut off.
+`python -m torch_ref.train` without DeepSpeed; on a GPU it computes in float16 by autocast, the original's default. The
+end of the first update is when its log line appears; what comes after it (evaluation, saving) is cut off.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report import median, publish, table
+from benchmarks.report import median, publish, table, use_one_gpu
 from benchmarks.shapes import SHAPES, make_folder
 
 WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cache
@@ -33,6 +33,7 @@ def command(way: str, folder: Path, data: Path, round_folder: Path) -> list[str]
 
 def measure(way: str, folder: Path, data: Path, round_folder: Path) -> dict[str, float]:
     """Run the command up to the log line of its first update. Raises RuntimeError when it ends without one."""
+    use_one_gpu()
     environment = os.environ | {"XDG_CACHE_HOME": str(round_folder)}
     arguments = command(way, folder, data, round_folder)
     started = time.perf_counter()

@@ -34,6 +34,7 @@ from benchmarks.report import (
     median,
     peak_device_memory,
     peak_memory,
+    platform_of,
     publish,
     ratio,
     table,
@@ -169,8 +170,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
 
     def update(number: int) -> Callable[[], object]:
         tokens, labels = (part.to(device) for part in batches[number])
-        logits = model(input_ids=tokens).logits  # labels here are shifted already
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # which are shifted already
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -244,7 +244,7 @@ def matrix_rate(way: str, dtype: str, width: int, inner: int) -> Callable[[], fl
     return lambda: 4 * n_tokens * width * inner / float(np.median(list(map(seconds, range(RATE_TIMES)))))
 
 
-def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | None]:
+def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | str]:
     """Time updates of one way in this process, `n_a_turn` in a turn."""
     n_layer, width, inner, vocab = sizes_of(Path(config.pretrained_model_dir))
     n_matrix = n_layer * (4 * width * width + 2 * width * inner) + vocab * width
@@ -252,7 +252,7 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | Non
     for number in training.first:
         training.update(number)()
     measured_rate = matrix_rate(way, config.dtype, width, inner)
-    yield None
+    yield platform_of(way)
     for first in range(0, config.n_training_steps, n_a_turn):
         numbers = range(first, first + n_a_turn)
         started = time.perf_counter()

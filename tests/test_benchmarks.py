@@ -11,7 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 
 from benchmarks import report
 from benchmarks.decode import bytes_per_token, rows_of_table
@@ -258,13 +261,47 @@ def test_memory_is_the_most_and_of_all_descendants():
     assert during - before > 2**27
 
 
-@pytest.mark.parametrize(("own", "told"), [({}, ("false", "0")), (dict.fromkeys(ways.OF_GPUS, "1"), ("1", "1"))])
-def test_processes_share_one_gpus_memory_unless_the_user_says_otherwise(monkeypatch, own, told):
+@pytest.mark.parametrize(
+    ("own", "n_rounds", "told"),
+    [
+        ({}, 0, ("false", "0", "unset")),
+        ({}, 1, ("unset", "0", ".95")),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5", "CUDA_VISIBLE_DEVICES": "2,3"}, 1, ("unset", "2", "unset")),
+        (dict.fromkeys(ways.OF_GPUS, "1"), 0, ("1", "1", "1")),
+    ],
+)
+def test_processes_share_one_gpu_or_have_it_to_themselves_unless_the_user_says_otherwise(
+    monkeypatch, own, n_rounds, told
+):
     for name in ways.OF_GPUS:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the benchmark sets is gone afterwards
+        monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    assert report.take_turns({"way": []}, ways.shows_gpus, 1) == {"way": [{"told": told, "turn": 1}]}
+    (turn,) = report.take_turns({"way": []}, ways.shows_gpus, 1, n_rounds)["way"]
+    assert turn["told"] == told
+
+
+@pytest.mark.parametrize("n_rounds", [0, 1])
+def test_a_cpu_is_not_compared_with_a_gpu(n_rounds):
+    with pytest.raises(RuntimeError, match="not all compute on the same kind of device"):
+        report.take_turns({"ours": [None, "cpu"], "theirs": [None, "gpu"]}, ways.breaks_off_in, 1, n_rounds)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pefts_own_loss_is_that_of_the_labels(tmp_path):
+    """Which are shifted already."""
+    folder = make_folder(tmp_path / "base", SHAPES["1m"])
+    sizes = {"train_data_size": 2, "batch_size": 2, "n_epochs": 1}
+    config = TrainConfig(str(folder), Path("data/sample_data.jsonl"), "benchmark", **sizes)
+    batches, *_ = torch_batches(config)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
+    tokens, labels = batches[0]
+    logits = model(input_ids=tokens).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED)
+    own = model(input_ids=tokens, labels=labels, shift_labels=labels).loss
+    assert own.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_results_say_on_what_they_were_made(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher names one for each rank, also where none is used
+
 import torch
 import torch.distributed as dist
 

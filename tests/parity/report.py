@@ -5,6 +5,7 @@ python -m tests.parity.report          (make parity)
 
 import dataclasses
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -190,6 +191,7 @@ def write_page(results: list[Result]) -> None:
 def main() -> int:
     """Compare every case, print the table and write the page; return 1 if a stage failed."""
     jax.config.update("jax_platforms", "cpu")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nor does PyTorch compute on a GPU
     results = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
