@@ -40,7 +40,7 @@ from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 
 PROMPT, PREFIX = 16, 10
-READ_ROWS = {"cpu": 256, "gpu": 1024}
+READ_ROWS = {"cpu": 256, "gpu": 2048}
 """Rows of 1 MiB to read: more than any cache holds, and enough to keep a GPU busy far longer than a call takes."""
 Ids = list[list[int]]
 

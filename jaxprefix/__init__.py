@@ -1,7 +1,6 @@
 """Prefix-tuning of GPT-NeoX and GPT-2 language models in JAX: a frozen base model, a few trained keys and values."""
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError, RunError
@@ -11,6 +10,8 @@ if TYPE_CHECKING:
     from jaxprefix.models import load_model
     from jaxprefix.prefix import load_prefix, save_prefix
     from jaxprefix.tokenizer import load_tokenizer
+
+    __version__: str
 
 __all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer", "save_prefix"]
 
@@ -23,13 +24,19 @@ _ROOMS = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def _imported(name: str) -> Any:
     """Import a public name when it is first asked for, so that only what computes waits for JAX."""
     if name == "__version__":
-        return importlib.metadata.version(__name__)
+        from importlib import metadata
+
+        return metadata.version(__name__)
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+if not TYPE_CHECKING:  # to a type checker, it would have every name
+    __getattr__ = _imported
 
 
 def __dir__() -> list[str]:

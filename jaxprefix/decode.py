@@ -53,7 +53,7 @@ class Generated(NamedTuple):
     ids: Int[Array, "B max_output_len"]
     """The tokens, filled up with eos."""
     stopped: Bool[Array, "B"]
-    """Whether a row has made eos, or all of its tokens."""
+    """Whether a row has made eos or all of its tokens, or had no prompt."""
     finite: Bool[Array, ""]
     """Whether all logits were, of rows that had not stopped."""
 

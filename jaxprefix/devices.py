@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -44,6 +44,12 @@ def cuda_generation() -> int | None:
     """Return the generation of this process's NVIDIA GPU, the first number of its compute capability; else None."""
     capability = str(getattr(own_device(), "compute_capability", ""))  # "9.0"; AMD's are names
     return int(capability.partition(".")[0]) if re.fullmatch(r"\d+\.\d+", capability) else None
+
+
+def half_type() -> Literal["bfloat16", "float16"]:
+    """Return the half-precision type to use: NVIDIA's GPUs before Ampere turn bfloat16 into float32 to multiply."""
+    generation = cuda_generation()
+    return "float16" if generation is not None and generation < FIRST_WITH_BFLOAT16 else "bfloat16"
 
 
 def alone_on_a_cpu() -> bool:

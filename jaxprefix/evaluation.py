@@ -2,23 +2,20 @@
 
 import math
 import sys
-from typing import Any
 
 from convert.errors import InputError, RunError
 from jaxprefix.base_folder import BaseFolder
-from jaxprefix.config import TrainConfig, mesh_sizes
+from jaxprefix.config import mesh_sizes
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.examples import Chunking, Examples
-from jaxprefix.inference import on_its_devices, open_with_prefix, read_prompts
+from jaxprefix.inference import as_trained, load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows
 from jaxprefix.metrics import dev_batches, dev_loss
-from jaxprefix.models import load_model
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
-from jaxprefix.run_description import setting_of
 from jaxprefix.sentences import suffix_rate, without_cut_end
-from jaxprefix.sharding import base_sharding, make_mesh
+from jaxprefix.sharding import make_mesh
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 
@@ -39,12 +36,12 @@ def evaluate(config: EvaluateConfig) -> Report:
 def _evaluate(config: EvaluateConfig) -> Report:
     mesh = make_mesh(mesh_sizes(config.mesh))
     base, prefix = open_with_prefix(config)
-    suffix: str = _as_trained(config, "suffix")
+    suffix: str = as_trained(config, "suffix")
     recipe = RECIPES[config.decode.recipe]
     print(f"suffix: {suffix!r}", file=sys.stderr)
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
     examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
-    model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
+    model = load_base(config, base, mesh)
 
     def sampled(prompt: list[int], made: list[int]) -> str:
         text = continuation(base.tokenizer, prompt, made)
@@ -58,7 +55,8 @@ def _evaluate(config: EvaluateConfig) -> Report:
             batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, recipe.packs_dev)
             values |= dev_loss(model, used, batches, recipe, mesh)
             if not math.isfinite(values["loss"]):
-                raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {overflow_hint(config.dtype)}")
+                told = overflow_hint(model.embed.weight.dtype.name)
+                raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")
         if prompts:
             made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
             values |= suffix_rate(map(sampled, prompts, made_ids), ending)
@@ -79,7 +77,7 @@ def _encoded_prompts(
 def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str, recipe: Recipe) -> Examples:
     """Return the data's examples, which fit behind the prefix; say what was skipped or is unknown."""
     assert config.data_filepath is not None
-    chunking = Chunking(base.tokenizer, suffix, _as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
+    chunking = Chunking(base.tokenizer, suffix, as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
     for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
         print(line, file=sys.stderr)
@@ -98,15 +96,3 @@ def as_generated(suffix: str, tokenizer: Tokenizer) -> str:
     if flaw:
         raise InputError(f"the suffix {suffix!r} {flaw}; --n_samples 0 skips the suffix rate")
     return generated
-
-
-def _as_trained(config: EvaluateConfig, name: str) -> Any:
-    """Return a setting if it is given, else that of the prefix's run, else train's default."""
-    if (given := getattr(config, name)) is not None:
-        return given
-    default, found = getattr(TrainConfig, name), setting_of(config.prefix_checkpoint_path, name)
-    if found is None:
-        return default
-    if type(found) is not type(default) or (isinstance(found, int) and found < 1):
-        raise InputError(f"{config.prefix_checkpoint_path}: its config.json has an invalid {name}, {found!r}")
-    return found

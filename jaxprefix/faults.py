@@ -17,6 +17,7 @@ import jax
 from convert.errors import RunError
 from jaxprefix.checkpoint import SaveError, newest_checkpoint, short_reason
 from jaxprefix.config import TrainConfig
+from jaxprefix.devices import half_type
 from jaxprefix.run_description import CONFIG_FILE
 from jaxprefix.run_folder import CHECKPOINTS
 
@@ -135,7 +136,7 @@ def less_memory(config: TrainConfig) -> str:
     same_run.append("more devices with --mesh fsdp=N")
     new_run = [f"a --batch_size below {config.batch_size} (with more --n_accum_steps, for as many examples per update)"]
     new_run.append(f"a --max_seq_len below {config.max_seq_len}")
-    new_run += ["--dtype bfloat16"] if config.dtype == "float32" else []
+    new_run += [f"--dtype {half_type()}"] if config.dtype == "float32" else []
     return (
         f"this run can use {' or '.join(same_run)}, a new one also {', '.join(new_run)}. `jaxprefix check` with the "
         f"same flags reports what an update needs; {what_is_left(config)}"

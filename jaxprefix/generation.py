@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from convert.errors import InputError
 from jaxprefix.config import mesh_sizes
 from jaxprefix.decode import BatchTiming, check_prompts, stream
-from jaxprefix.inference import on_its_devices, open_with_prefix, read_prompts
+from jaxprefix.inference import load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import GenerateConfig
-from jaxprefix.models import load_model
 from jaxprefix.prefix import check_length
-from jaxprefix.sharding import base_sharding, make_mesh
+from jaxprefix.sharding import make_mesh
 
 
 def continue_prompts(config: GenerateConfig) -> None:
@@ -35,7 +34,7 @@ def _continue_prompts(config: GenerateConfig) -> None:
         check_length(config.prefix_checkpoint_path, prefix, config.prefix_seq_len)
     encode = base.tokenizer.encode
     check_prompts(base.config, base.tokenizer, map(encode, prompts), prefix, config.decode)
-    model = load_model(base.path, config.dtype, base_sharding(mesh, base.config.n_head), base.config)
+    model = load_base(config, base, mesh)
     ways = {"continuation": prefix, **({"continuation_without_prefix": None} if config.compare else {})}
     ascii_only = "utf" not in str(getattr(sys.stdout, "encoding", "")).lower()
 

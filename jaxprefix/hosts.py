@@ -183,7 +183,7 @@ class Verdict(NamedTuple):
     save: bool = False
     """Save a checkpoint."""
     stop: Signals | None = None
-    """Save one and stop, because of this signal."""
+    """Save a checkpoint and stop, because of this signal."""
 
 
 class Vote:
@@ -206,7 +206,7 @@ class Vote:
         votes = np.full(self._split.mesh.size, number, np.int32)
         earlier, self._latest = self._latest, self._highest(spread(votes, self._split))
         highest = 0 if earlier is None else int(earlier)
-        return Verdict(highest > 0, Signals(highest - 1) if highest > 1 else None)
+        return Verdict(highest == 1, Signals(highest - 1) if highest > 1 else None)
 
 
 class Watchdog:

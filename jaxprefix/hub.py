@@ -13,8 +13,8 @@ ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 SMALL_FILES = ["config.json", *SENTENCEPIECE_FILES, TOKENIZERS_FILE, VOCAB_FILE, MERGES_FILE]
 SMALL_FILES += [ADDED_TOKENS_FILE, TOKENIZER_SETTINGS, SPECIAL_TOKENS]
-SAFETENSORS = [SINGLE_FILE, SHARD_INDEX, "model-?????-of-?????.safetensors"]
-TORCH_WEIGHTS = [TORCH_FILE, TORCH_INDEX, "pytorch_model-?????-of-?????.bin"]
+SAFETENSORS = [SINGLE_FILE, SHARD_INDEX, "model-*.safetensors"]
+TORCH_WEIGHTS = [TORCH_FILE, TORCH_INDEX, "pytorch_model-*.bin"]
 
 
 def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
@@ -36,7 +36,7 @@ def fetch_weights(dir_or_hub_id: str | Path, folder: Path) -> None:
 
     safetensors, or torch's files where there are none. A local folder is left as it is. Raises InputError.
     """
-    if expanded(dir_or_hub_id).is_dir():
+    if folder == expanded(dir_or_hub_id):
         return
     for files in (SAFETENSORS, TORCH_WEIGHTS):
         _download(str(dir_or_hub_id), folder.name, SMALL_FILES + files)
@@ -65,7 +65,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         cause = str(error.__cause__ or error).split("\n")[0]
-        raise InputError(f"{where} it is not whole in the cache and the model hub gives no answer ({cause})") from error
+        raise InputError(f"{where} not all of it is cached, nor to be had from the model hub ({cause})") from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
     except errors.HTTPError as error:
@@ -74,7 +74,9 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise InputError(
             f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 uses what is already there"
         ) from error
-    except (RuntimeError, ValueError) as error:  # of Xet, the hub's store of large files; an answer that is no JSON
+    except RuntimeError as error:  # of Xet, the hub's store of large files
         raise InputError(
             f"{where} its download failed ({error}); repeat the command, or try another way with HF_HUB_DISABLE_XET=1"
         ) from error
+    except ValueError as error:  # no JSON, but a network's login page
+        raise InputError(f"{where} the model hub's answer cannot be read ({error})") from error

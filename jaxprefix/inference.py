@@ -3,19 +3,29 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
+
+from jax.sharding import Mesh
 
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.devices import compiling_for, devices, own_device
+from jaxprefix.config import DType, TrainConfig
+from jaxprefix.devices import compiling_for, devices, half_type, own_device
 from jaxprefix.hub import fetch_weights
 from jaxprefix.inference_config import EvaluateConfig, InferenceConfig
 from jaxprefix.memory import released_after_errors, within_memory
+from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import Prefix, load_prefix
+from jaxprefix.run_description import setting_of
+from jaxprefix.sharding import base_sharding
 
 
 @contextlib.contextmanager
 def on_its_devices(config: InferenceConfig) -> Iterator[None]:
-    """Compile for the mesh's devices, or for one; raises RunError that says what to lower if memory is too small."""
+    """Compile for the mesh's devices, or for one; raises RunError that says what to lower if memory is too small.
+
+    Where that is one of several devices, JAX forgets its compiled programs before and after.
+    """
     used = devices() if config.mesh else [own_device()]
     with released_after_errors(), within_memory(lambda: _less_memory(config)), compiling_for(used):
         yield
@@ -24,19 +34,38 @@ def on_its_devices(config: InferenceConfig) -> Iterator[None]:
 def _less_memory(config: InferenceConfig) -> str:
     needed = [f"--batch_size {config.batch_size}", f"--max_output_len {config.decode.max_output_len}"]
     needed += ["--max_seq_len"] if isinstance(config, EvaluateConfig) else []
-    return f"lower {' or '.join(needed)}" + (", or use --dtype bfloat16" if config.dtype == "float32" else "")
+    whole = as_trained(config, "dtype") == "float32"
+    return f"lower {' or '.join(needed)}" + (f", or use --dtype {half_type()}" if whole else "")
+
+
+def as_trained(config: InferenceConfig, name: str) -> Any:
+    """Return a setting if it is given, else that of the prefix's run, else train's default. Raises InputError."""
+    if (given := getattr(config, name)) is not None:
+        return given
+    default, found = getattr(TrainConfig, name), setting_of(config.prefix_checkpoint_path, name)
+    if found is None:
+        return default
+    invalid = (isinstance(found, int) and found < 1) or (name == "dtype" and found not in get_args(DType))
+    if type(found) is not type(default) or invalid:
+        raise InputError(f"{config.prefix_checkpoint_path}: its config.json has an invalid {name}, {found!r}")
+    return found
 
 
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model to generate or evaluate with, and load the prefix; then download a hub id's weights.
+    """Open the base model to generate or evaluate with, and load the prefix: all that can be checked before weights.
 
     Raises InputError.
     """
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     path = config.prefix_checkpoint_path
-    prefix = None if path is None else load_prefix(path, base.config, base.tokenizer)
+    return base, None if path is None else load_prefix(path, base.config, base.tokenizer)
+
+
+def load_base(config: InferenceConfig, base: BaseFolder, mesh: Mesh) -> BaseModel:
+    """Load the base model's weights onto the mesh, a hub id's once they are downloaded. Raises InputError."""
+    dtype = as_trained(config, "dtype")
     fetch_weights(config.pretrained_model_dir, base.path)
-    return base, prefix
+    return load_model(base.path, dtype, base_sharding(mesh, base.config.n_head), base.config)
 
 
 def read_prompts(path: Path) -> list[str]:

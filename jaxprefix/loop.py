@@ -63,11 +63,11 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         batch = next(batches, None)  # laid out and transferred while the device is busy
 
         late = time.monotonic() - saved_at > 60 * config.checkpoint_every_minutes
-        verdict = vote.cast(Verdict(late or stop.received is not None, stop.received))
+        verdict = vote.cast(Verdict(late, stop.received))
         epoch_ends = plan.ends_epoch(progress.n_done)
         logging = batch is None or progress.n_done % config.log_every_n_steps == 0
-        saving = epoch_ends or verdict.save or progress.n_done % config.checkpoint_every_n_steps == 0
         stopping = verdict.stop is not None and batch is not None
+        saving = epoch_ends or stopping or verdict.save or progress.n_done % config.checkpoint_every_n_steps == 0
         if saving or late:  # several processes vote with a delay of an update; a late one does not ask again meanwhile
             saved_at = time.monotonic()
 

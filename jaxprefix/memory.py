@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -67,6 +68,11 @@ def shortage(text: str) -> str:
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         return f"{asked}; this machine has {size:.2f} GiB in all" if device.platform == "cpu" else asked
     size = stats["bytes_limit"] / GIB
+    if n_gib is not None and stats.get("pool_bytes", math.inf) / GIB + n_gib <= size:
+        return (
+            f"{n_gib:.2f} GiB were requested at once, and other programs hold them: JAX may use {size:.2f} GiB of "
+            f"{device.device_kind}, but got {stats['pool_bytes'] / GIB:.2f}; a notebook's kernel may be one of them"
+        )
     free = size - stats.get("bytes_in_use", 0) / GIB
     over = "more was requested than"
     if n_gib is not None:

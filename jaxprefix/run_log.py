@@ -32,7 +32,8 @@ class RunLog:
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
         screen: Any = UnfailingStream(sys.stderr)  # a run may also be a function's, without the command line around it
-        self._console = Console(file=screen, highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=quiet)
+        looks: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+        self._console = Console(file=screen, quiet=quiet, force_jupyter=False, **looks)
         self._started = time.monotonic()
         self._text = self._metrics = self._tensorboard = None
         if folder is not None:
@@ -42,7 +43,7 @@ class RunLog:
             self._tensorboard = TensorBoard(folder / "tensorboard", from_step)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
         hidden = quiet or not self._console.is_terminal
-        self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden)
+        self._progress = Progress(*columns, console=self._console, transient=True, disable=hidden, refresh_per_second=2)
         self._task = self._progress.add_task("", total=n_updates, completed=from_step, status="compiling")
 
     def __enter__(self) -> "RunLog":

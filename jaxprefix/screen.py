@@ -27,7 +27,7 @@ class UnfailingStream:
         self._attempt("flush")
 
     def _attempt(self, method: str, *arguments: str) -> None:
-        if self._stream is None or self._stream.closed:
+        if self._stream is None or getattr(self._stream, "closed", False):
             return
         try:
             with contextlib.suppress(BlockingIOError):  # its reader is slow, but has not gone

@@ -145,7 +145,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
     ends, prompt_lengths, n_tokens, n_bytes, skipped = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Skipped()
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
     with (entry / "tokens.bin").open("wb") as file, progress:

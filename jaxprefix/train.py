@@ -14,7 +14,7 @@ from jaxprefix.base_folder import base_identity
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig, mesh_sizes
 from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
-from jaxprefix.devices import FIRST_WITH_BFLOAT16, cuda_generation, own_device
+from jaxprefix.devices import half_type, own_device
 from jaxprefix.faults import less_memory, stop_on_signal, within_disk
 from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, spread
 from jaxprefix.inputs import Inputs, read_inputs
@@ -140,8 +140,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
-    generation = cuda_generation()
-    if config.dtype == "bfloat16" and generation is not None and generation < FIRST_WITH_BFLOAT16:
+    if config.dtype == "bfloat16" and half_type() == "float16":
         yield f"WARNING: {own_device().device_kind} has no fast bfloat16 products; --fp16 is faster there"
     if config.suffix and (flaw := inputs.base.tokenizer.why_unlearnable(config.suffix)):
         yield f"WARNING: the suffix {config.suffix!r} {flaw}; it cannot be learnt"

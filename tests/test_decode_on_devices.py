@@ -36,8 +36,9 @@ def test_devices_that_share_the_base_generate_and_measure_what_one_does():
 
 MEASURED_FROM_PYTHON = """
 import sys
-import jaxprefix.evaluation
-from jaxprefix.evaluation import evaluate, load_model
+import jaxprefix.inference
+from jaxprefix.evaluation import evaluate
+from jaxprefix.inference import load_model
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 
 def watched(*arguments):
@@ -45,7 +46,7 @@ def watched(*arguments):
     print(len(base.embed.weight.sharding.device_set))
     return base
 
-jaxprefix.evaluation.load_model = watched
+jaxprefix.inference.load_model = watched
 for mesh in None, "tensor=8":
     evaluate(EvaluateConfig(sys.argv[1], n_samples=1, mesh=mesh, decode=DecodeConfig(max_output_len=2)))
 """

@@ -14,6 +14,7 @@ from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.evaluation import evaluate
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
+from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.test_cli import BASE, PREFIX, data_file, fails
@@ -102,6 +103,20 @@ def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
     assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
     message = "error: the loss without prefix is nan: its numbers grow beyond float16; use --dtype bfloat16"
     assert message in capsys.readouterr().err
+
+
+def test_the_type_is_that_of_the_prefixs_training_unless_given(capsys, tmp_path, monkeypatch):
+    convert(ConvertConfig(GOLDEN / "forward.weight", tmp_path / "run" / "prefix", str(GOLDEN_BASE)))
+    held = []
+    monkeypatch.setattr("jaxprefix.inference.load_model", lambda *of: held.append(of[1]) or load_model(*of))
+    prefix = ["--prefix_checkpoint_path", str(tmp_path / "run")]
+    for trained, given in ("float16", []), ("bfloat16", ["--dtype", "float32"]), (None, []):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({"data_sha256": "", "dtype": trained}))
+        assert main(["generate", *BASE, *prefix, "--prompt", "朝の", "--max_output_len", "2", *given]) == 0
+        assert main(["evaluate", *BASE, *prefix, "--n_samples", "1", "--max_output_len", "2", *given]) == 0
+    assert held == ["float16"] * 2 + ["float32"] * 4
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data_sha256": "", "dtype": "int8"}))
+    fails(capsys, ["generate", *BASE, *prefix, "--prompt", "朝の"], "config.json has an invalid dtype, 'int8'")
 
 
 def test_evaluate_refuses_a_blank_suffix(capsys):

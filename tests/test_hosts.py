@@ -162,5 +162,5 @@ def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):
 def test_a_wish_is_followed_one_update_later_by_all(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     vote = Vote(make_mesh())
-    go_on, stop, save = Verdict(), Verdict(save=True, stop=Signals.SIGTERM), Verdict(save=True)
+    go_on, stop, save = Verdict(), Verdict(stop=Signals.SIGTERM), Verdict(save=True)
     assert [vote.cast(wish) for wish in (go_on, stop, save, go_on, go_on)] == [go_on, go_on, stop, save, go_on]

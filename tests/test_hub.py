@@ -19,8 +19,9 @@ from jaxprefix import load_model, load_tokenizer
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig
 from jaxprefix.evaluation import evaluate
+from jaxprefix.generation import continue_prompts
 from jaxprefix.hub import fetch_weights, resolve_folder
-from jaxprefix.inference_config import EvaluateConfig
+from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
@@ -131,28 +132,34 @@ def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="it cannot be fetched into the cache"):
         fetch_all("user/model")
     download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
-    with pytest.raises(InputError, match=r"not whole in the cache and the model hub gives no answer \(.*refused"):
+    with pytest.raises(InputError, match=r"not all of it is cached, nor to be had from the model hub \(.*refused"):
         fetch_all("user/model")
 
 
 def test_a_cache_without_weights_says_what_is_missing(hub, monkeypatch):
     resolve_folder("user/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"not whole in the cache .*model\.safetensors"):
+    with pytest.raises(InputError, match=r"not all of it is cached.*model\.safetensors"):
         fetch_all("user/model")
 
 
 def test_a_hub_that_answers_with_an_error_is_quoted(hub):
     hub.fails_with = 503
-    with pytest.raises(InputError, match=r"the model hub gives no answer .*503"):
+    with pytest.raises(InputError, match=r"nor to be had from the model hub \(.*503"):
         resolve_folder("user/model")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Task error: CAS Client Error"), ValueError("Expecting value")])
-def test_a_download_that_fails_in_another_way_is_told_plainly(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("Task error: CAS Client Error"), r"failed \(Task .*\); repeat .* HF_HUB_DISABLE_XET=1"),
+        (ValueError("Expecting value"), r"the model hub's answer cannot be read \(Expecting value\)"),
+    ],
+)
+def test_a_download_that_fails_in_another_way_is_told_plainly(monkeypatch, error, message):
     """huggingface_hub's own store of large files, Xet, raises RuntimeError; a login page is no JSON."""
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
-    with pytest.raises(InputError, match=rf"its download failed \({error}\); repeat .* HF_HUB_DISABLE_XET=1"):
+    with pytest.raises(InputError, match=message):
         resolve_folder("user/model")
 
 
@@ -163,6 +170,10 @@ def test_nothing_large_is_fetched_for_a_base_or_data_that_cannot_be_used(hub, fo
         train(run_config(tmp_path, pretrained_model_dir="user/model", data_filepath=data))
     with pytest.raises(InputError, match="no such prefix"):
         evaluate(EvaluateConfig("user/model", prefix_checkpoint_path=tmp_path / "none"))
+    with pytest.raises(InputError, match="no such data file"):
+        evaluate(EvaluateConfig("user/model", data_filepath=tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="longest prompt"):
+        continue_prompts(GenerateConfig("user/model", prompt=["朝" * 3000]))
     foreign = shutil.copytree(folders["user/model", "main"], tmp_path / "foreign")
     (foreign / "config.json").write_text('{"model_type": "llama"}')
     hub.repos["user/llama", "main"] = foreign

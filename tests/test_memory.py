@@ -4,6 +4,7 @@ import gc
 import os
 import types
 import weakref
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,9 +12,10 @@ import pytest
 import jaxprefix.decode
 import jaxprefix.train as train_module
 from convert.errors import RunError
-from jaxprefix import compiling
+from jaxprefix import compiling, devices
 from jaxprefix.cli import main
 from jaxprefix.evaluation import evaluate
+from jaxprefix.faults import less_memory
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.memory import FRACTIONS, released_after_errors, shortage
 from tests.base_folders import GOLDEN_BASE
@@ -50,6 +52,12 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     assert shortage(text).endswith(told), "both together would be an error"
     assert (", 2.50 more than the 10.00 free" in shortage(text)) == ("12.50" in asked)
     assert ("which are not in one piece within the 10.00 free" in shortage(text)) == asked.startswith(("1.50", "2.00"))
+    before = shortage(text)
+    stats["pool_bytes"] = 10 * 2**30  # the system has not given it the last one
+    assert shortage(text) == before
+    stats["pool_bytes"] = 2 * 2**30
+    others = "and other programs hold them: JAX may use 11.00 GiB of H100, but got 2.00; a notebook's kernel may be one"
+    assert (others in shortage(text)) == asked.startswith(("1.50", "2.00"))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,10 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
     with pytest.raises(RunError, match="lower --batch_size 16 or --max_output_len 60 or --max_seq_len"):
         evaluate(EvaluateConfig(str(GOLDEN_BASE)))
+    monkeypatch.setattr(devices, "cuda_generation", lambda: 7)
+    with pytest.raises(RunError, match="or use --dtype float16"):
+        evaluate(EvaluateConfig(str(GOLDEN_BASE)))
+    assert "--dtype float16" in less_memory(run_config(Path("runs")))
 
 
 @pytest.mark.parametrize(

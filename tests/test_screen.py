@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 from jaxprefix.run_log import RunLog
 from jaxprefix.screen import UnfailingStream
@@ -11,9 +12,11 @@ def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tm
     with (tmp_path / "log").open("w") as file:
         print("a", file=UnfailingStream(file), flush=True)
         assert (UnfailingStream(file).fileno(), UnfailingStream(file).isatty()) == (file.fileno(), False)
+        with_two_methods = types.SimpleNamespace(write=file.write, flush=file.flush)
+        print("b", file=UnfailingStream(UnfailingStream(with_two_methods)), flush=True)
         file.close()  # by the program itself
-        print("b", file=UnfailingStream(file), flush=True)
-    assert (tmp_path / "log").read_text() == "a\n"
+        print("c", file=UnfailingStream(file), flush=True)
+    assert (tmp_path / "log").read_text() == "a\nb\n"
 
     reader, writer = os.pipe()
     os.close(reader)

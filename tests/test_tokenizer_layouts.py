@@ -288,6 +288,10 @@ def test_a_word_is_no_special_token(bpe_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
     with pytest.raises(InputError, match=r"has no eos_token; name the special token in tokenizer_config.json"):
         load_tokenizer(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"    ": 601}))  # as GPT-NeoX's runs of spaces
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 601}))
+    with pytest.raises(InputError, match="has no eos_token"):
+        load_tokenizer(folder)
 
 
 def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):

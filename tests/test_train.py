@@ -18,7 +18,7 @@ import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import hosts, load_model, load_prefix, load_tokenizer, run_folder, start
+from jaxprefix import devices, hosts, load_model, load_prefix, load_tokenizer, run_folder, start
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.data import UpdatePlan, label_counts
@@ -149,7 +149,7 @@ def test_flash_attention_of_cudnn_needs_a_gpu(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("generation", "warned"), [(7, True), (8, False), (None, False)])
 def test_bfloat16_is_warned_of_on_gpus_that_are_slow_at_it(tmp_path, monkeypatch, capsys, generation, warned):
-    monkeypatch.setattr(train_module, "cuda_generation", lambda: generation)
+    monkeypatch.setattr(devices, "cuda_generation", lambda: generation)
     train(run_config(tmp_path, dtype="bfloat16", n_training_steps=1, save_model=False, save_log=False))
     assert ("WARNING: cpu has no fast bfloat16 products; --fp16" in capsys.readouterr().err) == warned
 
