@@ -148,7 +148,7 @@ def from_dynamic_cache(cache: Any) -> np.ndarray:
 
     Raises InputError when its rows differ, or it is empty.
     """
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    layers = [(layer[0], layer[1]) for layer in cache]
     if not layers:
         raise InputError("the cache is empty: nothing has been written to it")
     pairs = np.stack([[part.detach().float().cpu().numpy() for part in pair] for pair in layers])  # [L, 2, B, N, P, H]

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import types
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,7 @@ def test_a_file_that_is_cut_off(tmp_path, name, content, message):
 
 def test_an_empty_cache():
     with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
-        from_dynamic_cache(types.SimpleNamespace(layers=[]))
+        from_dynamic_cache([])
 
 
 def test_a_header_is_one_of_pytorch_whatever_the_source_said(tmp_path):
