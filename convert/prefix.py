@@ -148,9 +148,9 @@ def from_dynamic_cache(cache: Any) -> np.ndarray:
 
     Raises InputError when its rows differ, or it is empty.
     """
-    layers = [(layer[0], layer[1]) for layer in cache]
-    if not layers:
+    if not cache.get_seq_length():
         raise InputError("the cache is empty: nothing has been written to it")
+    layers = [(layer[0], layer[1]) for layer in cache]
     pairs = np.stack([[part.detach().float().cpu().numpy() for part in pair] for pair in layers])  # [L, 2, B, N, P, H]
     if not (pairs == pairs[:, :, :1]).all():
         raise InputError(f"the {pairs.shape[2]} rows of the cache differ; a prefix is the same for all")

@@ -65,7 +65,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         cause = str(error.__cause__ or error).split("\n")[0]
-        raise InputError(f"{where} not all of it is cached, nor to be had from the model hub ({cause})") from error
+        raise InputError(f"{where} it is not all cached, and the model hub does not give the rest ({cause})") from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error
     except errors.HTTPError as error:
@@ -78,5 +78,5 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise InputError(
             f"{where} its download failed ({error}); repeat the command, or try another way with HF_HUB_DISABLE_XET=1"
         ) from error
-    except ValueError as error:  # no JSON, but a network's login page
-        raise InputError(f"{where} the model hub's answer cannot be read ({error})") from error
+    except (ValueError, ImportError) as error:  # a login page instead of JSON; a proxy of an unknown kind
+        raise InputError(f"{where} its download failed ({error})") from error

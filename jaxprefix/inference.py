@@ -26,16 +26,15 @@ def on_its_devices(config: InferenceConfig) -> Iterator[None]:
 
     Where that is one of several devices, JAX forgets its compiled programs before and after.
     """
-    used = devices() if config.mesh else [own_device()]
-    with released_after_errors(), within_memory(lambda: _less_memory(config)), compiling_for(used):
+    used, dtype = devices() if config.mesh else [own_device()], as_trained(config, "dtype")
+    with released_after_errors(), within_memory(lambda: _less_memory(config, dtype)), compiling_for(used):
         yield
 
 
-def _less_memory(config: InferenceConfig) -> str:
+def _less_memory(config: InferenceConfig, dtype: DType) -> str:
     needed = [f"--batch_size {config.batch_size}", f"--max_output_len {config.decode.max_output_len}"]
     needed += ["--max_seq_len"] if isinstance(config, EvaluateConfig) else []
-    whole = as_trained(config, "dtype") == "float32"
-    return f"lower {' or '.join(needed)}" + (f", or use --dtype {half_type()}" if whole else "")
+    return f"lower {' or '.join(needed)}" + (f", or use --dtype {half_type()}" if dtype == "float32" else "")
 
 
 def as_trained(config: InferenceConfig, name: str) -> Any:
@@ -52,7 +51,7 @@ def as_trained(config: InferenceConfig, name: str) -> Any:
 
 
 def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None]:
-    """Open the base model to generate or evaluate with, and load the prefix: all that can be checked before weights.
+    """Open the base model to generate or evaluate with, and load the prefix, before any weight is read.
 
     Raises InputError.
     """
@@ -63,9 +62,8 @@ def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None
 
 def load_base(config: InferenceConfig, base: BaseFolder, mesh: Mesh) -> BaseModel:
     """Load the base model's weights onto the mesh, a hub id's once they are downloaded. Raises InputError."""
-    dtype = as_trained(config, "dtype")
     fetch_weights(config.pretrained_model_dir, base.path)
-    return load_model(base.path, dtype, base_sharding(mesh, base.config.n_head), base.config)
+    return load_model(base.path, as_trained(config, "dtype"), base_sharding(mesh, base.config.n_head), base.config)
 
 
 def read_prompts(path: Path) -> list[str]:

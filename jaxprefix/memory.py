@@ -70,8 +70,9 @@ def shortage(text: str) -> str:
     size = stats["bytes_limit"] / GIB
     if n_gib is not None and stats.get("pool_bytes", math.inf) / GIB + n_gib <= size:
         return (
-            f"{n_gib:.2f} GiB were requested at once, and other programs hold them: JAX may use {size:.2f} GiB of "
-            f"{device.device_kind}, but got {stats['pool_bytes'] / GIB:.2f}; a notebook's kernel may be one of them"
+            f"{n_gib:.2f} GiB were requested at once, which others hold: JAX may use {size:.2f} GiB of "
+            f"{device.device_kind}, but got {stats['pool_bytes'] / GIB:.2f}. Look for other programs, a notebook's "
+            "kernel, or another library in this process"
         )
     free = size - stats.get("bytes_in_use", 0) / GIB
     over = "more was requested than"

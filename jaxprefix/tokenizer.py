@@ -156,8 +156,9 @@ class TokenizersFile:
         return self.backend.token_to_id(piece)
 
     def is_special(self, index: int) -> bool:
-        """Tell whether an id is a special token's, not a piece of texts; a file without special tokens does not say."""
-        special = [i for i, token in self.backend.get_added_tokens_decoder().items() if token.special]
+        """Tell whether an id is a special token's, not a piece of texts; a file without added tokens does not say."""
+        added = self.backend.get_added_tokens_decoder()
+        special = [i for i, token in added.items() if token.special] or added
         return index in special if special else index < self.size
 
     def content(self, padding: int | None) -> bytes:

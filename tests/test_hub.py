@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 
+from benchmarks.shapes import SHAPES, make_folder
 from convert.errors import InputError
 from jaxprefix import load_model, load_tokenizer
 from jaxprefix.check import check
@@ -132,20 +133,20 @@ def test_without_a_hub_or_a_cache_the_error_says_so(hub, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="it cannot be fetched into the cache"):
         fetch_all("user/model")
     download_from(monkeypatch, "http://127.0.0.1:9", tmp_path / "empty")
-    with pytest.raises(InputError, match=r"not all of it is cached, nor to be had from the model hub \(.*refused"):
+    with pytest.raises(InputError, match=r"it is not all cached, and the model hub does not give the rest \(.*refused"):
         fetch_all("user/model")
 
 
 def test_a_cache_without_weights_says_what_is_missing(hub, monkeypatch):
     resolve_folder("user/model")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"not all of it is cached.*model\.safetensors"):
+    with pytest.raises(InputError, match=r"it is not all cached.*model\.safetensors"):
         fetch_all("user/model")
 
 
 def test_a_hub_that_answers_with_an_error_is_quoted(hub):
     hub.fails_with = 503
-    with pytest.raises(InputError, match=r"nor to be had from the model hub \(.*503"):
+    with pytest.raises(InputError, match=r"the model hub does not give the rest \(.*503"):
         resolve_folder("user/model")
 
 
@@ -153,7 +154,8 @@ def test_a_hub_that_answers_with_an_error_is_quoted(hub):
     ("error", "message"),
     [
         (RuntimeError("Task error: CAS Client Error"), r"failed \(Task .*\); repeat .* HF_HUB_DISABLE_XET=1"),
-        (ValueError("Expecting value"), r"the model hub's answer cannot be read \(Expecting value\)"),
+        (ValueError("Expecting value"), r"its download failed \(Expecting value\)$"),
+        (ImportError("Using SOCKS proxy"), r"its download failed \(Using SOCKS proxy\)$"),
     ],
 )
 def test_a_download_that_fails_in_another_way_is_told_plainly(monkeypatch, error, message):
@@ -189,6 +191,15 @@ def test_weights_are_those_of_the_commit_whose_config_was_read(hub, folders):
     fetch_weights("user/model", folder)
     weights = (folder / "model.safetensors").read_bytes()
     assert weights == (folders["user/model", "main"] / "model.safetensors").read_bytes()
+
+
+def test_shards_and_their_index_are_fetched(hub, tmp_path):
+    folder = make_folder(tmp_path / "shards", SHAPES["1m"], n_shards=3)
+    hub.repos["user/shards", "main"] = folder
+    load_model("user/shards")
+    weights = {path.name for path in folder.glob("model*")}
+    assert len(weights) > 3
+    assert weights < hub.fetched()
 
 
 def test_a_variant_of_the_weights_is_not_taken_for_them(hub, folders, tmp_path):

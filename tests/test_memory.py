@@ -56,7 +56,7 @@ def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
     stats["pool_bytes"] = 10 * 2**30  # the system has not given it the last one
     assert shortage(text) == before
     stats["pool_bytes"] = 2 * 2**30
-    others = "and other programs hold them: JAX may use 11.00 GiB of H100, but got 2.00; a notebook's kernel may be one"
+    others = "which others hold: JAX may use 11.00 GiB of H100, but got 2.00. Look for other programs"
     assert (others in shortage(text)) == asked.startswith(("1.50", "2.00"))
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from unittest.mock import Mock
 
 from jaxprefix.run_log import RunLog
 from jaxprefix.screen import UnfailingStream
@@ -14,6 +15,8 @@ def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tm
         assert (UnfailingStream(file).fileno(), UnfailingStream(file).isatty()) == (file.fileno(), False)
         with_two_methods = types.SimpleNamespace(write=file.write, flush=file.flush)
         print("b", file=UnfailingStream(UnfailingStream(with_two_methods)), flush=True)
+        refusing = types.SimpleNamespace(write=Mock(side_effect=OSError), flush=lambda: None)
+        print("c", file=UnfailingStream(refusing), flush=True)
         file.close()  # by the program itself
         print("c", file=UnfailingStream(file), flush=True)
     assert (tmp_path / "log").read_text() == "a\nb\n"

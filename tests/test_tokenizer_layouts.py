@@ -294,6 +294,19 @@ def test_a_word_is_no_special_token(bpe_folder, tmp_path):
         load_tokenizer(folder)
 
 
+def test_where_no_added_token_is_special_a_word_is_none_either(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    backend.add_tokens(["<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for eos_id, found in (2, None), (3, 3):
+        (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": eos_id}))
+        if found is None:
+            with pytest.raises(InputError, match="has no eos_token"):
+                load_tokenizer(tmp_path)
+        else:
+            assert load_tokenizer(tmp_path).eos_id == found
+
+
 def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
     """Its model has the trainer's bos, 1, also where a base model was trained with eos in its place."""
     shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)

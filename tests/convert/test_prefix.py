@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers import DynamicCache
 
 from convert.errors import InputError
 from convert.files import save_safetensors
@@ -107,8 +109,10 @@ def test_a_file_that_is_cut_off(tmp_path, name, content, message):
 
 
 def test_an_empty_cache():
-    with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
-        from_dynamic_cache([])
+    config = transformers.AutoConfig.from_pretrained(GOLDEN_BASE)
+    for cache in DynamicCache(), DynamicCache(config=config):
+        with pytest.raises(InputError, match="the cache is empty: nothing has been written to it"):
+            from_dynamic_cache(cache)
 
 
 def test_a_header_is_one_of_pytorch_whatever_the_source_said(tmp_path):
