@@ -8,9 +8,10 @@ import functools
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +38,7 @@ _NUMPY_TYPES = {
     **{"U64": "<u8", "I64": "<i8", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "F32": "<f4", "F64": "<f8"},
 }
 
+Version = tuple[int, int, int, int]
 Index = tuple[slice, ...] | None
 """A part of a weight; None is all of it."""
 
@@ -154,7 +156,7 @@ def stored_weights(folder: Path) -> Iterator[tuple[str, StoredWeight]]:
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     """Return a safetensors file's tensors, not yet read, and its metadata. Raises InputError."""
-    header, start = _safetensors_header(path)
+    header, start, version = _safetensors_header(path)
     metadata = header.pop("__metadata__", None) or {}
     weights: dict[str, StoredWeight] = {}
     for name, about in header.items():
@@ -162,12 +164,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str
             raise InputError(f"{path}: {name} holds numbers of type {about['dtype']}, which is not supported")
         dtype, first = np.dtype(_NUMPY_TYPES[about["dtype"]]), start + about["data_offsets"][0]
         shape = tuple(about["shape"])
-        weights[name] = StoredWeight(shape, functools.partial(_mapped, path, dtype, shape, first))
+        weights[name] = StoredWeight(shape, functools.partial(_mapped, path, version, dtype, shape, first))
     return weights, metadata
 
 
-def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
+def _mapped(path: Path, version: Version, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
     with path.open("rb") as file:
+        if _version(file) != version:  # its header would describe other numbers
+            raise InputError(f"{path}: was replaced while it was read; read it again")
         return np.ndarray(shape, dtype, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), start)
 
 
@@ -181,8 +185,14 @@ def _shards(index: Path) -> set[str]:
     return shards
 
 
-def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return a safetensors file's header and where it ends; the library checks that it fits the file."""
+def _version(file: IO[bytes]) -> Version:
+    """Return what changes when a file is replaced, or written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, Any], int, Version]:
+    """Return a safetensors file's header, where it ends, and its version; the library checks that it fits the file."""
     try:
         refuse_pointer(path)
         with path.open("rb") as file:
@@ -192,8 +202,8 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
                     f"{path}: not a readable safetensors file (its header claims {n_header:,} bytes, more than the "
                     f"{HEADER_BYTES:,} that are read)"
                 )
-            header = file.read(n_header)
+            header, version = file.read(n_header), _version(file)
         with safe_open(path, framework="numpy"):
-            return json.loads(header), 8 + n_header
+            return json.loads(header), 8 + n_header, version
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from error

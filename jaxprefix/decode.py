@@ -83,8 +83,9 @@ def generate(
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
     Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
-    One program is compiled for each number of prompts up to batch_size, length of the longest prompt in steps of 16
-    tokens, and value of a field other than top_p and temperature. Raises InputError when prefix, prompt and output
+    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of prompts
+    up to batch_size, length of the longest prompt in steps of 16 tokens, and value of a field other than top_p and
+    temperature. Raises InputError when prefix, prompt and output
     together exceed the model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ FIRST_WITH_BFLOAT16 = 8
 """NVIDIA's generation (Ampere) from which on GPUs multiply bfloat16 as fast as float16, and cuDNN's attention runs."""
 
 _named: Sequence[Any] = ()
+_naming = threading.RLock()
 
 
 def devices() -> Sequence[Any]:
@@ -61,16 +63,22 @@ def alone_on_a_cpu() -> bool:
 def compiling_for(named: Sequence[Any]) -> Iterator[None]:
     """Compile for these devices, which may be mere descriptions of GPUs (`jax.experimental.topologies`).
 
-    JAX's caches are cleared before and after if that changes the devices: traced programs depend on them.
+    JAX's caches are cleared before and after if traced programs would be others. One thread at a time.
     """
     global _named
-    before, others = _named, list(named) != list(devices())
-    if others:
-        jax.clear_caches()
-    _named = named
-    try:
-        yield
-    finally:
-        _named = before
-        if others:
-            jax.clear_caches()
+    with _naming:
+        before, traced_for, changes = _named, _traits(), False
+        try:
+            _named = named
+            if changes := _traits() != traced_for:
+                jax.clear_caches()
+            yield
+        finally:
+            _named = before
+            if changes:
+                jax.clear_caches()
+
+
+def _traits() -> tuple[bool, bool, int | None]:
+    """Return all of the devices that traced programs depend on."""
+    return on_a_cpu(), alone_on_a_cpu(), cuda_generation()

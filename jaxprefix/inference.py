@@ -24,7 +24,7 @@ from jaxprefix.sharding import base_sharding
 def on_its_devices(config: InferenceConfig) -> Iterator[None]:
     """Compile for the mesh's devices, or for one; raises RunError that says what to lower if memory is too small.
 
-    Where that is one of several devices, JAX forgets its compiled programs before and after.
+    Where that is one of several CPU devices, JAX forgets its compiled programs before and after. One thread at a time.
     """
     used, dtype = devices() if config.mesh else [own_device()], as_trained(config, "dtype")
     with released_after_errors(), within_memory(lambda: _less_memory(config, dtype)), compiling_for(used):

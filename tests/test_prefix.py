@@ -121,6 +121,8 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
     prefix = random_prefix(golden_model.config)
     save_prefix(str(tmp_path / "own"), prefix, golden_model.config, tokenizer)
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config, tokenizer), prefix)
+    with pytest.raises(InputError, match="a prefix holds floating-point numbers, found int32"):
+        golden_model.config.prefix_length(prefix.astype(int))
     with pytest.raises(InputError, match="a prefix of this model is an array"):
         save_prefix(tmp_path / "wrong", prefix[:1], golden_model.config, tokenizer)
     for spoilt, problem in ((prefix * jnp.nan, "not finite; it is not written"), (prefix[:, :, :0], "this one has 0")):

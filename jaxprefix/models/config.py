@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from convert.errors import InputError
 from convert.untrusted import member, read_object
+from convert.weights import FLOATS
 
 Fields = dict[str, tuple[tuple[str, ...], Any]]
 """For each field, its spellings in config.json, and transformers' default where it is absent or null."""
@@ -16,8 +17,8 @@ Fields = dict[str, tuple[tuple[str, ...], Any]]
 class ModelConfig:
     """What the forward pass and the prefix need to know about a base model."""
 
-    name: str
-    """The folder or hub id that the model was loaded from; names the base in prefix files."""
+    name: str = dataclasses.field(compare=False)
+    """The folder or hub id that the model was loaded from; names the base in prefix files. No program depends on it."""
     model_type: Literal["gpt_neox", "gpt2"]
     """Architecture, as config.json spells it."""
     n_layer: int
@@ -88,6 +89,8 @@ class ModelConfig:
             raise InputError(
                 f"a prefix of this model is an array [{n_layer}, 2, P, {n_head}, {head_dim}], found {found}"
             )
+        if (dtype := str(prefix.dtype)) not in FLOATS:
+            raise InputError(f"a prefix holds floating-point numbers, found {dtype}")
         return int(shape[2])
 
     def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:

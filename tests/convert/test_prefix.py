@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from convert.errors import InputError
 from convert.files import save_safetensors
 from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
+from convert.weights import read_safetensors
 from tests.base_folders import GOLDEN_BASE
 from tests.test_conversion import converted
 
@@ -106,6 +107,17 @@ def test_a_file_that_is_cut_off(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"{name}: {message}"):
         read_prefix(tmp_path / name)
+
+
+def test_a_file_that_is_replaced_between_its_header_and_its_numbers(tmp_path):
+    """As a server's prefix is, while a run saves a better one."""
+    path = tmp_path / "x.safetensors"
+    save_safetensors({"x": np.zeros(3, np.float32)}, path, {})
+    weights, _ = read_safetensors(path)
+    assert weights["x"].view().tolist() == [0, 0, 0]
+    save_safetensors({"x": np.ones(3, np.float32)}, path, {"dev_loss": "6"})
+    with pytest.raises(InputError, match=r"x.safetensors: was replaced while it was read; read it again"):
+        weights["x"].view()
 
 
 def test_an_empty_cache():

@@ -102,7 +102,7 @@ def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypat
     [("9.0", {8, 64, 128, 256}), ("8.0", {8, 64, 128}), ("7.5", set()), ("gfx90a", set()), (None, set())],
 )
 def test_cudnn_takes_heads_by_the_gpus_generation(capability, taken):
-    device = types.SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    device = types.SimpleNamespace(platform="gpu", **({"compute_capability": capability} if capability else {}))
     with compiling_for([device]):
         assert {width for width in (8, 12, 64, 128, 256, 264) if attention.cudnn_takes(width)} == taken
 

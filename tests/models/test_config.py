@@ -83,6 +83,14 @@ def test_what_is_not_supported_is_named(tmp_path, changes, message):
     assert len({*problems}) == len(problems)
 
 
+def test_the_same_base_elsewhere_needs_no_other_programs(tmp_path):
+    """A model's configuration is a part of what JAX compiles for."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    here, there = read_model_config(tmp_path, "here"), read_model_config(tmp_path, "there")
+    assert (here.name, there.name) == ("here", "there")
+    assert (here, hash(here)) == (there, hash(there))
+
+
 def test_null_inner_width_is_four_times_the_residual(tmp_path):
     assert read(tmp_path, GPT2).n_inner == read(tmp_path, GPT2 | {"n_inner": None}).n_inner == 256
     assert read(tmp_path, GPT2 | {"n_inner": 100}).n_inner == 100
