@@ -139,8 +139,7 @@ def test_the_original_flags_work_unchanged(tmp_path):
 
 
 def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, monkeypatch):
-    for room in ("evaluation", "generation"):
-        monkeypatch.setattr(f"jaxprefix.{room}.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("jaxprefix.inference.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
     prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
     fails(

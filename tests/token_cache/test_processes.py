@@ -16,9 +16,9 @@ import pytest
 
 from convert.errors import InputError, RunError
 from jaxprefix import token_cache
-from jaxprefix.config import cache_folder
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.token_cache import load_examples
+from jaxprefix.user_cache import cache_folder
 from tests.runs import PATIENCE
 from tests.token_cache.helpers import raising, same
 
