@@ -21,6 +21,7 @@ from jaxprefix.models.config import read_model_config
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_BASE = GOLDEN / "base"
+SAMPLE = Path(__file__).parent.parent / "data" / "sample_data.jsonl"
 
 TINY = {
     "model_type": "gpt_neox",

@@ -1,5 +1,6 @@
 import gc
 import importlib.util
+import json
 import os
 import queue
 import threading
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import jax
 import pytest
+import tokenizers
 
 from jaxprefix import load_model, load_tokenizer
 from jaxprefix.devices import alone_on_a_cpu, compiling_for
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN_BASE, SAMPLE, make_base_folder
 from tests.errors import Recorder
 
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -145,3 +147,21 @@ def exit_codes(monkeypatch):
 
     monkeypatch.setattr(os, "_exit", never_return)
     return codes
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory):
+    """Byte-level BPE as Pythia's and open-calm's: bos and eos are one token, config.json gives the ids."""
+    folder = tmp_path_factory.mktemp("bpe")
+    backend = tokenizers.ByteLevelBPETokenizer()
+    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()]
+    backend.train_from_iterator(documents, vocab_size=600, special_tokens=["<|endoftext|>", "<|padding|>"])
+    backend.enable_truncation(5)  # as some files have it; whoever loads it must not obey
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {"600": {"content": "<extra>", "special": True}},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))
+    return folder

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -13,9 +12,8 @@ import transformers
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
 from jaxprefix.tokenizer import TokenizersFile
-from tests.base_folders import GOLDEN_BASE, make_bpe_folder
+from tests.base_folders import GOLDEN_BASE, SAMPLE, make_bpe_folder
 
-SAMPLE = Path(__file__).parent.parent / "data" / "sample_data.jsonl"
 FRAGMENTS = [
     "今日は晴れ。",
     "朝の市場",
@@ -151,24 +149,6 @@ def test_added_tokens_without_an_id_are_refused(tmp_path, added):
         load_tokenizer(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def bpe_folder(tmp_path_factory):
-    """Byte-level BPE as Pythia's and open-calm's: bos and eos are one token, config.json gives the ids."""
-    folder = tmp_path_factory.mktemp("bpe")
-    backend = tokenizers.ByteLevelBPETokenizer()
-    documents = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()]
-    backend.train_from_iterator(documents, vocab_size=600, special_tokens=["<|endoftext|>", "<|padding|>"])
-    backend.enable_truncation(5)  # as some files have it; whoever loads it must not obey
-    backend.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": {"600": {"content": "<extra>", "special": True}},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))
-    return folder
-
-
 def test_byte_level_bpe_is_that_of_transformers(bpe_folder):
     tokenizer = load_tokenizer(bpe_folder)
     reference = transformers.PreTrainedTokenizerFast(
@@ -274,53 +254,6 @@ def test_a_token_for_padding_alone_makes_no_other_tokenizer(bpe_folder, tmp_path
     assert first.exact_fingerprint != second.exact_fingerprint, "ids of one are not the other's"
     third = with_settings(bpe_folder, tmp_path / "third", **padding | {"pad_token": None})
     assert third.fingerprint != first.fingerprint
-
-
-def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 0]}))
-    assert load_tokenizer(folder).eos_id == 1
-
-
-def test_a_word_is_no_special_token(bpe_folder, tmp_path):
-    """Some models' config.json has GPT-2's ids, which are words in a vocabulary of their own."""
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
-    with pytest.raises(InputError, match=r"has no eos_token; name the special token in tokenizer_config.json"):
-        load_tokenizer(folder)
-    (folder / "added_tokens.json").write_text(json.dumps({"    ": 601}))  # as GPT-NeoX's runs of spaces
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 601}))
-    with pytest.raises(InputError, match="has no eos_token"):
-        load_tokenizer(folder)
-
-
-def test_where_no_added_token_is_special_a_word_is_none_either(tmp_path):
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
-    backend.add_tokens(["<end>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    for eos_id, found in (2, None), (3, 3):
-        (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": eos_id}))
-        if found is None:
-            with pytest.raises(InputError, match="has no eos_token"):
-                load_tokenizer(tmp_path)
-        else:
-            assert load_tokenizer(tmp_path).eos_id == found
-
-
-def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
-    """Its model has the trainer's bos, 1, also where a base model was trained with eos in its place."""
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
-    for given, expected in (
-        ({"bos_token_id": 2, "eos_token_id": 2}, (2, 2)),
-        ({"bos_token_id": 7}, (1, 2)),
-        ({}, (1, 2)),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(given))
-        tokenizer = load_tokenizer(tmp_path)
-        assert (tokenizer.bos_id, tokenizer.eos_id) == expected
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
-    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2}))
-    assert load_tokenizer(tmp_path).bos_id == 1, "a name in the tokenizer's own files comes first"
 
 
 def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):

@@ -253,12 +253,11 @@ def test_a_revision_is_asked_for(tmp_path, monkeypatch):
     def open_base(name, revision, *_, **__):
         raise InputError(f"asked for {revision}")
 
-    monkeypatch.setattr("jaxprefix.inputs.open_base", open_base)
-    monkeypatch.setattr("jaxprefix.inference.open_base", open_base)
-    with pytest.raises(InputError, match="asked for v1"):
-        train(run_config(tmp_path, revision="v1"))
-    with pytest.raises(InputError, match="asked for v1"):
-        evaluate(EvaluateConfig("hub/base", revision="v1"))
+    training, measuring = run_config(tmp_path, revision="v1"), EvaluateConfig("hub/base", revision="v1")
+    for room, command in (("inputs", lambda: train(training)), ("inference", lambda: evaluate(measuring))):
+        monkeypatch.setattr(f"jaxprefix.{room}.open_base", open_base)
+        with pytest.raises(InputError, match="asked for v1"):
+            command()
 
 
 def test_flags_of_both_sides_have_the_same_defaults():

@@ -1,0 +1,58 @@
+"""Which ids begin and end a text: the tokenizer's own names, config.json's ids, SentencePiece's defaults."""
+
+import json
+import shutil
+
+import pytest
+import tokenizers
+
+from convert.errors import InputError
+from jaxprefix import load_tokenizer
+from tests.base_folders import GOLDEN_BASE
+
+
+def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 0]}))
+    assert load_tokenizer(folder).eos_id == 1
+
+
+def test_a_word_is_no_special_token(bpe_folder, tmp_path):
+    """Some models' config.json has GPT-2's ids, which are words in a vocabulary of their own."""
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
+    with pytest.raises(InputError, match=r"has no eos_token; name the special token in tokenizer_config.json"):
+        load_tokenizer(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"    ": 601}))  # as GPT-NeoX's runs of spaces
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 601}))
+    with pytest.raises(InputError, match="has no eos_token"):
+        load_tokenizer(folder)
+
+
+def test_where_no_added_token_is_special_a_word_is_none_either(tmp_path):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, "<unk>"))
+    backend.add_tokens(["<end>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for eos_id, found in (2, None), (3, 3):
+        (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": eos_id}))
+        if found is None:
+            with pytest.raises(InputError, match="has no eos_token"):
+                load_tokenizer(tmp_path)
+        else:
+            assert load_tokenizer(tmp_path).eos_id == found
+
+
+def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
+    """Its model has the trainer's bos, 1, also where a base model was trained with eos in its place."""
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    for given, expected in (
+        ({"bos_token_id": 2, "eos_token_id": 2}, (2, 2)),
+        ({"bos_token_id": 7}, (1, 2)),
+        ({}, (1, 2)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        tokenizer = load_tokenizer(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == expected
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2}))
+    assert load_tokenizer(tmp_path).bos_id == 1, "a name in the tokenizer's own files comes first"
