@@ -39,6 +39,7 @@ _NUMPY_TYPES = {
 }
 
 Version = tuple[int, int, int, int]
+"""What changes when a file is replaced, or written to."""
 Index = tuple[slice, ...] | None
 """A part of a weight; None is all of it."""
 
@@ -186,7 +187,6 @@ def _shards(index: Path) -> set[str]:
 
 
 def _version(file: IO[bytes]) -> Version:
-    """Return what changes when a file is replaced, or written to."""
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 

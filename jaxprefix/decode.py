@@ -85,8 +85,8 @@ def generate(
     Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
     One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of prompts
     up to batch_size, length of the longest prompt in steps of 16 tokens, and value of a field other than top_p and
-    temperature. Raises InputError when prefix, prompt and output
-    together exceed the model's positions, and RunError when logits are not finite.
+    temperature. Raises InputError when prefix, prompt and output together exceed the model's positions, and RunError
+    when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")

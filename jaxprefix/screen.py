@@ -39,10 +39,10 @@ class UnfailingStream:
 def mute(stream: Any) -> None:
     """Discard what a stream still holds and will hold; Python would fail at it again as it ends."""
     try:
-        stream.fileno()
+        number = stream.fileno()
     except (AttributeError, OSError):  # none of the system's
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != stream.fileno():  # as it is where the system had closed the stream
-        os.dup2(nowhere, stream.fileno())
+    if nowhere != number:  # as it is where the system had closed the stream
+        os.dup2(nowhere, number)
         os.close(nowhere)
