@@ -126,7 +126,7 @@ def test_where_joining_hangs_is_told(exit_codes, capsys, monkeypatch, hangs, tol
     monkeypatch.setattr(joining, "JOIN_SECONDS", 1)
     jax.devices()  # which takes long the first time
     place = jax.distributed if hangs == "initialize" else joining
-    monkeypatch.setattr(place, hangs, lambda *_, **__: threading.Event().wait(PATIENCE))
+    monkeypatch.setattr(place, hangs, lambda *_, **__: threading.Event().wait())  # for good, as the suite may be long
     config = HostsConfig(False, f"127.0.0.1:{(port := free_port())}", 2, 0)
     threading.Thread(target=lambda: joined(config).__enter__(), daemon=True).start()
     assert exit_codes.get(timeout=PATIENCE) == 2
