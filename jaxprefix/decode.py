@@ -31,8 +31,8 @@ from jaxprefix.shapes import round_up
 from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 
-PROMPT_BUCKET = 16
-"""Prompts are padded to a multiple of this many tokens, so that few lengths are compiled."""
+SHORTEST, LONG = 16, 128
+"""Tokens: lengths are rounded up to SHORTEST or another power of two, beyond LONG to an eighth of one."""
 GPU_STEPS = 8
 """Tokens between two checks whether all rows have stopped: a GPU waits for the host at each of them."""
 
@@ -50,19 +50,24 @@ class Generated(NamedTuple):
 
     n: Int[Array, ""]
     """Tokens in every row."""
-    ids: Int[Array, "B max_output_len"]
+    ids: Int[Array, "B room"]
     """The tokens, filled up with eos."""
     stopped: Bool[Array, "B"]
     """Whether a row has made eos or all of its tokens, or had no prompt."""
     finite: Bool[Array, ""]
     """Whether all logits were, of rows that had not stopped."""
 
-    def followed_by(self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int) -> "Generated":
-        """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were."""
+    def followed_by(
+        self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int, limit: Int[Array, ""] | int
+    ) -> "Generated":
+        """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were.
+
+        A row stops with `limit` tokens at the latest.
+        """
         stopped = self.stopped | (tokens == eos_id)
         ids = self.ids.at[:, self.n].set(jnp.where(stopped, eos_id, tokens))
         n = self.n + 1
-        return Generated(n, ids, stopped | (n >= ids.shape[1]), self.finite & (finite | self.stopped).all())
+        return Generated(n, ids, stopped | (n >= limit), self.finite & (finite | self.stopped).all())
 
 
 DecodeState = tuple[Generated, Int[Array, "B"], Cache]
@@ -83,10 +88,10 @@ def generate(
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
     Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
-    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of prompts
-    up to batch_size, length of the longest prompt in steps of 16 tokens, and value of a field other than top_p and
-    temperature. Raises InputError when prefix, prompt and output together exceed the model's positions, and RunError
-    when logits are not finite.
+    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of rows (a
+    power of two up to batch_size), length of the longest prompt and max_output_len (rounded up by `length_bucket`), and
+    value of another field than top_p and temperature. Raises InputError when prefix, prompt and output together exceed
+    the model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")
@@ -144,16 +149,18 @@ def generate_ids(
     if not rows:
         return
     sharding, n_parts = decoded_rows(model)
-    batch_size = round_up(min(batch_size, len(rows)), n_parts)
+    batch_size = round_up(min(batch_size, _power_of_two(len(rows))), n_parts)
     # The program is compiled for these settings: those that it does not read, or that are its inputs, are fixed.
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
-    compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, **unread)
+    room = length_bucket(decode.max_output_len)
+    compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, max_output_len=room, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
         started = time.perf_counter()
         sampling = Sampling(float(decode.temperature), float(decode.top_p), np.uint32(seed), first_index + first)
         spread = jax.device_put(padded_prompts(group, batch_size, tokenizer.pad_id), sharding)
-        made, finite = jax.device_get(_decode(model, prefix, *spread, sampling, tokenizer.eos_id, compiled_for))
+        inputs = (model, prefix, *spread, sampling, decode.max_output_len)
+        made, finite = jax.device_get(_decode(*inputs, tokenizer.eos_id, compiled_for))
         if not finite:
             sound = prefix is None or np.isfinite(np.asarray(prefix, np.float32)).all()
             why = overflow_hint(model.embed.weight.dtype.name) if sound else "the prefix holds numbers that are not"
@@ -167,11 +174,21 @@ def generate_ids(
 
 def padded_prompts(prompts: Sequence[list[int]], n_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int32 token ids [n_rows, tokens], padded on the right, and each row's length, 0 without a prompt."""
-    tokens = np.full((n_rows, round_up(max(map(len, prompts)), PROMPT_BUCKET)), pad_id, np.int32)
+    tokens = np.full((n_rows, length_bucket(max(map(len, prompts)))), pad_id, np.int32)
     lengths = np.zeros(n_rows, np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     return tokens, lengths
+
+
+def length_bucket(n_tokens: int) -> int:
+    """Round up a length to 16, 32, 64, 128, 160, 192, 224, 256, 320, …, so that few programs are compiled."""
+    power = max(SHORTEST, _power_of_two(n_tokens))
+    return power if power <= LONG else round_up(n_tokens, power // 8)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def check_prompts(
@@ -182,10 +199,11 @@ def check_prompts(
     decode: DecodeConfig,
 ) -> None:
     """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions."""
-    prefix_len = config.prefix_length(prefix)
-    if longest := max((len(prompt) or 1 for prompt in prompts), default=0):
-        what = f"--max_output_len and the longest prompt of {longest}"
-        config.check_fit(tokenizer.vocab_size, prefix_len, longest + decode.max_output_len, what)
+    if (longest := max(prompts, key=len, default=None)) is not None:
+        n_tokens, begins = len(longest) or 1, tokenizer.decode([*longest[:40]])
+        what = f"--max_output_len and the longest prompt of {n_tokens}"
+        prefix_len, n_needed = config.prefix_length(prefix), n_tokens + decode.max_output_len
+        config.check_fit(tokenizer.vocab_size, prefix_len, n_needed, what, begins)
 
 
 def overflow_hint(dtype: str) -> str:
@@ -200,14 +218,16 @@ def _decode(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     sampling: Sampling,
+    limit: Int[Array, ""] | int,
     eos_id: int,
     decode: DecodeConfig,
-) -> tuple[Int[Array, "B max_output_len"], Bool[Array, ""]]:
-    """Prefill, then loop until every row has made eos or max_output_len tokens.
+) -> tuple[Int[Array, "B room"], Bool[Array, ""]]:
+    """Prefill, then loop until every row has made eos or `limit` tokens.
 
-    Returns the new tokens, filled up with eos, and whether all logits on the way were finite. `decode.temperature` and
-    `decode.top_p` are not read: `sampling` holds them as traced inputs. The up to GPU_STEPS − 1 steps beyond
-    max_output_len have no effect: JAX drops writes that are out of bounds.
+    Returns the new tokens, filled up with eos, and whether all logits on the way were finite. `decode.max_output_len`
+    is the room for them; its temperature and top_p are not read: `sampling` holds them as traced inputs. The up to
+    GPU_STEPS − 1 steps after the last token have no effect: all rows have stopped, and JAX drops writes that are out of
+    bounds.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
@@ -220,7 +240,7 @@ def _decode(
         logits = model.logits(hidden)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, generated.n)
         tokens = choose_tokens(logits, step_keys, decode, sampling)
-        return generated.followed_by(tokens, are_finite(logits), eos_id), tokens
+        return generated.followed_by(tokens, are_finite(logits), eos_id, limit), tokens
 
     def going_on(state: DecodeState) -> Bool[Array, ""]:
         return ~state[0].stopped.all()

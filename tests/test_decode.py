@@ -12,7 +12,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Generated, _decode, generate_ids
+from jaxprefix.decode import GPU_STEPS, Generated, _decode, generate_ids, length_bucket
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
@@ -202,6 +202,42 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     assert _decode._cache_size() == n_compiled + 1, "which reads no top_k"
 
 
+def test_as_many_rows_as_make_a_power_of_two_share_a_program(golden_model, tokenizer):
+    def made(n_rows, batch_size=16):
+        prompts = [[token] for token in range(30, 30 + n_rows)]
+        return ids_of(golden_model, tokenizer, prompts, batch_size=batch_size, decode=GREEDY)
+
+    eight = made(8)
+    n_compiled = _decode._cache_size()
+    assert [made(n_rows) for n_rows in (5, 6, 7)] == [eight[:5], eight[:6], eight[:7]]
+    assert _decode._cache_size() == n_compiled
+    assert made(7, batch_size=7) == eight[:7]
+    assert _decode._cache_size() == n_compiled + 1, "memory may end there"
+
+
+def test_lengths_near_each_other_share_a_program(golden_model, tokenizer):
+    def made(n_tokens, prompt_len=3):
+        prompt = list(range(30, 30 + prompt_len))
+        return ids_of(golden_model, tokenizer, [prompt], decode=DecodeConfig("greedy", max_output_len=n_tokens))[0]
+
+    longest = made(16)
+    n_compiled = _decode._cache_size()
+    assert len(longest) == 16
+    assert [made(n_tokens) for n_tokens in (1, 9, 15)] == [longest[:1], longest[:9], longest[:15]]
+    assert len(made(16, prompt_len=16)) == 16
+    assert _decode._cache_size() == n_compiled
+    assert made(17)[:16] == longest
+    assert _decode._cache_size() == n_compiled + 1
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "rounded_up"),
+    [(1, 16), (16, 16), (17, 32), (65, 128), (128, 128), (129, 160), (160, 160), (257, 320), (1025, 1280)],
+)
+def test_lengths_are_rounded_up_to_few(n_tokens, rounded_up):
+    assert length_bucket(n_tokens) == rounded_up
+
+
 def test_an_empty_prompt_takes_a_position(golden_model, tokenizer):
     decode = DecodeConfig(max_output_len=golden_model.config.max_positions)
     with pytest.raises(InputError, match="the longest prompt of 1"):
@@ -219,11 +255,11 @@ def test_every_step_draws_anew(golden_model, tokenizer):
 def test_a_row_that_was_not_finite_as_it_ended_is_remembered():
     """What follows an end does not count, what led to it does."""
     made = Generated(jnp.int32(0), jnp.zeros((2, 4), jnp.int32), jnp.array([False, False]), jnp.array(True))
-    assert made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2).finite
-    made = made.followed_by(jnp.array([7, 2]), jnp.array([True, False]), eos_id=2)
+    assert made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2, limit=4).finite
+    made = made.followed_by(jnp.array([7, 2]), jnp.array([True, False]), eos_id=2, limit=4)
     assert not made.finite
-    assert not made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2).finite
-    ended = made._replace(finite=jnp.array(True)).followed_by(jnp.array([7, 5]), jnp.array([True, False]), eos_id=2)
+    assert not made.followed_by(jnp.array([7, 2]), jnp.array([True, True]), eos_id=2, limit=4).finite
+    ended = made._replace(finite=jnp.array(True)).followed_by(jnp.array([7, 5]), jnp.array([True, False]), 2, limit=4)
     assert ended.finite
     np.testing.assert_array_equal(ended.ids, [[7, 7, 0, 0], [2, 2, 0, 0]])
 
@@ -232,7 +268,7 @@ def test_nothing_follows_where_there_is_no_prompt(golden_model, tokenizer):
     """A row that fills up a batch: what it would make, would keep the others waiting."""
     tokens, lengths = jnp.asarray([[5, 6, 7], [tokenizer.pad_id] * 3]), jnp.asarray([3, 0])
     sampling = Sampling(1.0, 1.0, np.uint32(0), 0)
-    made, finite = _decode(golden_model, None, tokens, lengths, sampling, tokenizer.eos_id, GREEDY)
+    made, finite = _decode(golden_model, None, tokens, lengths, sampling, 12, tokenizer.eos_id, GREEDY)
     assert finite
     assert (made != tokenizer.eos_id).any(axis=1).tolist() == [True, False]
 

@@ -99,7 +99,7 @@ for n_layer in 1, 3:
     tokens, lengths = (jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows) for shape in ((4, 16), (4,)))
     prefix = jax.ShapeDtypeStruct((n_layer, 2, 10, 8, 16), jnp.float32)
     sampling = Sampling(1.0, 1.0, np.uint32(0), 0)
-    program = _decode.lower(base, prefix, tokens, lengths, sampling, 2, DecodeConfig(max_output_len=8)).compile()
+    program = _decode.lower(base, prefix, tokens, lengths, sampling, 8, 2, DecodeConfig(max_output_len=8)).compile()
     print(*(program.as_text().count(f" {kind}(") for kind in ("all-reduce", "all-gather")))
 """
 

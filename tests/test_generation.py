@@ -61,7 +61,8 @@ def test_the_prompt_loop_answers_line_by_line():
     assert [line[:2] for line in made.splitlines()] == ["朝の", "🦀猫"]
     assert "\r" not in made
     assert told.count("WARNING: 1 prompt(s) hold text unknown to the tokenizer") == 1
-    assert "error: a prefix of 10 plus 608 tokens (--max_output_len and the longest prompt of 600)" in told
+    too_long = "error: a prefix of 10 plus 608 tokens (--max_output_len and the longest prompt of 600) exceeds"
+    assert re.search(re.escape(too_long) + " .* 512 positions; the text begins with '朝{40}'", told)
     assert r"error: not a valid text: '\udcff'" in told
 
 

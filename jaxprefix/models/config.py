@@ -101,7 +101,7 @@ class ModelConfig:
         if prefix_len + longest > self.max_positions:
             raise InputError(
                 f"a prefix of {prefix_len} plus {longest} tokens ({what}) exceeds the base model's "
-                f"{self.max_positions} positions" + (f"; {what} begins with {begins!r}" if begins else "")
+                f"{self.max_positions} positions" + (f"; the text begins with {begins!r}" if begins else "")
             )
         if n_pieces > self.vocab_size:
             raise InputError(
