@@ -31,8 +31,8 @@ from jaxprefix.shapes import round_up
 from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 
-SHORTEST, LONG = 16, 128
-"""Tokens: lengths are rounded up to SHORTEST or another power of two, beyond LONG to an eighth of one."""
+PROMPT_STEP, ROOM_STEP = 16, 64
+"""Prompts, and the room for output, have at least this many tokens: see `bucket`. Room costs less than prompts do."""
 GPU_STEPS = 8
 """Tokens between two checks whether all rows have stopped: a GPU waits for the host at each of them."""
 
@@ -88,10 +88,10 @@ def generate(
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
     Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
-    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of rows (a
-    power of two up to batch_size), length of the longest prompt and max_output_len (rounded up by `length_bucket`), and
-    value of another field than top_p and temperature. Raises InputError when prefix, prompt and output together exceed
-    the model's positions, and RunError when logits are not finite.
+    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of prompts
+    up to batch_size, length of the longest one and max_output_len (all three rounded up, see `bucket`), and value of
+    another field than top_p and temperature. Raises InputError when prefix, prompt and output together exceed the
+    model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")
@@ -149,10 +149,10 @@ def generate_ids(
     if not rows:
         return
     sharding, n_parts = decoded_rows(model)
-    batch_size = round_up(min(batch_size, _power_of_two(len(rows))), n_parts)
+    batch_size = round_up(min(batch_size, bucket(len(rows))), n_parts)
     # The program is compiled for these settings: those that it does not read, or that are its inputs, are fixed.
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
-    room = length_bucket(decode.max_output_len)
+    room = bucket(decode.max_output_len, ROOM_STEP)
     compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, max_output_len=room, **unread)
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
@@ -174,21 +174,20 @@ def generate_ids(
 
 def padded_prompts(prompts: Sequence[list[int]], n_rows: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return int32 token ids [n_rows, tokens], padded on the right, and each row's length, 0 without a prompt."""
-    tokens = np.full((n_rows, length_bucket(max(map(len, prompts)))), pad_id, np.int32)
+    tokens = np.full((n_rows, bucket(max(map(len, prompts)), PROMPT_STEP)), pad_id, np.int32)
     lengths = np.zeros(n_rows, np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     return tokens, lengths
 
 
-def length_bucket(n_tokens: int) -> int:
-    """Round up a length to 16, 32, 64, 128, 160, 192, 224, 256, 320, …, so that few programs are compiled."""
-    power = max(SHORTEST, _power_of_two(n_tokens))
-    return power if power <= LONG else round_up(n_tokens, power // 8)
+def bucket(number: int, step: int = 1) -> int:
+    """Round up, by less than `step` or a quarter, to one of few numbers, so that few programs are compiled.
 
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    They are the multiples of `step` and of an eighth of the next power of two: with step 1, 1 to 8, 10, 12, 14, 16, 20,
+    24, ….
+    """
+    return round_up(number, max(step, 2 ** (number - 1).bit_length() // 8))
 
 
 def check_prompts(

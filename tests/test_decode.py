@@ -12,7 +12,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Generated, _decode, generate_ids, length_bucket
+from jaxprefix.decode import GPU_STEPS, Generated, _decode, bucket, generate_ids
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
@@ -202,17 +202,17 @@ def test_other_temperatures_and_top_ps_compile_nothing(golden_model, tokenizer):
     assert _decode._cache_size() == n_compiled + 1, "which reads no top_k"
 
 
-def test_as_many_rows_as_make_a_power_of_two_share_a_program(golden_model, tokenizer):
-    def made(n_rows, batch_size=16):
-        prompts = [[token] for token in range(30, 30 + n_rows)]
+def test_numbers_of_prompts_near_each_other_share_a_program(golden_model, tokenizer):
+    def made(n_prompts, batch_size=16):
+        prompts = [[token] for token in range(30, 30 + n_prompts)]
         return ids_of(golden_model, tokenizer, prompts, batch_size=batch_size, decode=GREEDY)
 
-    eight = made(8)
+    twelve = made(12)
     n_compiled = _decode._cache_size()
-    assert [made(n_rows) for n_rows in (5, 6, 7)] == [eight[:5], eight[:6], eight[:7]]
+    assert made(11) == twelve[:11]
     assert _decode._cache_size() == n_compiled
-    assert made(7, batch_size=7) == eight[:7]
-    assert _decode._cache_size() == n_compiled + 1, "memory may end there"
+    assert made(11, batch_size=11) == twelve[:11]
+    assert _decode._cache_size() == n_compiled + 1, "more rows than asked for might exceed the memory"
 
 
 def test_lengths_near_each_other_share_a_program(golden_model, tokenizer):
@@ -220,22 +220,27 @@ def test_lengths_near_each_other_share_a_program(golden_model, tokenizer):
         prompt = list(range(30, 30 + prompt_len))
         return ids_of(golden_model, tokenizer, [prompt], decode=DecodeConfig("greedy", max_output_len=n_tokens))[0]
 
-    longest = made(16)
+    longest = made(64)
     n_compiled = _decode._cache_size()
-    assert len(longest) == 16
-    assert [made(n_tokens) for n_tokens in (1, 9, 15)] == [longest[:1], longest[:9], longest[:15]]
-    assert len(made(16, prompt_len=16)) == 16
+    assert len(longest) == 64
+    assert [made(n_tokens) for n_tokens in (1, 16, 63)] == [longest[:1], longest[:16], longest[:63]]
+    assert len(made(64, prompt_len=16)) == 64
     assert _decode._cache_size() == n_compiled
-    assert made(17)[:16] == longest
+    assert made(65)[:64] == longest
     assert _decode._cache_size() == n_compiled + 1
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "rounded_up"),
-    [(1, 16), (16, 16), (17, 32), (65, 128), (128, 128), (129, 160), (160, 160), (257, 320), (1025, 1280)],
+    ("step", "buckets"),
+    [
+        (1, [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32]),
+        (16, [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]),
+        (64, [64, 128, 192, 256, 320, 384, 448, 512, 640]),
+    ],
 )
-def test_lengths_are_rounded_up_to_few(n_tokens, rounded_up):
-    assert length_bucket(n_tokens) == rounded_up
+def test_sizes_are_rounded_up_to_few(step, buckets):
+    assert sorted({bucket(number, step) for number in range(1, buckets[-1] + 1)}) == buckets
+    assert all(number <= bucket(number, step) < number + max(step, number / 4) for number in range(1, 5000))
 
 
 def test_an_empty_prompt_takes_a_position(golden_model, tokenizer):

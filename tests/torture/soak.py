@@ -16,7 +16,7 @@ import tyro
 
 import jaxprefix
 from jaxprefix.compiling import prepare_compiling
-from jaxprefix.decode import SHORTEST
+from jaxprefix.decode import PROMPT_STEP
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.memory import memory
 from tests.runs import run_config, start
@@ -27,8 +27,8 @@ MOST_GROWTH = 0.05
 N_REQUESTS = 300
 BATCHES = ((1, 16), (3, 16), (16, 4), (16, 16))
 """Number of prompts and batch size."""
-WIDTHS = (1, 2, 4)
-"""Lengths of the longest prompt, in units of the shortest that is compiled."""
+WIDTHS = (1, 2, 3)
+"""Lengths of the longest prompt, in buckets."""
 DECODING: list[dict[str, Any]] = [
     {"decode_method": "greedy"},
     {"decode_method": "sample", "temperature": 0.8},
@@ -58,7 +58,7 @@ def make_requests(tokenizer: Any, dice: random.Random) -> list[Request]:
     requests = []
     for number in range(N_REQUESTS):
         n_prompts, batch_size, width, decoding = kinds[number % len(kinds)]
-        longest = SHORTEST * width
+        longest = PROMPT_STEP * width
         prompts = [text(dice.randint(1, longest - 2)) for _ in range(n_prompts)]
         prompts[0] = text(dice.randint(longest - 8, longest - 2))
         requests.append(Request(prompts, dice.randrange(1000), batch_size, decoding))
