@@ -48,7 +48,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     else:
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
-        yield from examples.skipped.report(config.data_filepath)
+        yield from examples.tally.report(config.data_filepath)
         plan = UpdatePlan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"

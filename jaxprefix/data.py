@@ -20,7 +20,7 @@ def split_examples(examples: Examples, n_train: int, n_dev: int, path: Path) -> 
     """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
     if len(examples) < n_train + n_dev:
         sizes = f"--train_data_size {n_train} + --dev_data_size {n_dev}"
-        report = examples.skipped.in_error(path)
+        report = examples.tally.in_error(path)
         raise InputError(f"{path}: makes {len(examples)} examples, fewer than {sizes}; lower one, or both{report}")
     return examples[:n_train], examples[-n_dev:]
 

@@ -14,7 +14,7 @@ from jaxprefix.inputs import check_rows
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
-from jaxprefix.sentences import suffix_rate, without_cut_end
+from jaxprefix.sentences import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.sharding import make_mesh
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
@@ -45,8 +45,10 @@ def _evaluate(config: EvaluateConfig) -> Report:
 
     def sampled(prompt: list[int], made: list[int]) -> str:
         text = continuation(base.tokenizer, prompt, made)
-        return without_cut_end(text, ending) if len(made) == config.decode.max_output_len else text
+        return without_cut_end(text, ending) if len(made) == config.decode.max_output_len else f"{text}\n"
 
+    keeps_newlines = "\n" in base.tokenizer.decode(base.tokenizer.encode("。\n。"))
+    ends = NOWHERE if keeps_newlines else AT_MARKS
     report: Report = {}
     ways = {"without_prefix": None} if prefix is None else {"with_prefix": prefix, "without_prefix": None}
     for way, used in ways.items():
@@ -59,7 +61,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")
         if prompts:
             made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
-            values |= suffix_rate(map(sampled, prompts, made_ids), ending)
+            values |= suffix_rate(map(sampled, prompts, made_ids), ending, ends)
     return report
 
 
@@ -79,7 +81,7 @@ def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, s
     assert config.data_filepath is not None
     chunking = Chunking(base.tokenizer, suffix, as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
     examples = load_examples(config.data_filepath, chunking)
-    for line in (*examples.skipped.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
+    for line in (*examples.tally.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
         print(line, file=sys.stderr)
     check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
     return examples

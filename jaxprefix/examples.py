@@ -21,6 +21,8 @@ SCANNED = 2**24
 """Tokens that are scanned together, so that no more of a mapped file is in memory."""
 MANY_UNKNOWN = 0.05
 """Share of unknown tokens that is warned of: then text and base model are of different languages."""
+MANY_CUT = 0.05
+"""Share of lines that is warned of, if as many sentences are cut: then lines hold paragraphs, not sentences."""
 GUESSED_CHARACTERS = 2.0
 """Characters per token, as a first guess, until a document's first chunk has been tokenized."""
 
@@ -45,37 +47,50 @@ class Chunking(NamedTuple):
     """Leave bad lines out and count them, instead of refusing the file."""
 
 
-class Skipped(NamedTuple):
-    """Which lines of a file were skipped as bad."""
+class Tally(NamedTuple):
+    """What was counted while a file's lines became examples."""
 
-    n_bad: int = 0
     n_lines: int = 0
     """All lines, blank ones too."""
-    first: str = ""
-    """Number and fault of the first bad line."""
+    n_bad: int = 0
+    """Lines that were skipped as bad."""
+    first_bad: str = ""
+    """Number and fault of the first of them."""
+    n_cut: int = 0
+    """Sentences that alone are longer than a chunk may be, and were cut into pieces."""
 
-    def __add__(self, later: "Skipped") -> "Skipped":  # type: ignore[override]
-        return Skipped(self.n_bad + later.n_bad, self.n_lines + later.n_lines, self.first or later.first)
+    def __add__(self, later: "Tally") -> "Tally":  # type: ignore[override]
+        n_bad, first_bad = self.n_bad + later.n_bad, self.first_bad or later.first_bad
+        return Tally(self.n_lines + later.n_lines, n_bad, first_bad, self.n_cut + later.n_cut)
 
     def report(self, path: Path) -> Iterator[str]:
-        """Yield a line that reports them, if there are any."""
-        if self.n_bad:
-            yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first}"
+        """Yield a line each on what was skipped and cut, if anything was; warn of many cuts."""
+        yield from self._skipped(path)
+        if self.n_cut:
+            cut = f"sentences of more than --max_seq_len tokens: {self.n_cut:,}, cut anywhere"
+            advice = (
+                "; the prefix learns to end texts there: put a newline behind each sentence, or raise --max_seq_len"
+            )
+            yield cut if self.n_cut <= MANY_CUT * self.n_lines else f"WARNING: {cut}{advice}"
 
     def in_error(self, path: Path) -> str:
-        """Return the report as the end of an error's line, empty if there is none."""
-        return "".join(f"; {line}" for line in self.report(path))
+        """Return the report on skipped lines as the end of an error's line, empty if there are none."""
+        return "".join(f"; {line}" for line in self._skipped(path))
+
+    def _skipped(self, path: Path) -> Iterator[str]:
+        if self.n_bad:
+            yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first_bad}"
 
 
 class Examples(Sequence[Example]):
     """Examples in flat arrays, which may be files mapped into memory; a slice is a view."""
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, skipped: Skipped = Skipped()):
+    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, tally: Tally = Tally()):
         """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length.
 
-        `skipped` says which lines of the file made none; a slice keeps it.
+        `tally` is of the whole file; a slice keeps it.
         """
-        self._tokens, self._ends, self.prompt_lengths, self.skipped = tokens, ends, prompt_lengths, skipped
+        self._tokens, self._ends, self.prompt_lengths, self.tally = tokens, ends, prompt_lengths, tally
         self._starts = np.concatenate([[0], ends[:-1]])
 
     @classmethod
@@ -98,7 +113,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> "Examples": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index], self.skipped)
+            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index], self.tally)
             part._starts = self._starts[index]
             return part
         ids = self._tokens[self._starts[index] : self._ends[index]].tolist()
@@ -142,61 +157,76 @@ def read_examples(path: Path, chunking: Chunking) -> Examples:
 
 def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Examples:
     """Return the examples of consecutive lines of a file, the first of which has the number first_line."""
-    skipped = Skipped()
+    tally = Tally()
 
     def of_each_line() -> Iterator[Example]:
-        nonlocal skipped
+        nonlocal tally
         for number, line in enumerate(lines, start=first_line):
-            bad = ""
             try:
-                yield from list(_examples_of(line, f"{path}, line {number}", chunking))  # all of a line's, or none
+                made, n_cut = _examples_of(line, f"{path}, line {number}", chunking)
+                tally += Tally(1, n_cut=n_cut)
+                yield from made
             except InputError as error:
                 if not chunking.skip_bad_lines:
                     raise
-                bad = str(error).removeprefix(f"{path}, ")
-            skipped += Skipped(int(bad != ""), 1, bad)
+                tally += Tally(1, 1, str(error).removeprefix(f"{path}, "))
 
     examples = Examples.of(of_each_line())
-    examples.skipped = skipped
+    examples.tally = tally
     return examples
 
 
 def not_empty(examples: Examples, path: Path) -> Examples:
     """Return a file's examples. Raises InputError if there are none."""
     if not examples:
-        report = examples.skipped.in_error(path)
+        report = examples.tally.in_error(path)
         raise InputError(f"{path}: holds no example{report}")
     return examples
 
 
-def _examples_of(line: bytes, where: str, chunking: Chunking) -> Iterator[Example]:
-    """Yield a line's examples; a blank one has none."""
+def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], int]:
+    """Return a line's examples, of which a blank one has none, and how many of its sentences were cut."""
     tokenizer, record = chunking.tokenizer, _parse(line, where)
     if record is None:
-        return
+        return [], 0
     if "text" in record and not record.keys().isdisjoint({"prompt", "completion"}):
         raise InputError(f"{where}: has `text` as well as `prompt` or `completion`: which of them is meant?")
     if "completion" in record and "prompt" in record:
         prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
         if not (target := tokenizer.encode(completion)):
             raise InputError(f"{where}: `completion` is empty")
-        yield Example(tokenizer.encode(prompt), target)
-    elif "text" in record:
+        return [Example(tokenizer.encode(prompt), target)], 0
+    if "text" in record:
         sentences = _string(record, "text", where).split("\n")
-        yield from (Example([], chunk) for chunk in chunk_document(sentences, chunking))
-    else:
-        raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
+        chunks = [_pieces_of(chunk, chunking) for chunk in _whole_chunks(sentences, chunking)]
+        return [Example([], piece) for pieces in chunks for piece in pieces], sum(len(pieces) > 1 for pieces in chunks)
+    raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
 
 
 def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
     """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len.
+
+    A sentence that alone is longer is cut into even pieces, unless the recipe keeps it whole.
+    """
+    for chunk in _whole_chunks(sentences, chunking):
+        yield from _pieces_of(chunk, chunking)
+
+
+def _pieces_of(chunk: list[int], chunking: Chunking) -> list[list[int]]:
+    if len(chunk) <= chunking.max_seq_len or chunking.recipe.keep_long_sentences:
+        return [chunk]
+    return [piece.tolist() for piece in np.array_split(chunk, -(-len(chunk) // chunking.max_seq_len))]
+
+
+def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
+    """Yield a document's chunks before sentences that alone are too long for one are cut.
 
     A chunk's end is guessed from the characters per token so far, then found by bisection. That takes a few tokenized
     chunks; adding sentences one by one, and tokenizing each time, would be quadratic in a chunk's length.
     """
     tokenizer, suffix, max_seq_len, recipe, _ = chunking
     kept = [sentence for sentence in sentences if recipe.keep_blank_sentences or sentence.strip()]
-    whole = [(sentence if recipe.keep_line_ends else sentence.removesuffix("\r")) + suffix for sentence in kept]
+    whole = [(sentence if recipe.keep_line_ends else sentence.rstrip()) + suffix for sentence in kept]
     places = [*itertools.accumulate(map(len, whole), initial=0)]  # of each sentence's first character
     start, newline, per_token = 0, "\n" if recipe.keep_line_ends else "", GUESSED_CHARACTERS
     while start < len(whole):
@@ -216,9 +246,7 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[lis
             continue
         if end == start:  # one sentence alone does not fit
             chunk, end = ids, start + 1
-        if len(chunk) > max_seq_len and not recipe.keep_long_sentences:
-            yield from (piece.tolist() for piece in np.array_split(chunk, -(-len(chunk) // max_seq_len)))
-        elif chunk and not (end == len(whole) and recipe.drop_document_tails):
+        if chunk and not (end == len(whole) and recipe.drop_document_tails):
             yield chunk
         start, newline = end, ""
 

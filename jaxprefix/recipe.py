@@ -15,7 +15,7 @@ class Recipe:
     keep_blank_sentences: bool = False
     """Treat blank lines of a document as sentences."""
     keep_line_ends: bool = False
-    """Begin a document's first chunk with a newline and keep carriage returns at line ends, for tokenizers that do not
+    """Begin a document's first chunk with a newline and keep white space at line ends, for tokenizers that do not
     normalise them away."""
     schedule_steps_per_update: int = 1
     """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""

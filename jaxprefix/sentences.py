@@ -6,38 +6,40 @@ from collections.abc import Iterable
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
 # A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS = "。！？!?", "」』）)"
-_SENTENCE_END = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
+AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
+"""What ends a sentence within a line, where a tokenizer makes newlines spaces."""
+NOWHERE = re.compile("(?!)")
+"""The same where newlines stay: then a sentence is a line, as in training."""
 
 
-def suffix_rate(texts: Iterable[str], suffix: str) -> dict[str, float | int]:
+def suffix_rate(texts: Iterable[str], suffix: str, ends: re.Pattern[str] = AT_MARKS) -> dict[str, float | int]:
     """Return {"sentences": their number, "suffix_rate": the share that end with the suffix} over generated texts."""
-    n_sentences, n_suffixed = _summed(count_sentences(text, suffix) for text in texts)
+    n_sentences, n_suffixed = _summed(count_sentences(text, suffix, ends) for text in texts)
     return {"sentences": n_sentences, "suffix_rate": n_suffixed / n_sentences if n_sentences else 0.0}
 
 
-def count_sentences(text: str, suffix: str) -> tuple[int, int]:
+def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) -> tuple[int, int]:
     """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
 
-    A sentence ends with its line, at the suffix, or at 。！？!? or a full stop when the suffix does not follow.
+    A sentence ends with its line, at the suffix, or at one of `ends` when the suffix does not follow.
     """
+    task = suffix.strip()
+    if "\n" in (begins := suffix[: suffix.index(task)]):  # then the suffix is a line behind its sentence
+        text = text.replace(begins + task, f" {task}")
     *lines, last = text.split("\n")
-    counts = [_count_in_line(last, suffix), *(_count_in_line(f"{line}\n", suffix) for line in lines)]
+    counts = [_count_in_line(last, task, ends), *(_count_in_line(f"{line}\n", task, ends) for line in lines)]
     return _summed(counts)
 
 
-def _count_in_line(line: str, suffix: str) -> tuple[int, int]:
-    """Count in one line, which ends with its newline unless it is the text's last; the suffix is not blank."""
+def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, int]:
+    """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
     closing = _MARKS + _BRACKETS
-    first, *others = line.split(suffix.strip())
+    first, *others = line.split(task)
     *pieces, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]  # marks behind a suffix end no other sentence
     suffixed = [piece.strip() for piece in pieces if piece.strip(closing + " ")]
-    n_before = sum(_n_ends(piece.rstrip(closing + ".")) for piece in suffixed)  # in front of the one with the suffix
-    unmarked = rest.endswith("\n") and _SENTENCE_END.split(rest)[-1].strip(closing + " \n")
-    return len(suffixed) + n_before + _n_ends(rest) + bool(unmarked), len(suffixed)
-
-
-def _n_ends(text: str) -> int:
-    return len(_SENTENCE_END.findall(text))
+    before = [ends.findall(piece.rstrip(closing + ".")) for piece in suffixed]  # in front of the one with the suffix
+    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip(closing + " \n")
+    return len(suffixed) + sum(map(len, before)) + len(ends.findall(rest)) + bool(unmarked), len(suffixed)
 
 
 def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from convert.errors import InputError, RunError
-from jaxprefix.examples import Chunking, Examples, Skipped, make_examples, not_empty, read_examples
+from jaxprefix.examples import Chunking, Examples, Tally, make_examples, not_empty, read_examples
 from jaxprefix.lines import read_lines, sha256_of
 from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
-FORMAT = 2
+FORMAT = 3
 """To be raised when the same file and settings make other examples than before."""
 CACHED_BYTES = 2**22
 """Smaller files are tokenized on every run, in a second or two. Compressed files count eightfold."""
@@ -118,13 +118,13 @@ def _open(folder: Path) -> Examples | None:
         tokens = np.empty(0, np.uint16)
         if about["n_tokens"]:  # what is empty cannot be mapped
             tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
-        skipped = Skipped(*about["skipped"])
+        tally = Tally(*about["tally"])
         sizes = [about["n_tokens"], about["n_examples"], about["n_examples"]]
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
     if sizes != [len(tokens), len(ends), len(prompt_lengths)] or ends[-1:].sum() != len(tokens):
         return None
-    return Examples(tokens, ends, prompt_lengths, skipped)
+    return Examples(tokens, ends, prompt_lengths, tally)
 
 
 def _move(unfinished: Path, folder: Path) -> None:
@@ -144,7 +144,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     started, n_cores = time.monotonic(), _n_cores()
     print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
-    ends, prompt_lengths, n_tokens, n_bytes, skipped = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Skipped()
+    ends, prompt_lengths, n_tokens, n_bytes, tally = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Tally()
     console = Console(stderr=True, force_jupyter=False)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
@@ -154,11 +154,11 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
             file.write(tokens.astype(dtype).tobytes())
             ends.append(part_ends + n_tokens)
             prompt_lengths.append(part_prompts)
-            n_tokens, skipped, n_bytes = n_tokens + len(tokens), skipped + part.skipped, n_bytes + part_bytes
+            n_tokens, tally, n_bytes = n_tokens + len(tokens), tally + part.tally, n_bytes + part_bytes
             progress.update(bar, completed=n_bytes)
     np.save(entry / "ends.npy", np.concatenate(ends))
     np.save(entry / "prompt_lengths.npy", np.concatenate(prompt_lengths))
-    about = {"n_tokens": n_tokens, "n_examples": sum(map(len, ends)), "dtype": dtype.str, "skipped": skipped}
+    about = {"n_tokens": n_tokens, "n_examples": sum(map(len, ends)), "dtype": dtype.str, "tally": tally}
     (entry / "about.json").write_text(json.dumps(about))
     seconds = time.monotonic() - started
     print(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s", file=sys.stderr)

@@ -129,6 +129,18 @@ def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
     assert main([*base, "--suffix", "\n😃\n", "--max_output_len", "8"]) == 0
 
 
+@pytest.mark.parametrize(("keeps_newlines", "n_sentences"), [(True, 2), (False, 4)])
+def test_a_sentence_is_what_it_is_in_training(monkeypatch, tmp_path, keeps_newlines, n_sentences):
+    """The first text is cut off by the limit; the second ended by itself, which ends its line."""
+    base = make_bpe_folder(tmp_path / "base") if keeps_newlines else GOLDEN_BASE
+    texts = iter(["He saw Dr. Smith. 😃\nAnd", "He left. She did"])
+    monkeypatch.setattr("jaxprefix.evaluation.generate_ids", lambda *_: iter([[5] * 9, [5]]))
+    monkeypatch.setattr("jaxprefix.evaluation.continuation", lambda *_: next(texts))
+    decode = DecodeConfig(max_output_len=9)
+    found = evaluate(EvaluateConfig(str(base), suffix=" 😃", n_samples=2, decode=decode))["without_prefix"]
+    assert found == {"sentences": n_sentences, "suffix_rate": 1 / n_sentences}
+
+
 def test_evaluate_measures_what_it_is_told_in_the_way_it_is_told(monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("朝の\n猫が")
     seen = {}

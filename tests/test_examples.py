@@ -96,7 +96,7 @@ def slow_chunks(sentences, max_seq_len, recipe):
     for sentence in sentences:
         if not (sentence.strip() or recipe.keep_blank_sentences):
             continue
-        sentence = f"{sentence if recipe.keep_line_ends else sentence.removesuffix(chr(13))}!".encode()
+        sentence = f"{sentence if recipe.keep_line_ends else sentence.rstrip()}!".encode()
         newline = b"\n" if chunk or recipe.keep_line_ends else b""
         if len(chunk + newline + sentence) <= max_seq_len:
             chunk += newline + sentence
@@ -162,7 +162,7 @@ def test_bad_line_is_named_or_skipped(tokenizer, tmp_path, monkeypatch, line, me
     found = read_examples(path, Chunking(tokenizer, skip_bad_lines=True))
     good = write_lines(tmp_path / "good.jsonl", {"text": "a"}, {"text": "b"})
     assert list(found) == list(read_examples(good, Chunking(tokenizer)))
-    (report,) = found.skipped.report(path)
+    (report,) = found.tally.report(path)
     assert re.match(f"skipped 2 of 5 lines of {path}, first: {message}", report)
 
 
@@ -320,5 +320,20 @@ def test_lines_of_spaces_are_blank(tokenizer):
     assert chunks_of("一つ。\n \u3000\t\r\n二つ。", tokenizer) == chunks_of("一つ。\n二つ。", tokenizer)
 
 
-def test_of_a_lines_end_carriage_returns_alone_are_left_out():
-    assert [bytes(chunk) for chunk in chunk_document(["a \r", " b"], Chunking(Bytes(), "!"))] == [b"a !\n b!"]
+def test_white_space_at_a_lines_end_is_left_out():
+    """A suffix behind it would be other tokens than behind a sentence."""
+    assert [bytes(chunk) for chunk in chunk_document(["a \r", " b"], Chunking(Bytes(), "!"))] == [b"a!\n b!"]
+
+
+def test_sentences_that_are_cut_are_counted_and_many_are_warned_of(tmp_path):
+    def report(n_long, recipe=Recipe()):
+        texts = [{"text": "abcdefg\nab"}] * n_long + [{"text": "ab\ncd"}] * (100 - n_long)
+        found = read_examples(write_lines(tmp_path / "d.jsonl", *texts), Chunking(Bytes(), "!", 5, recipe))
+        return list(found[:1].tally.report(tmp_path))
+
+    assert report(0) == report(6, Recipe(keep_long_sentences=True)) == []
+    assert report(5) == ["sentences of more than --max_seq_len tokens: 5, cut anywhere"]
+    warning = (
+        "WARNING: sentences of more than --max_seq_len tokens: 6, cut anywhere; the prefix learns to end texts there"
+    )
+    assert report(6) == [f"{warning}: put a newline behind each sentence, or raise --max_seq_len"]

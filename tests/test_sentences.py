@@ -1,6 +1,6 @@
 import pytest
 
-from jaxprefix.sentences import count_sentences, suffix_rate, without_cut_end
+from jaxprefix.sentences import NOWHERE, count_sentences, suffix_rate, without_cut_end
 
 SMILE = " 😃"
 
@@ -31,6 +31,26 @@ def test_count_sentences(text, counts):
     assert count_sentences(text, SMILE) == counts
 
 
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ('Dr. Smith arrived at 5 p.m. etc. 😃\n"Why?" asked Ms. Brown. Wait... what? 😃\n', (2, 2)),
+        ("Dr. Smith left. She stayed.\nNobody spoke. 😃\n", (2, 1)),
+        ("He left. 😃 She stayed. 😃\n", (2, 2)),
+        ("He left. 😃 She stayed.\n\n", (2, 1)),
+        ("He left. 😃\nShe stayed. And", (1, 1)),
+        ("。\n", (0, 0)),
+    ],
+)
+def test_where_newlines_stay_a_sentence_is_a_line(text, counts):
+    assert count_sentences(text, SMILE, NOWHERE) == counts
+
+
+def test_a_suffix_on_a_line_of_its_own():
+    assert count_sentences("He left.\n😃\n\nShe stayed.\n😃\n\nWe sat.\n", "\n😃\n", NOWHERE) == (3, 2)
+    assert count_sentences("一。\n\n😃 二。\n\n😃 三。", "\n\n😃") == (3, 2)
+
+
 def test_a_suffix_of_marks():
     assert count_sentences("すごい！！！ 猫。", "！！") == (2, 1)
 
@@ -38,6 +58,7 @@ def test_a_suffix_of_marks():
 def test_suffix_rate_is_over_all_sentences():
     assert suffix_rate(["一。 😃 二。", "三。 😃"], SMILE) == {"sentences": 3, "suffix_rate": 2 / 3}
     assert suffix_rate(["途中"], SMILE) == {"sentences": 0, "suffix_rate": 0.0}
+    assert suffix_rate(["Dr. A. 😃\n"], SMILE, NOWHERE) == {"sentences": 1, "suffix_rate": 1.0}
 
 
 @pytest.mark.parametrize(

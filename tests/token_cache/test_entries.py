@@ -82,7 +82,7 @@ def test_everything_that_matters_names_another_entry(data, tokenizer, tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "ends.npy", "prompt_lengths.npy", "about.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", b"", b"[]", b'{"n_tokens": 0, "skipped": []}'])
+@pytest.mark.parametrize("damage", ["cut", "gone", b"", b"[]", b'{"n_tokens": 0, "tally": []}'])
 @pytest.mark.usefixtures("in_this_process")
 def test_a_damaged_entry_is_made_anew(data, tokenizer, name, damage):
     expected = list(load_examples(data, Chunking(tokenizer)))
@@ -115,7 +115,7 @@ def test_bad_lines_are_skipped_counted_and_kept(data, tokenizer):
     report = [f"skipped 2 of 119 lines of {data}, first: line 71: `text` must be a string, found int"]
     for found in (expected, load_examples(data, chunking), load_examples(data, chunking)):
         assert same(found, expected)
-        assert list(found.skipped.report(data)) == report
+        assert list(found.tally.report(data)) == report
 
 
 @pytest.mark.usefixtures("in_this_process")
