@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file is on the disk, which may tell only now that it is full. Raises OSError."""
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # some network disks flush only what is open for writing
         os.fsync(file.fileno())
 
 

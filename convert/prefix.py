@@ -96,6 +96,7 @@ def write_adapter(folder: Path, folded: np.ndarray, n_layer: int, n_head: int, h
         "peft_type": "PREFIX_TUNING",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": header.get("base_model"),
+        "revision": header.get("revision"),
         "num_virtual_tokens": n_virtual_tokens,
         "token_dim": token_dim,
         "num_transformer_submodules": 1,
@@ -209,8 +210,8 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
         if token_dim % n_head:
             raise InputError(f"{config_path}: token_dim {token_dim} is not divisible by num_attention_heads {n_head}")
         header = {**_shape(n_layer, n_head, token_dim // n_head), **header}
-    if isinstance(name := config.get("base_model_name_or_path"), str):
-        header = {"base_model": name, **header}
+    base = {"base_model": config.get("base_model_name_or_path"), "revision": config.get("revision")}
+    header = {**{field: value for field, value in base.items() if isinstance(value, str)}, **header}
     return folded, header
 
 
@@ -268,7 +269,7 @@ def _read_torch(path: Path) -> np.ndarray:
         _refuse_others(path, tensor)
         tensor = tensor[TENSOR_NAME]
     if not isinstance(tensor, np.ndarray):
-        kind = "dict" if isinstance(tensor, dict) else type(tensor).__name__
+        kind = f"a dict of {[*tensor][:3]}" if isinstance(tensor, dict) else type(tensor).__name__
         advice = "; this is a training state: pass it to train --checkpoint_path" if is_training_state(tensor) else ""
         raise InputError(f"{path}: expected one dense tensor, found {kind}{advice}")
     return tensor

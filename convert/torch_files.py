@@ -136,7 +136,18 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"it refers to {reference!r}, which is not a storage")
         return self._open_storage(np.dtype(_TYPES[type_name]), key, size)
 
-    def _rebuild_tensor(self, storage: np.ndarray, offset: int, shape: Any, strides: Any, *_: Any) -> np.ndarray:
+    def _rebuild_tensor(
+        self,
+        storage: np.ndarray,
+        offset: int,
+        shape: Any,
+        strides: Any,
+        _requires_grad: Any = None,
+        _hooks: Any = None,
+        lazily: Any = None,
+    ) -> np.ndarray:
+        if lazily:  # the storage holds other numbers than the tensor: negated or conjugated ones
+            raise ValueError(f"a tensor is stored with {lazily!r}; save its clone()")
         if not all(map(_is_size, (offset, *shape, *strides))) or len(shape) != len(strides):
             raise ValueError(f"a tensor has an invalid shape {shape}, strides {strides} or offset {offset}")
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
@@ -250,7 +261,7 @@ def _next_pickle(stream: io.BytesIO) -> bytes:
 def _map(path: Path) -> mmap.mmap:
     """Map a file, once for all of its storages: each mapping takes a file descriptor, of which there may be 256."""
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
 
 
 def _part(mapped: mmap.mmap, dtype: np.dtype, place: int, size: int) -> np.ndarray:

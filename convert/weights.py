@@ -173,7 +173,8 @@ def _mapped(path: Path, version: Version, dtype: np.dtype, shape: tuple[int, ...
     with path.open("rb") as file:
         if _version(file) != version:  # its header would describe other numbers
             raise InputError(f"{path}: was replaced while it was read; read it again")
-        return np.ndarray(shape, dtype, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), start)
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)  # FUSE may refuse shared ones
+        return np.ndarray(shape, dtype, mapped, start)
 
 
 def _shards(index: Path) -> set[str]:

@@ -23,13 +23,14 @@ def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str |
     Of a hub id, everything but the weights is downloaded (see `fetch_weights`). Raises InputError.
     """
     path = resolve_folder(dir_or_hub_id, revision)
-    return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type), load_tokenizer(path))
+    return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type, revision), load_tokenizer(path))
 
 
 def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """Describe a base model for the header of a prefix file; on loading, all fields but the name must agree."""
+    """Describe a base model for the header of a prefix file; on loading, all but name and revision must agree."""
     fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
     identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
+    identity |= {} if config.revision is None else {"revision": config.revision}
     return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
 
 
@@ -38,5 +39,5 @@ def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> l
     return [
         f"{field}: made for {found[field]}, this base has {value}"
         for field, value in identity.items()
-        if field != "base_model" and found.get(field, value) != value
+        if field not in ("base_model", "revision") and found.get(field, value) != value
     ]

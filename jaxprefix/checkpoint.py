@@ -198,7 +198,8 @@ class Checkpoints:
             if self._writing:
                 for earlier in self.folder.glob("*.damaged"):
                     shutil.rmtree(earlier)
-                (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+                # A container's file system cannot rename the folders of the layers below.
+                shutil.move(self.folder / str(step), self.folder / f"{step}.damaged")
         wait_for_all(f"put checkpoint {step} aside")
         if self._writing:
             self._manager.reload()

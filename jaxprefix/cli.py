@@ -167,4 +167,6 @@ def entry_point() -> None:
     """Run as a program."""
     gc.set_threshold(1_000_000)  # each collection walks what JAX keeps alive: at Python's 700, a seventh of a start
     atexit.register(gc.freeze)  # or Python would walk it once more at its end: up to a fifth of a short command
+    if os.getpid() == 1:  # a container's first process, from which Linux keeps a signal without a handler
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -62,7 +62,7 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
             if not is_run_folder(folder):
                 raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")
             for used in (config.data_filepath, config.checkpoint_path, config.pretrained_model_dir):
-                if used is not None and Path(used).resolve().is_relative_to(folder.resolve()):
+                if used is not None and _lies_in(Path(used).resolve(), folder):
                     raise InputError(f"{used}: --overwrite would delete it; copy it to another folder first")
         elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
             advice = "use another --save_name"
@@ -99,6 +99,11 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Tell whether a path leads into a folder, however it is spelled: disks may ignore case, or be mounted twice."""
+    return any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents))
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
     spawn = multiprocessing.get_context("spawn")
     with _start_errors():
         processes = concurrent.futures.ProcessPoolExecutor(n_processes, spawn, initializer=_prepare, initargs=(job,))
-    with processes:
+    with processes, _one_thread_each():
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
             with _start_errors():
@@ -211,6 +211,18 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
                 n_bytes, future = pending.popleft()
                 yield n_bytes, _result_of(future)
         yield from ((n_bytes, _result_of(future)) for n_bytes, future in pending)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let processes that start here make no threads of their own: one for each core in each exceeds users' limits."""
+    unset = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"} - os.environ.keys()
+    os.environ |= dict.fromkeys(unset, "1")
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

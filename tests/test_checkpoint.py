@@ -1,6 +1,7 @@
 """Checkpoints damaged in every file and every way: the one before is taken, or a plain refusal; never a wrong one."""
 
 import json
+import os
 import random
 import shutil
 from unittest.mock import Mock
@@ -291,7 +292,9 @@ def test_a_missing_file_is_named(folder, capfd):
     assert f"8: damaged, No such file or directory: {missing}; going on from 4" in capfd.readouterr().err
 
 
-def test_of_damaged_checkpoints_the_newest_is_kept(folder):
+@pytest.mark.parametrize("rename", [os.rename, Mock(side_effect=OSError)])  # as a container's layer below refuses it
+def test_of_damaged_checkpoints_the_newest_is_kept(folder, monkeypatch, rename):
+    monkeypatch.setattr(os, "rename", rename)
     (folder / "3.damaged").mkdir()
     shutil.copytree(folder / "4", folder / "6")  # holds checkpoint 4 instead
     (folder / "8" / "progress" / "progress.json").unlink()

@@ -299,6 +299,18 @@ entry_point()
         assert result.stderr.splitlines()[-1] == "True"
 
 
+def test_a_containers_first_process_ends_at_sigterm():
+    """Linux keeps the signal from a process 1 that has no handler."""
+    program = """
+import os, signal
+number, os.getpid = os.getpid(), lambda: 1
+import jaxprefix.cli
+jaxprefix.cli.main = lambda: os.kill(number, signal.SIGTERM)
+jaxprefix.cli.entry_point()
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 143
+
+
 @pytest.mark.parametrize(("stdout", "code"), [(None, 0), ("/dev/full", 1)])
 def test_what_is_printed_at_a_runs_end_takes_no_reader_but_a_disk(tmp_path, monkeypatch, capsys, stdout, code):
     config = run_config(tmp_path, n_training_steps=1)

@@ -1,6 +1,7 @@
 """Hub ids, against a local stand-in for the model hub."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -16,14 +17,16 @@ from safetensors.torch import load_file
 
 from benchmarks.shapes import SHAPES, make_folder
 from convert.errors import InputError
-from jaxprefix import load_model, load_tokenizer
+from jaxprefix import load_model, load_prefix, load_tokenizer, save_prefix
 from jaxprefix.check import check
-from jaxprefix.config import CheckConfig
+from jaxprefix.config import CheckConfig, ConvertConfig
+from jaxprefix.conversion import convert
 from jaxprefix.evaluation import evaluate
 from jaxprefix.generation import continue_prompts
 from jaxprefix.hub import fetch_weights, resolve_folder
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
 from jaxprefix.train import train
+from tests.arrays import random_prefix
 from tests.base_folders import make_base_folder
 from tests.hub_server import Hub, serve
 from tests.runs import PATIENCE, run_config
@@ -224,3 +227,16 @@ def test_what_needs_no_weights_fetches_none(hub, folders):
     here, fetched = load_model(folders["user/model", "v1"]), load_model("user/model", revision="v1")
     np.testing.assert_array_equal(fetched.embed.weight[...], here.embed.weight[...])
     assert fetched.config.name == "user/model"
+
+
+def test_a_prefix_names_the_revision_of_its_base(hub, tmp_path):
+    """PEFT's AutoPeftModelForCausalLM would load the main one beside it."""
+    tokenizer = load_tokenizer("user/model")
+    for revision in None, "v1":
+        config = load_model("user/model", revision=revision).config
+        save_prefix(tmp_path / "a", random_prefix(config), config, tokenizer)
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["revision"] == revision
+    convert(ConvertConfig(tmp_path / "a", tmp_path / "b.safetensors"))
+    convert(ConvertConfig(tmp_path / "b.safetensors", tmp_path / "c"))
+    assert json.loads((tmp_path / "c" / "adapter_config.json").read_text())["revision"] == "v1"
+    load_prefix(tmp_path / "c", load_model("user/model").config)

@@ -123,6 +123,8 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
     np.testing.assert_array_equal(load_prefix(tmp_path / "own", golden_model.config, tokenizer), prefix)
     with pytest.raises(InputError, match="a prefix holds floating-point numbers, found int32"):
         golden_model.config.prefix_length(prefix.astype(int))
+    with pytest.raises(InputError, match=r"holds NumPy's or JAX's floating-point numbers, found torch\.float32"):
+        golden_model.config.prefix_length(torch.from_numpy(np.array(prefix)))
     with pytest.raises(InputError, match="a prefix of this model is an array"):
         save_prefix(tmp_path / "wrong", prefix[:1], golden_model.config, tokenizer)
     for spoilt, problem in ((prefix * jnp.nan, "not finite; it is not written"), (prefix[:, :, :0], "this one has 0")):
@@ -194,7 +196,7 @@ def test_files_that_are_no_prefix_are_refused(tmp_path, monkeypatch):
         "zip": "not a torch file that can be read safely",
         "folder": "holds no prefix: neither",
         "lora": "peft_type is not PREFIX_TUNING",
-        "dict": "expected one dense tensor, found dict",
+        "dict": r"expected one dense tensor, found a dict of \[",
         "code": "not a torch file that can be read safely",
         "missing": "no such prefix file or folder",
     }.items():

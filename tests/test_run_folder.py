@@ -246,6 +246,18 @@ def test_a_base_model_in_the_run_is_not_overwritten(tmp_path):
         check_run_folder(changed, {})
 
 
+def test_a_run_is_not_overwritten_where_its_data_lies_by_another_path(tmp_path, monkeypatch):
+    """As on disks that ignore case, or that are mounted twice: no path is resolved to the other one."""
+    config = run_config(tmp_path)
+    begin(config)
+    (tmp_path / "view").symlink_to(config.run_dir)
+    monkeypatch.setattr(Path, "resolve", Path.absolute)
+    data = shutil.copy(config.data_filepath, config.run_dir)
+    changed = dataclasses.replace(config, overwrite=True, data_filepath=tmp_path / "view" / Path(data).name)
+    with pytest.raises(InputError, match="--overwrite would delete it"):
+        check_run_folder(changed, {})
+
+
 def test_of_a_link_in_a_run_that_is_overwritten_the_link_goes(tmp_path):
     config = run_config(tmp_path)
     begin(config)

@@ -64,7 +64,7 @@ def load_model(
     if type_name not in (types := get_args(DType)):
         raise InputError(f"dtype must be one of {', '.join(types)}; is {type_name}")
     folder = resolve_folder(dir_or_hub_id, revision)
-    config = config or read_model_config(folder, name=str(dir_or_hub_id))
+    config = config or read_model_config(folder, name=str(dir_or_hub_id), revision=revision)
     fetch_weights(dir_or_hub_id, folder)
     first_device = jax.sharding.SingleDeviceSharding(own_device())
 

@@ -58,6 +58,9 @@ class ModelConfig:
     scale_by_layer: bool = False
     """GPT-2: divide scores by the layer's number, counted from 1, as well."""
 
+    revision: str | None = dataclasses.field(default=None, compare=False)
+    """Branch, tag or commit of a hub id, if one was given."""
+
     @property
     def head_dim(self) -> int:
         """H: dimensions of one head."""
@@ -90,7 +93,8 @@ class ModelConfig:
                 f"a prefix of this model is an array [{n_layer}, 2, P, {n_head}, {head_dim}], found {found}"
             )
         if (dtype := str(prefix.dtype)) not in FLOATS:
-            raise InputError(f"a prefix holds floating-point numbers, found {dtype}")
+            kind = "NumPy's or JAX's floating-point numbers" if dtype.startswith("torch.") else "floating-point numbers"
+            raise InputError(f"a prefix holds {kind}, found {dtype}")
         return int(shape[2])
 
     def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:
@@ -167,7 +171,9 @@ MODEL_TYPES = {"gpt_neox": "gpt-neox", "gpt2": "gpt"}
 """Architectures, with the names that `--model_type` has for them."""
 
 
-def read_model_config(folder: Path, name: str | None = None, model_type: str | None = None) -> ModelConfig:
+def read_model_config(
+    folder: Path, name: str | None = None, model_type: str | None = None, revision: str | None = None
+) -> ModelConfig:
     """Read `folder/config.json`; `model_type` is the architecture that the user expects, as --model_type names it.
 
     Raises InputError that names every field that is missing, contradictory or not supported.
@@ -192,7 +198,7 @@ def read_model_config(folder: Path, name: str | None = None, model_type: str | N
     if problems:
         raise InputError.all(f"{path}:", problems)
     values["n_inner"] = values["n_inner"] or 4 * values["n_embd"]
-    config = ModelConfig(name=name or str(folder), model_type=architecture, **values)
+    config = ModelConfig(name=name or str(folder), revision=revision, model_type=architecture, **values)
     if problems := _shape_problems(config, raw.get("head_dim")):
         raise InputError.all(f"{path}:", problems)
     return config

@@ -86,7 +86,8 @@ def test_a_folder_of_named_adapters_tells_their_names(tmp_path):
 
 def test_a_training_state_is_told_as_such(tmp_path):
     torch.save({"encoder": {}}, tmp_path / "state.pt")
-    with pytest.raises(InputError, match="found dict; this is a training state: pass it to train --checkpoint_path"):
+    told = r"found a dict of \['encoder'\]; this is a training state: pass it to train --checkpoint_path"
+    with pytest.raises(InputError, match=told):
         read_prefix(tmp_path / "state.pt")
 
 

@@ -146,3 +146,12 @@ def test_a_storage_has_as_many_numbers_as_it_says(tmp_path):
             other.writestr(info, archive.read(info) + (b"more" if info.filename.endswith("data/0") else b""))
     with pytest.raises(InputError, match="data/0 is compressed, or does not hold 3 numbers of type float32"):
         load_torch(tmp_path / "long.pt")
+
+
+def test_numbers_that_torch_negates_as_it_reads_them_are_refused(tmp_path):
+    negated = torch.complex(torch.zeros(4, 6), torch.ones(4, 6)).conj().imag
+    torch.save(negated, tmp_path / "negated.pt")
+    with pytest.raises(InputError, match=r"a tensor is stored with {'neg': True}; save its clone\(\)"):
+        load_torch(tmp_path / "negated.pt")
+    torch.save(negated.clone(), tmp_path / "negated.pt")
+    np.testing.assert_array_equal(load_torch(tmp_path / "negated.pt"), np.full((4, 6), -1))

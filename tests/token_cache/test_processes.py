@@ -169,3 +169,19 @@ def test_ctrl_c_is_for_the_main_process_alone(data, tmp_path, monkeypatch):
     (tmp_path / "job").write_bytes(pickle.dumps((data, None)))
     token_cache._prepare(tmp_path / "job")
     assert handlers == {signal.SIGINT: signal.SIG_IGN}
+
+
+def test_helpers_make_no_threads_of_their_own(data, tokenizer, monkeypatch):
+    """A thread for each core in each of them exceeds what clusters allow a user."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", "3")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    seen, submit = [], concurrent.futures.ProcessPoolExecutor.submit
+
+    def submitted(pool, *work):
+        seen.extend(submit(pool, os.getenv, name) for name in ("OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"))
+        return submit(pool, *work)
+
+    monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submitted)
+    load_examples(data, Chunking(tokenizer))
+    assert [future.result() for future in seen[:2]] == ["1", "3"]
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
