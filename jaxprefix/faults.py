@@ -35,11 +35,11 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
-    """Note the first SIGINT, SIGTERM or SIGHUP; a second one ends the run at once, with RunError.
+    """Note the first SIGINT, SIGTERM or SIGHUP; the same one again, or SIGINT, ends the run at once, with RunError.
 
     A launcher may pass on a signal that its process group was sent as well, so one that follows within ONE_SIGNAL
-    seconds counts as the same. SIGHUP is left alone where `nohup` has switched it off. Python delivers signals to the
-    main thread only: in any other, nothing is noted.
+    seconds counts as the same; a batch system may send SIGINT, then SIGTERM. SIGHUP is left alone where `nohup` has
+    switched it off. Python delivers signals to the main thread only: in any other, nothing is noted.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -52,7 +52,7 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
         nonlocal noted_at
         if stop.received is None:
             stop.received, noted_at = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - noted_at > ONE_SIGNAL:
+        elif number in (stop.received, signal.SIGINT) and time.monotonic() - noted_at > ONE_SIGNAL:
             raise KeyboardInterrupt
 
     noted = [signal.SIGINT, signal.SIGTERM]
