@@ -221,7 +221,9 @@ class Tokenizer:
         ids = self.encode(text)
         if self.unk_id in ids:
             return "holds text unknown to the tokenizer"
-        return None if ids else "is nothing to the tokenizer"
+        if not ids:
+            return "is nothing to the tokenizer"
+        return "is a special token, which no text shows" if text.strip() and not self.decode(ids) else None
 
 
 def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> Tokenizer:

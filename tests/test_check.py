@@ -69,6 +69,11 @@ def test_a_blank_suffix(capsys):
     assert "suffix '\\u3000': is nothing to the tokenizer; it CANNOT BE LEARNT" in lines
 
 
+def test_a_special_token_as_suffix(capsys, tmp_path):
+    lines = report(capsys, make_bpe_folder(tmp_path / "base"), "--suffix", "<|endoftext|>")[1]
+    assert "suffix '<|endoftext|>': is a special token, which no text shows; it CANNOT BE LEARNT" in lines
+
+
 def test_weights_that_are_missing_and_a_run_that_is_nowhere_end_the_check(capsys, tmp_path):
     base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
     (base / "model.safetensors").unlink()
