@@ -110,9 +110,11 @@ def _train(config: TrainConfig) -> int:
 
     try:
         result = train(config)
-    except (PlainError, OSError, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        leave_soon(INTERRUPTED if interrupted else getattr(error, "exit_code", InputError.exit_code))
+    except (PlainError, OSError, KeyboardInterrupt, SystemExit) as error:
+        code = (
+            INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", InputError.exit_code)
+        )
+        leave_soon(128 + signal.SIGTERM if isinstance(error, SystemExit) else code)
         raise
     if result.stopped_by is not None:
         return 128 + result.stopped_by

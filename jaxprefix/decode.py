@@ -198,11 +198,11 @@ def check_prompts(
     decode: DecodeConfig,
 ) -> None:
     """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions."""
+    prefix_len = config.prefix_length(prefix)
     if (longest := max(prompts, key=len, default=None)) is not None:
         n_tokens, begins = len(longest) or 1, tokenizer.decode([*longest[:40]])
         what = f"--max_output_len and the longest prompt of {n_tokens}"
-        prefix_len, n_needed = config.prefix_length(prefix), n_tokens + decode.max_output_len
-        config.check_fit(tokenizer.vocab_size, prefix_len, n_needed, what, begins)
+        config.check_fit(tokenizer.vocab_size, prefix_len, n_tokens + decode.max_output_len, what, begins)
 
 
 def overflow_hint(dtype: str) -> str:

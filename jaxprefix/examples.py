@@ -22,7 +22,7 @@ SCANNED = 2**24
 MANY_UNKNOWN = 0.05
 """Share of unknown tokens that is warned of: then text and base model are of different languages."""
 MANY_CUT = 0.05
-"""Share of lines that is warned of, if as many sentences are cut: then lines hold paragraphs, not sentences."""
+"""Share of sentences that is warned of, if it is cut: they may be paragraphs."""
 GUESSED_CHARACTERS = 2.0
 """Characters per token, as a first guess, until a document's first chunk has been tokenized."""
 
@@ -56,22 +56,22 @@ class Tally(NamedTuple):
     """Lines that were skipped as bad."""
     first_bad: str = ""
     """Number and fault of the first of them."""
+    n_sentences: int = 0
     n_cut: int = 0
     """Sentences that alone are longer than a chunk may be, and were cut into pieces."""
 
     def __add__(self, later: "Tally") -> "Tally":  # type: ignore[override]
         n_bad, first_bad = self.n_bad + later.n_bad, self.first_bad or later.first_bad
-        return Tally(self.n_lines + later.n_lines, n_bad, first_bad, self.n_cut + later.n_cut)
+        n_sentences, n_cut = self.n_sentences + later.n_sentences, self.n_cut + later.n_cut
+        return Tally(self.n_lines + later.n_lines, n_bad, first_bad, n_sentences, n_cut)
 
     def report(self, path: Path) -> Iterator[str]:
         """Yield a line each on what was skipped and cut, if anything was; warn of many cuts."""
         yield from self._skipped(path)
         if self.n_cut:
-            cut = f"sentences of more than --max_seq_len tokens: {self.n_cut:,}, cut anywhere"
-            advice = (
-                "; the prefix learns to end texts there: put a newline behind each sentence, or raise --max_seq_len"
-            )
-            yield cut if self.n_cut <= MANY_CUT * self.n_lines else f"WARNING: {cut}{advice}"
+            cut = f"sentences of more than --max_seq_len tokens: {self.n_cut:,} of {self.n_sentences:,}, cut anywhere"
+            advice = "; a prefix learns to end texts there: put newlines behind sentences, or raise --max_seq_len"
+            yield cut if self.n_cut <= MANY_CUT * self.n_sentences else f"WARNING: {cut}{advice}"
 
     def in_error(self, path: Path) -> str:
         """Return the report on skipped lines as the end of an error's line, empty if there are none."""
@@ -163,8 +163,8 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
         nonlocal tally
         for number, line in enumerate(lines, start=first_line):
             try:
-                made, n_cut = _examples_of(line, f"{path}, line {number}", chunking)
-                tally += Tally(1, n_cut=n_cut)
+                made, n_sentences, n_cut = _examples_of(line, f"{path}, line {number}", chunking)
+                tally += Tally(1, n_sentences=n_sentences, n_cut=n_cut)
                 yield from made
             except InputError as error:
                 if not chunking.skip_bad_lines:
@@ -184,22 +184,23 @@ def not_empty(examples: Examples, path: Path) -> Examples:
     return examples
 
 
-def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], int]:
-    """Return a line's examples, of which a blank one has none, and how many of its sentences were cut."""
+def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], int, int]:
+    """Return a line's examples, how many sentences it has, and how many of these were cut; a blank one has none."""
     tokenizer, record = chunking.tokenizer, _parse(line, where)
     if record is None:
-        return [], 0
+        return [], 0, 0
     if "text" in record and not record.keys().isdisjoint({"prompt", "completion"}):
         raise InputError(f"{where}: has `text` as well as `prompt` or `completion`: which of them is meant?")
     if "completion" in record and "prompt" in record:
         prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
         if not (target := tokenizer.encode(completion)):
             raise InputError(f"{where}: `completion` is empty")
-        return [Example(tokenizer.encode(prompt), target)], 0
+        return [Example(tokenizer.encode(prompt), target)], 0, 0
     if "text" in record:
         sentences = _string(record, "text", where).split("\n")
         chunks = [_pieces_of(chunk, chunking) for chunk in _whole_chunks(sentences, chunking)]
-        return [Example([], piece) for pieces in chunks for piece in pieces], sum(len(pieces) > 1 for pieces in chunks)
+        n_sentences, n_cut = sum(map(bool, map(str.strip, sentences))), sum(len(pieces) > 1 for pieces in chunks)
+        return [Example([], piece) for pieces in chunks for piece in pieces], n_sentences, n_cut
     raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
 
 

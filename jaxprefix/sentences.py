@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
 # A full stop needs a space after it: 3.5 is no end.
-_MARKS, _BRACKETS = "。！？!?", "」』）)"
+_MARKS, _BRACKETS, _QUOTES = "。！？!?", "」』）)", "\"'”’"
 AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 """What ends a sentence within a line, where a tokenizer makes newlines spaces."""
 NOWHERE = re.compile("(?!)")
@@ -33,12 +33,12 @@ def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) ->
 
 def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, int]:
     """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
-    closing = _MARKS + _BRACKETS
+    closing = _MARKS + _BRACKETS + _QUOTES + "."
     first, *others = line.split(task)
-    *pieces, rest = [first, *(piece.lstrip(_MARKS) for piece in others)]  # marks behind a suffix end no other sentence
-    suffixed = [piece.strip() for piece in pieces if piece.strip(closing + " ")]
-    before = [ends.findall(piece.rstrip(closing + ".")) for piece in suffixed]  # in front of the one with the suffix
-    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip(closing + " \n")
+    *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # they end no other sentence
+    suffixed = [piece.strip() for piece in pieces if piece.strip().strip(closing)]
+    before = [ends.findall(piece.rstrip(closing)) for piece in suffixed]  # in front of the one with the suffix
+    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip().strip(closing)
     return len(suffixed) + sum(map(len, before)) + len(ends.findall(rest)) + bool(unmarked), len(suffixed)
 
 
@@ -52,8 +52,8 @@ def without_cut_end(text: str, suffix: str) -> str:
 
     Part of the suffix may be there already; of an emoji, as a replacement character.
     """
-    task, rest = suffix.strip(), text.rstrip(" \ufffd")
+    task, rest = suffix.strip(" ").rstrip(), text.rstrip(" \ufffd")  # a newline at its beginning counts
     begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)
     rest = rest[: len(rest) - begun].rstrip(" ")
     unfinished = rest.rstrip(_MARKS + _BRACKETS + ".")
-    return unfinished if len(unfinished) < len(rest) else text
+    return unfinished if len(unfinished) < len(rest) or "\n" in task[:begun] else text

@@ -202,7 +202,8 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
     spawn = multiprocessing.get_context("spawn")
     with _start_errors():
         processes = concurrent.futures.ProcessPoolExecutor(n_processes, spawn, initializer=_prepare, initargs=(job,))
-    with processes, _one_thread_each():
+    with processes, _one_thread_each(), contextlib.ExitStack() as stack:
+        stack.callback(processes.shutdown, wait=False, cancel_futures=True)  # after an error nobody waits for the rest
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
             with _start_errors():
@@ -215,7 +216,10 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Let processes that start here make no threads of their own: one for each core in each exceeds users' limits."""
+    """Let processes that start here make no threads of their own: one for each core in each exceeds users' limits.
+
+    They take the settings from this process's environment; what other threads start meanwhile does, too.
+    """
     unset = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"} - os.environ.keys()
     os.environ |= dict.fromkeys(unset, "1")
     try:

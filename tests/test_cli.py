@@ -283,6 +283,10 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
     monkeypatch.setattr("jaxprefix.hosts.leave_soon", left.append)
     assert main(train_flags(tmp_path)) == code
     assert left == [code]
+    monkeypatch.setattr("jaxprefix.train.train", lambda _: sys.exit(143))  # as of SIGTERM at process 1
+    with pytest.raises(SystemExit):
+        main(train_flags(tmp_path))
+    assert left == [code, 143]
 
 
 def test_python_does_not_walk_all_objects_again_at_its_end():

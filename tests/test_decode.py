@@ -91,6 +91,8 @@ def test_batch_size_does_not_matter(golden_model, tokenizer):
 def test_batch_sizes_and_seeds_that_cannot_be_meant(golden_model, tokenizer):
     with pytest.raises(InputError, match="batch_size must be at least 1, is 0"):
         ids_of(golden_model, tokenizer, [], batch_size=0)
+    with pytest.raises(InputError, match="a prefix of this model is an array"):
+        ids_of(golden_model, tokenizer, [], random_prefix(golden_model.config)[:1])
     for seed in (-1, 2**32):
         with pytest.raises(InputError, match=f"seed must be at least 0 and below 4294967296, is {seed}"):
             ids_of(golden_model, tokenizer, [], seed=seed)
@@ -132,7 +134,8 @@ def test_rows_stop_at_eos_each_for_itself(model, tokenizer):
     assert len({len(row) for row in cut}) > 1
 
 
-def test_a_gpus_steps_beyond_the_last_token_change_nothing(model, tokenizer, as_on_a_gpu):
+def test_a_gpus_steps_beyond_the_last_token_change_nothing(model, tokenizer, as_on_a_gpu, monkeypatch):
+    monkeypatch.setattr(jaxprefix.decode, "ROOM_STEP", 1)  # no more room than tokens
     prefix, n_tokens = random_prefix(model.config), GPU_STEPS + 4
     decode = DecodeConfig("greedy", max_output_len=n_tokens)
     expected = [slow_greedy(model, prompt, prefix, n_tokens, tokenizer.eos_id) for prompt in PROMPTS]

@@ -327,13 +327,11 @@ def test_white_space_at_a_lines_end_is_left_out():
 
 def test_sentences_that_are_cut_are_counted_and_many_are_warned_of(tmp_path):
     def report(n_long, recipe=Recipe()):
-        texts = [{"text": "abcdefg\nab"}] * n_long + [{"text": "ab\ncd"}] * (100 - n_long)
-        found = read_examples(write_lines(tmp_path / "d.jsonl", *texts), Chunking(Bytes(), "!", 5, recipe))
-        return list(found[:1].tally.report(tmp_path))
+        texts = ["\n".join(["abcdefg"] * n_long), "\n".join(["ab"] * (100 - n_long))]
+        path = write_lines(tmp_path / "d.jsonl", *({"text": text} for text in texts))
+        return list(read_examples(path, Chunking(Bytes(), "!", 5, recipe))[:1].tally.report(path))
 
     assert report(0) == report(6, Recipe(keep_long_sentences=True)) == []
-    assert report(5) == ["sentences of more than --max_seq_len tokens: 5, cut anywhere"]
-    warning = (
-        "WARNING: sentences of more than --max_seq_len tokens: 6, cut anywhere; the prefix learns to end texts there"
-    )
-    assert report(6) == [f"{warning}: put a newline behind each sentence, or raise --max_seq_len"]
+    assert report(5) == ["sentences of more than --max_seq_len tokens: 5 of 100, cut anywhere"]
+    advice = "a prefix learns to end texts there: put newlines behind sentences, or raise --max_seq_len"
+    assert report(6) == [f"WARNING: sentences of more than --max_seq_len tokens: 6 of 100, cut anywhere; {advice}"]

@@ -40,6 +40,8 @@ def test_count_sentences(text, counts):
         ("He left. 😃 She stayed.\n\n", (2, 1)),
         ("He left. 😃\nShe stayed. And", (1, 1)),
         ("。\n", (0, 0)),
+        ("He left. 😃\r\n\u3000\nShe stayed. 😃\n", (2, 2)),
+        ('He said "Why?" 😃"\nShe left. 😃.\n', (2, 2)),
     ],
 )
 def test_where_newlines_stay_a_sentence_is_a_line(text, counts):
@@ -49,6 +51,11 @@ def test_where_newlines_stay_a_sentence_is_a_line(text, counts):
 def test_a_suffix_on_a_line_of_its_own():
     assert count_sentences("He left.\n😃\n\nShe stayed.\n😃\n\nWe sat.\n", "\n😃\n", NOWHERE) == (3, 2)
     assert count_sentences("一。\n\n😃 二。\n\n😃 三。", "\n\n😃") == (3, 2)
+    text = "He left.\n😃\n\nShe stayed.\n😃\n\nWe sat.\n😃\n\n"
+    for end in range(len(text)):  # wherever the limit cuts it off
+        for cut in text[:end], text[:end] + "\ufffd":
+            n_sentences, n_suffixed = count_sentences(without_cut_end(cut, "\n😃\n"), "\n😃\n", NOWHERE)
+            assert n_sentences == n_suffixed == text[:end].count("😃")
 
 
 def test_a_suffix_of_marks():

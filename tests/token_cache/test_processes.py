@@ -178,10 +178,10 @@ def test_helpers_make_no_threads_of_their_own(data, tokenizer, monkeypatch):
     seen, submit = [], concurrent.futures.ProcessPoolExecutor.submit
 
     def submitted(pool, *work):
-        seen.extend(submit(pool, os.getenv, name) for name in ("OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"))
+        seen.extend(submit(pool, os.getenv, f"{name}_NUM_THREADS") for name in ("OPENBLAS", "OMP", "RAYON"))
         return submit(pool, *work)
 
     monkeypatch.setattr(concurrent.futures.ProcessPoolExecutor, "submit", submitted)
     load_examples(data, Chunking(tokenizer))
-    assert [future.result() for future in seen[:2]] == ["1", "3"]
+    assert [future.result() for future in seen[:3]] == ["1", os.environ.get("OMP_NUM_THREADS", "1"), "3"]
     assert "OPENBLAS_NUM_THREADS" not in os.environ
