@@ -269,11 +269,9 @@ def _read_torch(path: Path) -> np.ndarray:
         _refuse_others(path, tensor)
         tensor = tensor[TENSOR_NAME]
     if not isinstance(tensor, np.ndarray):
-        kind = (
-            f"a dict of {[str(key)[:60] for key in [*tensor][:3]]}"
-            if isinstance(tensor, dict)
-            else type(tensor).__name__
-        )
+        kind = type(tensor).__name__
+        if isinstance(tensor, dict):
+            kind = f"a dict of {[str(key)[:60] for key in [*tensor][:3]]}"
         advice = "; this is a training state: pass it to train --checkpoint_path" if is_training_state(tensor) else ""
         raise InputError(f"{path}: expected one dense tensor, found {kind}{advice}")
     return tensor

@@ -111,10 +111,8 @@ def _train(config: TrainConfig) -> int:
     try:
         result = train(config)
     except (PlainError, OSError, KeyboardInterrupt, SystemExit) as error:
-        code = (
-            INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", InputError.exit_code)
-        )
-        leave_soon(128 + signal.SIGTERM if isinstance(error, SystemExit) else code)
+        of_signals = {KeyboardInterrupt: INTERRUPTED, SystemExit: 128 + signal.SIGTERM}
+        leave_soon(of_signals.get(type(error), getattr(error, "exit_code", InputError.exit_code)))
         raise
     if result.stopped_by is not None:
         return 128 + result.stopped_by
