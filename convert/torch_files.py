@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
@@ -261,7 +261,12 @@ def _next_pickle(stream: io.BytesIO) -> bytes:
 def _map(path: Path) -> mmap.mmap:
     """Map a file, once for all of its storages: each mapping takes a file descriptor, of which there may be 256."""
     with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        return map_file(file)
+
+
+def map_file(file: IO[bytes]) -> mmap.mmap:
+    """Map an open file to read it; privately, since some network disks refuse shared mappings."""
+    return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
 
 
 def _part(mapped: mmap.mmap, dtype: np.dtype, place: int, size: int) -> np.ndarray:

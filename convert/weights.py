@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from convert.errors import InputError
-from convert.torch_files import load_torch
+from convert.torch_files import load_torch, map_file
 from convert.untrusted import member, read_object, refuse_pointer
 
 SINGLE_FILE = "model.safetensors"
@@ -173,8 +173,7 @@ def _mapped(path: Path, version: Version, dtype: np.dtype, shape: tuple[int, ...
     with path.open("rb") as file:
         if _version(file) != version:  # its header would describe other numbers
             raise InputError(f"{path}: was replaced while it was read; read it again")
-        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)  # FUSE may refuse shared ones
-        return np.ndarray(shape, dtype, mapped, start)
+        return np.ndarray(shape, dtype, map_file(file), start)
 
 
 def _shards(index: Path) -> set[str]:

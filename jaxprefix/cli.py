@@ -26,7 +26,7 @@ from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
 from jaxprefix.screen import UnfailingStream, mute
 
 DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Command = (
@@ -111,7 +111,7 @@ def _train(config: TrainConfig) -> int:
     try:
         result = train(config)
     except (PlainError, OSError, KeyboardInterrupt, SystemExit) as error:
-        of_signals = {KeyboardInterrupt: INTERRUPTED, SystemExit: 128 + signal.SIGTERM}
+        of_signals = {KeyboardInterrupt: INTERRUPTED, SystemExit: TERMINATED}
         leave_soon(of_signals.get(type(error), getattr(error, "exit_code", InputError.exit_code)))
         raise
     if result.stopped_by is not None:
@@ -168,5 +168,5 @@ def entry_point() -> None:
     gc.set_threshold(1_000_000)  # each collection walks what JAX keeps alive: at Python's 700, a seventh of a start
     atexit.register(gc.freeze)  # or Python would walk it once more at its end: up to a fifth of a short command
     if os.getpid() == 1:  # a container's first process, from which Linux keeps a signal without a handler
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main())

@@ -163,8 +163,8 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
         nonlocal tally
         for number, line in enumerate(lines, start=first_line):
             try:
-                made, n_sentences, n_cut = _examples_of(line, f"{path}, line {number}", chunking)
-                tally += Tally(1, n_sentences=n_sentences, n_cut=n_cut)
+                made, of_line = _examples_of(line, f"{path}, line {number}", chunking)
+                tally += of_line
                 yield from made
             except InputError as error:
                 if not chunking.skip_bad_lines:
@@ -184,39 +184,40 @@ def not_empty(examples: Examples, path: Path) -> Examples:
     return examples
 
 
-def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], int, int]:
-    """Return a line's examples, how many sentences it has, and how many of these were cut; a blank one has none."""
+def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], Tally]:
+    """Return a line's examples, of which a blank one has none, and its tally."""
     tokenizer, record = chunking.tokenizer, _parse(line, where)
     if record is None:
-        return [], 0, 0
+        return [], Tally(1)
     if "text" in record and not record.keys().isdisjoint({"prompt", "completion"}):
         raise InputError(f"{where}: has `text` as well as `prompt` or `completion`: which of them is meant?")
     if "completion" in record and "prompt" in record:
         prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
         if not (target := tokenizer.encode(completion)):
             raise InputError(f"{where}: `completion` is empty")
-        return [Example(tokenizer.encode(prompt), target)], 0, 0
+        return [Example(tokenizer.encode(prompt), target)], Tally(1)
     if "text" in record:
         sentences = _string(record, "text", where).split("\n")
-        chunks = [_pieces_of(chunk, chunking) for chunk in _whole_chunks(sentences, chunking)]
-        n_sentences, n_cut = sum(map(bool, map(str.strip, sentences))), sum(len(pieces) > 1 for pieces in chunks)
-        return [Example([], piece) for pieces in chunks for piece in pieces], n_sentences, n_cut
+        chunks, n_cut = chunk_document(sentences, chunking)
+        n_sentences = sum(map(bool, map(str.strip, sentences)))
+        return [Example([], chunk) for chunk in chunks], Tally(1, n_sentences=n_sentences, n_cut=n_cut)
     raise InputError(f"{where}: has neither `text` nor `prompt` and `completion`")
 
 
-def chunk_document(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
-    """Yield the token ids of a document's chunks: as many sentences with their suffix as fit max_seq_len.
+def chunk_document(sentences: Sequence[str], chunking: Chunking) -> tuple[list[list[int]], int]:
+    """Return the token ids of a document's chunks, and how many of its sentences were cut.
 
-    A sentence that alone is longer is cut into even pieces, unless the recipe keeps it whole.
+    A chunk is as many sentences with their suffix as fit max_seq_len. A sentence that alone is longer is cut into even
+    pieces, unless the recipe keeps it whole.
     """
+    chunks, n_cut = list[list[int]](), 0
     for chunk in _whole_chunks(sentences, chunking):
-        yield from _pieces_of(chunk, chunking)
-
-
-def _pieces_of(chunk: list[int], chunking: Chunking) -> list[list[int]]:
-    if len(chunk) <= chunking.max_seq_len or chunking.recipe.keep_long_sentences:
-        return [chunk]
-    return [piece.tolist() for piece in np.array_split(chunk, -(-len(chunk) // chunking.max_seq_len))]
+        if len(chunk) <= chunking.max_seq_len or chunking.recipe.keep_long_sentences:
+            chunks.append(chunk)
+        else:
+            chunks += [piece.tolist() for piece in np.array_split(chunk, -(-len(chunk) // chunking.max_seq_len))]
+            n_cut += 1
+    return chunks, n_cut
 
 
 def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:

@@ -202,8 +202,9 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
     spawn = multiprocessing.get_context("spawn")
     with _start_errors():
         processes = concurrent.futures.ProcessPoolExecutor(n_processes, spawn, initializer=_prepare, initargs=(job,))
-    with processes, _one_thread_each(), contextlib.ExitStack() as stack:
-        stack.callback(processes.shutdown, wait=False, cancel_futures=True)  # after an error nobody waits for the rest
+    with contextlib.ExitStack() as stack:
+        stack.callback(processes.shutdown, cancel_futures=True)  # after an error nobody waits for the rest
+        stack.enter_context(_one_thread_each())
         pending: deque[tuple[int, concurrent.futures.Future[Examples]]] = deque()
         for block in _blocks(path):
             with _start_errors():

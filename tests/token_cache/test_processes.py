@@ -185,3 +185,4 @@ def test_helpers_make_no_threads_of_their_own(data, tokenizer, monkeypatch):
     load_examples(data, Chunking(tokenizer))
     assert [future.result() for future in seen[:3]] == ["1", os.environ.get("OMP_NUM_THREADS", "1"), "3"]
     assert "OPENBLAS_NUM_THREADS" not in os.environ
+    assert not multiprocessing.active_children(), "one that starts late would miss its job's file"
