@@ -223,7 +223,7 @@ def machine() -> dict[str, Any]:
         gpus = answer.stdout.splitlines() if answer.returncode == 0 else []
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": told.get("model name") or platform.processor(),
+        "cpu": told.get("model name") or platform.machine(),  # ARM's has no name
         "cpu_family_model": [told.get(name) for name in ("cpu family", "model")],  # one name may stand for several
         "cpu_features": [name for name in CPU_FEATURES if name in told.get("flags", "").split()],
         "cores": os.cpu_count(),
@@ -244,7 +244,7 @@ def publish(name: str, text: str, results: Any) -> None:
     """Print a table, and write it with all results to results/NAME.json."""
     about = machine()
     family, model = about["cpu_family_model"]
-    cpu = f"{about['cores']} cores, {about['cpu']} (family {family}, model {model})"
+    cpu = f"{about['cores']} cores, {about['cpu']}" + (f" (family {family}, model {model})" if family else "")
     where = "; ".join([cpu, *about["gpus"]])
     print(f"\n{text}\n\n{about['date']}, {where}; jax {about.get('jax')}, torch {about.get('torch')}")
     RESULTS.mkdir(exist_ok=True)

@@ -72,8 +72,8 @@ def _clear(folder: Path) -> None:
 
 
 def is_incidental(name: str) -> bool:
-    """Tell whether a name is of what a file manager, JupyterLab or NFS puts into folders."""
-    return name in (".DS_Store", ".ipynb_checkpoints") or name.startswith(".nfs")
+    """Tell whether a name is of what a file manager, JupyterLab, NFS or macOS (for attributes) puts into folders."""
+    return name in (".DS_Store", ".ipynb_checkpoints") or name.startswith((".nfs", "._"))
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:

@@ -4,11 +4,13 @@ Runs on the CPU in about two minutes: `make demo`, or `python examples/demo.py`.
 """
 
 import json
+import sys
 import time
 from pathlib import Path
 
 import jaxprefix
 from jaxprefix.config import TrainConfig
+from jaxprefix.screen import escape_unknown
 from jaxprefix.sentences import suffix_rate
 from jaxprefix.train import train
 
@@ -19,6 +21,7 @@ PROMPTS = (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
 
 def main() -> None:
     """Train, compare, measure, and say what to try next."""
+    escape_unknown(sys.stdout)
     started = time.monotonic()
     config = TrainConfig(
         pretrained_model_dir=str(DATA / "small_base"),

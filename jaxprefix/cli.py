@@ -9,7 +9,6 @@ import contextlib
 import errno
 import gc
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import tyro
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
-from jaxprefix.screen import UnfailingStream, mute
+from jaxprefix.screen import UnfailingStream, escape_unknown, mute
 
 DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -49,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale has no 😃
+    escape_unknown(sys.stdout)
     try:
         if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
             print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")

@@ -98,7 +98,7 @@ def _empty(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # macOS removes a file's attributes, which may be a file of their own, with it
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -1,6 +1,7 @@
-"""Streams for log lines and errors: a closed terminal, or a pipe whose reader has gone, must not end the program."""
+"""Streams to print to: a closed terminal, a reader who has gone or a poor encoding must not end the program."""
 
 import contextlib
+import io
 import os
 from typing import Any
 
@@ -34,6 +35,12 @@ class UnfailingStream:
                 getattr(self._stream, method)(*arguments)
         except OSError:
             mute(self._stream)
+
+
+def escape_unknown(stream: Any) -> None:
+    """Let a stream write characters that its encoding does not have, such as 😃, as backslash escapes."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def mute(stream: Any) -> None:

@@ -25,10 +25,14 @@ IN_A_JOB = {
 }
 
 
+def shell_blocks(page: str) -> list[str]:
+    """The blocks of commands on a page."""
+    return re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
 def commands(page: str) -> list[list[str]]:
     """The arguments of every `jaxprefix` line in a page's shell blocks; not of those that leave some out (…)."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(shell_blocks(page)).replace("\\\n", " ").splitlines()
     found = [re.search(r"\bjaxprefix ((train|generate|evaluate|convert|check) .*)", line) for line in lines]
     texts = [match[1].rstrip("'") for match in found if match and "…" not in match[1]]
     for written, meant in IN_A_JOB.items():
@@ -52,18 +56,28 @@ def test_commands_are_found():
     }
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_a_page_can_be_pasted(page):
+    """Into zsh, too, where # begins no comment."""
+    for block in shell_blocks(PAGES[page]):
+        if not block.startswith("#!"):
+            assert not re.search(r"(^|\s)#", block, re.MULTILINE)
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_refuses_an_old_python_before_it_makes_an_environment_of_it(tmp_path):
-    """That environment would stay one of the old Python, whatever the next make is given."""
+@pytest.mark.parametrize("minor", [9, 10, 15])
+def test_make_refuses_a_wrong_python_before_it_makes_an_environment_of_it(tmp_path, minor):
+    """That environment would stay one of the wrong Python, whatever the next make is given."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (old := tmp_path / "python3.9").write_text(
+    (wrong := tmp_path / f"python3.{minor}").write_text(
         f"""#!/bin/sh
-exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])' "$2"
+exec {sys.executable} -c 'import sys; sys.version_info = (3, {minor}, 1); exec(sys.argv[1])' "$2"
 """
     )
-    old.chmod(0o755)
-    made = subprocess.run(["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    wrong.chmod(0o755)
+    command = ["make", "demo", f"PYTHON={wrong}"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert made.returncode != 0
-    assert "needs Python 3.11 or newer" in made.stderr
+    assert "needs Python 3.11 to 3.14" in made.stderr
     assert not (tmp_path / ".venv").exists()

@@ -292,6 +292,23 @@ def test_what_a_file_manager_leaves_is_no_content_of_a_run(tmp_path):
     begin(run_config(tmp_path / "run" / "checkpoints", "9"))
 
 
+def test_overwriting_goes_on_where_a_file_vanishes_with_another(tmp_path, monkeypatch):
+    """As attributes do on the network disks and exFAT of macOS: ._NAME beside NAME."""
+    config, unlink = run_config(tmp_path), Path.unlink
+    begin(config)
+    for name in ("log.txt", "._log.txt", "._config.json"):
+        (config.run_dir / name).touch()
+
+    def with_companion(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        unlink(path.with_name(f"._{path.name}"), missing_ok=True)
+
+    monkeypatch.setattr(Path, "unlink", with_companion)
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(sorted(path.glob("*"), reverse=True)))
+    begin(dataclasses.replace(config, overwrite=True))
+    assert [path.name for path in config.run_dir.iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize("last_first", [False, True])
 @pytest.mark.parametrize("n_removed", range(4))
 def test_overwriting_that_is_cut_short_leaves_a_run_that_can_be_resumed(tmp_path, monkeypatch, n_removed, last_first):

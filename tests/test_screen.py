@@ -6,7 +6,7 @@ import types
 from unittest.mock import Mock
 
 from jaxprefix.run_log import RunLog
-from jaxprefix.screen import UnfailingStream
+from jaxprefix.screen import UnfailingStream, escape_unknown
 
 
 def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tmp_path):
@@ -27,6 +27,14 @@ def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tm
         for stream in (pipe, full):
             for _ in range(2):
                 print("a", file=UnfailingStream(stream), flush=True)
+
+
+def test_what_the_encoding_does_not_have_is_escaped(tmp_path):
+    with (tmp_path / "log").open("w", encoding="latin-1") as file:
+        escape_unknown(file)
+        print("très 😃", file=file)
+    assert (tmp_path / "log").read_text(encoding="latin-1") == "très \\U0001f603\n"
+    escape_unknown(None)  # closed before the program began
 
 
 def test_a_reader_that_is_slow_gets_what_comes_later():

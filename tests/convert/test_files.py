@@ -65,11 +65,12 @@ def test_what_file_managers_leave_does_not_count_and_stays(tmp_path):
     (tmp_path / ".DS_Store").touch()
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / ".nfs0001").touch()
+    (tmp_path / "._.DS_Store").touch()
     with pytest.raises(KeyboardInterrupt), filling(tmp_path):
         interrupted_after((tmp_path / "1.tmp").write_text, "half of")
     with filling(tmp_path):
         (tmp_path / "model.safetensors").touch()
-    names = {".DS_Store", ".ipynb_checkpoints", ".nfs0001", "model.safetensors"}
+    names = {".DS_Store", ".ipynb_checkpoints", ".nfs0001", "._.DS_Store", "model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
