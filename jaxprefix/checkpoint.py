@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -32,12 +31,11 @@ from jaxprefix.hosts import (
     wait_until_visible,
 )
 from jaxprefix.models import path_name
+from jaxprefix.orbax_errors import orbax_kept_short, short_reason
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
 """Checkpoints considered; more than KEPT exist only if removing failed, or the run was killed before it could."""
-REASON_CHARACTERS = 200
-"""Most characters of another library's error that a message repeats."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
 
 
@@ -70,9 +68,16 @@ class Checkpoints:
             raise InputError(f"{folder}: no such folder of checkpoints")
 
     def __enter__(self) -> "Checkpoints":
+        self._closing = contextlib.ExitStack()
+        if self._writing:
+            self._closing.enter_context(orbax_kept_short())
+        self._closing.push(self._close)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, *exception: Any) -> None:
+        self._closing.__exit__(*exception)
+
+    def _close(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
             self.finish()
         finally:
@@ -242,16 +247,3 @@ def _sha256(value: np.ndarray | dict[str, Any]) -> str:
     """Return the checksum of an array or of a JSON object."""
     content = np.ascontiguousarray(value).data if isinstance(value, np.ndarray) else json.dumps(value).encode()
     return hashlib.sha256(content).hexdigest()
-
-
-def short_reason(error: BaseException | None) -> str:
-    """Return the system's message for an error, if it is the system's, else the start of its text.
-
-    TensorStore's text fills pages, with the system's number in it.
-    """
-    if strerror := getattr(error, "strerror", None):
-        return strerror
-    if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    text = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0] or type(error).__name__
-    return text if len(text) <= REASON_CHARACTERS else f"{text[:REASON_CHARACTERS]}…"

@@ -232,7 +232,8 @@ def _decode(
     prefix_len = config.prefix_length(prefix)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
     indices = sampling.first_index + jnp.arange(n_rows)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), indices)
+    key = jax.random.key(sampling.seed, impl="threefry2x32")  # others draw for a row what depends on the rows beside it
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
     def choose(generated: Generated, hidden: Float[Array, "B D"]) -> tuple[Generated, Int[Array, "B"]]:
         """Choose what follows every row's last token, from its hidden state."""

@@ -1,23 +1,21 @@
 """What can end a run early, with an error that explains it: signals, numbers that are not finite, the disk."""
 
 import contextlib
-import logging
 import math
 import os
 import signal
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from convert.errors import RunError
-from jaxprefix.checkpoint import SaveError, newest_checkpoint, short_reason
+from jaxprefix.checkpoint import SaveError, newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.devices import half_type
+from jaxprefix.orbax_errors import short_reason
 from jaxprefix.run_description import CONFIG_FILE
 from jaxprefix.run_folder import CHECKPOINTS
 
@@ -72,48 +70,15 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def within_disk(config: TrainConfig) -> Iterator[None]:
-    """Turn errors of an open run's folder (disk full, read-only, removed) into RunError, with the cause attached.
-
-    Inside, an error in a library's thread is one line instead of a traceback. After a failure the libraries' loggers
-    stay silent: Orbax may leave threads behind that fail while Python ends.
-    """
-    thread_hook, unraisable_hook = threading.excepthook, sys.unraisablehook
-
-    def leave_out_closed_loops(failure: Any) -> None:
-        """Drop "Event loop is closed": if one array cannot be written, TensorStore reports the others to Orbax's loop.
-
-        While the loop is open, asyncio's logger reports them; hence its level below.
-        """
-        if str(failure.exc_value) != "Event loop is closed":
-            unraisable_hook(failure)
-
-    threading.excepthook, sys.unraisablehook = warn_of_thread, leave_out_closed_loops
-    levels = {logger: logger.level for logger in map(logging.getLogger, ["absl", "asyncio"])}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
-    failed = False
+    """Turn errors of an open run's folder (disk full, read-only, removed) into RunError, with the cause attached."""
     try:
         yield
     except (OSError, SaveError) as error:
-        failed = True
-        # Python warns of what Orbax had not begun to write whenever it next collects garbage
-        warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         check_still_there(config)
         if isinstance(error, SaveError):
             raise
         where = os.fsdecode(getattr(error, "filename", None) or config.run_dir)
         raise RunError(f"{where}: cannot be written ({short_reason(error)}); {what_is_left(config)}") from error
-    finally:
-        threading.excepthook = thread_hook
-        if not failed:
-            sys.unraisablehook = unraisable_hook
-            for logger, level in levels.items():
-                logger.setLevel(level)
-
-
-def warn_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """Say in one line that a background thread failed: the training loop meets the same failure, and ends the run."""
-    print(f"WARNING: a background thread failed: {short_reason(failure.exc_value)}", file=sys.stderr, flush=True)
 
 
 def what_is_left(config: TrainConfig) -> str:

@@ -141,15 +141,17 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     """Tokenize a file with all cores into unfinished/entry, block by block in the file's order."""
     entry = unfinished / "entry"
     entry.mkdir()
-    started, n_cores = time.monotonic(), _n_cores()
+    started, alone = time.monotonic(), multiprocessing.current_process().daemon  # a pool's worker may have no helpers
+    n_cores = 1 if alone else _n_cores()
     print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
     ends, prompt_lengths, n_tokens, n_bytes, tally = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Tally()
     console = Console(stderr=True, force_jupyter=False)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
+    parts = _one_by_one(path, chunking) if alone else _in_order(path, chunking, n_cores, unfinished / "job.pickle")
     with (entry / "tokens.bin").open("wb") as file, progress:
-        for part_bytes, part in _in_order(path, chunking, n_cores, unfinished / "job.pickle"):
+        for part_bytes, part in parts:
             tokens, part_ends, part_prompts = part.arrays
             file.write(tokens.astype(dtype).tobytes())
             ends.append(part_ends + n_tokens)
@@ -191,6 +193,12 @@ def _blocks(path: Path) -> Iterator[Block]:
             yield Block(first_line, lines, n_bytes)
             first_line, lines, n_bytes = first_line + len(lines), [], 0
     yield Block(first_line, lines, n_bytes)
+
+
+def _one_by_one(path: Path, chunking: Chunking) -> Iterator[tuple[int, Examples]]:
+    """Yield what `_in_order` does, made in this process."""
+    for block in _blocks(path):
+        yield block.n_bytes, make_examples(block.lines, path, block.first_line, chunking)
 
 
 def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> Iterator[tuple[int, Examples]]:

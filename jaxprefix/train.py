@@ -38,14 +38,11 @@ class TrainResult:
 
     run_dir: Path
     n_done: int
+    finished: bool
+    """Whether all updates were made."""
     best_dev_loss: float | None
     stopped_by: Signals | None
-    """The signal that ended the run before its last update."""
-
-    @property
-    def finished(self) -> bool:
-        """Tell whether all updates were made."""
-        return self.stopped_by is None
+    """The signal that asked the run to end, if one did; one that came too late ended nothing."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -101,7 +98,10 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")
-    return TrainResult(config.run_dir, progress.n_done, progress.best_dev_loss, stopped_by)
+        elif stop.received is not None:
+            log.line(f"{stop.received.name} came too late: the run is complete")
+    signal = stopped_by or stop.received
+    return TrainResult(config.run_dir, progress.n_done, stopped_by is None, progress.best_dev_loss, signal)
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ FLOORS = [
     {"loop"},
     {"inputs", "inference", "faults", "start"},
     {"update", "decode", "metrics", "run_folder", "checkpoint"},
-    {"prefix", "sampling", "loss", "run_lock", "sharding", "hosts", "joining", "memory", "compiling"},
+    {"prefix", "sampling", "loss", "run_lock", "sharding", "hosts", "joining", "memory", "compiling", "orbax_errors"},
     {"run_description", "run_log"},
     {"base_folder"},
     {"models"},

@@ -8,10 +8,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.checkpoint import Checkpoints, SaveError, from_names, newest_checkpoint, short_reason
+from jaxprefix.checkpoint import Checkpoints, SaveError, from_names, newest_checkpoint
 
 CONTENT = {
     step: {"encoder.weight": np.arange(600, dtype=np.float32).reshape(20, 30) * step, "count": np.int32([step])}
@@ -265,14 +264,6 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
         checkpoints.save(4, CONTENT[4], PROGRESS[4])
 
 
-def test_the_system_says_why_in_tensorstores_errors(tmp_path):
-    (tmp_path / "file").touch()
-    store = tensorstore.KvStore.open(f"file://{tmp_path / 'file' / 'folder'}/").result()
-    with pytest.raises(ValueError, match="FAILED_PRECONDITION") as error:
-        store.write("key", b"value").result()
-    assert short_reason(error.value) == "Not a directory"
-
-
 def test_reading_anothers_run_leaves_its_save_under_way(folder):
     (folder / "12.orbax-checkpoint-tmp").mkdir()
     read(folder, writing=False)
@@ -327,11 +318,6 @@ def test_processes_wait_for_a_checkpoint_and_until_a_damaged_one_is_moved(folder
     (folder / "8" / "progress" / "progress.json").unlink()
     read(folder)
     assert waited == ["8", "4", "put checkpoint 8 aside"]
-
-
-def test_of_tensorstores_pages_the_beginning_is_told():
-    pages = ValueError('DATA_LOSS: no manifest [tensorstore_spec={"driver": "zarr"}]\n more')
-    assert short_reason(pages) == "DATA_LOSS: no manifest"
 
 
 def test_a_save_that_fails_in_the_background_is_told(folder, monkeypatch):

@@ -42,6 +42,12 @@ def test_processes_that_start_together_tokenize_once(data, tokenizer, monkeypatc
     assert len(made) == 1
 
 
+def test_a_worker_of_a_pool_tokenizes_alone(data, tokenizer, monkeypatch):
+    """It may have no helpers: multiprocessing asserts so."""
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+
+
 WITHOUT_GUARD = """
 import sys
 from pathlib import Path
