@@ -173,6 +173,7 @@ def test_rinna_steps_the_schedule_twice_and_over_the_requested_steps(tmp_path):
     assert rates(tmp_path, 8, recipe="rinna", n_training_steps=10) == [1.0, 0.8, 0.6, 0.4, 0.2, 0, 0, 0]
     assert rates(tmp_path, 4, recipe="rinna", n_training_steps=10, n_warmup_steps=4) == [0, 0.5, 1.0, 0.6667]
     assert rates(tmp_path, 2, recipe="rinna", n_training_steps=10**12) == [1.0, 1.0]
+    assert rates(tmp_path, 4, recipe="rinna", n_training_steps=4, n_warmup_steps=6) == [0, 0.3333, 0.6667, 0]
 
 
 def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):

@@ -83,7 +83,7 @@ def lr_lambda(flags: argparse.Namespace, first_step: int = 0) -> Callable[[int],
         step += first_step
         if step < flags.n_warmup_steps:
             return step / flags.n_warmup_steps
-        return max(0.0, (flags.n_training_steps - step) / (flags.n_training_steps - flags.n_warmup_steps))
+        return max(0.0, (flags.n_training_steps - step) / max(1, flags.n_training_steps - flags.n_warmup_steps))
 
     return multiplier
 
