@@ -81,9 +81,8 @@ def test_fewer_chunks_than_asked_for():
 
 
 def test_schedule_warms_up_and_decays_to_zero():
-    for total, expected in ((10, [0, 0.25, 1, 0.5, 0, 0]), (4, [0, 0.25, 0, 0, 0, 0])):
-        rate = lr_lambda(flags_of(n_training_steps=total, n_warmup_steps=4))
-        assert [rate(step) for step in (0, 1, 4, 7, 10, 12)] == expected
+    for n, expected in ((10, [0, 0.25, 1, 0.5, 0, 0]), (4, [0, 0.25, 0, 0, 0, 0])):
+        assert [*map(lr_lambda(flags_of(n_training_steps=n, n_warmup_steps=4)), (0, 1, 4, 7, 10, 12))] == expected
 
 
 def test_schedule_is_stepped_once_without_deepspeed(run):
