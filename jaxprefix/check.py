@@ -41,7 +41,8 @@ def check(config: CheckConfig) -> Iterator[str]:
     if config.data_filepath is not None:
         examples = load_data(config, tokenizer)  # may be too few: everything else is told first
         yield from describe_data(examples, tokenizer)
-    yield describe_suffix(config.suffix, tokenizer)
+    if config.data_filepath is None or examples.tally.n_sentences:
+        yield describe_suffix(config.suffix, tokenizer)
     if config.data_filepath is None:
         n_columns = config.max_seq_len + 1
         model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
@@ -93,6 +94,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
         f"{quantiles[0]}, median {quantiles[0.5]}, 95 % {quantiles[0.95]}, longest {quantiles[1]} tokens"
     )
     yield from examples.report_unknown(tokenizer.unk_id)
+    yield from examples.report_eos(tokenizer.eos_id)
 
 
 def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:

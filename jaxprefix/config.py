@@ -118,7 +118,7 @@ class TrainConfig:
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
     skip_bad_lines: bool = False
-    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
+    """Leave out lines of the data that cannot be read as examples and report how many, instead of refusing the file."""
     train_data_size: int = 1000
     """Examples to train on: the first of the file, which must hold at least the sum of both sizes."""
     dev_data_size: int = 10

@@ -124,14 +124,15 @@ class Examples(Sequence[Example]):
         """The first three arguments of the constructor; meaningless for a slice."""
         return self._tokens, self._ends, self.prompt_lengths
 
-    def count_of(self, token: int) -> np.ndarray:
-        """Return how often a token occurs in each example."""
+    def count_of(self, token: int, in_targets: bool = False) -> np.ndarray:
+        """Return how often a token occurs in each example, or in its target alone."""
         first, last = (int(self._starts[0]), int(self._ends[-1])) if len(self) else (0, 0)
         blocks = ((start, self._tokens[start : min(start + SCANNED, last)]) for start in range(first, last, SCANNED))
         places = np.concatenate(
             [np.empty(0, int), *(start + np.flatnonzero(block == token) for start, block in blocks)]
         )
-        return np.searchsorted(places, self._ends) - np.searchsorted(places, self._starts)
+        starts = self._starts + self.prompt_lengths if in_targets else self._starts
+        return np.searchsorted(places, self._ends) - np.searchsorted(places, starts)
 
     def report_unknown(self, unk_id: int | None) -> Iterator[str]:
         """Yield how many tokens the tokenizer does not know, if it has an id for them; warn of many."""
@@ -140,6 +141,11 @@ class Examples(Sequence[Example]):
             share, n_examples = unknown.sum() / n_tokens, int((unknown > 0).sum())
             found = f"unknown tokens: {unknown.sum():,} ({share:.2%}), in {n_examples:,} examples"
             yield found if share <= MANY_UNKNOWN else f"WARNING: {found}; this base model is made for other text"
+
+    def report_eos(self, eos_id: int) -> Iterator[str]:
+        """Warn of targets that hold the end-of-text token, if any do."""
+        if n_targets := int((self.count_of(eos_id, in_targets=True) > 0).sum()):
+            yield f"WARNING: {n_targets:,} targets hold the end-of-text token, which is added to each; texts end there"
 
     @property
     def target_lengths(self) -> np.ndarray:
@@ -186,18 +192,18 @@ def not_empty(examples: Examples, path: Path) -> Examples:
 
 def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], Tally]:
     """Return a line's examples, of which a blank one has none, and its tally."""
-    tokenizer, record = chunking.tokenizer, _parse(line, where)
+    tokenizer, record = chunking.tokenizer, parse_line(line, where)
     if record is None:
         return [], Tally(1)
     if "text" in record and not record.keys().isdisjoint({"prompt", "completion"}):
         raise InputError(f"{where}: has `text` as well as `prompt` or `completion`: which of them is meant?")
     if "completion" in record and "prompt" in record:
-        prompt, completion = (_string(record, field, where) for field in ("prompt", "completion"))
+        prompt, completion = (string_of(record, field, where) for field in ("prompt", "completion"))
         if not (target := tokenizer.encode(completion)):
             raise InputError(f"{where}: `completion` is empty")
         return [Example(tokenizer.encode(prompt), target)], Tally(1)
     if "text" in record:
-        sentences = _string(record, "text", where).split("\n")
+        sentences = string_of(record, "text", where).split("\n")
         chunks, n_cut = chunk_document(sentences, chunking)
         n_sentences = sum(map(bool, map(str.strip, sentences)))
         return [Example([], chunk) for chunk in chunks], Tally(1, n_sentences=n_sentences, n_cut=n_cut)
@@ -253,8 +259,8 @@ def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list
         start, newline = end, ""
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any] | None:
-    """Return a line's object, None if it is blank."""
+def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
+    """Return a line's object, None if it is blank. Raises InputError that begins with `where`."""
     if len(line) > LINE_BYTES:
         raise InputError(f"{where}: is longer than {LINE_BYTES:,} bytes; split the document")
     if b"\0" in line:
@@ -269,7 +275,8 @@ def _parse(line: bytes, where: str) -> dict[str, Any] | None:
     return record
 
 
-def _string(record: dict[str, Any], field: str, where: str) -> str:
+def string_of(record: dict[str, Any], field: str, where: str) -> str:
+    """Return a text of an object. Raises InputError that begins with `where`."""
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")

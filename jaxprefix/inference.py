@@ -11,6 +11,7 @@ from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import DType, TrainConfig
 from jaxprefix.devices import compiling_for, devices, half_type, own_device
+from jaxprefix.examples import parse_line, string_of
 from jaxprefix.hub import fetch_weights
 from jaxprefix.inference_config import EvaluateConfig, InferenceConfig
 from jaxprefix.memory import released_after_errors, within_memory
@@ -67,13 +68,29 @@ def load_base(config: InferenceConfig, base: BaseFolder, mesh: Mesh) -> BaseMode
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a file of one prompt a line; blank lines are left out. Raises InputError."""
+    """Read a file of one prompt a line, in .jsonl an object with a `prompt`; blank lines are left out.
+
+    Raises InputError.
+    """
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read as a file of prompts ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from error
+    prompts = [
+        prompt_of(line, f"{path}, line {number}") if path.suffix == ".jsonl" else line
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not prompts:
         raise InputError(f"{path}: holds no prompt")
     return prompts
+
+
+def prompt_of(line: str, where: str) -> str:
+    """Return the prompt of a line of JSON; its completion, if it has one, is not read."""
+    record = parse_line(line.encode(), where) or {}
+    if "prompt" not in record:
+        raise InputError(f"{where}: has no `prompt`")
+    return string_of(record, "prompt", where)

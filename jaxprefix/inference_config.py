@@ -53,7 +53,7 @@ class InferenceConfig:
     prefix_checkpoint_path: Path | None = None
     """Run folder, adapter folder or prefix file; leave it out for the plain base model alone."""
     prompt_file: Path | None = None
-    """File with one prompt per line."""
+    """File with one prompt per line; in .jsonl, an object with a `prompt`."""
     json: bool = False
     """Print JSON instead of text: an object for each prompt, or one of all measures."""
     seed: int = 42
@@ -117,7 +117,7 @@ class EvaluateConfig(InferenceConfig):
     max_seq_len: int | None = None
     """Longest chunk of a `text` document, in tokens; by default that of the prefix's training, else 64."""
     skip_bad_lines: bool = False
-    """Leave out lines of the data that cannot be used and report how many, instead of refusing the file."""
+    """Leave out lines of the data that cannot be read as examples and report how many, instead of refusing the file."""
     n_samples: int = 100
     """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)

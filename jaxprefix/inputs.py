@@ -1,6 +1,6 @@
 """What a training run reads, and checks, before it starts; and the batch of every update."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxprefix.hub import fetch_weights
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.recipe import RECIPES
-from jaxprefix.shapes import Shape, fitting_shape, packed_shapes, padded_shape
+from jaxprefix.shapes import Shape, fitting_shape, pack_rows, packed_shapes, padded_shape
 from jaxprefix.sharding import n_row_parts
 from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     base: BaseFolder
     train_set: Examples
     dev_set: Examples
+    n_unused: int
+    """Examples of the file in neither set."""
     plan: UpdatePlan
 
 
@@ -38,7 +40,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     examples = load_data(config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
     check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
-    inputs = Inputs(base, train_set, dev_set, UpdatePlan(config, len(train_set)))
+    n_unused = len(examples) - len(train_set) - len(dev_set)
+    inputs = Inputs(base, train_set, dev_set, n_unused, UpdatePlan(config, len(train_set)))
     fetch_weights(config.pretrained_model_dir, base.path)
     return inputs
 
@@ -53,19 +56,44 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
 def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:
     """Check that the longest row of all examples fits behind the prefix, and return how many tokens it has.
 
-    Raises InputError that quotes the beginning of its text.
+    Raises InputError that quotes the beginning of its text, and tells how many do not fit.
     """
+    room = model.max_positions - prefix_len
+    n_beyond = sum(int((row_lengths(part).max(axis=1) > room).sum()) for part in parts)
+    what = f"the longest of {n_beyond:,} examples that do not fit" if n_beyond > 1 else "the longest row"
     part = max(parts, key=longest_row)
     prompt, target = part[int(row_lengths(part).max(axis=1).argmax())]
     begins, longest = tokenizer.decode([*prompt, *target][:40]), longest_row(part)
-    model.check_fit(tokenizer.vocab_size, prefix_len, longest, "the longest row", begins)
+    model.check_fit(tokenizer.vocab_size, prefix_len, longest, what, begins)
     return longest
+
+
+def micro_batches_of(
+    config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan
+) -> Callable[[int], list[list[int]]]:
+    """Return a function from an update's number to the example numbers of each of its micro-batches.
+
+    Packed ones have one shape, so an update's examples are dealt out anew: to about equally long micro-batches. Not
+    where the recipe averages the means of micro-batches, to which it matters which examples they hold.
+    """
+    if config.n_accum_steps == 1 or not config.packing or RECIPES[config.recipe].average_batch_means:
+        return plan.micro_batches
+    lengths = row_lengths(train_set).sum(axis=1)
+
+    def about_equal(update: int) -> list[list[int]]:
+        groups = plan.micro_batches(update)
+        numbers = np.concatenate(groups)
+        dealt = pack_rows(lengths[numbers].tolist(), len(groups), config.batch_size)
+        return [numbers[group].tolist() for group in dealt]
+
+    return about_equal
 
 
 def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
     """Return the shapes of a run's micro-batches, ascending; padded ones all have one shape."""
     if config.packing:
-        return packed_shapes(train_set, map(plan.micro_batches, range(plan.n_updates)), n_row_parts(mesh))
+        updates = map(micro_batches_of(config, train_set, plan), range(plan.n_updates))
+        return packed_shapes(train_set, updates, n_row_parts(mesh))
     return [padded_shape(train_set, config.batch_size, n_row_parts(mesh))]
 
 
@@ -73,8 +101,9 @@ def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) 
     """Yield the batches [micro-batches, rows, columns] of all updates from `first` on, of one or a few shapes."""
     plan, tokenizer = inputs.plan, inputs.base.tokenizer
     shapes = batch_shapes(config, inputs.train_set, plan, mesh)
+    micro_batches = micro_batches_of(config, inputs.train_set, plan)
     for number in range(first, plan.n_updates):
-        groups = [[inputs.train_set[i] for i in group] for group in plan.micro_batches(number)]
+        groups = [[inputs.train_set[i] for i in group] for group in micro_batches(number)]
         groups += [[]] * (config.n_accum_steps - len(groups))
         shape = fitting_shape(shapes, groups)
         parts = [lay_out(group, tokenizer, shape) for group in groups]

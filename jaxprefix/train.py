@@ -127,20 +127,24 @@ def open_log(config: TrainConfig, n_updates: int, progress: Progress) -> RunLog:
 
 def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -> Iterator[str]:
     """Yield the lines that say what is about to be trained, on what, and what looks wrong."""
-    model, plan = inputs.base.config, inputs.plan
+    model, tokenizer, plan = inputs.base.config, inputs.base.tokenizer, inputs.plan
     n_trainable = sum(leaf.size for leaf in jax.tree.leaves(encoder))
     n_bytes = config.prefix_seq_len * model.folded_width * 4
     n_labels = label_counts(inputs.train_set).sum()
     devices = f"{mesh.size} device(s), {own_device().device_kind}" + (f", {config.mesh}" if config.mesh else "")
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
-    yield f"data: {plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples"
-    yield from inputs.train_set.report_unknown(inputs.base.tokenizer.unk_id)
+    unused = f"; {inputs.n_unused:,} unused" if inputs.n_unused else ""
+    sizes = f"{plan.n_examples:,} examples, {n_labels:,} tokens per epoch; dev {len(inputs.dev_set):,} examples{unused}"
+    yield f"data: {sizes}"
+    yield from inputs.train_set.report_unknown(tokenizer.unk_id)
+    yield from inputs.train_set.report_eos(tokenizer.eos_id)
     yield from inputs.train_set.tally.report(config.data_filepath)
     yield f"training: {plan.n_updates:,} updates, {config.batch_size} × {config.n_accum_steps} examples each"
     if (n_parts := n_row_parts(mesh)) > config.batch_size * max_rows_per_example(row_lengths(inputs.train_set)):
         yield f"WARNING: rows are split over {n_parts} devices, too many for --batch_size {config.batch_size} to fill"
     if config.dtype == "bfloat16" and half_type() == "float16":
         yield f"WARNING: {own_device().device_kind} has no fast bfloat16 products; --fp16 is faster there"
-    if config.suffix and (flaw := inputs.base.tokenizer.why_unlearnable(config.suffix)):
+    has_documents = inputs.train_set.tally.n_sentences > 0
+    if config.suffix and has_documents and (flaw := tokenizer.why_unlearnable(config.suffix)):
         yield f"WARNING: the suffix {config.suffix!r} {flaw}; it cannot be learnt"

@@ -94,7 +94,8 @@ def test_prefix_of_another_base(capsys, tmp_path):
 def test_too_few_positions(capsys, tmp_path):
     short = make_base_folder(tmp_path / "base", max_position_embeddings=64)
     flags = train_flags(tmp_path, pretrained_model_dir=str(short))
-    fails(capsys, flags, "a prefix of 10 plus 63 tokens (the longest row) exceeds the base model's 64 positions")
+    too_long = "a prefix of 10 plus 63 tokens (the longest of 3 examples that do not fit)"
+    fails(capsys, flags, f"{too_long} exceeds the base model's 64 positions")
 
 
 def test_unknown_flag(capsys, tmp_path):

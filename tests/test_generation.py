@@ -134,6 +134,21 @@ def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
     assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
 
 
+def test_prompts_in_json_lines(tmp_path):
+    """As training data has them: a prompt may have several lines."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "朝の\\n市場", "completion": "は"}\n\n{"prompt": ""}\n')
+    assert read_prompts(path) == ["朝の\n市場", ""]
+    for line, problem in (
+        ('{"text": "朝の"}', "line 2: has no `prompt`"),
+        ("朝の", "line 2: not a line of JSON"),
+        ('{"prompt": 3}', "line 2: `prompt` must be a string, found int"),
+    ):
+        path.write_text('{"prompt": "朝の"}\n' + line)
+        with pytest.raises(InputError, match=problem):
+            read_prompts(path)
+
+
 def test_a_prompt_file_that_is_none(tmp_path):
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "nowhere", "No such file or directory")):
         with pytest.raises(InputError, match=rf"cannot be read as a file of prompts \({reason}\)"):

@@ -1,0 +1,103 @@
+"""What a run reads before it starts: what it is told of, and how an update's examples become micro-batches."""
+
+import dataclasses
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from convert.errors import InputError
+from jaxprefix.data import UpdatePlan, row_lengths
+from jaxprefix.examples import Example, Examples
+from jaxprefix.inputs import micro_batches_of, read_inputs
+from jaxprefix.prefix import DirectPrefix
+from jaxprefix.shapes import packed_shapes
+from jaxprefix.sharding import make_mesh
+from jaxprefix.train import summary, train
+from tests.arrays import random_prefix
+from tests.base_folders import make_bpe_folder
+from tests.runs import losses_of, run_config
+
+
+def skewed(n_examples: int) -> Examples:
+    """Pairs of 3 to some 400 tokens, most of them short."""
+    lengths = np.exp(np.random.default_rng(0).uniform(np.log(2), np.log(400), n_examples)).astype(int)
+    return Examples.of(Example([5], [6] * length) for length in lengths.tolist())
+
+
+def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
+    config, examples = run_config(tmp_path, n_accum_steps=4, n_epochs=1), skewed(90)  # the last update is a part
+    plan, lengths = UpdatePlan(config, 90), row_lengths(examples).sum(axis=1)
+    dealt = micro_batches_of(config, examples, plan)
+    for update in range(plan.n_updates):
+        before, after = plan.micro_batches(update), dealt(update)
+        assert sorted(chain(*before)) == sorted(chain(*after))
+        assert len(before) == len(after)
+        assert max(map(len, after)) <= config.batch_size
+        assert max(lengths[group].sum() for group in after) <= max(lengths[group].sum() for group in before)
+    updates = range(plan.n_updates)
+    widest, before = (packed_shapes(examples, map(of, updates), 1)[-1].n_columns for of in (dealt, plan.micro_batches))
+    assert widest < 0.8 * before
+
+
+@pytest.mark.parametrize("changes", [{"n_accum_steps": 1}, {"packing": False}, {"recipe": "rinna"}])
+def test_micro_batches_stay_as_they_are(tmp_path, changes):
+    """The recipe "rinna" averages their means, and padded ones gain nothing."""
+    config = run_config(tmp_path, **{"n_accum_steps": 4, **changes})
+    plan = UpdatePlan(config, 90)
+    assert micro_batches_of(config, skewed(90), plan)(0) == plan.micro_batches(0)
+
+
+def pairs_file(folder, completions):
+    path = folder / "pairs.jsonl"
+    lines = [json.dumps({"prompt": "朝の", "completion": completion}) for completion in completions]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_micro_batches_of_any_kind_make_the_same_losses(tmp_path):
+    data = pairs_file(tmp_path, ["市場は人で。" * (1 + 3 * (n % 7 == 0)) + "川" * (n % 5) for n in range(18)])
+    runs = [
+        run_config(tmp_path, name, data_filepath=data, n_accum_steps=2, max_lr=1e-2, packing=packing)
+        for name, packing in (("packed", True), ("padded", False))
+    ]
+    for config in runs:
+        train(config)
+    packed, padded = (losses_of(config.run_dir) for config in runs)
+    assert len(packed) == 4
+    np.testing.assert_allclose(packed, padded, rtol=1e-5)
+
+
+def told(config) -> str:
+    inputs = read_inputs(config)
+    return "\n".join(summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
+
+
+def test_examples_of_the_file_in_neither_set_are_told(tmp_path):
+    config = run_config(tmp_path, data_filepath=pairs_file(tmp_path, ["川"] * 18))
+    assert "data: 14 examples, 28 tokens per epoch; dev 4 examples\n" in told(config)
+    fewer = dataclasses.replace(config, train_data_size=10)
+    assert "data: 10 examples, 20 tokens per epoch; dev 4 examples; 4 unused\n" in told(fewer)
+
+
+def test_the_end_of_text_inside_targets_is_warned_of(tmp_path):
+    base = make_bpe_folder(tmp_path / "bpe")
+    completions = ["a", "a<|endoftext|>", "<|endoftext|>a<|endoftext|>", "b"] * 5
+    changes = {"pretrained_model_dir": str(base), "data_filepath": pairs_file(tmp_path, completions)}
+    assert "WARNING: 7 targets hold the end-of-text token" in told(run_config(tmp_path, **changes))
+    changes["data_filepath"] = pairs_file(tmp_path, ["a"] * 20)
+    assert "end-of-text" not in told(run_config(tmp_path, **changes))
+
+
+def test_a_suffix_matters_to_documents_alone(tmp_path):
+    changes = {"suffix": " 鬱"}
+    assert "it cannot be learnt" in told(run_config(tmp_path, **changes))
+    assert "learnt" not in told(run_config(tmp_path, data_filepath=pairs_file(tmp_path, ["川"] * 20), **changes))
+
+
+def test_it_is_told_how_many_examples_are_too_long(tmp_path):
+    data = pairs_file(tmp_path, ["川", "川" * 600, "川" * 700, "川"] * 5)
+    message = r"prefix of 10 plus 70\d tokens \(the longest of \d+ examples that do not fit\) exceeds"
+    with pytest.raises(InputError, match=message):
+        read_inputs(run_config(tmp_path, data_filepath=data))
