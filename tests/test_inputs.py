@@ -4,13 +4,14 @@ import dataclasses
 import json
 from itertools import chain
 
+import jax
 import numpy as np
 import pytest
 
 from convert.errors import InputError
 from jaxprefix.data import UpdatePlan, row_lengths
 from jaxprefix.examples import Example, Examples
-from jaxprefix.inputs import micro_batches_of, read_inputs
+from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.shapes import packed_shapes
 from jaxprefix.sharding import make_mesh
@@ -29,16 +30,16 @@ def skewed(n_examples: int) -> Examples:
 def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
     config, examples = run_config(tmp_path, n_accum_steps=4, n_epochs=1), skewed(90)  # the last update is a part
     plan, lengths = UpdatePlan(config, 90), row_lengths(examples).sum(axis=1)
-    dealt = micro_batches_of(config, examples, plan)
+    dealt, columns = micro_batches_of(config, examples, plan), np.zeros(2)
     for update in range(plan.n_updates):
         before, after = plan.micro_batches(update), dealt(update)
         assert sorted(chain(*before)) == sorted(chain(*after))
         assert len(before) == len(after)
         assert max(map(len, after)) <= config.batch_size
-        assert max(lengths[group].sum() for group in after) <= max(lengths[group].sum() for group in before)
-    updates = range(plan.n_updates)
-    widest, before = (packed_shapes(examples, map(of, updates), 1)[-1].n_columns for of in (dealt, plan.micro_batches))
-    assert widest < 0.8 * before
+        columns += [max(lengths[group].sum() for group in groups) for groups in (before, after)]
+    assert columns[1] < 0.8 * columns[0]
+    updates = map(dealt, range(plan.n_updates))
+    assert batch_shapes(config, examples, plan, make_mesh()) == packed_shapes(examples, updates, len(jax.devices()))
 
 
 @pytest.mark.parametrize("changes", [{"n_accum_steps": 1}, {"packing": False}, {"recipe": "rinna"}])
