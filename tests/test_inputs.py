@@ -28,7 +28,7 @@ def skewed(n_examples: int) -> Examples:
 
 
 def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
-    config, examples = run_config(tmp_path, n_accum_steps=4, n_epochs=1), skewed(90)  # the last update is a part
+    config, examples = run_config(tmp_path, packing=True, n_accum_steps=4), skewed(90)  # an epoch ends with a part
     plan, lengths = UpdatePlan(config, 90), row_lengths(examples).sum(axis=1)
     dealt, columns = micro_batches_of(config, examples, plan), np.zeros(2)
     for update in range(plan.n_updates):
@@ -45,7 +45,7 @@ def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
 @pytest.mark.parametrize("changes", [{"n_accum_steps": 1}, {"packing": False}, {"recipe": "rinna"}])
 def test_micro_batches_stay_as_they_are(tmp_path, changes):
     """The recipe "rinna" averages their means, and padded ones gain nothing."""
-    config = run_config(tmp_path, **{"n_accum_steps": 4, **changes})
+    config = run_config(tmp_path, **{"packing": True, "n_accum_steps": 4, **changes})
     plan = UpdatePlan(config, 90)
     assert micro_batches_of(config, skewed(90), plan)(0) == plan.micro_batches(0)
 
@@ -60,7 +60,7 @@ def pairs_file(folder, completions):
 def test_micro_batches_of_any_kind_make_the_same_losses(tmp_path):
     data = pairs_file(tmp_path, ["市場は人で。" * (1 + 3 * (n % 7 == 0)) + "川" * (n % 5) for n in range(18)])
     runs = [
-        run_config(tmp_path, name, data_filepath=data, n_accum_steps=2, max_lr=1e-2, packing=packing)
+        run_config(tmp_path, name, data_filepath=data, n_accum_steps=2, packing=packing)
         for name, packing in (("packed", True), ("padded", False))
     ]
     for config in runs:
