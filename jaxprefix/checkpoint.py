@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import tensorstore
 
-from convert.errors import InputError, RunError
+from convert.errors import InputError
 from jaxprefix.hosts import (
     anywhere,
     barrier_unless_failed,
@@ -31,7 +31,7 @@ from jaxprefix.hosts import (
     wait_until_visible,
 )
 from jaxprefix.models import path_name
-from jaxprefix.orbax_errors import orbax_kept_short, short_reason
+from jaxprefix.orbax_errors import SaveError, orbax_kept_short, short_reason
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
@@ -48,10 +48,6 @@ def _numbers(folder: Path) -> list[int]:
     """Return the numbers of complete checkpoints: counts of updates, which are 32-bit integers."""
     named = [child for child in folder.glob("*") if re.fullmatch("0|[1-9][0-9]{0,9}", child.name) and child.is_dir()]
     return [number for child in named if (number := int(child.name)) <= np.iinfo(np.int32).max]
-
-
-class SaveError(RunError):
-    """A checkpoint cannot be saved."""
 
 
 class Checkpoints:

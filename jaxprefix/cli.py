@@ -112,7 +112,8 @@ def _train(config: TrainConfig) -> int:
         of_signals = {KeyboardInterrupt: INTERRUPTED, SystemExit: TERMINATED}
         leave_soon(of_signals.get(type(error), getattr(error, "exit_code", InputError.exit_code)))
         raise
-    if result.stopped_by is not None and not result.finished:
+    if not result.finished:
+        assert result.stopped_by is not None
         return 128 + result.stopped_by
     if result.best_dev_loss is None:
         raise RunError("no dev loss was finite, so no prefix was kept; lower --max_lr")

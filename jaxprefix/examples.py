@@ -145,7 +145,7 @@ class Examples(Sequence[Example]):
     def report_eos(self, eos_id: int) -> Iterator[str]:
         """Warn of targets that hold the end-of-text token, if any do."""
         if n_targets := int((self.count_of(eos_id, in_targets=True) > 0).sum()):
-            yield f"WARNING: {n_targets:,} targets hold the end-of-text token, which is added to each; texts end there"
+            yield f"WARNING: targets that hold the end-of-text token: {n_targets:,}; generation stops at the first one"
 
     @property
     def target_lengths(self) -> np.ndarray:

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from convert.errors import RunError
-from jaxprefix.checkpoint import SaveError, newest_checkpoint
+from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.devices import half_type
-from jaxprefix.orbax_errors import short_reason
+from jaxprefix.orbax_errors import SaveError, short_reason
 from jaxprefix.run_description import CONFIG_FILE
 from jaxprefix.run_folder import CHECKPOINTS
 

@@ -4,13 +4,15 @@ Every process makes the same updates on its own devices. The first one writes th
 so they must share the folder of runs. In a run of one process, nobody is asked or waited for.
 """
 
+import contextlib
 import json
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple, TypeVar
@@ -45,11 +47,29 @@ def wait_for_all(name: str) -> None:
     from orbax.checkpoint import multihost  # late: decoding needs nothing of it
 
     try:
-        multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
+        with ended_by_ctrl_c():
+            multihost.get_barrier_sync_fn()(key=f"jaxprefix {name}", timeout_ms=1000 * PATIENCE_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise RunError(f"{name}: not all processes reached this step within {PATIENCE_SECONDS} seconds") from error
+
+
+@contextlib.contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end this process while it waits in JAX's code, where Python cannot take notice of it.
+
+    Where a signal is only noted, as while updates are made, that stays so.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:

@@ -14,7 +14,7 @@ import jax
 from convert.errors import InputError, RunError
 from jaxprefix.config import HostsConfig
 from jaxprefix.devices import devices, on_a_cpu
-from jaxprefix.hosts import anywhere, end_at_once, wait_for_all
+from jaxprefix.hosts import anywhere, end_at_once, ended_by_ctrl_c, wait_for_all
 from jaxprefix.memory import FULL
 
 JOIN_SECONDS = 120
@@ -51,8 +51,9 @@ def _join(config: HostsConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     address = config.coordinator_address or "the address that --distributed found"
     who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
+    missing = f"{who} did not join at {address} within {JOIN_SECONDS} seconds; has each its own --process_id?"
     try:
-        with _within_time(lambda: InputError(f"{who} did not join at {address} within {JOIN_SECONDS} seconds")):
+        with _within_time(lambda: InputError(missing)):
             jax.distributed.initialize(
                 config.coordinator_address,
                 config.num_processes,
@@ -97,7 +98,8 @@ def _within_time(error: Callable[[], InputError]) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with ended_by_ctrl_c():
+            yield
     finally:
         timer.cancel()
 
@@ -121,7 +123,8 @@ def _check_port(port: int) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
-        raise InputError(f"--coordinator_address: port {port} cannot be used ({error.strerror})") from error
+        reason = os.strerror(error.errno) if error.errno else error  # its own text repeats the address
+        raise InputError(f"--coordinator_address: port {port} cannot be used ({reason})") from error
 
 
 def _bypass_proxy() -> None:

@@ -143,7 +143,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     entry.mkdir()
     started, alone = time.monotonic(), multiprocessing.current_process().daemon  # a pool's worker may have no helpers
     n_cores = 1 if alone else _n_cores()
-    print(f"tokenizing {path} with {n_cores} processes; the result is kept in {cache_folder()}", file=sys.stderr)
+    print(f"tokenizing {path} with {n_cores} process(es); the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
     ends, prompt_lengths, n_tokens, n_bytes, tally = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Tally()
     console = Console(stderr=True, force_jupyter=False)

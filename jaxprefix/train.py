@@ -42,7 +42,7 @@ class TrainResult:
     """Whether all updates were made."""
     best_dev_loss: float | None
     stopped_by: Signals | None
-    """The signal that asked the run to end, if one did; one that came too late ended nothing."""
+    """The signal that ended the run; of one process alone, also one that came too late, when the run was finished."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -98,10 +98,10 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")
-        elif stop.received is not None:
-            log.line(f"{stop.received.name} came too late: the run is complete")
-    signal = stopped_by or stop.received
-    return TrainResult(config.run_dir, progress.n_done, stopped_by is None, progress.best_dev_loss, signal)
+    finished = stopped_by is None
+    if finished and jax.process_count() == 1:  # others would not know of it
+        stopped_by = stop.received
+    return TrainResult(config.run_dir, progress.n_done, finished, progress.best_dev_loss, stopped_by)
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:

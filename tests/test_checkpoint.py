@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from unittest.mock import Mock
 
 import numpy as np
@@ -268,6 +269,15 @@ def test_reading_anothers_run_leaves_its_save_under_way(folder):
     (folder / "12.orbax-checkpoint-tmp").mkdir()
     read(folder, writing=False)
     assert (folder / "12.orbax-checkpoint-tmp").is_dir()
+
+
+def test_orbax_is_kept_short_while_a_run_writes(folder):
+    before = threading.excepthook
+    with Checkpoints(folder, writing=False):
+        assert threading.excepthook is before
+    with Checkpoints(folder):
+        assert threading.excepthook is not before
+    assert threading.excepthook is before
 
 
 def test_a_save_that_failed_is_told_whatever_follows_from_it(folder, monkeypatch):

@@ -205,7 +205,6 @@ class TestSignals:
         config = run_config(tmp_path)
         result = train(config)
         assert (result.finished, result.stopped_by) == (True, signal.SIGTERM), "a loop over runs can stop"
-        assert "SIGTERM came too late" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
         same_end(config, finished)
         monkeypatch.setattr("jaxprefix.train.train", lambda config: result)
         assert main(["train", *flags_of(config)]) == 0

@@ -1,6 +1,8 @@
 """What one process of several does once they have joined: agreeing, leaving, and what it says."""
 
 import json
+import signal
+from pathlib import Path
 from signal import Signals
 from unittest.mock import Mock
 
@@ -11,9 +13,10 @@ import pytest
 from convert.errors import InputError, RunError
 from jaxprefix import hosts
 from jaxprefix.config import HostsConfig
+from jaxprefix.faults import stop_on_signal
 from jaxprefix.hosts import Verdict, Vote
 from jaxprefix.sharding import make_mesh
-from tests.runs import PATIENCE
+from tests.runs import PATIENCE, run_config
 
 
 @pytest.mark.parametrize(
@@ -148,6 +151,21 @@ def test_a_barrier_waits_for_an_hour(monkeypatch):
     monkeypatch.setattr(barrier, lambda: lambda **options: asked.update(options))
     hosts.wait_for_all("end")
     assert asked == {"key": "jaxprefix end", "timeout_ms": 3_600_000}
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_others(monkeypatch):
+    """Python would take notice only after the barrier; in the loop a signal is noted, and stays so."""
+    seen = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    barrier = "orbax.checkpoint.multihost.get_barrier_sync_fn"
+    monkeypatch.setattr(barrier, lambda: lambda **_: seen.append(signal.getsignal(signal.SIGINT)))
+    hosts.wait_for_all("load the base")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with stop_on_signal(run_config(Path())):
+        noting = signal.getsignal(signal.SIGINT)
+        hosts.wait_for_all("save a checkpoint")
+        assert signal.getsignal(signal.SIGINT) is noting
+    assert seen == [signal.SIG_DFL, noting]
 
 
 def test_a_setting_that_process_0_does_not_have_differs(monkeypatch):

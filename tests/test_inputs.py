@@ -86,7 +86,7 @@ def test_the_end_of_text_inside_targets_is_warned_of(tmp_path):
     base = make_bpe_folder(tmp_path / "bpe")
     completions = ["a", "a<|endoftext|>", "<|endoftext|>a<|endoftext|>", "b"] * 5
     changes = {"pretrained_model_dir": str(base), "data_filepath": pairs_file(tmp_path, completions)}
-    assert "WARNING: 7 targets hold the end-of-text token" in told(run_config(tmp_path, **changes))
+    assert "WARNING: targets that hold the end-of-text token: 7;" in told(run_config(tmp_path, **changes))
     changes["data_filepath"] = pairs_file(tmp_path, ["a"] * 20)
     assert "end-of-text" not in told(run_config(tmp_path, **changes))
 
@@ -98,7 +98,9 @@ def test_a_suffix_matters_to_documents_alone(tmp_path):
 
 
 def test_it_is_told_how_many_examples_are_too_long(tmp_path):
-    data = pairs_file(tmp_path, ["川", "川" * 600, "川" * 700, "川"] * 5)
-    message = r"prefix of 10 plus 70\d tokens \(the longest of \d+ examples that do not fit\) exceeds"
-    with pytest.raises(InputError, match=message):
-        read_inputs(run_config(tmp_path, data_filepath=data))
+    """Of 20 the first 14 and the last 4 are used."""
+    several, one = ["川", "川" * 600, "川" * 700, "川"] * 5, ["川"] * 19 + ["川" * 700]
+    for completions, which in ((several, "longest of 9 examples that do not fit"), (one, "longest row")):
+        data = pairs_file(tmp_path, completions)
+        with pytest.raises(InputError, match=rf"prefix of 10 plus 70\d tokens \(the {which}\) exceeds"):
+            read_inputs(run_config(tmp_path, data_filepath=data))

@@ -13,7 +13,7 @@ import pytest
 import tensorstore
 
 from convert.errors import InputError, RunError
-from jaxprefix.orbax_errors import orbax_kept_short, short_reason
+from jaxprefix.orbax_errors import SaveError, orbax_kept_short, short_reason
 
 IN_ORBAX = """
 def fail():
@@ -48,8 +48,8 @@ def undone():
 
 
 def fail_on_the_disk() -> None:
-    with pytest.raises(RunError), orbax_kept_short():
-        raise RunError("checkpoint 4 cannot be saved")
+    with pytest.raises(SaveError), orbax_kept_short():
+        raise SaveError("checkpoint 4 cannot be saved")
 
 
 def run_in_thread(target) -> None:
@@ -96,8 +96,11 @@ def test_threads_left_behind_say_nothing_after_a_failure(orbax, caplog):
     with orbax_kept_short():
         orbax.tell(absl)
         absl.error("another library")
-    with pytest.raises(InputError), orbax_kept_short():
-        raise InputError("every checkpoint is damaged")
+    before = threading.excepthook
+    for error in (InputError("every checkpoint is damaged"), RunError("update 2: the loss is nan")):
+        with pytest.raises(type(error)), orbax_kept_short():
+            raise error
+    assert threading.excepthook is before
     orbax.tell(absl)
     assert caplog.messages == ["another library", "meanwhile"]
     fail_on_the_disk()
@@ -142,20 +145,39 @@ def test_runs_in_two_threads_leave_the_callers_errors_alone(orbax, monkeypatch, 
     run_in_thread(orbax.fail)
     assert "Read-only file system" in capsys.readouterr().err
     last.__exit__(None, None, None)
-    run_in_thread(lambda: 1 / 0)
-    assert others == [ZeroDivisionError]
+    run_in_thread(orbax.fail)
+    assert others == [OSError], "the caller's hook is back"
     assert not [logger.filters for logger in map(logging.getLogger, ["absl", "asyncio"]) if logger.filters]
 
 
-def test_the_root_logger_is_left_to_the_caller(monkeypatch):
+def test_failures_in_a_row_leave_one_hook(orbax, monkeypatch):
+    others = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: others.append(failure.exc_type))
+    fail_on_the_disk()
+    first = threading.excepthook
+    fail_on_the_disk()
+    assert threading.excepthook == first
+    assert [len(logging.getLogger(name).filters) for name in ("absl", "asyncio")] == [1, 1]
+    with orbax_kept_short():
+        pass
+    run_in_thread(orbax.fail)
+    assert others == [OSError], "a run that ends well puts everything back"
+
+
+def test_the_root_logger_is_left_to_the_caller(monkeypatch, capsys):
     """absl would give it a handler."""
     import absl.logging
 
     monkeypatch.setattr(logging.root, "handlers", [])
-    with orbax_kept_short():
-        absl.logging.vlog(1, "saved")
-        assert logging.root.handlers == [logging.lastResort]
-    assert not logging.root.handlers
+    (own := logging.getLogger("own")).addHandler(taking := logging.NullHandler())
+    for _ in range(2):
+        with orbax_kept_short(), orbax_kept_short():
+            absl.logging.vlog(1, "saved")
+            logging.getLogger("another").warning("told once")
+            own.warning("told by its own handler")
+        assert not logging.root.handlers
+        assert capsys.readouterr().err == "told once\n"
+    own.removeHandler(taking)
     monkeypatch.setattr(logging.root, "handlers", [own := logging.NullHandler()])
     with orbax_kept_short():
         absl.logging.vlog(1, "saved")

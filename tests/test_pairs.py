@@ -1,8 +1,10 @@
 """Two processes with two devices each make one run: by the lines of docs/launch.md, and by SLURM's variables."""
 
+import contextlib
 import re
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -12,7 +14,7 @@ from convert.prefix import write_adapter
 from jaxprefix.train import train
 from tests.markers import ON_ANOTHER_HOST, needs_another_host
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
-from tests.runs import losses_of, metrics_of, run_config, same_end, start
+from tests.runs import PATIENCE, losses_of, metrics_of, run_config, same_end, start
 from tests.tolerances import LOSS
 
 LONG = {"n_epochs": 5}  # of four updates
@@ -234,10 +236,24 @@ def test_a_killed_process_ends_the_other(tmp_path):
     assert "another task died" in errors[0]
 
 
+def test_ctrl_c_ends_a_process_that_waits_for_others_to_join(tmp_path):
+    first, _ = documented_flags()
+    with start(run_config(tmp_path), *first) as process:
+        port = int(first[first.index("--coordinator_address") + 1].rpartition(":")[2])
+        while True:  # until it listens
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=PATIENCE) in (-signal.SIGINT, 130)
+
+
 @pytest.mark.slow
 def test_a_coordinator_that_does_not_answer(tmp_path):
     _, second = documented_flags()
     process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("joining", "JOIN_SECONDS")))
     [code], _, [error] = ended([process])
     assert code == 2
-    assert re.fullmatch(r"error: process 0 or another process did not join at 127.0.0.1:\d+ within 2 seconds\n", error)
+    told = r"error: process 0 or another process did not join at 127.0.0.1:\d+ within 2 seconds; has each its own .*\n"
+    assert re.fullmatch(told, error)
