@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import queue
+import signal
 import threading
 import types
 from pathlib import Path
@@ -147,6 +148,14 @@ def exit_codes(monkeypatch):
 
     monkeypatch.setattr(os, "_exit", never_return)
     return codes
+
+
+@pytest.fixture
+def heeding_ctrl_c():
+    """Here and in programs that are started, even where pytest runs in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

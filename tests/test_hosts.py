@@ -153,6 +153,7 @@ def test_a_barrier_waits_for_an_hour(monkeypatch):
     assert asked == {"key": "jaxprefix end", "timeout_ms": 3_600_000}
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_a_process_that_waits_for_others(monkeypatch):
     """Python would take notice only after the barrier; in the loop a signal is noted, and stays so."""
     seen = []

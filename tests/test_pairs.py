@@ -236,6 +236,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
     assert "another task died" in errors[0]
 
 
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_a_process_that_waits_for_others_to_join(tmp_path):
     first, _ = documented_flags()
     with start(run_config(tmp_path), *first) as process:
