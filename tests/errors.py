@@ -18,11 +18,12 @@ from typing import NamedTuple
 import pytest
 
 from convert.errors import InputError, PlainError, RunError
+from jaxprefix.orbax_errors import SaveError
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 BEGIN, END = "<!-- the tables below are written by python -m tests.errors -->\n", "<!-- end of the tables -->\n"
-EXIT_CODES = {error.__name__: error.exit_code for error in (InputError, RunError)}
+EXIT_CODES = {error.__name__: error.exit_code for error in (InputError, RunError, SaveError)}
 LONGEST_PLACEHOLDER = 24
 NO_TEST = "**none**"
 
