@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import UpdatePlan, longest_row, row_lengths, split_examples
+from jaxprefix.data import UpdatePlan, row_lengths, split_examples
 from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.hub import fetch_weights
 from jaxprefix.models.attention import check_attention
@@ -58,12 +58,12 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts
 
     Raises InputError that quotes the beginning of its text, and tells how many do not fit.
     """
-    room = model.max_positions - prefix_len
-    n_beyond = sum(int((row_lengths(part).max(axis=1) > room).sum()) for part in parts)
+    measured = [(part, row_lengths(part).max(axis=1)) for part in parts]
+    n_beyond = sum(int((lengths > model.max_positions - prefix_len).sum()) for _, lengths in measured)
     what = f"the longest of {n_beyond:,} examples that do not fit" if n_beyond > 1 else "the longest row"
-    part = max(parts, key=longest_row)
-    prompt, target = part[int(row_lengths(part).max(axis=1).argmax())]
-    begins, longest = tokenizer.decode([*prompt, *target][:40]), longest_row(part)
+    part, lengths = max(measured, key=lambda pair: pair[1].max())
+    prompt, target = part[int(lengths.argmax())]
+    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths.max())
     model.check_fit(tokenizer.vocab_size, prefix_len, longest, what, begins)
     return longest
 
