@@ -39,7 +39,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
     if config.data_filepath is not None:
-        examples = load_data(config, tokenizer)  # may be too few: everything else is told first
+        examples = load_data(config, model, tokenizer)  # may be too few: everything else is told first
         yield from describe_data(examples, tokenizer)
     if config.data_filepath is None or examples.tally.n_sentences:
         yield describe_suffix(config.suffix, tokenizer)
@@ -51,7 +51,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
         yield from examples.tally.report(config.data_filepath)
         plan = UpdatePlan(config, len(train_set))
-        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, train_set, dev_set)
+        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
     if config.hosts.several:
         yield "memory: not estimated for several hosts, since one does not see the others' devices"

@@ -118,7 +118,8 @@ class TrainConfig:
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
     skip_bad_lines: bool = False
-    """Leave out lines of the data that cannot be read as examples and report how many, instead of refusing the file."""
+    """Leave out and count lines that cannot be read as examples, and examples too long for the base model, instead of
+    refusing the data."""
     train_data_size: int = 1000
     """Examples to train on: the first of the file, which must hold at least the sum of both sizes."""
     dev_data_size: int = 10

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert.errors import InputError
 from jaxprefix.config import TrainConfig
-from jaxprefix.examples import Example, Examples
+from jaxprefix.examples import Example, Examples, not_empty
 from jaxprefix.recipe import RECIPES
 
 IGNORED = -100
@@ -23,6 +23,20 @@ def split_examples(examples: Examples, n_train: int, n_dev: int, path: Path) -> 
         report = examples.tally.in_error(path)
         raise InputError(f"{path}: makes {len(examples)} examples, fewer than {sizes}; lower one, or both{report}")
     return examples[:n_train], examples[-n_dev:]
+
+
+def without_long_rows(examples: Examples, n_most: int, path: Path) -> Examples:
+    """Leave out the examples that have a row of more than n_most tokens, and count them in the tally.
+
+    Raises InputError if none is left.
+    """
+    fits = row_lengths(examples).max(axis=1) <= n_most
+    if fits.all():
+        return examples
+    kept = examples[fits]
+    first = int(examples.line_numbers[fits.argmin()])
+    kept.tally = kept.tally._replace(n_too_long=int((~fits).sum()), first_too_long=first)
+    return not_empty(kept, path)
 
 
 def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int], list[int]]]:

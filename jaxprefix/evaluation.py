@@ -10,13 +10,12 @@ from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow
 from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference import as_trained, load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import EvaluateConfig
-from jaxprefix.inputs import check_rows
+from jaxprefix.inputs import check_rows, usable_examples
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sentences import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.sharding import make_mesh
-from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 
 Report = dict[str, dict[str, float | int]]
@@ -80,10 +79,11 @@ def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, s
     """Return the data's examples, which fit behind the prefix; say what was skipped or is unknown."""
     assert config.data_filepath is not None
     chunking = Chunking(base.tokenizer, suffix, as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
-    examples = load_examples(config.data_filepath, chunking)
+    prefix_len = base.config.prefix_length(prefix)
+    examples = usable_examples(config.data_filepath, chunking, base.config, prefix_len)
     for line in (*examples.tally.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
         print(line, file=sys.stderr)
-    check_rows(base.config, base.tokenizer, base.config.prefix_length(prefix), examples)
+    check_rows(base.config, base.tokenizer, prefix_len, config.data_filepath, examples)
     return examples
 
 

@@ -59,6 +59,10 @@ class Tally(NamedTuple):
     n_sentences: int = 0
     n_cut: int = 0
     """Sentences that alone are longer than a chunk may be, and were cut into pieces."""
+    n_too_long: int = 0
+    """Examples that were left out, because the base model has too few positions for them."""
+    first_too_long: int = 0
+    """Number of the line of the first of them."""
 
     def __add__(self, later: "Tally") -> "Tally":  # type: ignore[override]
         n_bad, first_bad = self.n_bad + later.n_bad, self.first_bad or later.first_bad
@@ -80,29 +84,46 @@ class Tally(NamedTuple):
     def _skipped(self, path: Path) -> Iterator[str]:
         if self.n_bad:
             yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first_bad}"
+        if self.n_too_long:
+            yield f"skipped {self.n_too_long:,} examples of {path} as too long, first: line {self.first_too_long}"
 
 
 class Examples(Sequence[Example]):
-    """Examples in flat arrays, which may be files mapped into memory; a slice is a view."""
+    """Examples in flat arrays, which may be files mapped into memory; a part shares the ids."""
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray, prompt_lengths: np.ndarray, tally: Tally = Tally()):
-        """Take the ids of all examples, prompt before target, and for each where it ends and its prompt's length.
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        ends: np.ndarray,
+        prompt_lengths: np.ndarray,
+        line_numbers: np.ndarray,
+        tally: Tally = Tally(),
+    ):
+        """Take the ids of all examples, prompt before target, and where each ends, its prompt's length and its line.
 
-        `tally` is of the whole file; a slice keeps it.
+        `tally` is of the whole file; a part keeps it.
         """
-        self._tokens, self._ends, self.prompt_lengths, self.tally = tokens, ends, prompt_lengths, tally
+        self._tokens, self._ends, self.prompt_lengths, self.line_numbers = tokens, ends, prompt_lengths, line_numbers
+        self.tally = tally
         self._starts = np.concatenate([[0], ends[:-1]])
 
     @classmethod
     def of(cls, examples: Iterable[Example]) -> "Examples":
-        """Lay examples out end to end."""
-        tokens, ends, prompt_lengths = array("I"), array("Q"), array("I")
-        for prompt, target in examples:
+        """Lay examples out end to end, as if each were a line of a file."""
+        return cls.of_lines(enumerate(examples, start=1))
+
+    @classmethod
+    def of_lines(cls, examples: Iterable[tuple[int, Example]]) -> "Examples":
+        """Lay examples out end to end; each comes with the number of its line."""
+        tokens, ends, prompt_lengths, line_numbers = array("I"), array("Q"), array("I"), array("Q")
+        for line_number, (prompt, target) in examples:
             tokens.extend(prompt)
             tokens.extend(target)
             ends.append(len(tokens))
             prompt_lengths.append(len(prompt))
-        return cls(np.array(tokens, np.uint32), np.array(ends, np.int64), np.array(prompt_lengths, np.int64))
+            line_numbers.append(line_number)
+        of_each = [np.array(values, np.int64) for values in (ends, prompt_lengths, line_numbers)]
+        return cls(np.array(tokens, np.uint32), of_each[0], of_each[1], of_each[2])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -110,19 +131,20 @@ class Examples(Sequence[Example]):
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> "Examples": ...
+    def __getitem__(self, index: slice | np.ndarray) -> "Examples": ...
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            part = Examples(self._tokens, self._ends[index], self.prompt_lengths[index], self.tally)
+        if isinstance(index, slice | np.ndarray):
+            of_each = self._ends[index], self.prompt_lengths[index], self.line_numbers[index]
+            part = Examples(self._tokens, *of_each, self.tally)
             part._starts = self._starts[index]
             return part
         ids = self._tokens[self._starts[index] : self._ends[index]].tolist()
         return Example(ids[: self.prompt_lengths[index]], ids[self.prompt_lengths[index] :])
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The first three arguments of the constructor; meaningless for a slice."""
-        return self._tokens, self._ends, self.prompt_lengths
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The first four arguments of the constructor; meaningless for a part."""
+        return self._tokens, self._ends, self.prompt_lengths, self.line_numbers
 
     def count_of(self, token: int, in_targets: bool = False) -> np.ndarray:
         """Return how often a token occurs in each example, or in its target alone."""
@@ -165,19 +187,19 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
     """Return the examples of consecutive lines of a file, the first of which has the number first_line."""
     tally = Tally()
 
-    def of_each_line() -> Iterator[Example]:
+    def of_each_line() -> Iterator[tuple[int, Example]]:
         nonlocal tally
         for number, line in enumerate(lines, start=first_line):
             try:
                 made, of_line = _examples_of(line, f"{path}, line {number}", chunking)
                 tally += of_line
-                yield from made
+                yield from ((number, example) for example in made)
             except InputError as error:
                 if not chunking.skip_bad_lines:
                     raise
                 tally += Tally(1, 1, str(error).removeprefix(f"{path}, "))
 
-    examples = Examples.of(of_each_line())
+    examples = Examples.of_lines(of_each_line())
     examples.tally = tally
     return examples
 

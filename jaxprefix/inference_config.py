@@ -117,7 +117,8 @@ class EvaluateConfig(InferenceConfig):
     max_seq_len: int | None = None
     """Longest chunk of a `text` document, in tokens; by default that of the prefix's training, else 64."""
     skip_bad_lines: bool = False
-    """Leave out lines of the data that cannot be read as examples and report how many, instead of refusing the file."""
+    """Leave out and count lines that cannot be read as examples, and examples too long for the base model, instead of
+    refusing the data."""
     n_samples: int = 100
     """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)

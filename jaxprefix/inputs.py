@@ -1,6 +1,7 @@
 """What a training run reads, and checks, before it starts; and the batch of every update."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import UpdatePlan, row_lengths, split_examples
+from jaxprefix.data import UpdatePlan, row_lengths, split_examples, without_long_rows
 from jaxprefix.examples import Chunking, Example, Examples
 from jaxprefix.hub import fetch_weights
 from jaxprefix.models.attention import check_attention
@@ -37,34 +38,43 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together before weights are downloaded."""
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     check_attention(config.compute.attention, base.config.head_dim)
-    examples = load_data(config, base.tokenizer)
+    examples = load_data(config, base.config, base.tokenizer)
     train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    check_rows(base.config, base.tokenizer, config.prefix_seq_len, train_set, dev_set)
+    check_rows(base.config, base.tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
     n_unused = len(examples) - len(train_set) - len(dev_set)
     inputs = Inputs(base, train_set, dev_set, n_unused, UpdatePlan(config, len(train_set)))
     fetch_weights(config.pretrained_model_dir, base.path)
     return inputs
 
 
-def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Examples:
+def load_data(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> Examples:
     """Return the examples of the run's data file."""
     recipe = RECIPES[config.recipe]
     chunking = Chunking(tokenizer, config.suffix, config.max_seq_len, recipe, config.skip_bad_lines)
-    return load_examples(config.data_filepath, chunking)
+    return usable_examples(config.data_filepath, chunking, model, config.prefix_seq_len)
 
 
-def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, *parts: Sequence[Example]) -> int:
-    """Check that the longest row of all examples fits behind the prefix, and return how many tokens it has.
+def usable_examples(path: Path, chunking: Chunking, model: ModelConfig, prefix_len: int) -> Examples:
+    """Return a file's examples; where bad lines are skipped, without those that do not fit behind the prefix."""
+    examples = load_examples(path, chunking)
+    if chunking.skip_bad_lines:
+        return without_long_rows(examples, model.max_positions - prefix_len, path)
+    return examples
 
-    Raises InputError that quotes the beginning of its text, and tells how many do not fit.
+
+def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: Path, *parts: Examples) -> int:
+    """Check that the longest row of a file's examples fits behind the prefix, and return how many tokens it has.
+
+    Raises InputError that names its line, quotes the beginning of its text, and tells how many do not fit.
     """
     measured = [(part, row_lengths(part).max(axis=1)) for part in parts]
     n_beyond = sum(int((lengths > model.max_positions - prefix_len).sum()) for _, lengths in measured)
     what = f"the longest of {n_beyond:,} examples that do not fit" if n_beyond > 1 else "the longest row"
     part, lengths = max(measured, key=lambda pair: pair[1].max())
-    prompt, target = part[int(lengths.argmax())]
-    begins, longest = tokenizer.decode([*prompt, *target][:40]), int(lengths.max())
-    model.check_fit(tokenizer.vocab_size, prefix_len, longest, what, begins)
+    index, longest = int(lengths.argmax()), int(lengths.max())
+    where, (prompt, target) = f"{path}, line {part.line_numbers[index]}: ", part[index]
+    begins = tokenizer.decode([*prompt, *target][:40])
+    model.check_fit(tokenizer.vocab_size, prefix_len, longest, what, begins, where)
     return longest
 
 

@@ -1,7 +1,7 @@
 """Large data files are tokenized once, by all cores, and kept in the user's cache folder. No jax in here.
 
-A cache entry is a folder named by what went into it: tokens.bin (all ids), ends.npy and prompt_lengths.npy as in
-`Examples`, about.json. It appears whole or not at all.
+A cache entry is a folder named by what went into it: tokens.bin (all ids), `OF_EXAMPLES`, about.json. It appears whole
+or not at all.
 """
 
 import concurrent.futures
@@ -34,8 +34,10 @@ from jaxprefix.examples import Chunking, Examples, Tally, make_examples, not_emp
 from jaxprefix.lines import read_lines, sha256_of
 from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
-FORMAT = 3
+FORMAT = 4
 """To be raised when the same file and settings make other examples than before."""
+OF_EXAMPLES = ("ends", "prompt_lengths", "line_numbers")
+"""Files of an entry with a number for each example, as in `Examples`."""
 CACHED_BYTES = 2**22
 """Smaller files are tokenized on every run, in a second or two. Compressed files count eightfold."""
 BLOCK_BYTES = 2**22
@@ -114,17 +116,19 @@ def _open(folder: Path) -> Examples | None:
     """Map an entry into memory; None if there is none, or its files do not fit together."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        ends, prompt_lengths = (np.load(folder / f"{name}.npy") for name in ("ends", "prompt_lengths"))
+        ends, prompt_lengths = (np.load(folder / f"{name}.npy") for name in OF_EXAMPLES[:2])
+        line_numbers = np.load(folder / f"{OF_EXAMPLES[2]}.npy", mmap_mode="r")  # seldom looked at
         tokens = np.empty(0, np.uint16)
         if about["n_tokens"]:  # what is empty cannot be mapped
             tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
         tally = Tally(*about["tally"])
-        sizes = [about["n_tokens"], about["n_examples"], about["n_examples"]]
+        sizes = [about["n_tokens"], *[about["n_examples"]] * 3]
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    if sizes != [len(tokens), len(ends), len(prompt_lengths)] or ends[-1:].sum() != len(tokens):
+    arrays = tokens, ends, prompt_lengths, line_numbers
+    if sizes != list(map(len, arrays)) or ends[-1:].sum() != len(tokens):
         return None
-    return Examples(tokens, ends, prompt_lengths, tally)
+    return Examples(*arrays, tally)
 
 
 def _move(unfinished: Path, folder: Path) -> None:
@@ -145,22 +149,22 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     n_cores = 1 if alone else _n_cores()
     print(f"tokenizing {path} with {n_cores} process(es); the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
-    ends, prompt_lengths, n_tokens, n_bytes, tally = [np.empty(0, int)], [np.empty(0, int)], 0, 0, Tally()
+    of_examples, n_tokens, n_bytes, tally = list[tuple[np.ndarray, ...]](), 0, 0, Tally()
     console = Console(stderr=True, force_jupyter=False)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     bar = progress.add_task("tokenizing", total=None if path.suffix == ".gz" else path.stat().st_size)
     parts = _one_by_one(path, chunking) if alone else _in_order(path, chunking, n_cores, unfinished / "job.pickle")
     with (entry / "tokens.bin").open("wb") as file, progress:
         for part_bytes, part in parts:
-            tokens, part_ends, part_prompts = part.arrays
+            tokens, ends, prompt_lengths, line_numbers = part.arrays
             file.write(tokens.astype(dtype).tobytes())
-            ends.append(part_ends + n_tokens)
-            prompt_lengths.append(part_prompts)
+            of_examples.append((ends + n_tokens, prompt_lengths, line_numbers))
             n_tokens, tally, n_bytes = n_tokens + len(tokens), tally + part.tally, n_bytes + part_bytes
             progress.update(bar, completed=n_bytes)
-    np.save(entry / "ends.npy", np.concatenate(ends))
-    np.save(entry / "prompt_lengths.npy", np.concatenate(prompt_lengths))
-    about = {"n_tokens": n_tokens, "n_examples": sum(map(len, ends)), "dtype": dtype.str, "tally": tally}
+    for name, arrays in zip(OF_EXAMPLES, zip(*of_examples, strict=True), strict=True):
+        np.save(entry / f"{name}.npy", np.concatenate(arrays))
+    n_examples = sum(len(ends) for ends, *_ in of_examples)
+    about = {"n_tokens": n_tokens, "n_examples": n_examples, "dtype": dtype.str, "tally": tally}
     (entry / "about.json").write_text(json.dumps(about))
     seconds = time.monotonic() - started
     print(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s", file=sys.stderr)

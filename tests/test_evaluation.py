@@ -82,9 +82,12 @@ def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp
     fails(
         capsys,
         ["evaluate", *BASE, "--data_filepath", str(data)],
-        "a prefix of 0 plus 601 tokens (the longest row)",
+        "line 1: a prefix of 0 plus 601 tokens (the longest row)",
         "512 positions",
     )
+    data.write_text(data.read_text() + json.dumps({"prompt": "朝", "completion": "の"}), encoding="utf-8")
+    assert main(["evaluate", *BASE, "--data_filepath", str(data), "--n_samples", "0", "--skip_bad_lines"]) == 0
+    assert f"skipped 1 examples of {data} as too long, first: line 1" in capsys.readouterr().err
     fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
 
 
@@ -197,7 +200,7 @@ def test_evaluate_chunks_as_its_recipe_and_flags_say(monkeypatch):
         seen.update(chunking._asdict())
         raise InputError("enough")
 
-    monkeypatch.setattr("jaxprefix.evaluation.load_examples", load)
+    monkeypatch.setattr("jaxprefix.inputs.load_examples", load)
     settings = {"n_samples": 0, "suffix": "!", "max_seq_len": 9, "skip_bad_lines": True}
     config = EvaluateConfig(str(GOLDEN_BASE), data_filepath=Path("a"), decode=DecodeConfig(recipe="rinna"), **settings)
     with pytest.raises(InputError, match="enough"):

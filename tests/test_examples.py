@@ -162,6 +162,7 @@ def test_bad_line_is_named_or_skipped(tokenizer, tmp_path, monkeypatch, line, me
     found = read_examples(path, Chunking(tokenizer, skip_bad_lines=True))
     good = write_lines(tmp_path / "good.jsonl", {"text": "a"}, {"text": "b"})
     assert list(found) == list(read_examples(good, Chunking(tokenizer)))
+    assert found.line_numbers.tolist() == [1, 4]
     (report,) = found.tally.report(path)
     assert re.match(f"skipped 2 of 5 lines of {path}, first: {message}", report)
 

@@ -100,7 +100,26 @@ def test_a_suffix_matters_to_documents_alone(tmp_path):
 def test_it_is_told_how_many_examples_are_too_long(tmp_path):
     """Of 20 the first 14 and the last 4 are used."""
     several, one = ["川", "川" * 600, "川" * 700, "川"] * 5, ["川"] * 19 + ["川" * 700]
-    for completions, which in ((several, "longest of 9 examples that do not fit"), (one, "longest row")):
+    for completions, line, which in (
+        (several, 3, "longest of 9 examples that do not fit"),
+        (one, 20, "longest row"),
+    ):
         data = pairs_file(tmp_path, completions)
-        with pytest.raises(InputError, match=rf"prefix of 10 plus 70\d tokens \(the {which}\) exceeds"):
+        told = rf"^{data}, line {line}: a prefix of 10 plus 70\d tokens \(the {which}\) exceeds"
+        with pytest.raises(InputError, match=told):
             read_inputs(run_config(tmp_path, data_filepath=data))
+
+
+def test_examples_that_are_too_long_can_be_left_out(tmp_path):
+    rest = read_inputs(run_config(tmp_path, data_filepath=pairs_file(tmp_path, ["川", *["市"] * 20])))
+    data = pairs_file(tmp_path, ["川" * 700, "川", "川" * 600, *["市"] * 20])
+    inputs = read_inputs(config := run_config(tmp_path, data_filepath=data, skip_bad_lines=True))
+    assert (list(inputs.train_set), list(inputs.dev_set)) == (list(rest.train_set), list(rest.dev_set))
+    assert inputs.n_unused == rest.n_unused == 3
+    assert f"skipped 2 examples of {data} as too long, first: line 1" in told(config)
+    pairs_file(tmp_path, ["川"] * 9 + ["川" * 700] * 2)
+    with pytest.raises(InputError, match=r"makes 9 examples, fewer than .*; skipped 2 examples .*, first: line 10$"):
+        read_inputs(config)
+    pairs_file(tmp_path, ["川" * 700])
+    with pytest.raises(InputError, match=r"holds no example; skipped 1 examples .*, first: line 1$"):
+        read_inputs(config)

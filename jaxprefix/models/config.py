@@ -97,14 +97,17 @@ class ModelConfig:
             raise InputError(f"a prefix holds {kind}, found {dtype}")
         return int(shape[2])
 
-    def check_fit(self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "") -> None:
+    def check_fit(
+        self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "", where: str = ""
+    ) -> None:
         """Raise InputError unless all ids and positions exist: gathers on the device would clamp them silently.
 
-        `n_pieces` is the tokenizer's size, `longest` the number of tokens in `what`, `begins` the start of its text.
+        `n_pieces` is the tokenizer's size, `longest` the number of tokens in `what`, `begins` the start of its text;
+        the error begins with `where`.
         """
         if prefix_len + longest > self.max_positions:
             raise InputError(
-                f"a prefix of {prefix_len} plus {longest} tokens ({what}) exceeds the base model's "
+                f"{where}a prefix of {prefix_len} plus {longest} tokens ({what}) exceeds the base model's "
                 f"{self.max_positions} positions" + (f"; the text begins with {begins!r}" if begins else "")
             )
         if n_pieces > self.vocab_size:
