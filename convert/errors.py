@@ -8,6 +8,11 @@ PROBLEMS = 40
 """Most problems that are listed; a file may have thousands."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class PlainError(Exception):
     """An error whose message is complete without a traceback.
 

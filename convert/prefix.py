@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert import torch_files
-from convert.errors import InputError
+from convert.errors import InputError, first_line
 from convert.files import flush_to_disk, replacing, save_safetensors
 from convert.training_state import is_training_state
 from convert.untrusted import member, read_object, refuse_pointer
@@ -260,7 +260,7 @@ def _read_npy(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: it cannot be larger than its file
     except Exception as error:  # numpy's parser of the header raises many kinds
-        raise InputError(f"{path}: not a readable .npy file ({torch_files.first_line(error)})") from error
+        raise InputError(f"{path}: not a readable .npy file ({first_line(error)})") from error
 
 
 def _read_torch(path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from typing import IO, Any
 import ml_dtypes  # noqa: F401  (teaches numpy bfloat16)
 import numpy as np
 
-from convert.errors import InputError
+from convert.errors import InputError, first_line
 from convert.files import replacing
 from convert.untrusted import refuse_pointer
 
@@ -100,11 +100,6 @@ def save_torch(path: Path, content: Any) -> None:
     content = as_tensors(content)
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Unpickler(pickle.Unpickler):

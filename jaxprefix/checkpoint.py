@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from jaxprefix.hosts import (
 )
 from jaxprefix.models import path_name
 from jaxprefix.orbax_errors import SaveError, orbax_kept_short, short_reason
+from jaxprefix.screen import warn
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
@@ -195,7 +195,7 @@ class Checkpoints:
     def _put_aside(self, step: int, problem: str) -> None:
         """Warn of a damaged checkpoint. A writer frees its number, and keeps the latest, NUMBER.damaged, to inspect."""
         if is_first():
-            print(f"WARNING: {self.folder / str(step)}: damaged, {problem}", file=sys.stderr, flush=True)
+            warn(f"{self.folder / str(step)}: damaged, {problem}")
             if self._writing:
                 for earlier in self.folder.glob("*.damaged"):
                     shutil.rmtree(earlier)

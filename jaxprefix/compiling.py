@@ -3,13 +3,13 @@
 import ctypes
 import functools
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import jax
 
+from jaxprefix.screen import warn
 from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -42,7 +42,7 @@ def _check_writable(folder: Path, advice: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        print(f"WARNING: {folder}: compiled programs cannot be kept ({error.strerror}); {advice}", file=sys.stderr)
+        warn(f"{folder}: compiled programs cannot be kept ({error.strerror}); {advice}")
         warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # JAX's, of each
 
 

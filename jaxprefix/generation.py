@@ -11,6 +11,7 @@ from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference import load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import GenerateConfig
 from jaxprefix.prefix import check_length
+from jaxprefix.screen import warn
 from jaxprefix.sharding import make_mesh
 
 
@@ -40,7 +41,7 @@ def _continue_prompts(config: GenerateConfig) -> None:
 
     def answer(prompts: list[str], first_index: int = 0) -> None:
         if n_unknown := sum(base.tokenizer.unk_id in encode(prompt) for prompt in prompts):
-            print(f"WARNING: {n_unknown} prompt(s) hold text unknown to the tokenizer", file=sys.stderr)
+            warn(f"{n_unknown} prompt(s) hold text unknown to the tokenizer")
         timings = {way: list[BatchTiming]() for way in ways}
         options = (config.seed, config.batch_size, config.decode)
         streams = [

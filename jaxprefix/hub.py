@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from convert.errors import InputError
+from convert.errors import InputError, first_line
 from convert.weights import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX, has_weights
 from jaxprefix.settings import expanded
 
@@ -64,7 +64,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"{where} the model hub has no such repository; if it is private, run `hf auth login`"
         ) from error
     except errors.LocalEntryNotFoundError as error:
-        cause = str(error.__cause__ or error).split("\n")[0]
+        cause = first_line(error.__cause__ or error)
         raise InputError(f"{where} it is not all cached, and the model hub does not give the rest ({cause})") from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{where} the model hub says: {error}") from error

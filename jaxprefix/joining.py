@@ -5,17 +5,17 @@ import contextlib
 import os
 import re
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import jax
 
-from convert.errors import InputError, RunError
+from convert.errors import InputError, RunError, first_line
 from jaxprefix.config import HostsConfig
 from jaxprefix.devices import devices, on_a_cpu
 from jaxprefix.hosts import anywhere, end_at_once, ended_by_ctrl_c, wait_for_all
 from jaxprefix.memory import FULL
+from jaxprefix.screen import warn
 
 JOIN_SECONDS = 120
 """How long a process waits for the others to join, then to tell their devices, then to be reached by these."""
@@ -79,8 +79,8 @@ def _join(config: HostsConfig) -> None:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
     if not on_a_cpu() and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
-        # Where one process finds a program and another does not, the latter compiles alone, and waits for the former to
-        # try its share of the program's kernels: for good.
+        # XLA shares the choice of a program's kernels among processes: one that does not find the program in its cache
+        # would wait for good for the share of one that does.
         jax.config.update("jax_enable_compilation_cache", False)
     with _within_time(
         lambda: InputError(
@@ -113,8 +113,7 @@ def plain_where_others_end() -> Iterator[None]:
         lost = re.search(r"\b(gloo|nccl)|coordination service|heartbeat", str(error), re.IGNORECASE)
         if not lost or FULL.search(str(error)):
             raise
-        reason = str(error).partition("\n")[0]
-        hint = "; NCCL_DEBUG=INFO tells more" if "nccl" in lost[0].lower() else ""
+        reason, hint = first_line(error), "; NCCL_DEBUG=INFO tells more" if "nccl" in lost[0].lower() else ""
         raise RunError(f"the other processes cannot be reached, one may have ended ({reason}){hint}") from error
 
 
@@ -138,5 +137,4 @@ def _warn_of_slurm() -> None:
     """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
     task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
     if task is not None and n_tasks != "1":
-        what = f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run"
-        print(f"WARNING: {what}", file=sys.stderr)
+        warn(f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run")

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from convert.errors import PlainError, RunError
+from convert.errors import PlainError, RunError, first_line
 
 GIB = 2**30
 FULL = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|ALLOC_FAILED|Autotuning failed.*No valid config", re.DOTALL)
 """What errors of a full device say: XLA's, CUDA's, its libraries'; and of a GPU on which no kernel could be tried."""
 CHARACTERS = 120
-"""Most characters of an error that does not name its cause so plainly, and is repeated."""
+"""How much is quoted of an error that does not say RESOURCE_EXHAUSTED."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Environment variables, the latter deprecated, for the share of a GPU's memory that JAX takes."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -31,7 +31,7 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not FULL.search(str(error)):
             raise
-        cause = "" if "RESOURCE_EXHAUSTED" in str(error) else " (" + str(error).partition("\n")[0][:CHARACTERS] + ")"
+        cause = "" if "RESOURCE_EXHAUSTED" in str(error) else f" ({first_line(error)[:CHARACTERS]})"
         raise RunError(f"out of memory: {shortage(str(error))}{cause}; {advice()}") from error
     except (MemoryError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
@@ -41,9 +41,9 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def released_after_errors() -> Iterator[None]:
-    """Let go of what the functions that an error ended had in memory, such as a base model, however long it is kept.
+    """Clear the local variables of the functions that an error has passed through, of which one may be a base model.
 
-    A notebook keeps its last error, and with it those functions' variables.
+    A notebook keeps its last error, and with it those variables.
     """
     released = {sys.exception()}  # what the caller is handling is the caller's
     try:
@@ -75,11 +75,12 @@ def shortage(text: str) -> str:
             "kernel, or another library in this process"
         )
     free = size - stats.get("bytes_in_use", 0) / GIB
-    over = "more was requested than"
-    if n_gib is not None:
+    if n_gib is None:
+        over = "more was requested than"
+    elif n_gib > free:
         over = f"{n_gib:.2f} GiB were requested at once, {n_gib - free:.2f} more than"
-        if n_gib <= free:  # which other programs may have taken, too
-            over = f"{n_gib:.2f} GiB were requested at once, which are not in one piece within"
+    else:  # in pieces, or taken by other programs
+        over = f"{n_gib:.2f} GiB were requested at once, which are not in one piece within"
     told = f"{over} the {free:.2f} free of the {size:.2f} GiB of {device.device_kind} that JAX may use"
     if device.platform == "gpu" and not any(map(os.environ.get, FRACTIONS)):
         told += f"; {FRACTIONS[0]}=.95 allows it more"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from convert.errors import RunError
+from jaxprefix.screen import warn
 
 REASON_CHARACTERS = 200
 """Most characters of another library's error that a message repeats."""
@@ -36,8 +37,7 @@ class _Hooks:
     def shorten(self, failure: threading.ExceptHookArgs) -> None:
         """Say in one line what Orbax's thread met: the training loop meets the same failure, and ends the run."""
         if _is_orbax("".join(traceback.format_exception(failure.exc_value))):
-            reason = short_reason(failure.exc_value)
-            print(f"WARNING: a background thread failed: {reason}", file=sys.stderr, flush=True)
+            warn(f"a background thread failed: {short_reason(failure.exc_value)}")
         else:
             self._earlier[0](failure)
 
@@ -57,7 +57,26 @@ class _Hooks:
             threading.excepthook, sys.unraisablehook = self._earlier
 
 
-_lock, _n_open, _hooks = threading.Lock(), 0, list[_Hooks]()
+class _StandIn(logging.Handler):
+    """A handler for the root logger, which prints only what Python's handler of last resort would print without it.
+
+    It keeps absl, with which Orbax logs, from calling `logging.basicConfig`: a caller's own call of that would do
+    nothing ever after, and loggers with handlers would print everything twice.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record that no other handler takes."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        handlers = list[logging.Handler]()
+        while logger is not None:
+            handlers += logger.handlers
+            logger = logger.parent if logger.propagate else None
+        if handlers == [self] and logging.lastResort is not None and record.levelno >= logging.lastResort.level:
+            logging.lastResort.handle(record)
+
+
+_lock, _n_open, _stand_in = threading.Lock(), 0, _StandIn()
+_hooks: _Hooks | None = None
 """Of all runs in this process, which threads may make at once."""
 
 
@@ -67,17 +86,18 @@ def orbax_kept_short() -> Iterator[None]:
 
     After OSError or SaveError that stays so: Orbax may leave threads behind that fail while Python ends.
     """
-    global _n_open
+    global _n_open, _hooks
     with _lock:
         _n_open += 1
-        if not (_hooks and _hooks[-1].in_front):
-            _hooks[:] = [_Hooks()]
+        if _hooks is None or not _hooks.in_front:
+            _hooks = _Hooks()
+        if not logging.root.handlers:
+            logging.root.addHandler(_stand_in)
         for name in LOGGERS:
             logging.getLogger(name).addFilter(_is_of_others)
     failed = False
     try:
-        with _no_handler_by_absl():
-            yield
+        yield
     except (OSError, SaveError):
         failed = True
         # Python warns of what Orbax had not begun to write whenever it next collects garbage
@@ -86,8 +106,11 @@ def orbax_kept_short() -> Iterator[None]:
     finally:
         with _lock:
             _n_open -= 1
-            if not (failed or _n_open):
-                _hooks.pop().remove()
+            if not _n_open:
+                logging.root.removeHandler(_stand_in)
+            if _hooks and not (failed or _n_open):
+                _hooks.remove()
+                _hooks = None
                 for name in LOGGERS:
                     logging.getLogger(name).removeFilter(_is_of_others)
 
@@ -99,36 +122,6 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 def _is_orbax(text: str) -> bool:
     """Tell whether a traceback or log record is of Orbax or TensorStore."""
     return re.search(r"/orbax/|\[(tensorstore_spec|os_error_code)=", text) is not None
-
-
-class _StandIn(logging.Handler):
-    """Prints what Python's handler of last resort would print if this one were not there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print a record that no other handler takes; the first of several stand-ins does so."""
-        logger: logging.Logger | None = logging.getLogger(record.name)
-        handlers = list[logging.Handler]()
-        while logger is not None:
-            handlers += logger.handlers
-            logger = logger.parent if logger.propagate else None
-        alone = all(isinstance(handler, _StandIn) for handler in handlers) and handlers[0] is self
-        if alone and logging.lastResort is not None and record.levelno >= logging.lastResort.level:
-            logging.lastResort.handle(record)
-
-
-@contextlib.contextmanager
-def _no_handler_by_absl() -> Iterator[None]:
-    """Keep absl, with which Orbax logs, from calling `logging.basicConfig` where the root logger has no handler.
-
-    A caller's own call of it would then do nothing ever after, and loggers with handlers would print everything twice.
-    """
-    stand_in = _StandIn()
-    if all(isinstance(handler, _StandIn) for handler in logging.root.handlers):
-        logging.root.addHandler(stand_in)
-    try:
-        yield
-    finally:
-        logging.root.removeHandler(stand_in)
 
 
 def short_reason(error: BaseException | None) -> str:

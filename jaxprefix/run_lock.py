@@ -14,6 +14,7 @@ from typing import IO
 from convert.errors import InputError
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree_first, check_shared
+from jaxprefix.screen import warn
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 LEASE_SECONDS = 120
@@ -101,10 +102,7 @@ def _locked(path: Path, checkpoints: bool) -> IO[str]:
         advice = "choose one on another disk (to train without, --no_save_model)"
         raise InputError(f"{path.parent}: does not support file locks, which checkpoints need; {advice}")
     if not locked:
-        print(
-            f"WARNING: {path.parent}: does not support file locks, so a second run of that name goes unnoticed",
-            file=sys.stderr,
-        )
+        warn(f"{path.parent}: does not support file locks, so a second run of that name goes unnoticed")
     file.truncate(0)
     try:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -118,11 +116,12 @@ def _locked(path: Path, checkpoints: bool) -> IO[str]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Lock a file; return False on a file system that has neither kind of lock. Raises OSError, if another has it.
+    """Lock a file; return False on a file system without locks. Raises OSError if another process holds it.
 
-    The latter kind, for file systems without flock, does not keep two runs of one process apart.
+    lockf does not keep two runs of one process apart, so flock is tried first. Without lockf, TensorStore writes no
+    checkpoints.
     """
-    for lock in (fcntl.flock, fcntl.lockf):  # TensorStore writes checkpoints with the latter kind
+    for lock in (fcntl.flock, fcntl.lockf):
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

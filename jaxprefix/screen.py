@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import sys
 from typing import Any
 
 
@@ -37,6 +38,11 @@ class UnfailingStream:
             mute(self._stream)
 
 
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+
 def escape_unknown(stream: Any) -> None:
     """Let a stream write characters that its encoding does not have, such as 😃, as backslash escapes."""
     if isinstance(stream, io.TextIOWrapper):
@@ -50,6 +56,6 @@ def mute(stream: Any) -> None:
     except (AttributeError, OSError):  # none of the system's
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    if nowhere != number:  # as it is where the system had closed the stream
+    if nowhere != number:  # equal if the system had closed the stream: its number was free
         os.dup2(nowhere, number)
         os.close(nowhere)

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DEV_LOSS, DirectPrefix, Encoder, check_length, load_prefix, new_encoder
 from jaxprefix.run_description import check_base
 from jaxprefix.run_folder import CHECKPOINTS
+from jaxprefix.screen import warn
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import LossScale, TrainState, first_state
 
@@ -112,7 +112,7 @@ def start_encoder(
 
 def check_same_start(encoder: Encoder) -> None:
     """Check that all processes start from the same encoder; all call it together. Raises InputError."""
-    if jax.process_count() > 1:  # a single one need not wait until it is made
+    if jax.process_count() > 1:  # a single one does not wait here until JAX has made it
         digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(encoder)))
         check_same({"the encoder to start from": digest.hexdigest()[:16]})
 
@@ -143,5 +143,5 @@ def loss_of_prefix(folder: Path, expected: bool) -> float | None:
         problem = str(error)
     except ValueError:
         problem = f"{folder}: its {DEV_LOSS} is no number"
-    print(f"WARNING: {problem}; the best prefix from here on is kept", file=sys.stderr)
+    warn(f"{problem}; the best prefix from here on is kept")
     return None
