@@ -164,7 +164,8 @@ def compute_title(compute: Compute) -> str:
 
 def compute_suffix(compute: Compute) -> str:
     """Name them in a file's name."""
-    return compute_title(compute).replace(", --remat ", "_").replace(", --scan_layers", "_scan")
+    remat = "" if compute.remat == "elementwise" else f"_{compute.remat}"
+    return remat + ("_scan" if compute.scan_layers else "")
 
 
 def add_turns(parser: argparse.ArgumentParser) -> None:

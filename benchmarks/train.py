@@ -44,7 +44,7 @@ from benchmarks.report import (
 from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_padded_batch
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED, UpdatePlan, longest_row, row_lengths
+from jaxprefix.data import IGNORED, UpdatePlan, row_lengths
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.shapes import PaddedShape
 from jaxprefix.tokenizer import load_tokenizer
@@ -117,7 +117,7 @@ def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.nd
     batches, n_useful, lengths = [], list[int](), list[np.ndarray]()
     for number in range(plan.n_updates):
         group = [examples[i] for i in plan.micro_batches(number)[0]]
-        batch = make_padded_batch(group, tokenizer, PaddedShape(2 * len(group), longest_row(group)))
+        batch = make_padded_batch(group, tokenizer, PaddedShape(2 * len(group), int(row_lengths(group).max())))
         batches.append((torch.from_numpy(batch.tokens).long(), torch.from_numpy(batch.labels).long()))
         n_useful.append(batch.n_labels)
         lengths.append(row_lengths(group))

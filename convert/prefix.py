@@ -26,7 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_WEIGHTS_TORCH = "adapter_model.bin"
 TENSOR_NAME = "prompt_embeddings"
-RUN_SUBFOLDER = "prefix"
+PREFIX_FOLDER = "prefix"
 
 _NPY = b"\x93NUMPY"
 _SHAPE = ("n_layer", "n_head", "head_dim")
@@ -179,11 +179,11 @@ def _read_adapter(folder: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Read an adapter folder, or the one in a run folder; adapter_config.json completes the header."""
     config_path = member(folder, ADAPTER_CONFIG)
     if not config_path.is_file():
-        if (folder / RUN_SUBFOLDER / ADAPTER_CONFIG).is_file():
-            return _read_adapter(member(folder, RUN_SUBFOLDER))
+        if (folder / PREFIX_FOLDER / ADAPTER_CONFIG).is_file():
+            return _read_adapter(member(folder, PREFIX_FOLDER))
         named = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))[:3]
         raise InputError(
-            f"{folder}: holds no prefix: neither {ADAPTER_CONFIG} nor {RUN_SUBFOLDER}/, which a run writes after "
+            f"{folder}: holds no prefix: neither {ADAPTER_CONFIG} nor {PREFIX_FOLDER}/, which a run writes after "
             "its first dev evaluation" + (f"; subfolders that hold one: {', '.join(named)}" if named else "")
         )
     config = read_object(config_path)

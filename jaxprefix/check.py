@@ -45,7 +45,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         yield describe_suffix(config.suffix, tokenizer)
     if config.data_filepath is None:
         n_columns = config.max_seq_len + 1
-        model.check_fit(tokenizer.vocab_size, config.prefix_seq_len, n_columns, "the longest row")
+        model.check_fit(config.prefix_seq_len, n_columns, "the longest row")
     else:
         sizes = (config.train_data_size, config.dev_data_size)
         train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)

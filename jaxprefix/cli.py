@@ -89,20 +89,27 @@ def _run(arguments: list[str] | None) -> int:
         compiling.prepare_compiling()
     match settings:
         case CheckConfig():  # first: it is a TrainConfig as well
-            _check(settings)
+            from jaxprefix.check import check
+
+            for line in check(settings):
+                print(line, flush=True)
         case TrainConfig():
             return _train(settings)
         case ConvertConfig():
-            _convert(settings)
+            from jaxprefix.conversion import convert
+
+            print(convert(settings))
         case GenerateConfig():
-            _generate(settings)
+            from jaxprefix.generation import continue_prompts
+
+            continue_prompts(settings)
         case EvaluateConfig():
             _evaluate(settings)
     return 0
 
 
 def _train(config: TrainConfig) -> int:
-    from convert.prefix import RUN_SUBFOLDER
+    from convert.prefix import PREFIX_FOLDER
     from jaxprefix.hosts import is_first, leave_soon
     from jaxprefix.train import train
 
@@ -121,7 +128,7 @@ def _train(config: TrainConfig) -> int:
         command = ["jaxprefix", "generate", "--pretrained_model_dir", config.pretrained_model_dir]
         command += ["--revision", config.revision] if config.revision else []
         command += ["--prefix_checkpoint_path", str(result.run_dir), "--compare"]
-        hint = f"best prefix: {result.run_dir / RUN_SUBFOLDER}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
+        hint = f"best prefix: {result.run_dir / PREFIX_FOLDER}  (dev loss {result.best_dev_loss:.4f})\nTry it:"
         try:
             print(f"{hint}\n  {shlex.join(command)}", flush=True)
         except OSError as error:
@@ -129,12 +136,6 @@ def _train(config: TrainConfig) -> int:
                 raise
             mute(sys.stdout)  # nobody reads it any more; the run is done all the same
     return 0
-
-
-def _generate(config: GenerateConfig) -> None:
-    from jaxprefix.generation import continue_prompts
-
-    continue_prompts(config)
 
 
 def _evaluate(config: EvaluateConfig) -> None:
@@ -147,19 +148,6 @@ def _evaluate(config: EvaluateConfig) -> None:
     else:
         for way, values in report.items():
             print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
-
-
-def _convert(config: ConvertConfig) -> None:
-    from jaxprefix.conversion import convert
-
-    print(convert(config))
-
-
-def _check(config: CheckConfig) -> None:
-    from jaxprefix.check import check
-
-    for line in check(config):
-        print(line, flush=True)
 
 
 def entry_point() -> None:

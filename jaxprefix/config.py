@@ -49,7 +49,7 @@ class HostsConfig:
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """Minutes without a finished start, update, evaluation or checkpoint until a process ends: another one hangs."""
+    """Ends a process in which for so many minutes no start, update, evaluation or save has finished: another hangs."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "processes")
@@ -95,6 +95,7 @@ def mesh_problems(mesh: str | None) -> list[str]:
 class TrainConfig:
     """Train a prefix for a frozen base model."""
 
+    command = "train"  # without a type, so it is no setting
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
     data_filepath: Path
@@ -205,7 +206,8 @@ class TrainConfig:
         dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
         if self.dtype not in ("float32", dtype):
             problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
-        for name, value in {"dtype": dtype, "bf16": False, "fp16": False}.items():  # a copy may change dtype alone
+        # So that a copy may change dtype alone.
+        for name, value in {"dtype": dtype, "bf16": False, "fp16": False}.items():
             object.__setattr__(self, name, value)
         if self.compute.attention == "cudnn" and dtype == "float32":
             problems.append("--attention cudnn needs --dtype bfloat16 or float16")
@@ -221,11 +223,6 @@ class TrainConfig:
         problems += mesh_problems(self.mesh)
         if problems:
             raise InputError.all(f"{self.command}:", problems)
-
-    @property
-    def command(self) -> str:
-        """Name of the command, for errors."""
-        return "train"
 
     @property
     def writes(self) -> bool:
@@ -259,11 +256,7 @@ class CheckConfig(TrainConfig):
     """JSON Lines to look at, as in training."""
     save_name: str = "check"
     """Checked as in training, and not used."""
-
-    @property
-    def command(self) -> str:
-        """Name of the command, for errors."""
-        return "check"
+    command = "check"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,14 @@ import numpy as np
 
 from convert.errors import InputError
 from convert.files import filling
-from convert.prefix import ADAPTER_CONFIG, RUN_SUBFOLDER, read_prefix, write_adapter, write_npy, write_safetensors
+from convert.prefix import ADAPTER_CONFIG, PREFIX_FOLDER, read_prefix, write_adapter, write_npy, write_safetensors
 from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
 from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.checkpoint import Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.config import ConvertConfig
+from jaxprefix.hub import BASE_CONFIG
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import check_prefix, check_sizes
 from jaxprefix.run_description import check_base, is_run_folder
@@ -20,7 +21,6 @@ from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
 from jaxprefix.run_lock import only_writer
 from jaxprefix.start import Progress
 
-BASE_CONFIG = "config.json"
 TRAINING_STATE_SUFFIX = ".pt"
 PREFIX_SUFFIXES = (".weight", ".checkpoint", ".npy", ".safetensors")
 
@@ -65,7 +65,7 @@ def _is_base_model(source: Path) -> bool:
     """Tell whether a folder is a base model; an adapter folder may hold a copy of its base's config.json."""
     if not (source / BASE_CONFIG).is_file() or is_run_folder(source):
         return False
-    has_prefix = any((folder / ADAPTER_CONFIG).is_file() for folder in (source, source / RUN_SUBFOLDER))
+    has_prefix = any((folder / ADAPTER_CONFIG).is_file() for folder in (source, source / PREFIX_FOLDER))
     return has_weights(source) or not has_prefix
 
 

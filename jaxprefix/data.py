@@ -63,11 +63,6 @@ def row_lengths(examples: Sequence[Example]) -> np.ndarray:
     return np.stack([np.where(prompts > 0, prompts + targets, targets + 1), np.where(prompts > 0, 0, targets)], axis=1)
 
 
-def longest_row(examples: Sequence[Example]) -> int:
-    """Return how many tokens the longest row of the examples has."""
-    return int(row_lengths(examples).max())
-
-
 def max_rows_per_example(lengths: np.ndarray) -> int:
     """Return how many rows one example makes at most, by all their `row_lengths`: one if all have prompts."""
     return 2 if lengths[:, 1].any() else 1

@@ -55,7 +55,7 @@ class Generated(NamedTuple):
     stopped: Bool[Array, "B"]
     """Whether a row has made eos or all of its tokens, or had no prompt."""
     finite: Bool[Array, ""]
-    """Whether all logits were, of rows that had not stopped."""
+    """Whether all logits were finite, not counting those of rows that had stopped before."""
 
     def followed_by(
         self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int, limit: Int[Array, ""] | int
@@ -197,12 +197,16 @@ def check_prompts(
     prefix: Prefix | None,
     decode: DecodeConfig,
 ) -> None:
-    """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions."""
+    """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions.
+
+    Also if the tokenizer is larger than the model.
+    """
+    config.check_vocabulary(tokenizer.vocab_size)
     prefix_len = config.prefix_length(prefix)
     if (longest := max(prompts, key=len, default=None)) is not None:
         n_tokens, begins = len(longest) or 1, tokenizer.decode([*longest[:40]])
         what = f"--max_output_len and the longest prompt of {n_tokens}"
-        config.check_fit(tokenizer.vocab_size, prefix_len, n_tokens + decode.max_output_len, what, begins)
+        config.check_fit(prefix_len, n_tokens + decode.max_output_len, what, begins)
 
 
 def overflow_hint(dtype: str) -> str:
@@ -232,7 +236,8 @@ def _decode(
     prefix_len = config.prefix_length(prefix)
     restarts = RECIPES[decode.recipe].restart_gpt2_positions and config.model_type == "gpt2"
     indices = sampling.first_index + jnp.arange(n_rows)
-    key = jax.random.key(sampling.seed, impl="threefry2x32")  # others draw for a row what depends on the rows beside it
+    # With JAX's other generators, a row's numbers depend on its neighbours.
+    key = jax.random.key(sampling.seed, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
     def choose(generated: Generated, hidden: Float[Array, "B D"]) -> tuple[Generated, Int[Array, "B"]]:

@@ -54,7 +54,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
         values = report[way] = {}
         if examples is not None:
             batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, recipe.packs_dev)
-            values |= dev_loss(model, used, batches, recipe, mesh)
+            values |= dev_loss(model, used, batches, mesh, recipe)
             if not math.isfinite(values["loss"]):
                 told = overflow_hint(model.embed.weight.dtype.name)
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")

@@ -60,7 +60,7 @@ class Tally(NamedTuple):
     n_cut: int = 0
     """Sentences that alone are longer than a chunk may be, and were cut into pieces."""
     n_too_long: int = 0
-    """Examples that were left out, because the base model has too few positions for them."""
+    """Examples left out, once all lines were counted, because the base model has too few positions for them."""
     first_too_long: int = 0
     """Number of the line of the first of them."""
 

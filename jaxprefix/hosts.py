@@ -75,7 +75,8 @@ def ended_by_ctrl_c() -> Iterator[None]:
 def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
     """Wait for all processes in Orbax's thread, unless an exception is being handled.
 
-    After a save that failed, Orbax waits once more, where the others never come: its error would be told late.
+    After a save that failed, Orbax waits at one more barrier, which the others never reach: its error would come only
+    with that barrier's timeout.
     """
     if sys.exc_info()[0] is None:
         from orbax.checkpoint import multihost
@@ -249,7 +250,7 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         self._ended.set()
 
-    def progress(self) -> None:
+    def still_going(self) -> None:
         """Note that the run goes on."""
         self._seen = time.monotonic()
 

@@ -6,12 +6,13 @@ from convert.errors import InputError, first_line
 from convert.weights import SHARD_INDEX, SINGLE_FILE, TORCH_FILE, TORCH_INDEX, has_weights
 from jaxprefix.settings import expanded
 
+BASE_CONFIG = "config.json"
 SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "tokenizer.model")
 TOKENIZERS_FILE = "tokenizer.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
-SMALL_FILES = ["config.json", *SENTENCEPIECE_FILES, TOKENIZERS_FILE, VOCAB_FILE, MERGES_FILE]
+SMALL_FILES = [BASE_CONFIG, *SENTENCEPIECE_FILES, TOKENIZERS_FILE, VOCAB_FILE, MERGES_FILE]
 SMALL_FILES += [ADDED_TOKENS_FILE, TOKENIZER_SETTINGS, SPECIAL_TOKENS]
 SAFETENSORS = [SINGLE_FILE, SHARD_INDEX, "model-*.safetensors"]
 TORCH_WEIGHTS = [TORCH_FILE, TORCH_INDEX, "pytorch_model-*.bin"]

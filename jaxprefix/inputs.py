@@ -74,7 +74,7 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: 
     index, longest = int(lengths.argmax()), int(lengths.max())
     where, (prompt, target) = f"{path}, line {part.line_numbers[index]}: ", part[index]
     begins = tokenizer.decode([*prompt, *target][:40])
-    model.check_fit(tokenizer.vocab_size, prefix_len, longest, what, begins, where)
+    model.check_fit(prefix_len, longest, what, begins, where)
     return longest
 
 

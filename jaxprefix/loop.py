@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from convert.errors import RunError
-from convert.prefix import RUN_SUBFOLDER
+from convert.prefix import PREFIX_FOLDER
 from jaxprefix.batches import Batch
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
@@ -85,7 +85,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
             evaluate(run, state, progress, epoch)
         if saving:
             in_flight.clock = time.monotonic()  # evaluating and saving is not training
-            run.watchdog.progress()
+            run.watchdog.still_going()
     return None
 
 
@@ -120,8 +120,8 @@ class InFlight:
                 raise RunError.all(f"{fault}; {what_is_left(run.config)}. Either {causes}:", examples)
             if math.isfinite(loss):  # one that is not would spoil the window's mean; float16 has skipped that update
                 self.window.add(loss, n_labels, self.clock - started)
-            run.log.progress(number, loss, self.window.tokens_per_s)
-            run.watchdog.progress()
+            run.log.move_bar(number, loss, self.window.tokens_per_s)
+            run.watchdog.still_going()
 
 
 def log_training(run: Run, state: TrainState, n_done: int, epoch: int, window: LossMeter) -> None:
@@ -149,22 +149,25 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 
     def batches() -> Iterator[Batch]:
         for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh, packing):
-            run.watchdog.progress()
+            run.watchdog.still_going()
             yield batch
 
-    metrics = dev_loss(run.base, prefix, batches(), recipe, run.mesh)
+    metrics = dev_loss(run.base, prefix, batches(), run.mesh, recipe)
     progress.to_evaluate = False
     run.log.point("dev", progress.n_done, epoch, **metrics)
     loss = metrics["loss"]
-    progress.has_prefix |= math.isfinite(loss)
-    if math.isfinite(loss) and (progress.best_dev_loss is None or loss < progress.best_dev_loss):
-        progress.best_dev_loss = loss
-        if run.checkpoints:
-            run.checkpoints.finish()  # a prefix/ without a checkpoint tells that those were removed
-            if is_first():
-                check_still_there(run.config)
-                folder, base = run.config.run_dir / RUN_SUBFOLDER, inputs.base
-                save_prefix(folder, prefix, base.config, base.tokenizer, loss)
+    if not math.isfinite(loss):
+        return
+    progress.has_prefix = True
+    if progress.best_dev_loss is not None and loss >= progress.best_dev_loss:
+        return
+    progress.best_dev_loss = loss
+    if run.checkpoints:
+        run.checkpoints.finish()  # a prefix/ without a checkpoint tells that those were removed
+        if is_first():
+            check_still_there(run.config)
+            folder, base = run.config.run_dir / PREFIX_FOLDER, inputs.base
+            save_prefix(folder, prefix, base.config, base.tokenizer, loss)
 
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
@@ -177,7 +180,7 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
         numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True
     ):
         lines.append(f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:50]!r}")
-        if not math.isfinite(dev_loss(run.base, prefix, [alone], mesh=run.mesh)["loss"]):
+        if not math.isfinite(dev_loss(run.base, prefix, [alone], run.mesh)["loss"]):
             offending.append(lines[-1])
-        run.watchdog.progress()
+        run.watchdog.still_going()
     return offending or lines

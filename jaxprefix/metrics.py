@@ -73,32 +73,27 @@ def dev_batches(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     batch_size: int,
-    mesh: Mesh | AbstractMesh | None = None,
+    mesh: Mesh | AbstractMesh,
     packing: bool = False,
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, whose rows can be split over the mesh.
 
     Padded batches hold batch_size examples, in order; packed ones about as many tokens as those take with padding.
     """
-    n_parts = 1 if mesh is None else n_row_parts(mesh)
     if packing:
-        yield from filled_batches(examples, tokenizer, batch_size, n_parts)
+        yield from filled_batches(examples, tokenizer, batch_size, n_row_parts(mesh))
         return
-    shape = padded_shape(examples, batch_size, n_parts)
+    shape = padded_shape(examples, batch_size, n_row_parts(mesh))
     for first in range(0, len(examples), batch_size):
         yield make_padded_batch(examples[first : first + batch_size], tokenizer, shape)
 
 
 def dev_loss(
-    base: BaseModel,
-    prefix: Prefix | None,
-    batches: Iterable[Batch],
-    recipe: Recipe = Recipe(),
-    mesh: Mesh | None = None,
+    base: BaseModel, prefix: Prefix | None, batches: Iterable[Batch], mesh: Mesh, recipe: Recipe = Recipe()
 ) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": perplexity}, averaged over the batches as the recipe says.
 
-    Computed where the base lies.
+    `mesh` is that of the base.
     """
     meter, in_flight = LossMeter(recipe), deque[tuple[Array, int]]()
 
@@ -108,14 +103,12 @@ def dev_loss(
             meter.add(float(total) / n_labels, n_labels)
 
     for batch in batches:
-        arrays = batch if mesh is None else spread(batch, split_rows(mesh, axis=0))
-        in_flight.append((_batch_loss(base, prefix, arrays, mesh), batch.n_labels))
+        in_flight.append((_batch_loss(base, prefix, spread(batch, split_rows(mesh, axis=0)), mesh), batch.n_labels))
         settle(n_left=1)
     settle(n_left=0)
     return meter.means()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh | None) -> Float[Array, ""]:
-    base = base if mesh is None else with_split_rows(base, mesh)
-    return batch_loss(base, prefix, batch, 1 if mesh is None else mesh.size)
+def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh) -> Float[Array, ""]:
+    return batch_loss(with_split_rows(base, mesh), prefix, batch, mesh.size)

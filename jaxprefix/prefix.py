@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from convert.errors import InputError
-from convert.prefix import RUN_SUBFOLDER, read_prefix, to_folded, to_layers, write_adapter
+from convert.prefix import PREFIX_FOLDER, read_prefix, to_folded, to_layers, write_adapter
 from jaxprefix.base_folder import base_identity, differing_fields
 from jaxprefix.models import BaseModel, path_name
 from jaxprefix.models.attention import Prefix, heads_first
@@ -169,7 +169,7 @@ def save_prefix(
     """
     folder = expanded(folder)
     if is_run_folder(folder):
-        raise InputError(f"{folder}: is a run's folder, whose prefix is in {RUN_SUBFOLDER}/; name that one, or another")
+        raise InputError(f"{folder}: is a run's folder, whose prefix is in {PREFIX_FOLDER}/; name that one, or another")
     length, array = config.prefix_length(prefix), np.asarray(prefix, np.float32)
     if not 0 < length < config.max_positions:
         raise InputError(

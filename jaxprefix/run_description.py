@@ -10,7 +10,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.files import replacing
-from convert.prefix import RUN_SUBFOLDER
+from convert.prefix import PREFIX_FOLDER
 from convert.untrusted import member, read_object
 from jaxprefix.base_folder import differing_fields
 from jaxprefix.config import TrainConfig
@@ -113,7 +113,7 @@ def setting_of(folder: Path | None, name: str) -> Any:
     if folder is None:
         return None
     description, folder = _read_description(folder), folder.absolute()
-    if not description and folder.name == RUN_SUBFOLDER:
+    if not description and folder.name == PREFIX_FOLDER:
         description = _read_description(folder.parent)
     return description.get(name)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.files import is_incidental
-from convert.prefix import RUN_SUBFOLDER
+from convert.prefix import PREFIX_FOLDER
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree, agree_first, wait_until_visible
@@ -50,27 +50,41 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
     with _write_errors(folder):
         if not is_utf8(folder.absolute()):
             raise InputError(f"{folder}: lies in {str(Path.cwd())!r}, which is not UTF-8; no checkpoint can be written")
-        if config.resume and not _is_converted(folder):
-            starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
-            check_same_run(folder, description, starts_over)
-            if config.save_log:
-                check_metrics(folder)
-            if starts_over and (folder / RUN_SUBFOLDER).exists():
-                advice = "use another --save_name, or --overwrite, which deletes it"
-                raise InputError(f"{folder}: holds a prefix but no checkpoint to resume; {advice}")
-        elif config.overwrite and folder.is_dir() and _content(folder):
-            if not is_run_folder(folder):
-                raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")
-            for used in (config.data_filepath, config.checkpoint_path, config.pretrained_model_dir):
-                if used is not None and _lies_in(Path(used).resolve(), folder):
-                    raise InputError(f"{used}: --overwrite would delete it; copy it to another folder first")
-        elif not (config.resume or config.overwrite) and folder.is_dir() and _content(folder):
-            advice = "use another --save_name"
-            if is_run_folder(folder):
-                advice = "use --resume, --overwrite, or another --save_name"
-            elif _is_converted(folder):
-                advice = "use --resume or another --save_name"
-            raise InputError(f"{folder}: is not empty; {advice}")
+        if config.resume:
+            _check_resumable(config, description)
+        elif folder.is_dir() and _content(folder):
+            _check_deletable(config)
+
+
+def _check_resumable(config: TrainConfig, description: dict[str, Any]) -> None:
+    """Check that a folder's run can go on; one that holds only a training state from elsewhere can."""
+    folder = config.run_dir
+    if _is_converted(folder):
+        return
+    starts_over = newest_checkpoint(folder / CHECKPOINTS) is None
+    check_same_run(folder, description, starts_over)
+    if config.save_log:
+        check_metrics(folder)
+    if starts_over and (folder / PREFIX_FOLDER).exists():
+        advice = "use another --save_name, or --overwrite, which deletes it"
+        raise InputError(f"{folder}: holds a prefix but no checkpoint to resume; {advice}")
+
+
+def _check_deletable(config: TrainConfig) -> None:
+    """Check that what a folder holds may be deleted: with --overwrite, a run that this one does not need."""
+    folder = config.run_dir
+    if not config.overwrite:
+        advice = "use another --save_name"
+        if is_run_folder(folder):
+            advice = "use --resume, --overwrite, or another --save_name"
+        elif _is_converted(folder):
+            advice = "use --resume or another --save_name"
+        raise InputError(f"{folder}: is not empty; {advice}")
+    if not is_run_folder(folder):
+        raise InputError(f"{folder}: is not empty, and not a run's folder; --overwrite deletes only runs")
+    for used in (config.data_filepath, config.checkpoint_path, config.pretrained_model_dir):
+        if used is not None and _lies_in(Path(used).resolve(), folder):
+            raise InputError(f"{used}: --overwrite would delete it; copy it to another folder first")
 
 
 def check_takes_state(folder: Path) -> None:
@@ -94,7 +108,7 @@ def _empty(folder: Path) -> None:
 
     If this is cut short, the folder is still known as a run's, and has no prefix without a checkpoint.
     """
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name != RUN_SUBFOLDER)):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name != PREFIX_FOLDER)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

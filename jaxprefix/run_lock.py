@@ -22,13 +22,15 @@ LEASE_SECONDS = 120
 ANOTHER = "another process"
 
 
-def lock_shared_folder(config: TrainConfig, stack: contextlib.ExitStack) -> None:
-    """Let the first process lock the run's folder until the stack is closed; check that all see its parent folder."""
-    if config.writes:
-        agree_first(
-            "lock the run's folder", lambda: stack.enter_context(only_writer(config.run_dir, config.save_model))
-        )
-        check_shared(config.run_dir.resolve().parent)
+@contextlib.contextmanager
+def only_run(config: TrainConfig) -> Iterator[None]:
+    """Let the first process hold the lock of the run's folder, if it writes any; check that all see its parent."""
+    with contextlib.ExitStack() as stack:
+        if config.writes:
+            lock = only_writer(config.run_dir, config.save_model)
+            agree_first("lock the run's folder", lambda: stack.enter_context(lock))
+            check_shared(config.run_dir.resolve().parent)
+        yield
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class RunLog:
         if self._text is not None:
             print(text, file=self._text, flush=True)
 
-    def progress(self, n_done: int, loss: float, tokens_per_s: float) -> None:
+    def move_bar(self, n_done: int, loss: float, tokens_per_s: float) -> None:
         """Move the progress bar."""
         self._progress.update(self._task, completed=n_done, status=f"loss {loss:.4g} · {tokens_per_s:,.0f} tokens/s")
 
@@ -141,7 +140,8 @@ def _keep_until(path: Path, step: int, to_evaluate: bool) -> None:
 
 def check_metrics(folder: Path) -> None:
     """Raise InputError for a damaged line in a run's metrics.jsonl, which a resumed run could not go on from."""
-    deque(_records(folder / METRICS_FILE), maxlen=0)
+    for _ in _records(folder / METRICS_FILE):  # reading raises
+        pass
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, int, str]]:

@@ -26,7 +26,7 @@ CLASSES = 3
 CLASSES_WORTH_IT = 1.1
 """Fewer classes may take up to so many times the least work."""
 CLASS_STEP = 1.1
-"""A class may begin only at a text whose slots have fallen below the next power of this."""
+"""A class may begin only where, from one text to the next, the slots fall below a power of this: fewer to try."""
 SLOT_WORK, COLUMN_WORK = 64, 1000
 """Work of a slot besides its attention scores, and of a column outside of attention, counted in scores (110m, CPU)."""
 FEW_LABELS = 0.9

@@ -21,15 +21,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from convert.errors import InputError
-from jaxprefix.config import MESH_AXES as AXES
+from jaxprefix.config import MESH_AXES
 from jaxprefix.devices import devices
 from jaxprefix.models import BaseModel, is_stacked, path_name
 
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split. Of the rules that match, the first counts whose spec has as
-# many axes as the weight, or none. Weights are [out, in], see `layers.Linear`. Layers' numbers are left out.
+# Path of a base model's weight → how its axes are split. The first rule counts that matches, and whose spec is empty or
+# has as many axes as the weight. Weights are [out, in], see `layers.Linear`. Layers' numbers are left out.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
@@ -56,10 +56,10 @@ def make_mesh(sizes: dict[str, int] | None = None) -> Mesh:
     if math.prod(sizes.values()) != len(devices()):
         given = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         raise InputError(f"--mesh {given} is for {math.prod(sizes.values())} devices, there are {len(devices())}")
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     # jax.make_mesh refuses several hosts with GPUs, which it takes for slices of a TPU pod.
     arranged = mesh_utils.create_device_mesh(shape, devices(), allow_split_physical_axes=True)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def base_sharding(mesh: Mesh | AbstractMesh, n_head: int) -> Callable[[str, tuple[int, ...]], NamedSharding]:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from convert.errors import InputError
-from convert.prefix import RUN_SUBFOLDER, is_bare_prefix, read_prefix
+from convert.prefix import PREFIX_FOLDER, is_bare_prefix, read_prefix
 from convert.training_state import read_training_state
 from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
@@ -123,7 +123,7 @@ def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainStat
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress = Progress(**saved)
-    loss = loss_of_prefix(config.run_dir / RUN_SUBFOLDER, progress.has_prefix) if is_first() else None
+    loss = loss_of_prefix(config.run_dir / PREFIX_FOLDER, progress.has_prefix) if is_first() else None
     bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # which no device rounds
     [best] = broadcast_from_first(bits).view(np.float64).tolist()
     progress.best_dev_loss = None if math.isnan(best) else best

@@ -274,7 +274,7 @@ def _prepare(job: Path) -> None:
 
 
 def _end_with_the_main_process() -> None:
-    """A killed main process cannot stop its helpers, which would wait for their next block for ever."""
+    """End this helper once the main process has been killed: its next block would never come."""
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()

@@ -19,6 +19,7 @@ from convert.errors import InputError
 from convert.untrusted import member, read_object, refuse_pointer
 from jaxprefix.hub import (
     ADDED_TOKENS_FILE,
+    BASE_CONFIG,
     MERGES_FILE,
     SENTENCEPIECE_FILES,
     SPECIAL_TOKENS,
@@ -237,7 +238,7 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     folder = resolve_folder(dir_or_hub_id, revision)
     settings, special = (_read_settings(folder, file) for file in (TOKENIZER_SETTINGS, SPECIAL_TOKENS))
     settings = special | settings if "added_tokens_decoder" in settings else settings | special  # older ones lack it
-    config = _read_settings(folder, "config.json")
+    config = _read_settings(folder, BASE_CONFIG)
     names = [*SENTENCEPIECE_FILES, TOKENIZERS_FILE]
     if config.get("model_type") != "gpt_neox":  # whose tokenizer normalises texts first, and has a tokenizer.json
         names.append(VOCAB_FILE)

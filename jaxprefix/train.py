@@ -25,7 +25,7 @@ from jaxprefix.models import fingerprint, load_model
 from jaxprefix.prefix import Encoder
 from jaxprefix.run_description import common_settings, describe_run
 from jaxprefix.run_folder import CHECKPOINTS, check_run_folder, open_shared_folder
-from jaxprefix.run_lock import lock_shared_folder
+from jaxprefix.run_lock import only_run
 from jaxprefix.run_log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
 from jaxprefix.start import Progress, restore_state, starting_state
@@ -65,7 +65,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
     description = checked_description(config, inputs, identity)
     with contextlib.ExitStack() as stack:
-        lock_shared_folder(config, stack)  # nobody else writes from here on
+        stack.enter_context(only_run(config))  # nobody else writes from here on
         place = base_sharding(mesh, inputs.base.config.n_head)
         base = agree(
             "load the base",
@@ -83,7 +83,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
             state, progress = restore_state(config, checkpoints, state)
         open_shared_folder(config, description)
         state = spread(state, replicated(mesh))
-        watchdog.progress()
+        watchdog.still_going()
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
@@ -94,7 +94,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         update = make_update(config, mesh)
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
-        watchdog.progress()
+        watchdog.still_going()
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")

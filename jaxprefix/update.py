@@ -146,8 +146,8 @@ def loss_and_gradient(
     base: BaseModel,
     batch: Batch,
     recipe: Recipe,
+    mesh: Mesh,
     scale: Float[Array, ""] | float = 1.0,
-    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Encoder]:
     """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient towards the encoder.
 
@@ -156,9 +156,7 @@ def loss_and_gradient(
     Inside, the loss is multiplied by `scale`, so that float16 gradients do not vanish.
     """
     prefix, pull_back = jax.vjp(lambda encoder: encoder(), encoder)
-    n_devices = 1 if mesh is None else mesh.size
-    if mesh is not None:
-        prefix = jax.lax.with_sharding_constraint(prefix, split_heads(mesh, base.config.n_head))
+    prefix = jax.lax.with_sharding_constraint(prefix, split_heads(mesh, base.config.n_head))
     counts = (batch.labels != IGNORED).sum(axis=(1, 2))
     totals = counts * (counts > 0).sum() if recipe.average_batch_means else counts.sum()
     per_label = jnp.broadcast_to(jnp.float32(1) / jnp.maximum(totals, 1), counts.shape)
@@ -169,7 +167,7 @@ def loss_and_gradient(
         here, weight = jax.lax.optimization_barrier((base, weight)) if on_a_cpu() else (base, weight)
 
         def scaled_loss(prefix: Prefix) -> Float[Array, ""]:
-            return batch_loss(here, prefix, batch, n_devices) * weight * scale
+            return batch_loss(here, prefix, batch, mesh.size) * weight * scale
 
         return jax.tree.map(jnp.add, total, jax.value_and_grad(scaled_loss)(prefix)), None
 
@@ -189,7 +187,7 @@ def make_update(config: TrainConfig, mesh: Mesh) -> Update:
         optimizer = make_optimizer(config, rate)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         model = with_split_rows(base.model, mesh)
-        loss, gradient = loss_and_gradient(state.encoder, model, batch, RECIPES[config.recipe], scale, mesh)
+        loss, gradient = loss_and_gradient(state.encoder, model, batch, RECIPES[config.recipe], mesh, scale)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         outcome = Outcome(loss, optax.tree.norm(gradient))
         finite = jnp.isfinite(loss) & jnp.isfinite(outcome.gradient_norm)
@@ -209,4 +207,4 @@ def make_update(config: TrainConfig, mesh: Mesh) -> Update:
 
 def n_applied(state: TrainState) -> int:
     """Return how many updates have changed the encoder; float16 skips some."""
-    return int(optax.tree_utils.tree_get_all_with_path(state.moments, "count")[0][1])
+    return int(optax.tree.get_all_with_path(state.moments, "count")[0][1])

@@ -10,7 +10,6 @@ from jaxprefix.data import (
     UpdatePlan,
     epoch_order,
     label_counts,
-    longest_row,
     max_rows_per_example,
     row_lengths,
     rows_of,
@@ -39,7 +38,7 @@ def test_counts_agree_with_the_rows(example):
     assert label_counts([example]).sum() == sum(label != IGNORED for _, labels in rows for label in labels)
     lengths = [len(inputs) for inputs, _ in rows]
     assert row_lengths([example]).tolist() == [lengths if len(rows) == 2 else [*lengths, 0]]
-    assert longest_row([example]) == max(lengths)
+    assert row_lengths([example]).max() == max(lengths)
     assert max_rows_per_example(row_lengths([example])) == len(rows)
 
 

@@ -43,7 +43,7 @@ class TestNumbers:
     @pytest.mark.parametrize("finite_alone", [False, True])
     def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(self, tmp_path, monkeypatch, finite_alone):
         heard = []
-        monkeypatch.setattr("jaxprefix.hosts.Watchdog.progress", lambda self: heard.append(1))
+        monkeypatch.setattr("jaxprefix.hosts.Watchdog.still_going", lambda self: heard.append(1))
         if finite_alone:
             monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_, **__: {"loss": 1.0})
         changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}

@@ -11,7 +11,7 @@ from flax import nnx
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
 from jaxprefix.batches import make_padded_batch
-from jaxprefix.data import IGNORED, longest_row
+from jaxprefix.data import IGNORED, row_lengths
 from jaxprefix.decode import generate_ids
 from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.inference_config import DecodeConfig
@@ -41,7 +41,8 @@ def encoder_of(model, state: str) -> PrefixEncoder:
 @pytest.fixture(scope="module")
 def batch(tokenizer):
     examples = [Example(*pair) for pair in json.loads((GOLDEN / "forward.batch.json").read_text())]
-    return make_padded_batch(examples, tokenizer, PaddedShape(len(FORWARD["input_ids"]), longest_row(examples)))
+    n_columns = int(row_lengths(examples).max())
+    return make_padded_batch(examples, tokenizer, PaddedShape(len(FORWARD["input_ids"]), n_columns))
 
 
 def mean_loss(encoder, model, batch):

@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jaxprefix.examples import Example
 from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.recipe import RECIPES, Recipe
+from jaxprefix.sharding import make_mesh
 from tests.examples import EXAMPLES, PROMPTED
 from tests.tolerances import LOSS
 
@@ -36,7 +37,8 @@ def test_rows_of_dev_batches_can_be_split_evenly(tokenizer):
 
 
 def test_packed_dev_batches_have_the_loss_of_padded_ones(golden_model, tokenizer):
-    examples = [*EXAMPLES, *PROMPTED]
-    packed, padded = (list(dev_batches(examples, tokenizer, 2, packing=packing)) for packing in (True, False))
+    examples, mesh = [*EXAMPLES, *PROMPTED], make_mesh()
+    packed, padded = (list(dev_batches(examples, tokenizer, 2, mesh, packing)) for packing in (True, False))
     assert len(packed) < len(padded)
-    assert dev_loss(golden_model, None, packed) == pytest.approx(dev_loss(golden_model, None, padded), rel=LOSS)
+    expected = dev_loss(golden_model, None, padded, mesh)
+    assert dev_loss(golden_model, None, packed, mesh) == pytest.approx(expected, rel=LOSS)

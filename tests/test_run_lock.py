@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -14,7 +13,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import run_lock
-from jaxprefix.run_lock import lock_shared_folder, only_writer
+from jaxprefix.run_lock import only_run, only_writer
 from tests.runs import run_config
 
 
@@ -113,7 +112,7 @@ def test_where_there_is_but_one_kind_of_lock_that_one_is_used(tmp_path):
     program = """
 import errno, fcntl, sys
 from pathlib import Path
-from jaxprefix.run_lock import only_writer
+from jaxprefix.run_lock import only_run, only_writer
 def none(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = none
@@ -164,12 +163,10 @@ def test_a_lock_that_is_removed_or_made_anew_meanwhile_is_not_taken(tmp_path, mo
 def test_a_run_that_writes_locks_its_folder_and_asks_whether_all_see_where_it_lies(tmp_path, monkeypatch):
     shared, config = [], run_config(tmp_path)
     monkeypatch.setattr(run_lock, "check_shared", shared.append)
-    with contextlib.ExitStack() as stack:
-        lock_shared_folder(config, stack)
+    with only_run(config):
         assert in_use(config.run_dir)
     assert shared == [tmp_path]
-    with contextlib.ExitStack() as stack:
-        lock_shared_folder(dataclasses.replace(config, save_log=False, save_model=False), stack)
+    with only_run(dataclasses.replace(config, save_log=False, save_model=False)):
         assert not any(tmp_path.iterdir())
     assert len(shared) == 1
 

@@ -86,8 +86,9 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
     assert losses.index(min(losses)) == 1
     model, tokenizer = load_model(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
     dev_set = read_examples(config.data_filepath, Chunking(tokenizer))[-4:]
-    prefix = load_prefix(config.run_dir, model.config, tokenizer)
-    assert dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4))["loss"] == pytest.approx(min(losses), rel=LOSS)
+    prefix, mesh = load_prefix(config.run_dir, model.config, tokenizer), make_mesh()
+    found = dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4, mesh), mesh)["loss"]
+    assert found == pytest.approx(min(losses), rel=LOSS)
 
 
 def test_a_run_shorter_than_the_log_interval_logs_its_end(tmp_path):
@@ -191,12 +192,12 @@ def test_a_packed_run_has_four_shapes_and_little_padding(tmp_path):
 
 
 def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
-    config = run_config(tmp_path, packing=True)
+    config, mesh = run_config(tmp_path, packing=True), make_mesh()
     inputs = read_inputs(config)
-    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, make_mesh(), 0)))
+    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, mesh, 0)))
     examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
-    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4))
-    assert dev_loss(golden_model, None, [batch]) == pytest.approx(expected, rel=LOSS)
+    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4, mesh), mesh)
+    assert dev_loss(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
 
 
 def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
@@ -270,7 +271,7 @@ def test_flags_of_both_sides_have_the_same_defaults():
 
 def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch):
     heard = []
-    monkeypatch.setattr("jaxprefix.hosts.Watchdog.progress", lambda self: heard.append(1))
+    monkeypatch.setattr("jaxprefix.hosts.Watchdog.still_going", lambda self: heard.append(1))
     train(run_config(tmp_path, log_every_n_steps=100, n_epochs=1, dev_data_size=8))
     assert len(heard) == 1 + 4 + 2 + 1 + 1, "the start, updates, batches of the dev set, the ends of epoch and run"
 

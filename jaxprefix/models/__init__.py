@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -105,7 +104,7 @@ def _read_layers(layers: Sequence[FiniteWeight], held: np.dtype, index: Index, d
         whole[number] = chosen[number].read(within, dtype).view(held)
 
     with ThreadPoolExecutor(READERS) as pool:
-        deque(pool.map(fill, range(len(chosen))), maxlen=0)
+        list(pool.map(fill, range(len(chosen))))
     return whole
 
 

@@ -199,7 +199,8 @@ def square_causal(
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
     """Put a prefix's keys or values, in the rows' type, in front of every row's."""
     rows = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
-    return jnp.concatenate([rows.astype(x.dtype), x], axis=2)  # cast after copying: gradients are summed before it
+    # Cast after broadcasting: so the backward pass sums over the rows in the prefix's own float32.
+    return jnp.concatenate([rows.astype(x.dtype), x], axis=2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from convert.errors import InputError
 from convert.untrusted import member, read_object
 from convert.weights import FLOATS
+from jaxprefix.hub import BASE_CONFIG
 
 Fields = dict[str, tuple[tuple[str, ...], Any]]
 """For each field, its spellings in config.json, and transformers' default where it is absent or null."""
@@ -97,22 +98,22 @@ class ModelConfig:
             raise InputError(f"a prefix holds {kind}, found {dtype}")
         return int(shape[2])
 
-    def check_fit(
-        self, n_pieces: int, prefix_len: int, longest: int, what: str, begins: str = "", where: str = ""
-    ) -> None:
-        """Raise InputError unless all ids and positions exist: gathers on the device would clamp them silently.
+    def check_vocabulary(self, n_pieces: int) -> None:
+        """Raise InputError if a tokenizer has more pieces than the model: gathers would clamp their ids silently."""
+        if n_pieces > self.vocab_size:
+            raise InputError(
+                f"{self.name}: the tokenizer has {n_pieces} pieces, more than the model's vocab_size {self.vocab_size}"
+            )
 
-        `n_pieces` is the tokenizer's size, `longest` the number of tokens in `what`, `begins` the start of its text;
-        the error begins with `where`.
+    def check_fit(self, prefix_len: int, longest: int, what: str, begins: str = "", where: str = "") -> None:
+        """Raise InputError unless all positions exist: gathers on the device would clamp them silently.
+
+        `longest` is the number of tokens in `what`, `begins` the start of its text; the error begins with `where`.
         """
         if prefix_len + longest > self.max_positions:
             raise InputError(
                 f"{where}a prefix of {prefix_len} plus {longest} tokens ({what}) exceeds the base model's "
                 f"{self.max_positions} positions" + (f"; the text begins with {begins!r}" if begins else "")
-            )
-        if n_pieces > self.vocab_size:
-            raise InputError(
-                f"{self.name}: the tokenizer has {n_pieces} pieces, more than the model's vocab_size {self.vocab_size}"
             )
 
 
@@ -181,7 +182,7 @@ def read_model_config(
 
     Raises InputError that names every field that is missing, contradictory or not supported.
     """
-    path = member(folder, "config.json")
+    path = member(folder, BASE_CONFIG)
     if not path.is_file():
         raise InputError(f"{path}: no such file; a base model folder holds config.json, its weights and a tokenizer")
     raw = read_object(path)

@@ -181,7 +181,8 @@ def scanned_dtype(array: Array | jax.ShapeDtypeStruct) -> np.dtype:
     """Return the type in which a loop over layers takes or keeps this array of each layer: on a CPU, bfloat16's bits.
 
     XLA's CPU compiler slices no bfloat16: it would turn the weights of all layers into float32, and keep those.
-    Vectors are left as they are; of other arrays only `FrozenLinear` has any.
+    Vectors, such as biases, keep their type; all other arrays of a layer are weights of `FrozenLinear`, which turns the
+    bits back into numbers.
     """
     as_bits = on_a_cpu() and array.dtype == jnp.bfloat16 and array.ndim > 1
     return np.dtype(jnp.uint16 if as_bits else array.dtype)

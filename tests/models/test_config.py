@@ -147,16 +147,17 @@ def test_what_is_absent_is_as_in_transformers(tmp_path, model_type):
 def test_positions_end_where_they_end(tmp_path):
     """Scaling reaches further, for a config.json tells how many positions there were before it."""
     plain = read(tmp_path, BARE)
-    plain.check_fit(440, 10, 246, "a row")
+    plain.check_fit(10, 246, "a row")
+    plain.check_vocabulary(440)
     with pytest.raises(InputError, match="exceeds the base model's 256 positions"):
-        plain.check_fit(440, 10, 247, "a row")
+        plain.check_fit(10, 247, "a row")
     with pytest.raises(InputError, match="the tokenizer has 441 pieces"):
-        plain.check_fit(441, 10, 246, "a row")
+        plain.check_vocabulary(441)
     for scaling in ("linear", "dynamic"):
         scaled = read(tmp_path, BARE | {"rope_scaling": {"type": scaling, "factor": 2.0}})
-        scaled.check_fit(440, 10, 502, "a row")
+        scaled.check_fit(10, 502, "a row")
         with pytest.raises(InputError, match="exceeds the base model's 512 positions"):
-            scaled.check_fit(440, 10, 503, "a row")
+            scaled.check_fit(10, 503, "a row")
 
 
 def test_dynamic_scaling_without_factor(tmp_path):

@@ -34,12 +34,13 @@ from jaxprefix.batches import Batch, make_padded_batch
 from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, longest_row, split_examples
+from jaxprefix.data import IGNORED, row_lengths, split_examples
 from jaxprefix.examples import Chunking, Example, Examples, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run_folder import CHECKPOINTS
 from jaxprefix.shapes import PaddedShape
+from jaxprefix.sharding import make_mesh
 from tests.parity.cases import (
     LOW_CLIP,
     N_DEV,
@@ -76,8 +77,7 @@ class Ours:
             packing=case.packing,
             **case.flags,
         )
-        self.model = load_model(base, self.config.dtype)
-        self.tokenizer = load_tokenizer(base)
+        self.model, self.tokenizer = load_model(base, self.config.dtype), load_tokenizer(base)
 
     @functools.cached_property
     def tokens(self) -> list[list[int]]:
@@ -98,7 +98,7 @@ class Ours:
         for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
             group = [train_set[i] for i in chosen]
             n_rows = sum(1 if example.prompt else 2 for example in group)
-            batches.append(make_padded_batch(group, self.tokenizer, PaddedShape(n_rows, longest_row(group))))
+            batches.append(make_padded_batch(group, self.tokenizer, PaddedShape(n_rows, int(row_lengths(group).max()))))
         return batches
 
     @functools.cached_property
@@ -126,8 +126,8 @@ class Ours:
     @functools.cached_property
     def _loss_and_gradient(self) -> tuple[float, Any]:
         batch = jax.tree.map(lambda array: array[None], self._batches[0])
-        run = jax.jit(jaxprefix.update.loss_and_gradient, static_argnums=3)
-        return run(self.encoder, self.model, batch, self.recipe)
+        run = jax.jit(jaxprefix.update.loss_and_gradient, static_argnums=(3, 4))
+        return run(self.encoder, self.model, batch, self.recipe, make_mesh())
 
     @property
     def loss(self) -> float:

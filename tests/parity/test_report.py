@@ -121,7 +121,7 @@ FAULTS = {
     ),
     "dev loss weighted by tokens": (
         "dev_losses",
-        lambda: replaced(loop, "dev_loss", lambda dev_loss: lambda base, prefix, dev, *_: dev_loss(base, prefix, dev)),
+        lambda: replaced(loop, "dev_loss", lambda dev_loss: lambda *arguments: dev_loss(*arguments[:4])),
     ),
     "saved layout": (
         "saved",
