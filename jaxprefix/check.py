@@ -24,8 +24,9 @@ from jaxprefix.models.config import ModelConfig
 from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
-from jaxprefix.tokenizer import SentencePiece, Tokenizer
+from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import FrozenBase, learning_rate, make_update
+from jaxprefix.vocabularies import SentencePiece
 
 
 def check(config: CheckConfig) -> Iterator[str]:

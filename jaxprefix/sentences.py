@@ -24,7 +24,8 @@ def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) ->
     A sentence ends with its line, at the suffix, or at one of `ends` when the suffix does not follow.
     """
     task = suffix.strip()
-    if "\n" in (begins := suffix[: suffix.index(task)]):  # then the suffix is a line behind its sentence
+    begins = suffix[: suffix.index(task)].lstrip(" ")  # of which a tokenizer may put one before every text
+    if "\n" in begins:  # then the suffix is a line behind its sentence
         text = text.replace(begins + task, f" {task}")
     *lines, last = text.split("\n")
     counts = [_count_in_line(last, task, ends), *(_count_in_line(f"{line}\n", task, ends) for line in lines)]

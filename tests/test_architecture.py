@@ -34,6 +34,7 @@ FLOORS = [
     {"examples"},
     {"lines"},
     {"tokenizer"},
+    {"vocabularies"},
     {"inference_config"},
     {"config", "hub", "devices", "user_cache"},
     {"recipe"},

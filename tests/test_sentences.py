@@ -58,6 +58,10 @@ def test_a_suffix_on_a_line_of_its_own():
             assert n_sentences == n_suffixed == text[:end].count("😃")
 
 
+def test_a_suffix_on_a_line_of_its_own_where_every_text_begins_with_a_space():
+    assert count_sentences("Good night.\n😃\nGood day.\n😃\n", " \n😃", NOWHERE) == (2, 2)
+
+
 def test_a_suffix_of_marks():
     assert count_sentences("すごい！！！ 猫。", "！！") == (2, 1)
 

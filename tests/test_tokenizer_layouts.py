@@ -11,7 +11,7 @@ import transformers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
-from jaxprefix.tokenizer import TokenizersFile
+from jaxprefix.vocabularies import TokenizersFile
 from tests.base_folders import GOLDEN_BASE, SAMPLE, make_bpe_folder
 
 FRAGMENTS = [

@@ -17,8 +17,9 @@ from jaxprefix.cli import main
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.recipe import Recipe
 from jaxprefix.token_cache import load_examples
-from jaxprefix.tokenizer import SentencePiece, load_tokenizer
+from jaxprefix.tokenizer import load_tokenizer
 from jaxprefix.user_cache import cache_folder
+from jaxprefix.vocabularies import SentencePiece
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.token_cache.helpers import raising, same
 

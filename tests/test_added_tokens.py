@@ -1,0 +1,154 @@
+"""Tokens that a base model's folder adds to its vocabulary, or marks in it: which files tell of them, and how."""
+
+import json
+import shutil
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import normalizers, pre_tokenizers
+
+from convert.errors import InputError
+from jaxprefix import load_tokenizer
+from tests.base_folders import GOLDEN_BASE, make_bpe_folder
+
+USER = "<|user|>"
+TEXTS = (f"a{USER}b", f"a {USER} b", USER, "朝<mask>の")
+
+
+def sentencepiece_folder(folder, **settings):
+    folder.mkdir()
+    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_piece_can_be_renamed(tmp_path):
+    """As reserved pieces are, by those who tune a model further."""
+    renamed = {"100": {"content": "<|im_start|>"}, "101": {"content": "<|im_end|>"}, "1": {"content": "<s>"}}
+    folder = sentencepiece_folder(tmp_path / "renamed", eos_token="<|im_end|>", added_tokens_decoder=renamed)
+    tokenizer, plain = load_tokenizer(folder), load_tokenizer(GOLDEN_BASE)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 101, 440)
+    ids = tokenizer.encode("朝の<|im_start|>市場<|im_end|><s>")
+    assert ids == [*plain.encode("朝の"), 100, *plain.encode("市場"), 101, *plain.encode("<s>")]
+    assert tokenizer.decode(ids[:-1]) == "朝の<|im_start|>市場"
+    assert tokenizer.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
+def test_a_named_token_that_no_file_has_is_refused(tmp_path, file):
+    """SentencePiece's own eos would be another one: texts would never end where the base model ends them."""
+    folder = sentencepiece_folder(tmp_path / "base") if file == "spiece.model" else make_bpe_folder(tmp_path / "base")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 2000}))
+    with pytest.raises(InputError, match=rf"{file}: has no eos_token \('<\|im_end\|>': neither in it nor in added_tok"):
+        load_tokenizer(folder)
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    """A byte-level tokenizer.json whose vocabulary has tokens that its `added_tokens` lack, and GPT-2's two files."""
+    backend = tokenizers.ByteLevelBPETokenizer()
+    special = ["<|endoftext|>", USER, "<mask>"]
+    backend.train_from_iterator(["今日は晴れ。"] * 9, vocab_size=300, special_tokens=special)
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    backend.save_model(str(folder))
+    backend.save(str(folder / "tokenizer.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = content["added_tokens"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0}))
+    return folder
+
+
+def described(index, **flags):
+    off = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {str(index): {"content": {0: "<|endoftext|>", 1: USER, 2: "<mask>"}[index], "special": True} | off | flags}
+
+
+TELLING = {
+    "decoder": {"tokenizer_config.json": {"added_tokens_decoder": described(0) | described(1) | described(2)}},
+    "flags": {"tokenizer_config.json": {"added_tokens_decoder": described(0) | described(1, lstrip=True, rstrip=True)}},
+    "ids": {"added_tokens.json": {USER: 1}},
+}
+TELLING_OF_TWO_FILES = {
+    **TELLING,
+    "names": {"special_tokens_map.json": {"additional_special_tokens": [USER], "mask_token": "<mask>"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("kept", "files"),
+    [("tokenizer.json", files) for files in TELLING.values()]
+    + [("vocab.json", files) for files in TELLING_OF_TWO_FILES.values()],
+    ids=[*TELLING, *(f"two files, {name}" for name in TELLING_OF_TWO_FILES)],
+)
+def test_tokens_of_the_vocabulary_that_other_files_name_are_tokens(vocabulary, kept, files):
+    if kept == "vocab.json":
+        (vocabulary / "tokenizer.json").unlink()
+    for name, content in files.items():
+        (vocabulary / name).write_text(json.dumps(content))
+    tokenizer, reference = load_tokenizer(vocabulary), transformers.GPT2Tokenizer.from_pretrained(vocabulary)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+    assert 1 in tokenizer.encode(TEXTS[0])
+
+
+def test_flags_in_tokenizer_config_come_before_those_of_the_file(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([USER])
+    backend.save(str(folder / "tokenizer.json"))
+    settings, index = json.loads((folder / "tokenizer_config.json").read_text()), backend.token_to_id(USER)
+    plain = backend.encode(f"a {USER} b").ids
+    described_so = {"content": USER, "special": True, "lstrip": True, "rstrip": True}
+    settings["added_tokens_decoder"] = {str(index): described_so}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = load_tokenizer(folder).encode(f"a {USER} b")
+    assert found == transformers.AutoTokenizer.from_pretrained(folder).encode(f"a {USER} b", add_special_tokens=False)
+    assert len(found) < len(plain)
+
+
+@pytest.mark.parametrize("name", [None, "GPT2Tokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_space_before_texts_goes_by_the_class_where_no_setting_says(tmp_path, name):
+    """`tokenizers` puts one unless it is told not to; GPT-2's and GPT-NeoX's classes do not."""
+    folder = make_bpe_folder(tmp_path / "bpe")
+    plain = load_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({} if name is None else {"tokenizer_class": name}))
+    spaced = name == "PreTrainedTokenizerFast"
+    assert load_tokenizer(folder).encode("晴れ") == plain.encode(" 晴れ" if spaced else "晴れ")
+    if not spaced:
+        reference = transformers.AutoTokenizer.from_pretrained(folder)
+        assert reference.encode("晴れ", add_special_tokens=False) == plain.encode("晴れ")
+
+
+def test_ids_are_not_random(bpe_folder, tmp_path):
+    """BPE's dropout, which a file may have from training its model, is off."""
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    text = "今日は晴れ。朝の市場"
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert len({tuple(backend.encode(text).ids) for _ in range(20)}) > 1
+    tokenizer = load_tokenizer(folder)
+    assert {tuple(tokenizer.encode(text)) for _ in range(20)} == {tuple(load_tokenizer(bpe_folder).encode(text))}
+
+
+def test_a_panic_of_the_library_is_an_error(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}))
+    with pytest.raises(InputError, match=rf"{path}: the tokenizer fails \(Precompiled"):
+        load_tokenizer(folder)
+    path.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.vocabulary.backend.normalizer = normalizers.Strip()
+    tokenizer.vocabulary.backend.add_tokens([tokenizers.AddedToken("\n", normalized=True)])
+    with pytest.raises(InputError, match="the tokenizer fails"):
+        tokenizer.encode("À\n")
