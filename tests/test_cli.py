@@ -102,6 +102,13 @@ def test_unknown_flag(capsys, tmp_path):
     fails(capsys, [*train_flags(tmp_path), "--learning_rat", "1"], "--learning_rat")
 
 
+def test_flags_of_deepspeed_are_named_as_such(capsys, tmp_path):
+    given = ["--local_rank=0", "--deepspeed", "--deepspeed_config", "ds_config.json"]
+    fails(
+        capsys, [*train_flags(tmp_path), *given], "error: --deepspeed, --deepspeed_config, --local_rank: flags of Deep"
+    )
+
+
 def test_output_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     convert = ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "file" / "p.weight")]

@@ -40,7 +40,11 @@ def test_what_is_missing_is_told_once(tmp_path):
     torch.save({name: value for name, value in ENCODER.items() if name != "prefix_wte.weight"}, tmp_path / "state.pt")
     with pytest.raises(InputError) as error:
         read_training_state(tmp_path / "state.pt")
-    assert str(error.value).split("\n  - ")[1:] == ["missing encoder.prefix_wte.weight"]
+    heading, *problems = str(error.value).split("\n  - ")
+    assert (
+        ": not the training state of a prefix encoder (it holds 'prefix_mlp.0.weight', 'prefix_mlp.0.bias'," in heading
+    )
+    assert problems == ["missing encoder.prefix_wte.weight"]
 
 
 def test_writing_tells_what_the_source_has_too_much_and_too_little(tmp_path):
