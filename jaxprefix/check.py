@@ -39,17 +39,17 @@ def check(config: CheckConfig) -> Iterator[str]:
         start_encoder(config, abstract_model(model, config.compute), tokenizer, earlier)
     check_attention(config.compute.attention, model.head_dim)
     yield from describe_model(model, tokenizer)
-    if config.data_filepath is not None:
-        examples = load_data(config, model, tokenizer)  # may be too few: everything else is told first
-        yield from describe_data(examples, tokenizer)
-    if config.data_filepath is None or examples.tally.n_sentences:
-        yield describe_suffix(config.suffix, tokenizer)
     if config.data_filepath is None:
+        yield describe_suffix(config.suffix, tokenizer)
         n_columns = config.max_seq_len + 1
         model.check_fit(config.prefix_seq_len, n_columns, "the longest row")
     else:
+        examples = load_data(config, model, tokenizer)
+        yield from describe_data(examples, tokenizer)
+        if examples.tally.n_sentences:
+            yield describe_suffix(config.suffix, tokenizer)
         sizes = (config.train_data_size, config.dev_data_size)
-        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)
+        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)  # there may be too few
         yield from examples.tally.report(config.data_filepath)
         plan = UpdatePlan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
@@ -59,9 +59,10 @@ def check(config: CheckConfig) -> Iterator[str]:
         return
     mesh = make_mesh(mesh_sizes(config.mesh))
     if config.data_filepath is None:
-        yield describe_memory(config, model, PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns))
+        shape: Shape = PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns)
     else:
-        yield describe_memory(config, model, batch_shapes(config, train_set, plan, mesh)[-1])
+        shape = batch_shapes(config, train_set, plan, mesh)[-1]
+    yield describe_memory(config, model, shape)
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
