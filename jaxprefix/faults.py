@@ -81,12 +81,13 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
         raise RunError(f"{where}: cannot be written ({short_reason(error)}); {what_is_left(config)}") from error
 
 
-def what_is_left(config: TrainConfig) -> str:
-    """Say what a run that ended early can be resumed from."""
+def what_is_left(config: TrainConfig, resumable: bool = True) -> str:
+    """Say what a run that ended early can be resumed from; one that is not `resumable` would end in the same way."""
     newest = newest_checkpoint(config.run_dir / CHECKPOINTS)
     if newest is None:
         return "the run has no checkpoint"
-    return f"the last good checkpoint is {config.run_dir / CHECKPOINTS / str(newest)}, --resume goes on from it"
+    then = "--resume goes on from it" if resumable else "but --resume would come to the same update"
+    return f"the last good checkpoint is {config.run_dir / CHECKPOINTS / str(newest)}, {then}"
 
 
 def check_still_there(config: TrainConfig) -> None:

@@ -117,7 +117,8 @@ class InFlight:
                     run.checkpoints.finish()
                 examples = offending_examples(run, state, number)
                 causes = f"--max_lr {run.config.max_lr:g} is too high, or one of these examples is the cause"
-                raise RunError.all(f"{fault}; {what_is_left(run.config)}. Either {causes}:", examples)
+                left = what_is_left(run.config, resumable=False)
+                raise RunError.all(f"{fault}; {left}. Either {causes}:", examples)
             if math.isfinite(loss):  # one that is not would spoil the window's mean; float16 has skipped that update
                 self.window.add(loss, n_labels, self.clock - started)
             run.log.move_bar(number, loss, self.window.tokens_per_s)
@@ -172,14 +173,15 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
     """Describe the examples of an update whose loss is not finite; all of them if each alone has a finite one."""
+    train_set, tokenizer = run.inputs.train_set, run.inputs.base.tokenizer
     numbers = [number for batch in run.inputs.plan.micro_batches(update - 1) for number in batch]
-    examples = [run.inputs.train_set[number] for number in numbers]
-    tokenizer, prefix = run.inputs.base.tokenizer, prefix_of(state.encoder)
+    examples, prefix = [train_set[number] for number in numbers], prefix_of(state.encoder)
     lines, offending = [], []
     for number, (prompt, target), alone in zip(
         numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True
     ):
-        lines.append(f"example {number + 1} of the data: {tokenizer.decode(prompt + target)[:50]!r}")
+        where = f"{run.config.data_filepath}, line {train_set.line_numbers[number]}"
+        lines.append(f"{where}: {tokenizer.decode(prompt + target)[:50]!r}")
         if not math.isfinite(dev_loss(run.base, prefix, [alone], run.mesh)["loss"]):
             offending.append(lines[-1])
         run.watchdog.still_going()

@@ -1,5 +1,6 @@
 """The files that a run writes about itself: log.txt, metrics.jsonl, tensorboard/, and the screen."""
 
+import contextlib
 import functools
 import json
 import math
@@ -49,18 +50,24 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.stop()
+        if error is not None and self._text is not None:  # the screen gets it from whoever catches it
+            with contextlib.suppress(OSError):  # a full disk may be the error
+                print(f"{self._seconds()}error: {str(error) or type(error).__name__}", file=self._text, flush=True)
         for file in (self._text, self._metrics, self._tensorboard):
             if file is not None:
                 file.close()
 
     def line(self, text: str) -> None:
         """Write a line to the screen and to log.txt, preceded by the seconds since the start."""
-        text = f"{time.monotonic() - self._started:.2f}s {text}"
+        text = self._seconds() + text
         self._console.print(text)
         if self._text is not None:
             print(text, file=self._text, flush=True)
+
+    def _seconds(self) -> str:
+        return f"{time.monotonic() - self._started:.2f}s "
 
     def move_bar(self, n_done: int, loss: float, tokens_per_s: float) -> None:
         """Move the progress bar."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from signal import Signals
@@ -94,10 +95,14 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         update = make_update(config, mesh)
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
+        if checkpoints:
+            checkpoints.finish()  # what it may raise belongs into the log
         watchdog.still_going()
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
             log.line(f"stopped after update {progress.n_done}{advice}")
+        else:
+            log.line(f"finished after update {progress.n_done}")
     finished = stopped_by is None
     if finished and jax.process_count() == 1:  # others would not know of it
         stopped_by = stop.received
@@ -132,6 +137,7 @@ def summary(config: TrainConfig, inputs: Inputs, encoder: Encoder, mesh: Mesh) -
     n_bytes = config.prefix_seq_len * model.folded_width * 4
     n_labels = label_counts(inputs.train_set).sum()
     devices = f"{mesh.size} device(s), {own_device().device_kind}" + (f", {config.mesh}" if config.mesh else "")
+    yield f"run {config.run_dir}, {datetime.datetime.now().astimezone().isoformat(timespec='seconds')}"
     yield f"base model {model.name}: {model.n_layer} layers × {model.n_embd}, {config.dtype}, {devices}"
     yield f"prefix: {n_trainable:,} trainable parameters; folded, {config.prefix_seq_len} positions, {n_bytes:,} bytes"
     unused = f"; {inputs.n_unused:,} unused" if inputs.n_unused else ""

@@ -25,6 +25,7 @@ from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.data import UpdatePlan
 from jaxprefix.faults import FiniteGuard, within_disk
+from jaxprefix.inputs import read_inputs
 from jaxprefix.metrics import _batch_loss
 from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
@@ -48,11 +49,14 @@ class TestNumbers:
             monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_, **__: {"loss": 1.0})
         changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
         config = run_config(tmp_path, **changes)
-        with pytest.raises(RunError, match=r"update 2: the loss is nan.*checkpoints/1, --resume") as error:
+        told = r"update 2: the loss is nan.*checkpoints/1, but --resume would come to the same update"
+        with pytest.raises(RunError, match=told) as error:
             train(config)
         assert "Either --max_lr 1e+38 is too high, or one of these" in str(error.value)
-        examples = [int(number) - 1 for number in re.findall("\n  - example ([0-9]+) of the data", str(error.value))]
-        assert examples == UpdatePlan(config, 14).micro_batches(1)[0], "all of the update's"
+        assert f"s error: {error.value}\n" in (config.run_dir / "log.txt").read_text()
+        lines = re.findall(rf"\n  - {config.data_filepath}, line ([0-9]+): '", str(error.value))
+        numbers = UpdatePlan(config, 14).micro_batches(1)[0]
+        assert lines == list(map(str, read_inputs(config).train_set.line_numbers[numbers])), "all of the update's"
         assert len(heard) == 1 + 1 + 1 + 4, "the start, an update, what its checkpoint took, the other's examples"
         assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["1"]
         assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
@@ -74,7 +78,7 @@ class TestNumbers:
         assert _batch_loss._cache_size() == n_programs + 1, "one for all examples, whatever their lengths"
         first, *examples = str(error.value).split("\n  - ")
         assert "the run has no checkpoint" in first
-        assert [line.partition(":")[0] for line in examples] == ["example 3 of the data"]
+        assert [line.partition(":")[0] for line in examples] == [f"{data}, line 3"]
 
     def test_float16_skips_so_many_updates_and_no_more(self, tmp_path, monkeypatch):
         monkeypatch.setattr(LossScale, "start", classmethod(lambda cls: cls(jnp.float32(math.inf), jnp.int32(0))))
@@ -198,7 +202,9 @@ class TestSignals:
         assert ("best prefix: " if closed == "stderr" else "dev - monitor") in told
         assert "Traceback" not in told
         assert newest_checkpoint(config.run_dir / "checkpoints") == 8
-        assert "dev - monitor" in (config.run_dir / "log.txt").read_text().splitlines()[-1]
+        *_, evaluated, ended = (config.run_dir / "log.txt").read_text().splitlines()
+        assert "dev - monitor" in evaluated
+        assert ended.endswith("s finished after update 8")
 
     def test_a_signal_during_the_last_update_changes_nothing(self, finished, tmp_path, monkeypatch):
         at_update(monkeypatch, 8, lambda: signal.raise_signal(signal.SIGTERM))
@@ -297,7 +303,9 @@ def test_a_checkpoint_under_way_is_finished_before_it_is_named(tmp_path, monkeyp
     events, what_is_left = [], loop_module.what_is_left
     monkeypatch.setattr(Checkpoints, "save", lambda *_: events.append("save"))
     monkeypatch.setattr(Checkpoints, "finish", lambda _: events.append("finish"))
-    monkeypatch.setattr(loop_module, "what_is_left", lambda config: events.append("told") or what_is_left(config))
+    monkeypatch.setattr(
+        loop_module, "what_is_left", lambda *given, **how: events.append("told") or what_is_left(*given, **how)
+    )
     changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
     with pytest.raises(RunError, match="update 2"):
         train(run_config(tmp_path, **changes))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from itertools import chain
 
 import jax
@@ -73,6 +74,11 @@ def test_micro_batches_of_any_kind_make_the_same_losses(tmp_path):
 def told(config) -> str:
     inputs = read_inputs(config)
     return "\n".join(summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
+
+
+def test_a_runs_log_begins_with_its_folder_and_the_time(tmp_path):
+    config = run_config(tmp_path)
+    assert re.match(rf"run {config.run_dir}, \d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d\n", told(config))
 
 
 def test_examples_of_the_file_in_neither_set_are_told(tmp_path):

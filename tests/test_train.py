@@ -63,6 +63,7 @@ def test_training_lowers_the_loss(finished):
 
 def test_log_and_tensorboard_hold_the_same_numbers(finished):
     log = (finished.run_dir / "log.txt").read_text()
+    assert log.endswith("s finished after update 8\n")
     point = metrics_of(finished.run_dir)[4]
     assert f"Epoch 1, step 5, lr {point['lr']:.5g} - loss: {point['loss']:.5g}, ppl: {point['ppl']:.5g}" in log
     assert "4,434 trainable parameters" in log
