@@ -151,8 +151,10 @@ def _gpt2(vocab: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     special = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
-    names = map(_content, [*special, *(settings.get("additional_special_tokens") or ())])
-    backend.add_special_tokens([name for name in names if name and backend.token_to_id(name) is not None])
+    if isinstance(more := settings.get("additional_special_tokens"), list):
+        special += more
+    names = [name for name in map(_content, special) if name and backend.token_to_id(name) is not None]
+    backend.add_special_tokens(names)
     return backend
 
 

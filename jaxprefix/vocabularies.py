@@ -121,9 +121,9 @@ class Added(NamedTuple):
 class TokenizersFile:
     """A tokenizer.json, usually byte-level BPE, or GPT-2's two files.
 
-    `added` are tokens that other files of the folder add to it, or mark as added in its vocabulary. As in transformers,
-    their `add_prefix_space`, a space before the first word of a text, takes precedence over the tokenizer.json's, and
-    their absence, for the classes that have a default.
+    `added` are tokens that other files of the folder add to it, or name in its vocabulary. As in transformers, their
+    `add_prefix_space`, a space before the first word of a text, takes precedence over the tokenizer.json's; without it,
+    the classes of GPT-2 and GPT-NeoX put none.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, Added], settings: Mapping[str, Any]):
