@@ -49,7 +49,7 @@ class HostsConfig:
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """Ends a process in which for so many minutes no start, update, evaluation or save has finished: another hangs."""
+    """End a process that has finished no start, update, evaluation or save for so many minutes: another one hangs."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "processes")
@@ -119,14 +119,13 @@ class TrainConfig:
     max_seq_len: int = 64
     """Longest chunk of a `text` document, in tokens."""
     skip_bad_lines: bool = False
-    """Leave out and count lines that cannot be read as examples, and examples too long for the base model, instead of
-    refusing the data."""
+    """Leave out and count unreadable lines and examples too long for the base model, instead of refusing the data."""
     train_data_size: int = 1000
     """Examples to train on: the first of the file, which must hold at least the sum of both sizes."""
     dev_data_size: int = 10
     """Examples to evaluate on after every epoch: the last ones of the file."""
     batch_size: int = 4
-    """Examples per micro-batch; an example without a prompt makes two rows."""
+    """Examples per micro-batch, over all devices; an example without a prompt makes two rows."""
     n_accum_steps: int = 1
     """Micro-batches per update."""
     packing: bool = True
@@ -162,7 +161,7 @@ class TrainConfig:
     recipe: RecipeName = "default"
     """`rinna` reproduces the original's quirks; see the README's table."""
     checkpoint_path: Path | None = None
-    """Start from another run's newest encoder, or the original's file; with --prefix_hidden_dim 0, any prefix."""
+    """Start from another run's newest encoder, or a torch file of one; with --prefix_hidden_dim 0, from any prefix."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False

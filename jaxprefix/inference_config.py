@@ -65,8 +65,7 @@ class InferenceConfig:
     batch_size: int = 16
     """Prompts, or in evaluate's loss examples, at a time; prompts are rounded up to a multiple of the mesh's `data`."""
     dtype: DType | None = None
-    """Type of the base model's weights and activations; by default that of the prefix's run, else float32, which is the
-    fastest for one prompt on a CPU."""
+    """Type of the base model's weights and activations; by default that of the prefix's run, else float32."""
     mesh: str | None = None
     """Devices by axis, as in training: tensor=8 for a base model too large for one device; without it, one device."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
@@ -117,8 +116,7 @@ class EvaluateConfig(InferenceConfig):
     max_seq_len: int | None = None
     """Longest chunk of a `text` document, in tokens; by default that of the prefix's training, else 64."""
     skip_bad_lines: bool = False
-    """Leave out and count lines that cannot be read as examples, and examples too long for the base model, instead of
-    refusing the data."""
+    """Leave out and count unreadable lines and examples too long for the base model, instead of refusing the data."""
     n_samples: int = 100
     """Texts to sample; prompts are used in turn. 0 skips the suffix rate."""
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig(max_output_len=60)

@@ -119,6 +119,8 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
 
 def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str, Any]) -> Vocabulary:
     refuse_pointer(path)
+    if path.name == VOCAB_FILE:
+        read_object(path)  # refuses what the library would not: duplicate keys
     if path.name in (TOKENIZERS_FILE, VOCAB_FILE):
         try:
             with panics_as_errors():

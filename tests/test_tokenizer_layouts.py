@@ -206,6 +206,9 @@ def test_gpt2s_two_files_must_both_be_there_and_whole(bpe_folder, tmp_path):
     (folder / "vocab.json").write_text('{"a": 0}')
     with pytest.raises(InputError, match=r"vocab.json: not a vocab.json \(.*out of vocabulary"):
         load_tokenizer(folder)
+    (folder / "vocab.json").write_text('{"a": 0, "a": 1}')
+    with pytest.raises(InputError, match=r"vocab.json: .*duplicate key 'a'"):
+        load_tokenizer(folder)
     (folder / "config.json").write_text('{"model_type": "gpt_neox"}')  # whose tokenizer these files do not describe
     with pytest.raises(InputError, match=r"no tokenizer; expected one of .*, tokenizer.json$"):
         load_tokenizer(folder)
