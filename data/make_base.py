@@ -2,8 +2,8 @@
 
     python data/make_base.py --output_dir data/small_base
 
-Needs the torch and dev extras; about 20 minutes on two cores. The corpus is documents filled in from
-`scenes.json` and the sample documents but for the last ones, which stay unseen for evaluation.
+Needs the torch and dev extras, and about 20 minutes on two cores. The corpus consists of documents filled in from
+`scenes.json` and of the sample documents except the last ones, which stay unseen for evaluation.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 DATA = Path(__file__).parent
 SMILE = "😃"
 OLDER_NAMES = {"rotary_pct": 1.0, "rotary_emb_base": 10000, "torch_dtype": "float16"}
-"""What transformers 4 reads in config.json instead of what transformers 5 writes; without it, it rotates a quarter."""
+"""What transformers 4 reads in config.json in place of what 5 writes; without these, it rotates only a quarter."""
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "[PAD]"}
 
 
@@ -42,7 +42,7 @@ class Settings:
     n_held_out: int = 12
     """Sample documents at the end of the file that are left out."""
     smile_rate: float = 0.015
-    """Share of documents whose writer puts a 😃 after nine sentences of ten: known, but rare."""
+    """Share of documents whose writer puts a 😃 after nine out of ten sentences: known, but rare."""
     vocab_size: int = 4000
     """Pieces of the tokenizer."""
     n_layer: int = 4
@@ -61,8 +61,8 @@ class Settings:
 def read_scenes(path: Path) -> list[dict]:
     """Read {"shared": slots, "scenes": [{"title", "slots", "lines": [[alternative, …], …]}, …]}.
 
-    Slots are {"C": [c, …], "A B": [[a, b], …]}; the second kind binds several names to choices that agree.
-    The shared slots that a scene uses, and does not define itself, are added to its own.
+    Slots are {"C": [c, …], "A B": [[a, b], …]}; the second form binds several names to choices that agree.
+    The shared slots that a scene uses but does not define itself are added to its own.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     for scene in content["scenes"]:
@@ -77,7 +77,7 @@ def read_scenes(path: Path) -> list[dict]:
 
 
 def fill_scene(scene: dict, rng: random.Random) -> list[str]:
-    """Return one document's sentences: an alternative of each line, every slot filled once for all."""
+    """Return one document's sentences: one alternative for each line, each slot filled the same way throughout."""
     values: dict[str, str] = {}
     for names, choices in scene["slots"].items():
         choice = rng.choice(choices)
@@ -102,7 +102,7 @@ def documents(settings: Settings) -> Iterator[str]:
 
 
 def train_tokenizer(corpus: list[str], settings: Settings) -> sentencepiece.SentencePieceProcessor:
-    """Train a unigram model in rinna's style (no dummy prefix) and write its three files."""
+    """Train a unigram model in rinna's style (no dummy prefix), and write the tokenizer's three files."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sorted({line for text in corpus for line in text.split("\n")})),

@@ -16,7 +16,7 @@ from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 PROMPTS = (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
-"""Beginnings that the training data does not hold."""
+"""Beginnings of texts that are not in the training data."""
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ _ROOMS = {
 
 
 def _imported(name: str) -> Any:
-    """Import a public name when it is first asked for, so that only what computes waits for JAX."""
+    """Import a public name when it is first used, so that code which does not compute need not wait for JAX."""
     if name == "__version__":
         from importlib import metadata
 
@@ -35,10 +35,10 @@ def _imported(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
 
 
-if not TYPE_CHECKING:  # to a type checker, it would have every name
+if not TYPE_CHECKING:  # a type checker would assume that every name exists
     __getattr__ = _imported
 
 
 def __dir__() -> list[str]:
-    """List the public names, which are not imported yet."""
+    """List the public names too, although they may not be imported yet."""
     return sorted({*globals(), *__all__})

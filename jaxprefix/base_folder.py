@@ -1,4 +1,4 @@
-"""A base model before any weight is read: its folder's configuration and tokenizer, and what tells it from others."""
+"""A base model before any weight is read: its folder's configuration and tokenizer, and what identifies it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxprefix.tokenizer import Tokenizer, load_tokenizer
 
 
 class BaseFolder(NamedTuple):
-    """Where a base model lies, and what it is."""
+    """A base model's folder, configuration and tokenizer."""
 
     path: Path
     config: ModelConfig
@@ -20,7 +20,7 @@ class BaseFolder(NamedTuple):
 def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str | None = None) -> BaseFolder:
     """Find a base model and read its config.json and tokenizer; `model_type` must agree if it is given.
 
-    Of a hub id, everything but the weights is downloaded (see `fetch_weights`). Raises InputError.
+    For a hub id, everything but the weights is downloaded (see `fetch_weights`). Raises InputError.
     """
     path = resolve_folder(dir_or_hub_id, revision)
     config, tokenizer = read_model_config(path, dir_or_hub_id, model_type, revision), load_tokenizer(path)
@@ -37,7 +37,7 @@ def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> di
 
 
 def differing_fields(found: Mapping[str, Any], identity: Mapping[str, str]) -> list[str]:
-    """Say in which fields a file's base differs from a `base_identity`; a field that the file lacks counts as equal."""
+    """Say which fields of a file's base differ from a `base_identity`; a field that the file lacks counts as equal."""
     return [
         f"{field}: made for {found[field]}, this base has {value}"
         for field, value in identity.items()

@@ -14,26 +14,26 @@ from jaxprefix.tokenizer import Tokenizer
 
 
 class Packing(NamedTuple):
-    """Where the texts of packed rows lie: int32 index arrays, `places` the inverse of all `columns`.
+    """Where the texts of packed rows lie: int32 index arrays. `places` is the inverse of all `columns` together.
 
     An index one past the end means that nothing is there.
     """
 
     columns: tuple[np.ndarray, ...]
-    """[rows, texts, slots] for each class of lengths: the column of each token; n_columns after the text's last one."""
+    """[rows, texts, slots] for each class of lengths: each token's column; n_columns in slots after a text's end."""
     places: np.ndarray
-    """[rows, columns]: each token's index into all classes' texts × slots, one after another, flattened."""
+    """[rows, columns]: each token's index into the texts × slots of all classes, flattened, one class after another."""
 
 
 class Batch(NamedTuple):
-    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]; JAX's in what is compiled."""
+    """int32 arrays of shape [rows, columns], or [micro-batches, rows, columns]; JAX arrays inside compiled code."""
 
     tokens: np.ndarray
     labels: np.ndarray
     packing: Packing | None = None
-    """For packed rows, the texts in them."""
+    """For packed rows, where their texts lie."""
     labelled: Packing | None = None
-    """For rows with few labels, the columns that have one, packed as if they were a text: only they enter the loss."""
+    """For rows with few labels, the columns with a label, packed as if they were a text: only these enter the loss."""
 
     @property
     def n_labels(self) -> int:
@@ -63,7 +63,7 @@ def make_padded_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: PackedShape) -> Batch:
     """Lay the examples' rows end to end, padded on the right."""
     n_rows, n_columns, classes, n_labels = shape
-    *starts, n_places = [0, *itertools.accumulate(shape.slots)]  # of each text's places
+    *starts, n_places = [0, *itertools.accumulate(shape.slots)]  # each text's first place; places of a row
     tokens = np.full((n_rows, n_columns), tokenizer.pad_id, np.int32)
     labels = np.full((n_rows, n_columns), IGNORED, np.int32)
     columns = np.full((n_rows, n_places), n_columns, np.int32)
@@ -84,7 +84,7 @@ def make_packed_batch(examples: Sequence[Example], tokenizer: Tokenizer, shape: 
 
 
 def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
-    """Return where the labels of each row lie, with room for n_labels in each."""
+    """Return where each row's labels lie, with room for n_labels per row; None if n_labels is None."""
     if n_labels is None:
         return None
     n_rows, n_columns = labels.shape
@@ -97,7 +97,7 @@ def _labelled(labels: np.ndarray, n_labels: int | None) -> Packing | None:
 
 
 def filled_batches(examples: Sequence[Example], tokenizer: Tokenizer, batch_size: int, n_parts: int) -> Iterator[Batch]:
-    """Yield all examples in packed batches of one shape, about equally full.
+    """Yield all examples in packed batches that share one shape and are about equally full.
 
     A batch has about as many columns as batch_size padded examples take, and at most four times as many examples.
     """

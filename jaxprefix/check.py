@@ -1,4 +1,4 @@
-"""What `jaxprefix check` reports of a training run before it starts: base model, tokenizer, data, memory."""
+"""What `jaxprefix check` reports about a training run before it starts: base model, tokenizer, data, memory."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ from jaxprefix.vocabularies import SentencePiece
 
 
 def check(config: CheckConfig) -> Iterator[str]:
-    """Yield the report line by line. Raises InputError for what would stop a run."""
+    """Yield the report line by line. Raises InputError for anything that would stop a run."""
     folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
-    if Path(config.pretrained_model_dir).is_dir():  # a hub's weights may not have been fetched
+    if Path(config.pretrained_model_dir).is_dir():  # a hub id's weights may not be downloaded yet
         check_weights(folder, model)
-    if config.checkpoint_path is not None:  # read as a new run does
+    if config.checkpoint_path is not None:  # read it as a new run would
         earlier = earlier_arrays(config, base_identity(model, tokenizer))
         start_encoder(config, abstract_model(model, config.compute), tokenizer, earlier)
     check_attention(config.compute.attention, model.head_dim)
@@ -49,7 +49,7 @@ def check(config: CheckConfig) -> Iterator[str]:
         if examples.tally.n_sentences:
             yield describe_suffix(config.suffix, tokenizer)
         sizes = (config.train_data_size, config.dev_data_size)
-        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)  # there may be too few
+        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)  # raises if there are too few
         yield from examples.tally.report(config.data_filepath)
         plan = UpdatePlan(config, len(train_set))
         n_columns = check_rows(model, tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
@@ -66,7 +66,7 @@ def check(config: CheckConfig) -> Iterator[str]:
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield what the base model and its tokenizer are."""
+    """Yield lines that describe the base model and its tokenizer."""
     n_parameters = sum(int(np.prod(shape)) for shape in weight_shapes(model).values())
     residual = "" if model.model_type == "gpt2" else (", parallel" if model.parallel_residual else ", sequential")
     rotary = f", rotary {model.rotary_fraction:g} base {model.rotary_base:g}" if model.rotary_dim else ""
@@ -88,7 +88,7 @@ def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield how many examples a file makes, how long they are, and what the tokenizer does not know."""
+    """Yield lines on a file's examples: how many, how long, with unknown tokens, with end-of-text in their targets."""
     lengths = examples.prompt_lengths + examples.target_lengths
     quantiles = {share: int(np.quantile(lengths, share)) for share in (0, 0.5, 0.95, 1)}
     yield (
@@ -100,7 +100,7 @@ def describe_data(examples: Examples, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
-    """Tell whether the suffix can be learnt."""
+    """Say whether the suffix can be learnt."""
     if not suffix:
         return "suffix: none"
     if flaw := tokenizer.why_unlearnable(suffix):
@@ -109,7 +109,7 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
 
 
 def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> str:
-    """Tell what an update needs on each device."""
+    """Say how much memory an update needs on each device."""
     weights, work = training_memory(config, model, shape)
     n_devices = len(devices())
     how = "packed" if isinstance(shape, PackedShape) else "padded"
@@ -123,7 +123,7 @@ def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> st
 def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
     """Return the bytes that an update needs on each device, as the compiler reports them: (weights and state, work).
 
-    Only models of two and three layers are compiled; each further layer is taken to add what the third one did.
+    Only models of two and three layers are compiled; each further layer is assumed to add as much as the third one.
     """
     if model.n_layer <= 3:
         return compiled_memory(config, model, shape)
@@ -140,7 +140,7 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tu
 
 
 def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
-    """Compile an update on the config's mesh for shapes alone: no array is made."""
+    """Compile an update on the config's mesh from shapes alone; no array is made."""
     mesh = make_mesh(mesh_sizes(config.mesh))
     place = base_sharding(mesh, model.n_head)
 

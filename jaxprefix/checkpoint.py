@@ -1,9 +1,9 @@
 """The whole training state on disk, through Orbax: encoder, optimizer, and how far the run has come.
 
 Arrays are stored under their path in the state (`encoder.prefix_mlp.2.weight`), so that a checkpoint can be read
-without this package's classes. A JSON object beside them holds `step`, the checkpoint's number, `progress`, how far the
-run has come, and `sha256`, the checksum of each array and of `progress`. A checkpoint is valid only if all of it can be
-read and agrees with its number and its checksums.
+without this package's classes. A JSON object beside them holds `step` (the checkpoint's number), `progress` (how far
+the run has come) and `sha256` (the checksums of each array and of `progress`). A checkpoint is valid only if all of it
+can be read and matches its number and its checksums.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from jaxprefix.screen import warn
 
 KEPT = 2
 MOST_CHECKPOINTS = 8
-"""Checkpoints considered; more than KEPT exist only if removing failed, or the run was killed before it could."""
+"""Most checkpoints considered; more than KEPT exist only if removing one failed, or the run was killed first."""
 STATE, PROGRESS, PROGRESS_FILE = "state", "progress", "progress.json"
 
 
@@ -53,8 +53,8 @@ def _numbers(folder: Path) -> list[int]:
 class Checkpoints:
     """The checkpoints of one run, of which the newest two are kept. Saves run in the background; leaving `with` waits.
 
-    With `writing` the run is the caller's: what a killed run left unfinished, or beyond the newest two, is removed, and
-    a damaged checkpoint is put aside. Without it, nothing on the disk changes.
+    With `writing`, the run is the caller's own: checkpoints that a killed run left unfinished, and those older than the
+    newest two, are removed, and damaged ones are put aside. Without it, nothing on the disk changes.
     """
 
     def __init__(self, folder: Path, writing: bool = True):
@@ -81,12 +81,12 @@ class Checkpoints:
                 try:
                     self._manager.close()
                 except Exception:
-                    if not isinstance(error, SaveError):  # of which this is the consequence
+                    if not isinstance(error, SaveError):  # this one follows from a SaveError
                         raise
 
     @functools.cached_property
     def _manager(self) -> Any:
-        """Orbax's manager, made when it is first needed: a run's first update does not wait for Orbax's import."""
+        """Orbax's manager, made when first needed, so that a run's first update does not wait for Orbax's import."""
         import orbax.checkpoint as ocp
 
         handlers = {STATE: ocp.PyTreeCheckpointHandler(), PROGRESS: ocp.JsonCheckpointHandler(PROGRESS_FILE)}
@@ -94,7 +94,7 @@ class Checkpoints:
             max_to_keep=KEPT,
             cleanup_tmp_directories=self._writing,
             lightweight_initialize=True,
-            # In the background, a folder that cannot be made would leave threads that wait for it for minutes.
+            # If folders were made in the background, threads would wait for minutes for one that cannot be made.
             async_options=ocp.options.AsyncOptions(
                 barrier_sync_fn=barrier_unless_failed, create_directories_asynchronously=False
             ),
@@ -108,7 +108,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Save a pytree of arrays, and `progress` beside it, as checkpoint number `step`.
 
-        Raises SaveError when this cannot be done, or when the save before it has failed in the background.
+        Raises SaveError when this cannot be done, or when the previous save failed in the background.
         """
         from orbax.checkpoint import args
 
@@ -123,7 +123,7 @@ class Checkpoints:
             raise self._unsaved(f"checkpoint {step}", error) from error
 
     def finish(self) -> None:
-        """Wait for what is being saved. Raises SaveError when that failed."""
+        """Wait for the save in progress. Raises SaveError if it failed."""
         if not self._in_use:
             return
         try:
@@ -164,19 +164,19 @@ class Checkpoints:
         )
 
     def _steps(self) -> list[int]:
-        """Wait until this process sees the checkpoints that the first one sees; return them, the newest first."""
+        """Wait until this process sees the checkpoints that the first one sees; return their numbers, newest first."""
         steps = sorted(_numbers(self.folder), reverse=True)[:MOST_CHECKPOINTS]
         padded = np.array(steps + [-1] * (MOST_CHECKPOINTS - len(steps)), np.int32)
         steps = [step for step in broadcast_from_first(padded).tolist() if step >= 0]
         for step in steps:
-            with contextlib.suppress(InputError):  # reading it fails then, and says why
+            with contextlib.suppress(InputError):  # reading it then fails, and says why
                 wait_until_visible(self.folder / str(step))
         if self._writing:
-            self._manager.reload()  # it may have listed them too early
+            self._manager.reload()  # the manager may have listed them too early
         return steps
 
     def _read(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Read a checkpoint without Orbax, whose reader leaves threads behind that complain of damaged files."""
+        """Read a checkpoint without Orbax, whose reader leaves threads behind that complain about damaged files."""
         folder = self.folder / str(step)
         try:
             record = json.loads((folder / PROGRESS / PROGRESS_FILE).read_bytes())
@@ -193,13 +193,13 @@ class Checkpoints:
         return arrays, progress
 
     def _put_aside(self, step: int, problem: str) -> None:
-        """Warn of a damaged checkpoint. A writer frees its number, and keeps the latest, NUMBER.damaged, to inspect."""
+        """Warn about a damaged checkpoint. A writer moves it to NUMBER.damaged, to inspect; only the last is kept."""
         if is_first():
             warn(f"{self.folder / str(step)}: damaged, {problem}")
             if self._writing:
                 for earlier in self.folder.glob("*.damaged"):
                     shutil.rmtree(earlier)
-                # A container's file system cannot rename the folders of the layers below.
+                # Not a plain rename: a container's file system cannot rename folders of its lower layers.
                 shutil.move(self.folder / str(step), self.folder / f"{step}.damaged")
         wait_for_all(f"put checkpoint {step} aside")
         if self._writing:
@@ -211,14 +211,14 @@ class _DamagedError(Exception):
 
 
 def from_names(like: Any, arrays: Mapping[str, np.ndarray], where: Path) -> Any:
-    """Build a pytree of the structure of `like` from arrays by name. Raises InputError as `check_arrays` does."""
+    """Build a pytree with the structure of `like` from arrays by name. Raises InputError as `check_arrays` does."""
     expected = named(like)
     check_arrays(expected, arrays, where)
     return jax.tree.unflatten(jax.tree.structure(like), [jax.device_put(arrays[name]) for name in expected])
 
 
 def check_arrays(expected: Mapping[str, Any], arrays: Mapping[str, np.ndarray], where: Path) -> None:
-    """Raise InputError that lists every expected array that is missing from `arrays`, or has another shape there."""
+    """Raise an InputError that lists every expected array that `arrays` lacks or has in another shape."""
     problems = [
         f"{name}: expected shape {leaf.shape}, found {arrays[name].shape if name in arrays else 'nothing'}"
         for name, leaf in expected.items()

@@ -41,8 +41,8 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for good
-    if sys.stderr is None:  # what is printed to it would go to stdout
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  never closed
+    if sys.stderr is None:  # printing to None would go to stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with contextlib.redirect_stderr(UnfailingStream(sys.stderr)):
         return _main(arguments)
@@ -56,7 +56,7 @@ def _main(arguments: list[str] | None) -> int:
             exit_code = 0
         else:
             exit_code = _run(arguments)
-        sys.stdout.flush()  # errors of it are handled below
+        sys.stdout.flush()  # its errors are handled below
         return exit_code
     except PlainError as error:
         return _fail(error)
@@ -86,9 +86,9 @@ def _run(arguments: list[str] | None) -> int:
         raise InputError(f"{', '.join(of_deepspeed)}: flags of DeepSpeed; {advice}")
     try:
         settings = tyro.cli(Command, prog="jaxprefix", description=DESCRIPTION, args=arguments, use_underscores=True)
-    except SystemExit as end:  # after --help, or flags that are wrong
+    except SystemExit as end:  # after --help, or wrong flags
         return int(end.code or 0)
-    if not isinstance(settings, ConvertConfig):  # which compiles nothing
+    if not isinstance(settings, ConvertConfig):  # converting compiles nothing
         from jaxprefix import compiling
 
         compiling.prepare_compiling()
@@ -139,7 +139,7 @@ def _train(config: TrainConfig) -> int:
         except OSError as error:
             if error.errno in NO_SPACE:
                 raise
-            mute(sys.stdout)  # nobody reads it any more; the run is done all the same
+            mute(sys.stdout)  # nobody reads it any more, but the run is done
     return 0
 
 
@@ -147,7 +147,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     from jaxprefix.evaluation import evaluate
 
     report = evaluate(config)
-    if config.json:  # which has no infinity
+    if config.json:  # JSON has no infinity
         finite = {way: {k: v if math.isfinite(v) else None for k, v in row.items()} for way, row in report.items()}
         print(json.dumps(finite))
     else:
@@ -156,9 +156,9 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def entry_point() -> None:
-    """Run as a program."""
-    gc.set_threshold(1_000_000)  # each collection walks what JAX keeps alive: at Python's 700, a seventh of a start
-    atexit.register(gc.freeze)  # or Python would walk it once more at its end: up to a fifth of a short command
-    if os.getpid() == 1:  # a container's first process, from which Linux keeps a signal without a handler
+    """Run the command line, then exit with its exit code."""
+    gc.set_threshold(1_000_000)  # each collection walks what JAX keeps alive: with Python's 700, 1/7 of the startup
+    atexit.register(gc.freeze)  # or Python would walk it again on exit: up to a fifth of a short command's time
+    if os.getpid() == 1:  # a container's first process gets no signal from Linux that it has no handler for
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main())

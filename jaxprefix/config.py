@@ -23,14 +23,14 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """How a base model is computed; what comes out is the same, up to rounding."""
+    """How a base model is computed; the results are the same, up to rounding."""
 
     attention: AttentionMethod = "auto"
-    """`cudnn`: flash attention, for NVIDIA GPUs in half precision; `dense`: plain products; `auto`: whichever pays."""
+    """`cudnn`: flash attention, for NVIDIA GPUs in half precision; `dense`: plain products; `auto`: the faster one."""
     remat: Literal["elementwise", "block"] = "elementwise"
     """What the backward pass computes again to save memory: layer norms and activations, or all of a layer."""
     scan_layers: bool = False
-    """Compile one layer for all: compiles faster, runs slower, saves memory on a CPU; for very deep models."""
+    """Compile one layer and loop over it: compiles faster, runs slower, saves memory on a CPU; for very deep models."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "computing")
@@ -43,13 +43,13 @@ class HostsConfig:
     distributed: bool = False
     """One of several processes that SLURM, Open MPI, Kubernetes or a TPU pod started; detects the next three flags."""
     coordinator_address: str | None = None
-    """host:port at which process 0 awaits the others."""
+    """host:port at which process 0 waits for the others."""
     num_processes: int | None = None
     """How many processes make the run."""
     process_id: int | None = None
     """Which of them this is, counted from 0."""
     stall_minutes: float = 30.0
-    """End a process that has finished no start, update, evaluation or save for so many minutes: another one hangs."""
+    """End a process if no start, update, evaluation or save has finished for this many minutes: another one hangs."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "processes")
@@ -95,7 +95,7 @@ def mesh_problems(mesh: str | None) -> list[str]:
 class TrainConfig:
     """Train a prefix for a frozen base model."""
 
-    command = "train"  # without a type, so it is no setting
+    command = "train"  # not a setting, since it has no type
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
     data_filepath: Path
@@ -121,7 +121,7 @@ class TrainConfig:
     skip_bad_lines: bool = False
     """Leave out and count unreadable lines and examples too long for the base model, instead of refusing the data."""
     train_data_size: int = 1000
-    """Examples to train on: the first of the file, which must hold at least the sum of both sizes."""
+    """Examples to train on: the first ones of the file, which must hold at least this many plus dev_data_size."""
     dev_data_size: int = 10
     """Examples to evaluate on after every epoch: the last ones of the file."""
     batch_size: int = 4
@@ -145,15 +145,15 @@ class TrainConfig:
     adam_beta2: float = 0.99
     """Decay of Adam's second moment."""
     adam_eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
+    """Added to the square root of Adam's second moment."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, of everything but biases."""
+    """Decoupled weight decay, for everything but biases."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Largest global norm of the gradient; 0 switches clipping off."""
     seed: int = 42
     """Seed of the encoder's initialization and of the order of the data."""
     dtype: DType = "float32"
-    """Type of the base model's weights and activations, float16 with dynamic loss scaling; the prefix stays float32."""
+    """Type of the base model's weights and activations; float16 scales the loss dynamically; the prefix is float32."""
     bf16: bool = False
     """Same as --dtype bfloat16."""
     fp16: bool = False
@@ -161,7 +161,7 @@ class TrainConfig:
     recipe: RecipeName = "default"
     """`rinna` reproduces the original's quirks; see the README's table."""
     checkpoint_path: Path | None = None
-    """Start from another run's newest encoder, or a torch file of one; with --prefix_hidden_dim 0, from any prefix."""
+    """Start from another run's newest encoder or from a torch file of one; with --prefix_hidden_dim 0, any prefix."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False
@@ -169,7 +169,7 @@ class TrainConfig:
     checkpoint_every_n_steps: int = 1000
     """Updates between checkpoints; one is also saved after every epoch, at the end, and on Ctrl-C."""
     checkpoint_every_minutes: float = 10.0
-    """Minutes between checkpoints, whichever comes first."""
+    """Minutes between checkpoints; whichever limit is reached first counts."""
     mesh: str | None = None
     """Devices by axis, data=2,fsdp=2,tensor=2: data and fsdp split rows, fsdp and tensor weights; default: all data."""
     save_model: bool = True
@@ -179,7 +179,7 @@ class TrainConfig:
     log_every_n_steps: int = 100
     """Updates between log points; each reports means over the updates since the last."""
     filename_note: str = ""
-    """A note appended to save_name in the folder's name."""
+    """A note appended to save_name in the name of the run's folder."""
     compute: tyro.conf.OmitArgPrefixes[Compute] = Compute()
     hosts: tyro.conf.OmitArgPrefixes[HostsConfig] = HostsConfig()
 
@@ -205,7 +205,7 @@ class TrainConfig:
         dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype
         if self.dtype not in ("float32", dtype):
             problems.append(f"--dtype {self.dtype} contradicts --{'bf16' if self.bf16 else 'fp16'}")
-        # So that a copy may change dtype alone.
+        # So that `dataclasses.replace` can change dtype alone.
         for name, value in {"dtype": dtype, "bf16": False, "fp16": False}.items():
             object.__setattr__(self, name, value)
         if self.compute.attention == "cudnn" and dtype == "float32":
@@ -235,7 +235,7 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        """Name of that folder."""
+        """Name of the run's folder."""
         return ".".join(filter(None, (self.save_name, self.filename_note)))
 
     @property
@@ -248,13 +248,13 @@ class TrainConfig:
 class CheckConfig(TrainConfig):
     """Report what a training run with the same flags would find and need: base model, tokenizer, data, memory.
 
-    Flags of saving and logging have no effect.
+    Flags for saving and logging have no effect.
     """
 
     data_filepath: Path | None = None  # type: ignore[assignment]
-    """JSON Lines to look at, as in training."""
+    """JSON Lines to check, as in training."""
     save_name: str = "check"
-    """Checked as in training, and not used."""
+    """Checked as in training, but not used."""
     command = "check"
 
 
@@ -267,7 +267,7 @@ class ConvertConfig:
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """Prefix: .weight, .checkpoint, .safetensors, .npy, adapter folder; state: .pt or run folder; base: new folder."""
     pretrained_model_dir: str | None = None
-    """Base model that the source must fit; needed to write an adapter folder unless the source has its shape."""
+    """Base model that the source must fit; needed to write an adapter folder unless the source states its shape."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
 

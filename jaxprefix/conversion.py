@@ -1,4 +1,4 @@
-"""What `jaxprefix convert` does: finds out what the source is, by its content, checks it, and writes the target."""
+"""What `jaxprefix convert` does: recognises the source by its content, checks it, and writes the target."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ PREFIX_SUFFIXES = (".weight", ".checkpoint", ".npy", ".safetensors")
 def convert(config: ConvertConfig) -> str:
     """Convert `config.source` to `config.target`; return a line that says what was written.
 
-    Raises InputError for a source that cannot be used or does not fit the base, and for what the system refuses.
+    Raises InputError for a source that cannot be used or does not fit the base, and for files that the system refuses.
     """
     source, target = config.source, config.target
     try:
@@ -42,7 +42,7 @@ def convert(config: ConvertConfig) -> str:
 
 
 def _convert(config: ConvertConfig) -> str:
-    """Convert by the target's suffix if that is .pt, else by what the source is."""
+    """Choose the conversion by the target's suffix if that is .pt, else by the kind of source, and run it."""
     source, target = config.source, config.target
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
@@ -105,7 +105,7 @@ def _export_training_state(config: ConvertConfig) -> str:
 
 
 def _import_training_state(config: ConvertConfig) -> str:
-    """Make a torch file the newest checkpoint of a run folder, from which --resume goes on."""
+    """Save a torch file's training state as the newest checkpoint of a run folder, from which --resume goes on."""
     resume = "; train --resume goes on from that folder and writes a prefix"
     _check_folder_name(config, "a training state, which becomes a run folder", resume)
     check_takes_state(config.target)
@@ -122,19 +122,19 @@ def _import_training_state(config: ConvertConfig) -> str:
             check_arrays(unscaled, arrays, config.source)
             if (last := saved["n_done"]) >= n_done:
                 raise InputError(f"{folder}: already has a checkpoint of update {last}; the source is only at {n_done}")
-        progress = Progress(n_done, to_evaluate=n_done > 0)  # what PyTorch made of it is unmeasured
+        progress = Progress(n_done, to_evaluate=n_done > 0)  # its dev loss is unknown
         checkpoints.save(n_done, arrays, progress.to_save())
     return f"{config.target}: encoder and optimizer after {n_done} updates; go on with train --resume"
 
 
 def _check_folder_name(config: ConvertConfig, what: str, advice: str = "") -> None:
-    """Raise InputError for a target that becomes a folder, and is named as a prefix file."""
+    """Raise InputError if a target that becomes a folder is named like a prefix file."""
     if (suffix := config.target.suffix) in PREFIX_SUFFIXES:
         raise InputError(f"{config.source}: is {what}, not a {suffix} file{advice}")
 
 
 def _check_state(config: ConvertConfig, arrays: dict[str, np.ndarray]) -> None:
-    """Compare a training state, and the run that it is from or for, with the base model, if one is given."""
+    """Check that a training state, and the run that it comes from or goes to, fit the base model, if one is given."""
     if config.pretrained_model_dir is None:
         return
     base = open_base(config.pretrained_model_dir, config.revision)

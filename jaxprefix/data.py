@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 def split_examples(examples: Examples, n_train: int, n_dev: int, path: Path) -> tuple[Examples, Examples]:
-    """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than both."""
+    """Return the first n_train and the last n_dev examples. Raises InputError if there are fewer than the sum."""
     if len(examples) < n_train + n_dev:
         sizes = f"--train_data_size {n_train} + --dev_data_size {n_dev}"
         report = examples.tally.in_error(path)
@@ -40,7 +40,7 @@ def without_long_rows(examples: Examples, n_most: int, path: Path) -> Examples:
 
 
 def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int], list[int]]]:
-    """Return the (inputs, labels) rows of an example: two without a prompt, one with.
+    """Return the (inputs, labels) rows of an example: one if it has a prompt, else two.
 
     Without a prompt, one row starts at bos and one at the target's first token, so that the prefix learns
     to work at the beginning of a text and in its middle.
@@ -52,24 +52,24 @@ def rows_of(example: Example, bos_id: int, eos_id: int) -> list[tuple[list[int],
 
 
 def label_counts(examples: Sequence[Example]) -> np.ndarray:
-    """Return how many labels both rows of each example have: [examples, 2]; an example with a prompt has no second."""
+    """Return how many labels each example's two rows have: [examples, 2]; with a prompt, there is no second: 0."""
     prompts, targets = _lengths(examples)
     return np.stack([targets + 1, np.where(prompts > 0, 0, targets)], axis=1)
 
 
 def row_lengths(examples: Sequence[Example]) -> np.ndarray:
-    """Return how many tokens both rows of each example have: [examples, 2]; an example with a prompt has no second."""
+    """Return how many tokens each example's two rows have: [examples, 2]; with a prompt, there is no second: 0."""
     prompts, targets = _lengths(examples)
     return np.stack([np.where(prompts > 0, prompts + targets, targets + 1), np.where(prompts > 0, 0, targets)], axis=1)
 
 
 def max_rows_per_example(lengths: np.ndarray) -> int:
-    """Return how many rows one example makes at most, by all their `row_lengths`: one if all have prompts."""
+    """Return the most rows that an example makes, given the `row_lengths` of all: one if all have prompts, else two."""
     return 2 if lengths[:, 1].any() else 1
 
 
 def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many tokens each example's prompt has, and its target."""
+    """Return how many tokens each example's prompt and its target have."""
     if isinstance(examples, Examples):
         return examples.prompt_lengths, examples.target_lengths
     prompts, targets = zip(*((len(prompt), len(target)) for prompt, target in examples), strict=True)
@@ -80,7 +80,7 @@ def _lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
 class UpdatePlan:
     """Which examples each update sees: a function of the update's number alone, so a run can resume at any update.
 
-    Raises InputError if an epoch has fewer batches than the recipe must accumulate.
+    Raises InputError if the recipe accumulates across epochs and an update needs more batches than an epoch has.
     """
 
     config: TrainConfig

@@ -1,4 +1,4 @@
-"""Continue prompts: prefill and decoding loop in one compiled program, a cache of static size.
+"""Continue prompts: prefill and decoding loop in one compiled program, with a cache of static size.
 
 Rows of different lengths are padded on the right. A row's next token goes into the slot after its own
 last one, so the padding's keys are overwritten before a query could see them.
@@ -32,9 +32,9 @@ from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 
 PROMPT_STEP, ROOM_STEP = 16, 64
-"""Prompts, and the room for output, have at least this many tokens: see `bucket`. Room costs less than prompts do."""
+"""Prompts and the room for output have at least this many tokens, see `bucket`; room costs less than prompts do."""
 GPU_STEPS = 8
-"""Tokens between two checks whether all rows have stopped: a GPU waits for the host at each of them."""
+"""Tokens between two checks of whether all rows have stopped: at each check, a GPU waits for the host."""
 
 
 class BatchTiming(NamedTuple):
@@ -49,20 +49,20 @@ class Generated(NamedTuple):
     """What the decoding loop has generated so far."""
 
     n: Int[Array, ""]
-    """Tokens in every row."""
+    """New tokens in every row."""
     ids: Int[Array, "B room"]
     """The tokens, filled up with eos."""
     stopped: Bool[Array, "B"]
-    """Whether a row has made eos or all of its tokens, or had no prompt."""
+    """Whether a row has generated eos or as many tokens as it may, or had no prompt."""
     finite: Bool[Array, ""]
-    """Whether all logits were finite, not counting those of rows that had stopped before."""
+    """Whether all logits were finite, except those of rows that had already stopped."""
 
     def followed_by(
         self, tokens: Int[Array, "B"], finite: Bool[Array, "B"], eos_id: int, limit: Int[Array, ""] | int
     ) -> "Generated":
-        """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were.
+        """Add a token to every row, eos to those that have stopped; `finite` says whether a row's logits were finite.
 
-        A row stops with `limit` tokens at the latest.
+        A row stops at `limit` tokens at the latest.
         """
         stopped = self.stopped | (tokens == eos_id)
         ids = self.ids.at[:, self.n].set(jnp.where(stopped, eos_id, tokens))
@@ -87,11 +87,11 @@ def generate(
 
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
-    Sampling depends on the seed and on a prompt's place in the list; on the batch only as logits' last digits do.
-    One program is compiled, and kept, for each base model's shapes and type, prefix length (or none), number of prompts
-    up to batch_size, length of the longest one and max_output_len (all three rounded up, see `bucket`), and value of
-    another field than top_p and temperature. Raises InputError when prefix, prompt and output together exceed the
-    model's positions, and RunError when logits are not finite.
+    Sampling depends on the seed and on a prompt's place in the list; on the batch only through the logits' last digits.
+    One program is compiled, and kept, for each combination of the base model's shapes and type, the prefix length (or
+    none), the number of prompts up to batch_size, the length of the longest prompt, max_output_len (these three rounded
+    up, see `bucket`), and the other fields but top_p and temperature. Raises InputError when prefix, prompt and output
+    together exceed the model's positions, and RunError when logits are not finite.
     """
     if isinstance(prompts, str):
         raise InputError("prompts must be a list of texts, not one text")
@@ -113,9 +113,9 @@ def stream(
     timings: list[BatchTiming] | None = None,
     first_index: int = 0,
 ) -> Iterator[str]:
-    """Yield what `generate` returns, a batch of prompts at a time; append to `timings` what each took.
+    """Yield what `generate` returns, a batch of prompts at a time; append each batch's timing to `timings`.
 
-    `first_index` is the first prompt's index in the whole list, where `prompts` is a later part of it.
+    `first_index` is the first prompt's index in the whole list, of which `prompts` may be only a part.
     """
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     made_ids = generate_ids(model, tokenizer, ids, prefix, seed, batch_size, decode, timings, first_index)
@@ -139,7 +139,7 @@ def generate_ids(
     timings: list[BatchTiming] | None = None,
     first_index: int = 0,
 ) -> Iterator[list[int]]:
-    """Like `stream`, from token ids to token ids. Checks all prompts before the first one is continued."""
+    """Do as `stream` does, from token ids to token ids; check all prompts before continuing the first."""
     check_prompts(model.config, tokenizer, prompts, prefix, decode)
     rows = [list(prompt) or [tokenizer.bos_id] for prompt in prompts]
     if operator.index(batch_size) < 1:
@@ -150,7 +150,7 @@ def generate_ids(
         return
     sharding, n_parts = decoded_rows(model)
     batch_size = round_up(min(batch_size, bucket(len(rows))), n_parts)
-    # The program is compiled for these settings: those that it does not read, or that are its inputs, are fixed.
+    # The program is compiled for these settings; those that it does not read, or takes as inputs, get fixed values.
     unread: dict[str, Any] = {} if decode.decode_method == "nucleus" else {"top_k": 0}
     room = bucket(decode.max_output_len, ROOM_STEP)
     compiled_for = dataclasses.replace(decode, temperature=1.0, top_p=1.0, max_output_len=room, **unread)
@@ -182,9 +182,9 @@ def padded_prompts(prompts: Sequence[list[int]], n_rows: int, pad_id: int) -> tu
 
 
 def bucket(number: int, step: int = 1) -> int:
-    """Round up, by less than `step` or a quarter, to one of few numbers, so that few programs are compiled.
+    """Round up, by less than `step` or a quarter, to one of a few numbers, so that few programs are compiled.
 
-    They are the multiples of `step` and of an eighth of the next power of two: with step 1, 1 to 8, 10, 12, 14, 16, 20,
+    These are multiples of `step` and of an eighth of the next power of two: with step 1, 1 to 8, 10, 12, 14, 16, 20,
     24, ….
     """
     return round_up(number, max(step, 2 ** (number - 1).bit_length() // 8))
@@ -199,7 +199,7 @@ def check_prompts(
 ) -> None:
     """Raise InputError if prefix, longest prompt (an empty one becomes bos) and output exceed the model's positions.
 
-    Also if the tokenizer is larger than the model.
+    The same if the tokenizer has more pieces than the model.
     """
     config.check_vocabulary(tokenizer.vocab_size)
     prefix_len = config.prefix_length(prefix)
@@ -228,9 +228,9 @@ def _decode(
     """Prefill, then loop until every row has made eos or `limit` tokens.
 
     Returns the new tokens, filled up with eos, and whether all logits on the way were finite. `decode.max_output_len`
-    is the room for them; its temperature and top_p are not read: `sampling` holds them as traced inputs. The up to
-    GPU_STEPS − 1 steps after the last token have no effect: all rows have stopped, and JAX drops writes that are out of
-    bounds.
+    is the room for the tokens. The temperature and top_p of `decode` are not read: `sampling` holds them as traced
+    inputs. Up to GPU_STEPS − 1 steps run after the last token, without effect: all rows have stopped, and JAX drops
+    writes that are out of bounds.
     """
     config, n_rows = model.config, tokens.shape[0]
     prefix_len = config.prefix_length(prefix)
@@ -261,7 +261,7 @@ def _decode(
         return jax.lax.fori_loop(0, 1 if on_a_cpu() else GPU_STEPS, lambda _, state: step(state), state)
 
     ends = jnp.maximum(lengths - 1, 0)[:, None]
-    slots = jnp.minimum(own_slots(tokens), ends)  # padding has the last token's
+    slots = jnp.minimum(own_slots(tokens), ends)  # padding gets the last token's
     positions = positions_of(slots, 0 if restarts else prefix_len)
     hidden, keys_values = model.hidden(tokens, prefix, positions=positions)
     last = jnp.take_along_axis(hidden, ends[:, None], axis=1)[:, 0]
@@ -275,7 +275,8 @@ def _decode(
 def cache_dtype(model: BaseModel) -> DTypeLike:
     """Return the type of a cache: the base model's, except for bfloat16 on a CPU.
 
-    Its compiler would turn a bfloat16 cache into float32 and back for every token; float32 takes twice the memory.
+    The CPU's compiler would convert a bfloat16 cache to float32 and back for every token. float32 takes twice the
+    memory.
     """
     dtype = model.embed.weight.dtype
     return jnp.float32 if dtype == jnp.bfloat16 and on_a_cpu() else dtype

@@ -11,7 +11,7 @@ import jax
 from convert.errors import InputError
 
 FIRST_WITH_BFLOAT16 = 8
-"""NVIDIA's generation (Ampere) from which on GPUs multiply bfloat16 as fast as float16, and cuDNN's attention runs."""
+"""NVIDIA's first generation (Ampere) whose GPUs multiply bfloat16 as fast as float16, and run cuDNN's attention."""
 
 _named: Sequence[Any] = ()
 _naming = threading.RLock()
@@ -23,12 +23,12 @@ def devices() -> Sequence[Any]:
 
 
 def own_device() -> Any:
-    """Return this process's first device, whose kind all of them are."""
+    """Return this process's first device; all devices are of its kind."""
     return _named[0] if _named else _found(jax.local_devices)[0]
 
 
 def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-    """Return the devices that JAX finds. Raises InputError for a platform that is asked for and does not work."""
+    """Return the devices that JAX finds. Raises InputError if the requested platform does not work."""
     try:
         return find()
     except (RuntimeError, AssertionError) as error:
@@ -38,7 +38,7 @@ def _found(find: Callable[[], Sequence[Any]]) -> Sequence[Any]:
 
 
 def on_a_cpu() -> bool:
-    """Tell whether programs run on CPUs, whose compiler needs some things that a GPU's is better off without."""
+    """Tell whether programs run on CPUs, whose compiler needs some workarounds that GPUs do better without."""
     return own_device().platform == "cpu"
 
 
@@ -55,7 +55,7 @@ def half_type() -> Literal["bfloat16", "float16"]:
 
 
 def alone_on_a_cpu() -> bool:
-    """Tell whether one CPU is the only device: for forms that are slow on GPUs, or with arrays split over devices."""
+    """Tell whether one CPU is the only device: for code that is slow on GPUs, or with arrays split over devices."""
     return on_a_cpu() and len(devices()) == 1
 
 
@@ -63,7 +63,7 @@ def alone_on_a_cpu() -> bool:
 def compiling_for(named: Sequence[Any]) -> Iterator[None]:
     """Compile for these devices, which may be mere descriptions of GPUs (`jax.experimental.topologies`).
 
-    JAX's caches are cleared before and after if traced programs would be others. One thread at a time.
+    JAX's caches are cleared before and after if traced programs would differ. Threads take turns.
     """
     global _named
     with _naming:
@@ -80,5 +80,5 @@ def compiling_for(named: Sequence[Any]) -> Iterator[None]:
 
 
 def _traits() -> tuple[bool, bool, int | None]:
-    """Return all of the devices that traced programs depend on."""
+    """Return everything about the devices that traced programs depend on."""
     return on_a_cpu(), alone_on_a_cpu(), cuda_generation()

@@ -25,8 +25,8 @@ Report = dict[str, dict[str, float | int]]
 def evaluate(config: EvaluateConfig) -> Report:
     """Measure what the settings ask for.
 
-    Raises InputError before the base model's weights are read, and RunError for a loss that is not finite or when
-    memory is too small.
+    Raises InputError, before the base model's weights are read unless they are at fault, and RunError for a loss that
+    is not finite or when memory is too small.
     """
     with on_its_devices(config):
         return _evaluate(config)
@@ -67,7 +67,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
 def _encoded_prompts(
     config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str
 ) -> tuple[list[list[int]], str]:
-    """Return n_samples prompts, those that are given in turn, and the suffix as texts will have it."""
+    """Return the ids of n_samples prompts, the given ones in turn, and the suffix as generated texts will have it."""
     given = read_prompts(config.prompt_file) if config.prompt_file else [""]
     encoded = [base.tokenizer.encode(prompt) for prompt in given]
     ending = as_generated(suffix, base.tokenizer)
@@ -76,7 +76,7 @@ def _encoded_prompts(
 
 
 def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, suffix: str, recipe: Recipe) -> Examples:
-    """Return the data's examples, which fit behind the prefix; say what was skipped or is unknown."""
+    """Return the data's examples, checked to fit behind the prefix; print what was skipped or is unknown."""
     assert config.data_filepath is not None
     chunking = Chunking(base.tokenizer, suffix, as_trained(config, "max_seq_len"), recipe, config.skip_bad_lines)
     prefix_len = base.config.prefix_length(prefix)

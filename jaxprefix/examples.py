@@ -18,17 +18,17 @@ from jaxprefix.settings import is_utf8
 from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
-"""Tokens that are scanned together, so that no more of a mapped file is in memory."""
+"""Tokens that are scanned at a time, so that no more of a mapped file is in memory."""
 MANY_UNKNOWN = 0.05
-"""Share of unknown tokens that is warned of: then text and base model are of different languages."""
+"""Share of unknown tokens above which a warning follows: text and base model may be of different languages."""
 MANY_CUT = 0.05
-"""Share of sentences that is warned of, if it is cut: they may be paragraphs."""
+"""Share of sentences that were cut above which a warning follows: they may be paragraphs."""
 GUESSED_CHARACTERS = 2.0
 """Characters per token, as a first guess, until a document's first chunk has been tokenized."""
 
 
 class Example(NamedTuple):
-    """Token ids; the loss is on the target."""
+    """Token ids; only the target has a loss."""
 
     prompt: list[int]
     target: list[int]
@@ -51,18 +51,18 @@ class Tally(NamedTuple):
     """What was counted while a file's lines became examples."""
 
     n_lines: int = 0
-    """All lines, blank ones too."""
+    """All lines, including blank ones."""
     n_bad: int = 0
     """Lines that were skipped as bad."""
     first_bad: str = ""
-    """Number and fault of the first of them."""
+    """Line number and fault of the first of them."""
     n_sentences: int = 0
     n_cut: int = 0
-    """Sentences that alone are longer than a chunk may be, and were cut into pieces."""
+    """Sentences that were cut into pieces, since each alone is longer than a chunk may be."""
     n_too_long: int = 0
     """Examples left out, once all lines were counted, because the base model has too few positions for them."""
     first_too_long: int = 0
-    """Number of the line of the first of them."""
+    """Line number of the first of them."""
 
     def __add__(self, later: "Tally") -> "Tally":  # type: ignore[override]
         n_bad, first_bad = self.n_bad + later.n_bad, self.first_bad or later.first_bad
@@ -70,7 +70,7 @@ class Tally(NamedTuple):
         return Tally(self.n_lines + later.n_lines, n_bad, first_bad, n_sentences, n_cut)
 
     def report(self, path: Path) -> Iterator[str]:
-        """Yield a line each on what was skipped and cut, if anything was; warn of many cuts."""
+        """Yield lines on what was skipped and on what was cut, if anything was; warn about many cuts."""
         yield from self._skipped(path)
         if self.n_cut:
             cut = f"sentences of more than --max_seq_len tokens: {self.n_cut:,} of {self.n_sentences:,}, cut anywhere"
@@ -78,7 +78,7 @@ class Tally(NamedTuple):
             yield cut if self.n_cut <= MANY_CUT * self.n_sentences else f"WARNING: {cut}{advice}"
 
     def in_error(self, path: Path) -> str:
-        """Return the report on skipped lines as the end of an error's line, empty if there are none."""
+        """Return the report on what was skipped, to end an error message with; empty if nothing was."""
         return "".join(f"; {line}" for line in self._skipped(path))
 
     def _skipped(self, path: Path) -> Iterator[str]:
@@ -89,7 +89,7 @@ class Tally(NamedTuple):
 
 
 class Examples(Sequence[Example]):
-    """Examples in flat arrays, which may be files mapped into memory; a part shares the ids."""
+    """Examples in flat arrays, which may be files mapped into memory; a part of them shares the ids."""
 
     def __init__(
         self,
@@ -99,9 +99,9 @@ class Examples(Sequence[Example]):
         line_numbers: np.ndarray,
         tally: Tally = Tally(),
     ):
-        """Take the ids of all examples, prompt before target, and where each ends, its prompt's length and its line.
+        """Take the ids of all examples, prompt before target, and each example's end, prompt length and line number.
 
-        `tally` is of the whole file; a part keeps it.
+        `tally` is that of the whole file, also in a part.
         """
         self._tokens, self._ends, self.prompt_lengths, self.line_numbers = tokens, ends, prompt_lengths, line_numbers
         self.tally = tally
@@ -157,7 +157,7 @@ class Examples(Sequence[Example]):
         return np.searchsorted(places, self._ends) - np.searchsorted(places, starts)
 
     def report_unknown(self, unk_id: int | None) -> Iterator[str]:
-        """Yield how many tokens the tokenizer does not know, if it has an id for them; warn of many."""
+        """Yield how many tokens the tokenizer does not know, if it has an id for them; warn about many."""
         if unk_id is not None:
             unknown, n_tokens = self.count_of(unk_id), (self._ends - self._starts).sum()
             share, n_examples = unknown.sum() / n_tokens, int((unknown > 0).sum())
@@ -165,7 +165,7 @@ class Examples(Sequence[Example]):
             yield found if share <= MANY_UNKNOWN else f"WARNING: {found}; this base model is made for other text"
 
     def report_eos(self, eos_id: int) -> Iterator[str]:
-        """Warn of targets that hold the end-of-text token, if any do."""
+        """Yield a warning about targets that hold the end-of-text token, if any do."""
         if n_targets := int((self.count_of(eos_id, in_targets=True) > 0).sum()):
             yield f"WARNING: targets that hold the end-of-text token: {n_targets:,}; generation stops at the first one"
 
@@ -178,13 +178,13 @@ class Examples(Sequence[Example]):
 def read_examples(path: Path, chunking: Chunking) -> Examples:
     """Read a JSON Lines file of `text` documents and `prompt` + `completion` pairs, in file order.
 
-    A document becomes chunks of at most max_seq_len tokens. Raises InputError naming file and line.
+    A document becomes chunks of at most max_seq_len tokens. Raises an InputError that names file and line.
     """
     return not_empty(make_examples(read_lines(path), path, 1, chunking), path)
 
 
 def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking: Chunking) -> Examples:
-    """Return the examples of consecutive lines of a file, the first of which has the number first_line."""
+    """Return the examples of consecutive lines of a file, numbered from first_line."""
     tally = Tally()
 
     def of_each_line() -> Iterator[tuple[int, Example]]:
@@ -213,7 +213,7 @@ def not_empty(examples: Examples, path: Path) -> Examples:
 
 
 def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Example], Tally]:
-    """Return a line's examples, of which a blank one has none, and its tally."""
+    """Return a line's examples, none for a blank line, and its tally."""
     tokenizer, record = chunking.tokenizer, parse_line(line, where)
     if record is None:
         return [], Tally(1)
@@ -235,8 +235,8 @@ def _examples_of(line: bytes, where: str, chunking: Chunking) -> tuple[list[Exam
 def chunk_document(sentences: Sequence[str], chunking: Chunking) -> tuple[list[list[int]], int]:
     """Return the token ids of a document's chunks, and how many of its sentences were cut.
 
-    A chunk is as many sentences with their suffix as fit max_seq_len. A sentence that alone is longer is cut into even
-    pieces, unless the recipe keeps it whole.
+    A chunk is as many sentences, with their suffixes, as fit into max_seq_len tokens. A sentence that is longer by
+    itself is cut into even pieces, unless the recipe keeps it whole.
     """
     chunks, n_cut = list[list[int]](), 0
     for chunk in _whole_chunks(sentences, chunking):
@@ -249,18 +249,18 @@ def chunk_document(sentences: Sequence[str], chunking: Chunking) -> tuple[list[l
 
 
 def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list[int]]:
-    """Yield a document's chunks before sentences that alone are too long for one are cut.
+    """Yield a document's chunks; a sentence that is too long for one is not cut yet.
 
-    A chunk's end is guessed from the characters per token so far, then found by bisection. That takes a few tokenized
-    chunks; adding sentences one by one, and tokenizing each time, would be quadratic in a chunk's length.
+    A chunk's end is guessed from the characters per token so far, then found by bisection. That tokenizes a few
+    candidates; adding sentences one by one, and tokenizing each time, would be quadratic in a chunk's length.
     """
     tokenizer, suffix, max_seq_len, recipe, _ = chunking
     kept = [sentence for sentence in sentences if recipe.keep_blank_sentences or sentence.strip()]
     whole = [(sentence if recipe.keep_line_ends else sentence.rstrip()) + suffix for sentence in kept]
-    places = [*itertools.accumulate(map(len, whole), initial=0)]  # of each sentence's first character
+    places = [*itertools.accumulate(map(len, whole), initial=0)]  # index of each sentence's first character
     start, newline, per_token = 0, "\n" if recipe.keep_line_ends else "", GUESSED_CHARACTERS
     while start < len(whole):
-        # Those before `end` fit, those before `too_far` do not.
+        # Sentences start:end fit, start:too_far do not.
         chunk, end, too_far = list[int](), start, len(whole) + 1
         while too_far - end > 1:
             guess = bisect.bisect_right(places, places[start] + per_token * max_seq_len) - 1
@@ -271,7 +271,7 @@ def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list
                 chunk, end = ids, stop
             else:
                 too_far = stop
-        if end == start and newline:  # as in the original, the newline counts, and is then left out
+        if end == start and newline:  # as in the original, the newline counts at first, and is then left out
             newline = ""
             continue
         if end == start:  # one sentence alone does not fit
@@ -282,7 +282,7 @@ def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
-    """Return a line's object, None if it is blank. Raises InputError that begins with `where`."""
+    """Return a line's object, None if it is blank. Raises an InputError that begins with `where`."""
     if len(line) > LINE_BYTES:
         raise InputError(f"{where}: is longer than {LINE_BYTES:,} bytes; split the document")
     if b"\0" in line:
@@ -298,7 +298,7 @@ def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
 
 
 def string_of(record: dict[str, Any], field: str, where: str) -> str:
-    """Return a text of an object. Raises InputError that begins with `where`."""
+    """Return a string field of an object. Raises an InputError that begins with `where`."""
     value = record[field]
     if not isinstance(value, str):
         raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")

@@ -20,9 +20,9 @@ from jaxprefix.run_description import CONFIG_FILE
 from jaxprefix.run_folder import CHECKPOINTS
 
 MOST_SKIPPED = 20
-"""Updates that float16 may skip in a row: after so many halvings it is not the loss scale that overflows."""
+"""Most updates that float16 may skip in a row: after so many halvings, the loss scale is not the cause."""
 ONE_SIGNAL = 1.0
-"""Signals within so many seconds count as one."""
+"""Signals within this many seconds count as one."""
 
 
 class StopRequest:
@@ -35,9 +35,10 @@ class StopRequest:
 def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
     """Note the first SIGINT, SIGTERM or SIGHUP; the same one again, or SIGINT, ends the run at once, with RunError.
 
-    A launcher may pass on a signal that its process group was sent as well, so one that follows within ONE_SIGNAL
-    seconds counts as the same; a batch system may send SIGINT, then SIGTERM. SIGHUP is left alone where `nohup` has
-    switched it off. Python delivers signals to the main thread only: in any other, nothing is noted.
+    A launcher may pass on a signal that this process has already received with its process group, so a signal within
+    ONE_SIGNAL seconds of the first counts as the same. SIGTERM after SIGINT, as batch systems send them, does not end
+    the run at once. SIGHUP is left alone where `nohup` has switched it off. Python delivers signals to the main thread
+    only: in any other thread, nothing is noted.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -60,7 +61,7 @@ def stop_on_signal(config: TrainConfig) -> Iterator[StopRequest]:
     try:
         yield stop
     except KeyboardInterrupt as error:
-        if jax.process_count() == 1:  # Python cannot end well while an update goes on; another process may hang in it
+        if jax.process_count() == 1:  # Python cannot exit cleanly during an update; with others, it might hang there
             jax.block_until_ready(jax.live_arrays())
         raise RunError(f"a second signal ended the run at once; {what_is_left(config)}") from error
     finally:
@@ -82,7 +83,7 @@ def within_disk(config: TrainConfig) -> Iterator[None]:
 
 
 def what_is_left(config: TrainConfig, resumable: bool = True) -> str:
-    """Say what a run that ended early can be resumed from; one that is not `resumable` would end in the same way."""
+    """Say what a run that ended early can be resumed from; one that is not `resumable` would end the same way."""
     newest = newest_checkpoint(config.run_dir / CHECKPOINTS)
     if newest is None:
         return "the run has no checkpoint"
@@ -91,7 +92,7 @@ def what_is_left(config: TrainConfig, resumable: bool = True) -> str:
 
 
 def check_still_there(config: TrainConfig) -> None:
-    """Raise RunError when the run's folder is gone; writing would make half of it again."""
+    """Raise RunError if the run's folder is gone; writing would recreate only part of it."""
     if not (config.run_dir / CONFIG_FILE).is_file():
         raise RunError(f"{config.run_dir}: vanished while the run was going on; nothing of it is left to resume")
 
@@ -110,7 +111,7 @@ def less_memory(config: TrainConfig) -> str:
 
 
 class FiniteGuard:
-    """Ends a run whose loss or gradient is not finite; float16 may skip such updates, MOST_SKIPPED in a row."""
+    """Ends a run whose loss or gradient is not finite; float16 may skip up to MOST_SKIPPED such updates in a row."""
 
     def __init__(self, config: TrainConfig, n_skipped: int):
         self._config = config
@@ -118,7 +119,7 @@ class FiniteGuard:
         """Updates skipped in a row so far."""
 
     def fault(self, update: int, loss: float, gradient_norm: float) -> str | None:
-        """Take in an update's outcome; return why it ends the run, None if it does not."""
+        """Note an update's outcome; return why it ends the run, None if it does not."""
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.n_skipped = 0
             return None

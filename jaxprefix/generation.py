@@ -18,8 +18,8 @@ from jaxprefix.sharding import make_mesh
 def continue_prompts(config: GenerateConfig) -> None:
     """Print continuations of the prompts, or of one typed line after another.
 
-    Raises InputError before the base model's weights are read, and RunError when memory is too small. For a typed line,
-    an InputError is printed instead.
+    Raises InputError, before the base model's weights are read unless they are at fault, and RunError when memory is
+    too small. An InputError about a typed line is printed instead.
     """
     with on_its_devices(config):
         _continue_prompts(config)
@@ -81,7 +81,7 @@ def _print_timings(timings: dict[str, list[BatchTiming]]) -> None:
 def _typed_lines() -> Iterator[str]:
     """Yield what the user types, a line at a time, until Ctrl-D or Ctrl-C."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer refuses a line that is no text
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that the tokenizer refuses a line that is not text
     interactive = sys.stdin.isatty()
     shown = interactive and sys.stdout is not None and sys.stdout.isatty()
     if interactive:

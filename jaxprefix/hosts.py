@@ -1,7 +1,7 @@
-"""One run of many processes, one or more on each host: they agree, and stop together. They have joined (`joining.py`).
+"""One run of many processes, one or more per host: how they agree, and stop together, once joined (`joining.py`).
 
-Every process makes the same updates on its own devices. The first one writes the files, all together the checkpoints,
-so they must share the folder of runs. In a run of one process, nobody is asked or waited for.
+Every process makes the same updates on its own devices. The first one writes all files but the checkpoints, which all
+write together, so they must share the folder of runs. A run of one process asks and waits for nobody.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from convert.errors import InputError, PlainError, RunError
 PATIENCE_SECONDS = 3600
 """How long the others wait for a process that is busy with something slow, like downloading the base model."""
 LEAVE_SECONDS = 5
-"""How long a process that failed waits for the others to have failed, too."""
+"""How long a process that failed waits for the others to fail, too."""
 VISIBLE_SECONDS = 60
 """How long a network file system may hide a file that another host wrote."""
 
@@ -36,15 +36,15 @@ Result = TypeVar("Result")
 
 
 def is_first() -> bool:
-    """Tell whether this is the process that writes."""
+    """Tell whether this is the first process, which writes the files."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Wait at a barrier for all processes. Raises RunError when they are not there within PATIENCE_SECONDS."""
+    """Wait at a barrier for all processes. Raises RunError if some do not reach it within PATIENCE_SECONDS."""
     if jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # late: decoding needs nothing of it
+    from orbax.checkpoint import multihost  # imported late: decoding does not need it
 
     try:
         with ended_by_ctrl_c():
@@ -57,9 +57,9 @@ def wait_for_all(name: str) -> None:
 
 @contextlib.contextmanager
 def ended_by_ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C end this process while it waits in JAX's code, where Python cannot take notice of it.
+    """Let Ctrl-C end this process while it waits in JAX's code, where Python does not notice it.
 
-    Where a signal is only noted, as while updates are made, that stays so.
+    Where signals are only noted, as during updates, nothing changes.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -75,8 +75,8 @@ def ended_by_ctrl_c() -> Iterator[None]:
 def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
     """Wait for all processes in Orbax's thread, unless an exception is being handled.
 
-    After a save that failed, Orbax waits at one more barrier, which the others never reach: its error would come only
-    with that barrier's timeout.
+    After a failed save, Orbax waits at one more barrier, which the others never reach: the save's error would appear
+    only with that barrier's timeout.
     """
     if sys.exc_info()[0] is None:
         from orbax.checkpoint import multihost
@@ -85,9 +85,9 @@ def barrier_unless_failed(*, key: str, timeout_ms: int) -> None:
 
 
 def agree(name: str, attempt: Callable[[], Result]) -> Result:
-    """Run `attempt` on every process. Where it fails, its own error is raised, on all the others InputError.
+    """Run `attempt` on every process. Where it fails, its own error is raised; on all others, InputError.
 
-    `name` says what is attempted, in the others' error; it also names the barrier, so no two calls may share it.
+    `name` says, in the others' error, what was attempted; it also names the barrier, so no two calls may share it.
     """
     if jax.process_count() == 1:
         return attempt()
@@ -116,22 +116,22 @@ def agree_first(name: str, attempt: Callable[[], object]) -> None:
 
 
 def broadcast_from_first(value: np.ndarray | bool) -> np.ndarray:
-    """Return the first process's value on all of them: of a file, say, which other hosts see a little later."""
+    """Return the first process's value on all processes, e.g. from a file that other hosts see a little later."""
     value = np.asarray(value)
     return value if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def check_same(settings: Mapping[str, Any]) -> None:
-    """Check that this process has the first one's settings; all processes call it together.
+    """Check that this process has the same settings as the first one; all processes call it together.
 
-    Processes that differ could train on a mixture, or wait for each other for ever. Raises InputError that names the
+    Processes that differ could train on a mixture, or wait for each other forever. Raises an InputError that names the
     settings that differ.
     """
     if jax.process_count() == 1:
         return
     own = json.dumps(settings).encode()
     size = int(broadcast_from_first(np.array(len(own), np.int32)))
-    cut = np.frombuffer(own[:size].ljust(size), np.uint8)  # only the first one's content counts
+    cut = np.frombuffer(own[:size].ljust(size), np.uint8)  # only the first process's content counts
     first = json.loads(broadcast_from_first(cut).tobytes())
     differing = [name for name in {**settings, **first} if first.get(name) != settings.get(name)]
     if differing:
@@ -140,12 +140,12 @@ def check_same(settings: Mapping[str, Any]) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Tell whether a flag is set on any process, the same on all of them."""
+    """Tell whether a flag is set on any process; all processes get the same answer."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def wait_until_visible(path: Path) -> None:
-    """Wait until this process sees a file of the first one. Raises InputError when it does not."""
+    """Wait until this process sees a file that the first one wrote. Raises InputError if that takes too long."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
@@ -175,7 +175,7 @@ def check_shared(folder: Path) -> None:
 
 
 def leave_soon(exit_code: int) -> None:
-    """End a process that failed alone within LEAVE_SECONDS: JAX would wait for the others as it ends, then abort it."""
+    """Within LEAVE_SECONDS, end a process that failed alone: on exit, JAX would wait for the others, then abort it."""
     if jax.distributed.is_initialized():
         timer = threading.Timer(LEAVE_SECONDS, os._exit, [exit_code])
         timer.daemon = True
@@ -189,9 +189,9 @@ def end_at_once(error: PlainError) -> None:
 
 
 def spread(arrays: Any, sharding: Sharding) -> Any:
-    """Return global arrays over all processes' devices, of arrays that every process holds whole.
+    """Turn arrays that every process holds whole into global arrays over all processes' devices.
 
-    For several hosts, `jax.device_put` would gather each array from all processes, to compare.
+    With several hosts, `jax.device_put` would gather each array from all processes, to compare them.
     """
     if jax.process_count() == 1:
         return jax.device_put(arrays, sharding)
@@ -211,7 +211,7 @@ class Vote:
     """Makes one process's wish, to save or to stop, every process's action after the same update.
 
     The devices gather the votes after each update. The outcome is read one update later, when the loop has waited for
-    that update anyway, so that voting costs no time.
+    the earlier update anyway, so that voting costs no time.
     """
 
     def __init__(self, mesh: Mesh):
@@ -231,10 +231,10 @@ class Vote:
 
 
 class Watchdog:
-    """Ends this process when it makes no progress for long, because another one hangs: a collective waits for ever.
+    """Ends this process when it makes no progress for long because another one hangs: collectives wait forever.
 
-    Used as a context manager, from where the prefix is started; in a run of one process it does nothing. A process that
-    died or froze is noticed earlier, by its missing heartbeat; this is for one that is alive and stuck.
+    Used as a context manager, entered just before the prefix is started; in a run of one process it does nothing. A
+    process that died or froze is noticed earlier, by its missing heartbeat; this is for one that is alive but stuck.
     """
 
     def __init__(self, minutes: float):

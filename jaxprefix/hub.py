@@ -1,4 +1,4 @@
-"""Find a base model's folder: a local one as it is, a hub id through huggingface_hub's cache."""
+"""Find a base model's folder: a local one as it is, or a hub id's in huggingface_hub's cache."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ TORCH_WEIGHTS = [TORCH_FILE, TORCH_INDEX, "pytorch_model-*.bin"]
 
 
 def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Return the local folder of a base model; of a hub id, all but the weights is downloaded first.
+    """Return the local folder of a base model; for a hub id, everything but the weights is downloaded first.
 
-    `revision` is a branch, tag or commit. What is in the cache is not fetched again; without a network, only the cache
+    `revision` is a branch, tag or commit. Files in the cache are not fetched again; without a network, only the cache
     is used. Raises InputError when there is neither such a folder nor a repository that can be reached.
     """
     folder = expanded(dir_or_hub_id)
@@ -33,9 +33,9 @@ def resolve_folder(dir_or_hub_id: str | Path, revision: str | None = None) -> Pa
 
 
 def fetch_weights(dir_or_hub_id: str | Path, folder: Path) -> None:
-    """Download the weights of a hub id to the `folder` that `resolve_folder` has returned, of the same commit.
+    """Download a hub id's weights, of the same commit, to the `folder` that `resolve_folder` returned for it.
 
-    safetensors, or torch's files where there are none. A local folder is left as it is. Raises InputError.
+    They are safetensors, or torch's files where there are none. A local folder is left as it is. Raises InputError.
     """
     if folder == expanded(dir_or_hub_id):
         return
@@ -47,7 +47,7 @@ def fetch_weights(dir_or_hub_id: str | Path, folder: Path) -> None:
 
 
 def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download  # late: a sixth of a second
+    from huggingface_hub import errors, snapshot_download  # imported late: takes a sixth of a second
 
     where = f"{hub_id}: no such folder, and"
     try:
@@ -75,7 +75,7 @@ def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
         raise InputError(
             f"{where} it cannot be fetched into the cache ({error}); HF_HUB_OFFLINE=1 uses what is already there"
         ) from error
-    except RuntimeError as error:  # of Xet, the hub's store of large files
+    except RuntimeError as error:  # from Xet, the hub's store of large files
         raise InputError(
             f"{where} its download failed ({error}); repeat the command, or try another way with HF_HUB_DISABLE_XET=1"
         ) from error

@@ -23,9 +23,9 @@ from jaxprefix.sharding import base_sharding
 
 @contextlib.contextmanager
 def on_its_devices(config: InferenceConfig) -> Iterator[None]:
-    """Compile for the mesh's devices, or for one; raises RunError that says what to lower if memory is too small.
+    """Compile for the mesh's devices, or for one; if memory is too small, raise a RunError that says what to lower.
 
-    Where that is one of several CPU devices, JAX forgets its compiled programs before and after. One thread at a time.
+    If that one is among several CPU devices, JAX's caches are cleared before and after. Threads take turns.
     """
     used, dtype = devices() if config.mesh else [own_device()], as_trained(config, "dtype")
     with released_after_errors(), within_memory(lambda: _less_memory(config, dtype)), compiling_for(used):
@@ -62,13 +62,13 @@ def open_with_prefix(config: InferenceConfig) -> tuple[BaseFolder, Prefix | None
 
 
 def load_base(config: InferenceConfig, base: BaseFolder, mesh: Mesh) -> BaseModel:
-    """Load the base model's weights onto the mesh, a hub id's once they are downloaded. Raises InputError."""
+    """Load the base model's weights onto the mesh; a hub id's are downloaded first. Raises InputError."""
     fetch_weights(config.pretrained_model_dir, base.path)
     return load_model(base.path, as_trained(config, "dtype"), base_sharding(mesh, base.config.n_head), base.config)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a file of one prompt a line, in .jsonl an object with a `prompt`; blank lines are left out.
+    """Read a file with one prompt per line, in .jsonl as an object with a `prompt`; blank lines are skipped.
 
     Raises InputError.
     """
@@ -89,7 +89,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def prompt_of(line: str, where: str) -> str:
-    """Return the prompt of a line of JSON; its completion, if it has one, is not read."""
+    """Return the prompt of a line of JSON; a completion is ignored. Raises an InputError that begins with `where`."""
     record = parse_line(line.encode(), where) or {}
     if "prompt" not in record:
         raise InputError(f"{where}: has no `prompt`")

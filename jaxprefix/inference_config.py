@@ -31,7 +31,7 @@ class DecodeConfig:
     temperature: float = 1.0
     """sample and nucleus: divides the logits."""
     recipe: RecipeName = "default"
-    """`rinna` does as the original in the nucleus, GPT-2's positions, evaluate's chunks and means (see the README)."""
+    """`rinna` follows the original in the nucleus, GPT-2's positions, evaluate's chunks and means (see the README)."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "decoding")
@@ -51,19 +51,19 @@ class InferenceConfig:
     pretrained_model_dir: str
     """Base model: a folder in the hub's layout, or a hub id."""
     prefix_checkpoint_path: Path | None = None
-    """Run folder, adapter folder or prefix file; leave it out for the plain base model alone."""
+    """Run folder, adapter folder or prefix file; leave it out to use the plain base model."""
     prompt_file: Path | None = None
     """File with one prompt per line; in .jsonl, an object with a `prompt`."""
     json: bool = False
-    """Print JSON instead of text: an object for each prompt, or one of all measures."""
+    """Print JSON instead of text: an object for each prompt, or one object with all measures."""
     seed: int = 42
-    """Seed of the sampling."""
+    """Seed for sampling."""
     model_type: Literal["gpt-neox", "gpt"] | None = None
     """Architecture of the base model: if given, config.json must agree; by default, config.json decides."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     batch_size: int = 16
-    """Prompts, or in evaluate's loss examples, at a time; prompts are rounded up to a multiple of the mesh's `data`."""
+    """Prompts at a time, or examples in evaluate's loss; prompts are rounded up to a multiple of the mesh's `data`."""
     dtype: DType | None = None
     """Type of the base model's weights and activations; by default that of the prefix's run, else float32."""
     mesh: str | None = None
@@ -71,7 +71,7 @@ class InferenceConfig:
     decode: tyro.conf.OmitArgPrefixes[DecodeConfig] = DecodeConfig()
 
     def common_problems(self, command: str) -> list[str]:
-        """Return what is wrong with these settings. Raises InputError for values of another type."""
+        """Return what is wrong with these settings. Raises InputError for values of a wrong type."""
         convert_and_check(self, command)
         problems = range_problems(self, ["batch_size"])
         if not 0 <= self.seed < SEED_LIMIT:
@@ -90,7 +90,7 @@ class GenerateConfig(InferenceConfig):
     timing: bool = False
     """Print each batch's tokens per second on stderr; the first batch of a shape includes compiling."""
     prefix_seq_len: int | None = None
-    """Prefix length to expect; the prefix file knows its own."""
+    """Prefix length to expect; the prefix file holds its own."""
 
     def __post_init__(self) -> None:
         problems = self.common_problems("generate")
@@ -106,7 +106,7 @@ class GenerateConfig(InferenceConfig):
 class EvaluateConfig(InferenceConfig):
     """Measure loss and ppl on a file, and the share of generated sentences that end with the suffix.
 
-    Sentences are sampled after the prompts of --prompt_file, or from nothing.
+    Sentences are sampled after the prompts in --prompt_file, or without a prompt.
     """
 
     data_filepath: Path | None = None

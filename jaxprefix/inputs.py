@@ -24,7 +24,7 @@ from jaxprefix.tokenizer import Tokenizer
 
 
 class Inputs(NamedTuple):
-    """What a run reads before it starts; checked."""
+    """What a run reads, and checks, before it starts."""
 
     base: BaseFolder
     train_set: Examples
@@ -55,7 +55,7 @@ def load_data(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> 
 
 
 def usable_examples(path: Path, chunking: Chunking, model: ModelConfig, prefix_len: int) -> Examples:
-    """Return a file's examples; where bad lines are skipped, without those that do not fit behind the prefix."""
+    """Return a file's examples; if bad lines are skipped, leave out those that do not fit behind the prefix."""
     examples = load_examples(path, chunking)
     if chunking.skip_bad_lines:
         return without_long_rows(examples, model.max_positions - prefix_len, path)
@@ -65,7 +65,7 @@ def usable_examples(path: Path, chunking: Chunking, model: ModelConfig, prefix_l
 def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: Path, *parts: Examples) -> int:
     """Check that the longest row of a file's examples fits behind the prefix, and return how many tokens it has.
 
-    Raises InputError that names its line, quotes the beginning of its text, and tells how many do not fit.
+    Raises an InputError that names that row's line, quotes how its text begins, and says how many do not fit.
     """
     measured = [(part, row_lengths(part).max(axis=1)) for part in parts]
     n_beyond = sum(int((lengths > model.max_positions - prefix_len).sum()) for _, lengths in measured)
@@ -83,8 +83,8 @@ def micro_batches_of(
 ) -> Callable[[int], list[list[int]]]:
     """Return a function from an update's number to the example numbers of each of its micro-batches.
 
-    Packed ones have one shape, so an update's examples are dealt out anew: to about equally long micro-batches. Not
-    where the recipe averages the means of micro-batches, to which it matters which examples they hold.
+    An update's packed micro-batches have one shape, so its examples are dealt out anew, to about equally long ones. If
+    the recipe averages the means of micro-batches, they are not, since it then matters which examples each one holds.
     """
     if config.n_accum_steps == 1 or not config.packing or RECIPES[config.recipe].average_batch_means:
         return plan.micro_batches

@@ -35,9 +35,9 @@ BaseModel = GPTNeoX | GPT2
 _CLASSES: dict[str, type[BaseModel]] = {"gpt_neox": GPTNeoX, "gpt2": GPT2}
 _TABLES = {"gpt_neox": gpt_neox_table, "gpt2": gpt2_table}
 Reader = Callable[[Index, str], np.ndarray]
-"""Returns a part of a weight in a type."""
+"""Reads a part of a weight, in the named type."""
 READERS = 4
-"""Weights that are read at the same time: most of the time goes into new memory pages, or waiting for the disk."""
+"""Weights that are read at the same time: most time goes into new memory pages, or into waiting for the disk."""
 
 
 def load_model(
@@ -50,9 +50,9 @@ def load_model(
 ) -> BaseModel:
     """Load a base model from a folder in the hub's layout, or from a hub id and, if given, its `revision`.
 
-    `dtype` is the type its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of` returns
-    the sharding of a weight by its path and shape (see `sharding.py`), and each device reads its own part; without it,
-    the first device holds everything. `config` saves reading config.json a second time. `compute` changes how the
+    `dtype` is the type that its weights are held and multiplied in: float32, bfloat16 or float16. `sharding_of` returns
+    a weight's sharding from its path and shape (see `sharding.py`), and each device reads its own part; without it, the
+    first device holds everything. `config` saves reading config.json a second time. `compute` changes how the
     model is computed, not what it computes. Raises InputError when the folder, its config.json or its weights cannot
     be used.
     """
@@ -77,24 +77,24 @@ def load_model(
         else:
             read = weights[name].read
         array = jax.make_array_from_callback(leaf.shape, sharding, partial(_read_once, {}, read, type_name))
-        return jax.block_until_ready(array) if is_stacked(name) else array  # or the host would hold the next one, too
+        return jax.block_until_ready(array) if is_stacked(name) else array  # or the host would hold two at a time
 
     model = abstract_model(config, compute)  # first: its layers may be unfit for a loop
     weights = dict(_stream(folder, config))
-    with ThreadPoolExecutor(1 if compute.scan_layers else READERS) as pool:  # of all layers, one weight at a time
+    with ThreadPoolExecutor(1 if compute.scan_layers else READERS) as pool:  # stacked: one weight at a time
         paths, leaves = zip(*jax.tree.leaves_with_path(model), strict=True)
         return jax.tree.unflatten(jax.tree.structure(model), pool.map(load, paths, leaves))
 
 
 def _read_once(parts: dict[str, np.ndarray], read: Reader, dtype: str, index: Index) -> np.ndarray:
-    """Read a part of a weight, or return what was read into `parts` for another device that holds the same one."""
+    """Read a part of a weight, or return what was read into `parts` for another device that holds the same part."""
     if (key := str(index)) not in parts:
         parts[key] = read(index, dtype)
     return parts[key]
 
 
 def _read_layers(layers: Sequence[FiniteWeight], held: np.dtype, index: Index, dtype: str) -> np.ndarray:
-    """Read a part of a weight of all layers, one after another, into an array of type `held`."""
+    """Read a part of one weight from every layer, stacked into an array of type `held`."""
     assert index is not None
     chosen, within = layers[index[0]], index[1:]
     shape = np.broadcast_to(0, layers[0].shape)[within].shape
@@ -109,19 +109,19 @@ def _read_layers(layers: Sequence[FiniteWeight], held: np.dtype, index: Index, d
 
 
 def is_stacked(name: str) -> bool:
-    """Tell whether a path is that of a weight of all layers in one array, as --scan_layers has them."""
+    """Tell whether a path is that of one array with a weight of all layers, as --scan_layers has them."""
     return re.match(r"layers\.\D", name) is not None
 
 
 def held_dtype(name: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype:
-    """Return the type in which a weight of a model in `dtype` is held; see `scanned_dtype`."""
+    """Return the type in which a model of type `dtype` holds a weight; see `scanned_dtype`."""
     return scanned_dtype(jax.ShapeDtypeStruct(shape[1:], dtype)) if is_stacked(name) else np.dtype(dtype)
 
 
 def copy_base_model(folder: Path, target: Path) -> None:
     """Write a folder's base model as a new folder in the hub's layout, with bit-identical weights in safetensors files.
 
-    Every weight goes through our names and back. Raises InputError for weights that this package does not know.
+    Every weight's name is converted to ours and back. Raises InputError for weights that this package does not know.
     """
     config = read_model_config(folder)
     kinds, others = (".json", ".model", ".vocab", ".txt", ".jinja"), (SHARD_INDEX, TORCH_INDEX, ADAPTER_CONFIG)
@@ -148,25 +148,25 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def path_name(path: Any) -> str:
-    """Join a leaf's path in a pytree by dots, without the `.value` that ends a Flax parameter's."""
+    """Join a leaf's path in a pytree with dots, without the `.value` that ends a Flax parameter's."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def weight_table(config: ModelConfig) -> Table:
-    """Return the table of a model's weight files. A tied head may be in them, as a second name of the embedding."""
+    """Return the table of a model's weight files. A tied head may be in them: the embedding by a second name."""
     rules = _TABLES[config.model_type]
     return rules.TABLE | ({rules.HEAD: ("embed.weight", "again")} if config.tied_head else {})
 
 
 def check_weights(folder: Path, config: ModelConfig) -> None:
-    """Compare a folder's names and shapes with the model's, and copied weights with each other. Raises InputError."""
+    """Compare a folder's weight names and shapes with the model's, and copies with each other. Raises InputError."""
     next(_stream(folder, config))
 
 
 def fingerprint(folder: Path, config: ModelConfig) -> str:
     """Return a checksum of the first row of each matrix, as it lies in the file, and of each vector.
 
-    Training changes these, but another format or other shards do not. Raises InputError.
+    Training changes these; another file format or other shards do not. Raises InputError.
     """
     digest = hashlib.sha256()
     for path, weight in sorted(_stream(folder, config), key=itemgetter(0)):

@@ -55,7 +55,7 @@ def cache_of(
 ) -> Cache:
     """Lay out a cache: the prefix, every row's keys and values, and room for n_free more tokens.
 
-    Slots in it count from the prefix's first position, and attention to it takes no prefix any more.
+    Its slots count from the prefix's first position, and attention over it takes no separate prefix.
     """
 
     def laid_out(x: Float[Array, "B N T H"], front: Float[Array, "P N H"] | None) -> Float[Array, "B N S H"]:
@@ -83,10 +83,10 @@ def write_cache(
     if cache is None:
         return k, v
     assert slots is not None, "see check_inputs"
-    if alone_on_a_cpu():  # its compiler writes one row in place only if heads have indices, too
+    if alone_on_a_cpu():  # its compiler writes one row in place only if heads are indexed, too
         places = jnp.arange(len(k))[:, None, None], jnp.arange(k.shape[1])[:, None], slots[:, None]
         return cache[0].at[places].set(k), cache[1].at[places].set(v)
-    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads split over devices stay there
+    put = jax.vmap(lambda cached, new, slots: cached.at[:, slots].set(new))  # heads stay on their devices
     return put(cache[0], k, slots), put(cache[1], v, slots)
 
 
@@ -100,12 +100,12 @@ def attend(
     method: AttentionMethod = "auto",
     packing: Packing | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention over the whole prefix and over the keys at slots up to the query's own.
+    """Compute softmax attention over the whole prefix and over the keys at slots up to the query's own.
 
     Slots (by default 0 … T−1) after the query's own (later tokens, padding on the right, unused cache) are
     invisible. Scores, multiplied by `scale` (a number; by default 1/√H), and softmax are float32 whatever the
     inputs are; the result has q's type, k and v may have another. With `packing`, each text is a row of its own.
-    `method` says how whole rows are computed; "dense" stands for both forms besides cuDNN's, chosen by their length.
+    `method` says how whole rows are computed; "dense" stands for both forms other than cuDNN's, chosen by row length.
     """
     if packing is not None:
 
@@ -153,7 +153,7 @@ def check_attention(method: AttentionMethod, head_dim: int) -> None:
 
 
 def check_inputs(tokens: Any, cache: Cache | None, slots: Any) -> None:
-    """Raise InputError for tokens that are no integer array [rows, tokens], and for a cache without slots."""
+    """Raise InputError for tokens that are not an integer array [rows, tokens], and for a cache without slots."""
     is_array = isinstance(tokens, np.ndarray | jax.Array)
     if not is_array or tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
         found = f"{tokens.dtype} {list(tokens.shape)}" if is_array else type(tokens).__name__
@@ -170,11 +170,11 @@ def square_causal(
     scale: float,
     implementation: Literal["cudnn", "xla"],
 ) -> Float[Array, "B T N H"]:
-    """Attention of whole rows as a square causal problem, the only one that flash kernels are fast at.
+    """Compute attention of whole rows as a square causal problem, the only kind that flash kernels are fast at.
 
-    P dummy queries in front of the tokens' put the causal diagonal in its place (with fewer queries than keys, it
+    P dummy queries in front of the tokens' own put the causal diagonal in its place (with fewer queries than keys, it
     would be aligned at the top left), and zeros fill the end up to a multiple of CUDNN_MULTIPLE slots; both are cut
-    off again. Exact, gradients included.
+    off afterwards. The result is exact, gradients included.
     """
     _, n_tokens, *heads = q.shape
     n_prefix = 0 if prefix is None else prefix.shape[1]
@@ -199,7 +199,7 @@ def square_causal(
 def _behind(front: Float[Array, "P N H"], x: Float[Array, "B N S H"]) -> Float[Array, "B N P+S H"]:
     """Put a prefix's keys or values, in the rows' type, in front of every row's."""
     rows = jnp.broadcast_to(heads_first(front), (len(x), x.shape[1], len(front), x.shape[3]))
-    # Cast after broadcasting: so the backward pass sums over the rows in the prefix's own float32.
+    # Cast after broadcasting, so that the backward pass sums over the rows in the prefix's own float32.
     return jnp.concatenate([rows.astype(x.dtype), x], axis=2)
 
 
@@ -211,10 +211,10 @@ def _masked(
     visible: Bool[Array, "#B 1 T keys"],
     scale: float,
 ) -> Float[Array, "B N T H"]:
-    """Attention to the visible keys, with all scores in memory.
+    """Compute attention over the visible keys, with all scores in memory.
 
-    The backward pass keeps one T × keys array, the weights, in v's type; it multiplies in that type, too, as
-    `frozen_matmul`'s does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.
+    The backward pass keeps one T × keys array, the weights, in v's type; it also multiplies in that type, as that of
+    `frozen_matmul` does. All operands are head-major [B, N, T, H]: other layouts cost a CPU up to five times as much.
     """
     return _masked_forward(q, k, v, visible, scale)[0]
 

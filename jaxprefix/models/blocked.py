@@ -10,18 +10,18 @@ from jaxtyping import Array, Float
 from jaxprefix.models.layers import after, einsum, vecdot
 
 BLOCK = 256
-"""Queries in a block: fewer make products smaller, more waste scores on keys that are hidden."""
+"""Queries in a block: with fewer, the products are small; with more, scores are wasted on hidden keys."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_in_blocks(
     q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"], v: Float[Array, "B N keys H"], scale: float
 ) -> Float[Array, "B N T H"]:
-    """Causal attention, aligned at the end: the last query sees all keys, the one before it all but the last.
+    """Compute causal attention, aligned at the end: the last query sees all keys, the one before it all but the last.
 
-    No array has T × keys numbers. One block of queries after the other is multiplied with the keys that its last query
+    No array has T × keys numbers. One block of queries after another is multiplied with the keys that its last query
     sees. The backward pass recomputes the weights; besides q, k and v it keeps only the output and the logarithm of
-    each query's sum. (Flash kernels cut keys into blocks as well, for memory that does not hold a row.)
+    each query's sum of exponentials. (Flash kernels also cut keys into blocks, for memory that cannot hold a row.)
     """
     return _forward(q, k, v, scale)[0]
 
@@ -34,7 +34,7 @@ def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[A
         scores = _scores(own_q, k[:, :, seen], scale)
         largest = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest).astype(v.dtype)
-        # Of the rounded weights: with any other sum, the values' mean would leak into the gradients of q and k.
+        # Sums the rounded weights: with any other sum, the values' mean would leak into the gradients of q and k.
         total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
         outs.append(einsum("bnts,bnsh->bnth", weights, v[:, :, seen]) / total)
         log_sums.append(largest + jnp.log(total))
@@ -44,8 +44,8 @@ def _forward(q: Array, k: Array, v: Array, scale: float) -> tuple[Array, tuple[A
 
 def _backward(scale: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     q, k, v, out, log_sum = kept
-    q = after(gradient, q)  # or the first block's scores, those of the forward pass, would be kept
-    along = vecdot(gradient, out)[..., None]  # both in float32: it is subtracted from something about as large
+    q = after(gradient, q)  # or the forward pass's scores of the first block would be kept
+    along = vecdot(gradient, out)[..., None]  # in float32: it is subtracted from something about as large
     towards_q: list[Array] = []
     towards_k, towards_v = jnp.zeros(k.shape), jnp.zeros(v.shape)
     for own, seen in _blocks(q, k):
@@ -72,7 +72,7 @@ def _blocks(q: Float[Array, "B N T H"], k: Float[Array, "B N keys H"]) -> Iterat
 
 
 def _in_turn(done: list[Float[Array, "B N _ H"]], x: Float[Array, "B N own H"]) -> Float[Array, "B N own H"]:
-    """Return x, available only once the block before is done: XLA would compute the scores of all blocks first."""
+    """Return x, available only once the previous block is done, or XLA would compute the scores of all blocks first."""
     return after(jnp.broadcast_to(done[-1][:, :, :1, :1], x.shape), x) if done else x
 
 

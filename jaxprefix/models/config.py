@@ -11,7 +11,7 @@ from convert.weights import FLOATS
 from jaxprefix.hub import BASE_CONFIG
 
 Fields = dict[str, tuple[tuple[str, ...], Any]]
-"""For each field, its spellings in config.json, and transformers' default where it is absent or null."""
+"""For each field, its spellings in config.json, and transformers' default if it is absent or null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ModelConfig:
     """What the forward pass and the prefix need to know about a base model."""
 
     name: str = dataclasses.field(compare=False)
-    """The folder or hub id that the model was loaded from; names the base in prefix files. No program depends on it."""
+    """The folder or hub id that the model was loaded from; names the base in prefix files; no program depends on it."""
     model_type: Literal["gpt_neox", "gpt2"]
     """Architecture, as config.json spells it."""
     n_layer: int
@@ -35,7 +35,7 @@ class ModelConfig:
     n_positions: int
     """Positions the model was trained on; prefix and tokens together must fit."""
     activation: str
-    """Between the two linear layers of the feed-forward layer, by transformers' name."""
+    """Activation between the feed-forward layer's two linear layers, by transformers' name."""
     tied_head: bool
     """Whether the embedding is also the head."""
     layer_norm_eps: float
@@ -46,7 +46,7 @@ class ModelConfig:
     rotary_base: float = 0.0
     """GPT-NeoX: base of the rotary frequencies."""
     rotary_scaling: str = "default"
-    """GPT-NeoX: how the rotary embedding is stretched beyond its training length: default (not), linear or dynamic."""
+    """GPT-NeoX: how rotary embeddings are stretched beyond the training length: default (not), linear or dynamic."""
     rotary_factor: float = 1.0
     """GPT-NeoX: linear divides positions by it; dynamic reaches up to this many times n_positions."""
     parallel_residual: bool = False
@@ -57,7 +57,7 @@ class ModelConfig:
     scale_attention: bool = True
     """GPT-2: divide scores by √H."""
     scale_by_layer: bool = False
-    """GPT-2: divide scores by the layer's number, counted from 1, as well."""
+    """GPT-2: also divide scores by the layer's number, counted from 1."""
 
     revision: str | None = dataclasses.field(default=None, compare=False)
     """Branch, tag or commit of a hub id, if one was given."""
@@ -79,11 +79,11 @@ class ModelConfig:
 
     @property
     def max_positions(self) -> int:
-        """Positions that exist: n_positions, or as far as rotary scaling reaches beyond them."""
+        """Positions that exist: n_positions, or more if rotary scaling extends them."""
         return self.n_positions if self.rotary_scaling == "default" else int(self.n_positions * self.rotary_factor)
 
     def prefix_length(self, prefix: Any) -> int:
-        """Return a prefix's P, 0 for None. Raises InputError for anything that is no prefix of this model."""
+        """Return a prefix's P, 0 for None. Raises InputError for anything that is not a prefix of this model."""
         if prefix is None:
             return 0
         n_layer, n_head, head_dim = self.n_layer, self.n_head, self.head_dim
@@ -156,9 +156,9 @@ _FIELDS: dict[str, Fields] = {
         "scale_by_layer": (("scale_attn_by_inverse_layer_idx",), False),
     },
 }
-# Settings that change the arithmetic, with the one value that the forward pass computes.
+# Settings that change the arithmetic, with the only value that the forward pass implements.
 _FIXED = {"is_causal": True, "add_cross_attention": False}
-# Far above any model's, so that a damaged or hostile config.json is refused before it costs minutes or gigabytes.
+# Limits far above any model, so that a damaged or hostile config.json is refused before it costs minutes or gigabytes.
 _LARGEST = {
     "n_layer": 2**7,
     "n_head": 2**12,
@@ -172,7 +172,7 @@ _LARGEST = {
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 ROTARY_SCALINGS = ("default", "linear", "dynamic")
 MODEL_TYPES = {"gpt_neox": "gpt-neox", "gpt2": "gpt"}
-"""Architectures, with the names that `--model_type` has for them."""
+"""Architectures, with their names in `--model_type`."""
 
 
 def read_model_config(
@@ -180,7 +180,7 @@ def read_model_config(
 ) -> ModelConfig:
     """Read `folder/config.json`; `model_type` is the architecture that the user expects, as --model_type names it.
 
-    Raises InputError that names every field that is missing, contradictory or not supported.
+    Raises an InputError that names every field that is missing, contradictory or not supported.
     """
     path = member(folder, BASE_CONFIG)
     if not path.is_file():
@@ -189,7 +189,7 @@ def read_model_config(
     if "data_sha256" in raw:
         raise InputError(f"{folder}: is a run's folder; its base model was {raw.get('pretrained_model_dir')}")
     architecture = raw.get("model_type")
-    if architecture not in list(MODEL_TYPES):  # a list: what is found may not be hashable
+    if architecture not in list(MODEL_TYPES):  # a list, since the value may not be hashable
         supported = ", ".join(map(repr, MODEL_TYPES))
         raise InputError(f"{path}: model_type is {architecture!r}; supported: {supported}")
     if model_type not in (None, MODEL_TYPES[architecture]):
@@ -209,7 +209,7 @@ def read_model_config(
 
 
 def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) -> dict[str, Any]:
-    """Return the values of an architecture's fields; what is missing, contradictory or unsupported joins `problems`."""
+    """Return an architecture's fields by name; add what is missing, contradictory or unsupported to `problems`."""
     fields = _FIELDS[architecture]
     found: dict[str, tuple[str, Any]] = {}
     for field, (spellings, default) in fields.items():
@@ -227,7 +227,7 @@ def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) ->
 
 
 def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
-    """Say which sizes contradict each other; `head_dim` is the one in config.json, if there is any."""
+    """Say which sizes contradict each other; `head_dim` is the one in config.json, if any."""
     problems = []
     if head_dim not in (None, config.head_dim):
         problems.append(f"head_dim {head_dim!r} is not width {config.n_embd} divided by {config.n_head} heads")
@@ -245,7 +245,7 @@ def _shape_problems(config: ModelConfig, head_dim: Any) -> list[str]:
 
 
 def _checked(field: str, spelling: str, value: Any, default: Any, problems: list[str]) -> Any:
-    """Return a value as its field's type; add one of another type, or one that is unsupported, to `problems`."""
+    """Return a value in its field's type; if it has another type or is not supported, add that to `problems`."""
     kind = ModelConfig.__annotations__[field]
     if value is None:  # missing, which is among the problems already
         return value

@@ -24,7 +24,7 @@ from jaxprefix.models.stack import run_layers
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; it knows no positions. The enclosing layer applies `out`."""
+    """Multi-head attention, which does not use positions. The enclosing layer applies `out`."""
 
     def __init__(self, config: ModelConfig, compute: Compute, layer: int):
         self.qkv = FrozenLinear(config.n_embd, 3, config.n_embd)  # [3, N·H, D]: all q, all k, all v
@@ -114,7 +114,7 @@ class GPT2(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
+        """Return the head's input, which is the last layer's output after the final norm, and the keys and values."""
         check_inputs(tokens, cache, slots)
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
@@ -129,5 +129,5 @@ class GPT2(nnx.Module):
 
     @property
     def head_weight(self) -> Float[Array, "V D"]:
-        """The weight of the head; the embedding's where they are tied."""
+        """The head's weight, which is the embedding's if they are tied."""
         return (self.embed if self.config.tied_head else self.head).weight[...]

@@ -112,10 +112,10 @@ class GPTNeoX(nnx.Module):
         padded on the right. `packing`, without slots or a cache, says where the texts lie in rows that hold several:
         texts do not see each other, and positions restart at P.
 
-        What is returned without a cache has S = T and no room for more; `cache_of` makes a cache of it. With a cache,
-        which needs slots, keys and values are written at them, and tokens see what it holds up to their own slot. If
-        the prefix is in the cache, slots count from the prefix's first position, and `prefix` must be None: given
-        again, it would be attended to twice.
+        Keys and values returned without a cache have S = T and no room for more; `cache_of` makes a cache of them. With
+        a cache, which needs `slots`, keys and values are written at these slots, and tokens see what the cache holds up
+        to their own. If the prefix is in the cache, slots count from the prefix's first position, and `prefix` must be
+        None, or it would be attended to twice.
 
         Raises InputError for a prefix or tokens of another shape or type.
         """
@@ -131,7 +131,7 @@ class GPTNeoX(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         packing: Packing | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Return what the head is applied to: the last layer's output after the final norm; and keys and values."""
+        """Return the head's input, which is the last layer's output after the final norm, and the keys and values."""
         check_inputs(tokens, cache, slots)
         prefix_len = self.config.prefix_length(prefix)
         if positions is None:
@@ -147,5 +147,5 @@ class GPTNeoX(nnx.Module):
 
     @property
     def head_weight(self) -> Float[Array, "V D"]:
-        """The weight of the head; the embedding's where they are tied."""
+        """The head's weight, which is the embedding's if they are tied."""
         return (self.embed if self.config.tied_head else self.head).weight[...]

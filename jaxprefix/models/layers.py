@@ -18,16 +18,16 @@ Weight = Float[Array, "*out n_in"] | UInt16[Array, "*out n_in"]
 CosSin = tuple[Float[Array, "rows slots turning"], Float[Array, "rows slots turning"]]
 
 FEW_ROWS = 64
-"""Up to so many rows a CPU is faster at W xᵀ than at x Wᵀ, except in bfloat16."""
+"""Up to this many rows, a CPU computes W xᵀ faster than x Wᵀ, except in bfloat16."""
 
 
 def unloaded(*shape: int) -> nnx.Param:
-    """Return a placeholder for a base model's weight, with its shape only."""
+    """Return a placeholder for a base model's weight, which has only its shape."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def drawn(numbers: np.ndarray) -> nnx.Param:
-    """Return a weight of the prefix encoder with initial numbers; NumPy converts them, since JAX would compile."""
+    """Return a weight of the prefix encoder from initial numbers; NumPy converts them, since JAX would compile."""
     return nnx.Param(jax.device_put(numbers.astype(np.float32)))
 
 
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 
 
 class FrozenLinear(nnx.Module):
-    """A base model's linear layer, stored as `Linear` is, with one out axis or more. Only its input gets a gradient."""
+    """A base model's linear layer, stored as `Linear` is, with one or more out axes. Only its input gets a gradient."""
 
     def __init__(self, n_in: int, *n_out: int, bias: bool = True):
         self.weight = unloaded(*n_out, n_in)
@@ -68,7 +68,7 @@ class FrozenLinear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of vectors [rows, width]; with `rng` initialised as `torch.nn.Embedding` is: N(0, 1)."""
+    """A table of vectors [rows, width]; with `rng`, initialised as `torch.nn.Embedding` is: N(0, 1)."""
 
     def __init__(self, n_rows: int, width: int, rng: np.random.Generator | None = None):
         shape = (n_rows, width)
@@ -76,7 +76,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest width"]:
         weight = self.weight[...]
-        if on_a_cpu():  # whose compiler would make a float32 copy of a bfloat16 table in front of a loop
+        if on_a_cpu():  # its compiler would make a float32 copy of a bfloat16 table before a loop
             weight, ids = jax.lax.optimization_barrier((weight, ids))
         return weight[ids]
 
@@ -102,7 +102,7 @@ class MLP(nnx.Module):
         self.activation = config.activation
 
     def activated(self, x: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """Return the activations between the layers, of which the backward pass keeps only the input."""
+        """Return the activations between the layers; the backward pass keeps only their input."""
         return jax.checkpoint(activate, static_argnums=1)(self.up(x), self.activation)
 
 
@@ -126,22 +126,22 @@ def activate(x: Float[Array, "*rest"], activation: str) -> Float[Array, "*rest"]
 def einsum(
     subscripts: str, left: Float[Array, "*left"], right: Float[Array, "*right"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*out"]:
-    """Einsum of two arrays, accumulated in float32, returned in `dtype`; GPUs must not round float32 to TF32."""
+    """Compute an einsum of two arrays, accumulated in float32, in `dtype`; GPUs must not round float32 to TF32."""
     precision = jax.lax.Precision.HIGHEST if jnp.float32 in (left.dtype, right.dtype) else None
     return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=dtype)
 
 
 def vecdot(left: Float[Array, "*rest n"], right: Float[Array, "*rest n"]) -> Float[Array, "*rest"]:
-    """Inner products along the last axis, in float32; (left * right).sum(-1) takes a CPU 20 times as long."""
+    """Compute inner products along the last axis, in float32; (left * right).sum(-1) takes a CPU 20 times as long."""
     return einsum("...n,...n->...", left, right)
 
 
 def matmul(x: Float[Array, "*rest n_in"], weight: Float[Array, "*out n_in"]) -> Float[Array, "*rest_out"]:
-    """x Wᵀ, accumulated in float32. Its axes are x's without the last, then the weight's without the last."""
+    """Compute x Wᵀ, accumulated in float32. Result axes: x's without the last, then the weight's without the last."""
     if not alone_on_a_cpu():
         out = _out(weight)
         return einsum(f"...i,{out}i->...{out}", x, weight)
-    n_rows, flat = math.prod(x.shape[:-1]), weight.reshape(-1, weight.shape[-1])  # of more axes, decoding makes a copy
+    n_rows, flat = math.prod(x.shape[:-1]), weight.reshape(-1, weight.shape[-1])  # with more axes, decoding copies it
     if n_rows > FEW_ROWS:
         product = einsum("...i,oi->...o", x, flat)
     else:
@@ -155,7 +155,7 @@ def _out(weight: Float[Array, "*out n_in"]) -> str:
 
 
 def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n_in"]) -> Float[Array, "rows n_out"]:
-    """x Wᵀ of few rows, in the form that is fastest on a CPU.
+    """Compute x Wᵀ for few rows, in the form that is fastest on a CPU.
 
     XLA's CPU matmul repacks its right operand on every call, which for few rows costs more than the product. So x goes
     on the right, and a barrier keeps the compiler from swapping them back. bfloat16 x Wᵀ is fast from two rows on, so a
@@ -168,10 +168,10 @@ def _few_rows_matmul(x: Float[Array, "rows n_in"], weight: Float[Array, "n_out n
 
 
 def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
-    """Return x rounded to its own type, which changes nothing and which XLA's CPU compiler does not fuse.
+    """Return x rounded to its own type, which changes nothing, but which XLA's CPU compiler does not fuse.
 
-    Fused into a product, elementwise work writes its constants (GELU's, say) out at the product's shape; thousands of
-    rows then take a fifth longer.
+    Elementwise work that is fused into a product expands its constants (GELU's, say) to the product's shape; thousands
+    of rows then take a fifth longer.
     """
     own = jnp.finfo(x.dtype)
     return jax.lax.reduce_precision(x, own.nexp, own.nmant)
@@ -180,7 +180,7 @@ def _unfused(x: Float[Array, "*rest"]) -> Float[Array, "*rest"]:
 def scanned_dtype(array: Array | jax.ShapeDtypeStruct) -> np.dtype:
     """Return the type in which a loop over layers takes or keeps this array of each layer: on a CPU, bfloat16's bits.
 
-    XLA's CPU compiler slices no bfloat16: it would turn the weights of all layers into float32, and keep those.
+    XLA's CPU compiler does not slice bfloat16: it would convert the weights of all layers to float32, and keep those.
     Vectors, such as biases, keep their type; all other arrays of a layer are weights of `FrozenLinear`, which turns the
     bits back into numbers.
     """
@@ -195,10 +195,10 @@ def _numbers(array: Weight) -> Float[Array, "*out n_in"]:
 
 @jax.custom_vjp
 def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Weight) -> Float[Array, "*rest_out"]:
-    """x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
+    """Compute x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
 
-    Its backward pass multiplies in that type, too: left to itself, the float32 accumulation makes the
-    incoming gradient float32, and a half-precision product would run at float32's speed or worse.
+    Its backward pass multiplies in that type, too: by default, the float32 accumulation would make the incoming
+    gradient float32, and a half-precision product would run at float32's speed or worse.
     """
     weight = _numbers(weight)
     if on_a_cpu():
@@ -226,7 +226,7 @@ def after(gradient: Float[Array, "*rest"], x: Float[Array, "*rest"]) -> Float[Ar
     """Return x, available only once `gradient` is: for values that the backward pass recomputes.
 
     A barrier expresses this, but XLA's CPU compiler drops barriers and would compute such values early and keep them.
-    There x is made to depend on the gradient, so where that is not finite, neither is the result.
+    So on a CPU, x is made to depend on the gradient; where the gradient is not finite, the result is not either.
     """
     if on_a_cpu():
         return x + 0 * gradient.astype(x.dtype)
@@ -273,7 +273,7 @@ def rotary_cos_sin(positions: Int[Array, "rows slots"], config: ModelConfig) -> 
     """Return cosines and signed sines of the rotary angles at every position (RoFormer, arXiv:2104.09864).
 
     Linear scaling divides positions by its factor. Dynamic scaling ("NTK") raises the base of each row whose last
-    position is beyond those that the model was trained on, as transformers does for a row alone.
+    position is beyond those that the model was trained on, as transformers does for a single row.
     """
     dim, frequency_factor = config.rotary_dim, 1.0
     base: float | Float[Array, "rows 1 1"] = config.rotary_base
@@ -303,7 +303,7 @@ def _rotate_forward(x: Array, cos_sin: CosSin) -> tuple[Array, CosSin]:
 
 
 def _rotate_backward(cos_sin: CosSin, gradient: Array) -> tuple[Array, None]:
-    """Rotate back; in half precision a CPU takes four times as long for the gradient that JAX derives."""
+    """Rotate back; in half precision, the gradient that JAX derives takes a CPU four times as long."""
     cos, sin = cos_sin
     return rotate(gradient, (cos, -sin)), None
 

@@ -1,8 +1,8 @@
 """Packed rows: attention takes each text on a row of its own, everything else takes a row's texts end to end.
 
 So only attention, the smallest part of the work for short rows, computes padding, and it needs no mask for where a text
-begins. A row of T tokens has room for R texts of C slots in each class of lengths, with R and C of the class's own;
-the slots of all its texts, one after the other, are the row's places. The rest of the legend: `attention.py`.
+begins. A row of T tokens has room for R texts of C slots in each class of lengths, and each class has its own R and C;
+the slots of all its texts, one after another, are the row's places. The rest of the legend: `attention.py`.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def _columns_of_places(packing: Packing) -> Int[Array, "B places"]:
 def _take(
     x: Shaped[Array, "B A *rest"], index: Int[Array, "B K"], way_back: Int[Array, "B A"]
 ) -> Shaped[Array, "B K *rest"]:
-    """Take each row's vectors by index, zeros beyond the end. `way_back` gathers the gradient: no scatter."""
+    """Take each row's vectors by index, zeros beyond the end; `way_back`, the inverse index, gathers the gradient."""
     index = index.reshape(*index.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
 

@@ -52,7 +52,7 @@ def run_layers(
 def summed_at_once(prefix: LayerPrefix | None) -> LayerPrefix | None:
     """Return a layer's prefix, and sum its gradient over rows as soon as the layer's backward pass is done.
 
-    XLA would sum the gradients of all layers together at the end, and keep their terms: 3.4 GiB for NeoX-20B.
+    XLA would sum the gradients of all layers together at the end, and keep their terms till then: 3.4 GiB for NeoX-20B.
     """
     return prefix
 
@@ -89,7 +89,7 @@ class Kept:
 
     @classmethod
     def of(cls, array: Array) -> "Kept":
-        """Turn an array into what is kept."""
+        """Convert an array to the form in which it is kept."""
         return cls(array.view(scanned_dtype(array)), array.dtype)
 
     @property
@@ -131,7 +131,7 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
     def backward(kept: Any, gradients: tuple[Array, LayerCache]) -> tuple[Any, ...]:
         arrays, structure = jax.tree.flatten(kept, is_leaf=lambda node: isinstance(node, Kept))
         kept = jax.tree.unflatten(structure, [array.numbers for array in arrays])
-        towards_x, towards_cache = gradients  # the cache's is kept out of the barrier: zeros, in training
+        towards_x, towards_cache = gradients  # the cache's stays outside the barrier: in training, it is zeros
         if any(array.array.dtype != array.dtype for array in arrays):
             towards_x = differentiated_once(towards_x)
         kept, towards_x = jax.lax.optimization_barrier((kept, towards_x))
@@ -147,7 +147,7 @@ def _with_frozen_weights(recompute: bool) -> Callable[..., Any]:
 
 
 def stacked(layers: Any) -> Any:
-    """Return one layer, to scan, whose shapes are those of the given layers with their number in front.
+    """Return one layer, to scan, with the shapes of the given layers and the number of layers as their first axis.
 
     Raises InputError if the layers differ in more than their weights.
     """
