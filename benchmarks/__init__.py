@@ -1,1 +1,1 @@
-"""Side-by-side timings: ours and what else a user could pick, alternating in one run. See README.md."""
+"""Side-by-side timings of ours and what else a user could pick, alternating in one run. See README.md."""

@@ -29,7 +29,7 @@ def make_file(path: Path, n_bytes: int) -> None:
 
 
 def measure(path: Path, cache: str) -> dict[str, float]:
-    """Read a file's examples in this process: seconds, and the most memory of it and its helpers together."""
+    """Read a file's examples in this process; return seconds, and the peak memory of it and its helpers together."""
     os.environ["XDG_CACHE_HOME"] = cache
     from jaxprefix import load_tokenizer
     from jaxprefix.examples import Chunking

@@ -3,8 +3,8 @@
 python -m benchmarks.decode --shape 110m --rows 1 16 --new_tokens 128 --dtype float32
 
 Both continue the same random prompts of 16 tokens with the same prefix, never stop early, and decode in turn; ratios
-are medians over turns. The limit is one reading of all weights but the embedding's per token, at the bandwidth that
-sums over rows of a large array reach.
+are medians over turns. The limit is reading all weights but the embedding's once per token, at the bandwidth
+that summing the rows of a large array reaches.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 python -m benchmarks.load --shape 1.4b --disk float16 --dtype float16
 
-The time is that until all weights are in memory: transformers maps files, and would read them only as they are used.
+The time runs until all weights are in memory: transformers maps files, and would read them only as they are used.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from benchmarks.report import alternate, median, peak_memory, publish, table
 from benchmarks.shapes import SHAPES, SMALL_BASE, make_folder
 
 NUMBERS_OF_A_PAGE = 1024
-"""In float32; of a smaller type there are more."""
+"""float32 numbers in a memory page; of a smaller type, more fit."""
 
 
 def drop_from_cache(folder: Path) -> int:
@@ -27,14 +27,14 @@ def drop_from_cache(folder: Path) -> int:
     size = 0
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # what is not on the disk yet stays
+            os.fsync(file.fileno())  # what is not on the disk yet cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size += path.stat().st_size
     return size
 
 
 def files_loader(folder: Path, _: str) -> Callable[[], None]:
-    """Return a function that reads the files, and keeps nothing of them."""
+    """Return a function that reads the files and keeps nothing of them."""
     buffer = bytearray(2**24)
 
     def load() -> None:
@@ -47,7 +47,7 @@ def files_loader(folder: Path, _: str) -> Callable[[], None]:
 
 
 def jaxprefix_loader(folder: Path, dtype: str) -> Callable[[], Any]:
-    """Return a function that loads the model, once a small one has been loaded, so that all is imported and ready."""
+    """Load a small model, so that all is imported and ready, and return a function that loads the model."""
     import jax
 
     from jaxprefix import load_model
@@ -79,7 +79,7 @@ WAYS = {"files": files_loader, "jaxprefix": jaxprefix_loader, "transformers": tr
 
 
 def measure(way: str, folder: Path, dtype: str) -> dict[str, float]:
-    """Load once in this process: seconds, and peak memory beyond what the imports took."""
+    """Load once in this process; return seconds, and peak memory beyond what the imports took."""
     load = WAYS[way](folder, dtype)
     before, size = peak_memory(), drop_from_cache(folder)
     started = time.perf_counter()

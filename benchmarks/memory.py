@@ -5,7 +5,7 @@ python -m benchmarks.memory --abstract --shape 20b --dtype bfloat16 --mesh fsdp=
 
 With --abstract, an update of 8 rows of 2048 tokens is compiled for as many devices as the mesh has. With --gpu these
 are H100s, which need not exist, but JAX's CUDA plugin must (pip install '.[cuda13]'); cuDNN's workspace is left out.
-Else they are CPUs, with operations ordered for little memory, as on accelerators: by default, the compiler for CPUs
+Otherwise they are CPUs, with operations ordered to save memory, as on accelerators: by default, the compiler for CPUs
 starts everything as early as it can, and holds more.
 """
 
@@ -47,10 +47,10 @@ ARRAY_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32"
 
 
 def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
-    """Compile an update for a mesh, and return its bytes on each of its devices."""
-    # Both are read when JAX finds its devices.
+    """Compile an update for a mesh, and return the bytes that it takes on each device."""
+    # JAX reads both variables when it finds its devices.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SAVING_ORDER}"
-    os.environ["JAX_PLATFORMS"] = "cpu"  # where a GPU is asked for that is not there, JAX finds no plugin either
+    os.environ["JAX_PLATFORMS"] = "cpu"  # asked for a GPU that is not there, JAX would not find the plugin either
     import jax
 
     from jaxprefix.check import compiled_update
@@ -74,7 +74,7 @@ def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def h100s(n_devices: int) -> contextlib.AbstractContextManager[None]:
-    """Compile for so many H100s of one host, described to the compiler."""
+    """Compile for this many H100s of one host, from a description of them."""
     from jax.experimental import topologies
 
     from jaxprefix.devices import compiling_for
@@ -89,7 +89,7 @@ def h100s(n_devices: int) -> contextlib.AbstractContextManager[None]:
 
 
 def largest_array(program: str) -> str:
-    """Return the type and shape of the largest array that a compiled program names, outside of what it fuses."""
+    """Return the type and shape of the largest array that a compiled program names outside its fusions."""
     fused = set(re.findall(r" fusion\(.*?calls=(%[\w.-]+)", program))
     computations = [part for part in program.split("\n\n") if part.split(" ")[0] not in fused]
     found = {match.groups() for part in computations for match in re.finditer(r"= (\w+)\[([\d,]+)\]", part)}
@@ -119,9 +119,9 @@ def publish_account(flags: argparse.Namespace) -> None:
 
 
 def measure(way: str, config: TrainConfig) -> Iterator[Turn | str]:
-    """Train in this process, and yield its peaks; `benchmarks.train`'s also hold what measures the matrix rate.
+    """Train in this process, and yield its peaks; those of `benchmarks.train` include what measures the matrix rate.
 
-    The peak after one update is of one batch's shape; caches for others' may still grow. On a GPU it is the GPU's.
+    The peak after one update is for one batch's shape; caches for others may still grow. On a GPU it is the GPU's.
     """
     training = WAYS[way](config)
     yield platform_of(way)
@@ -142,7 +142,8 @@ def publish_measured(flags: argparse.Namespace) -> None:
         results = take_turns(arguments_of(flags.ways, config), measure, 1, flags.rounds)
     rows = []
     for way, turns in results.items():
-        held = weights if way.endswith("float32") or way.startswith("torch_ref") else weights // 2  # which autocasts
+        # torch_ref keeps its weights in float32, and autocasts.
+        held = weights if way.endswith("float32") or way.startswith("torch_ref") else weights // 2
         of_host, of_gpu = (largest(turns, field) for field in ("peak_bytes", "device_peak_bytes"))
         bytes_of = (held, largest(turns, "after_one"), of_host, of_gpu)
         rows.append([way, *map(gib, bytes_of), f"{(of_gpu or of_host) / held:.2f}"])

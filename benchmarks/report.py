@@ -32,7 +32,7 @@ Turn = dict[str, Any]
 """The measurements of one turn."""
 PACKAGES = ("jax", "flax", "torch", "transformers", "peft", "numpy")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""Of a CPU, those that decide how fast it multiplies."""
+"""Features that decide how fast a CPU multiplies."""
 
 
 def in_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
@@ -60,16 +60,16 @@ def take_turns(
     """Run the generator `measure` for every way, in a process of its own, and collect what it yields: one item a turn.
 
     All processes are started together and take turns, for machines whose speed changes from minute to minute. With
-    `n_rounds`, only one runs at a time and has all its turns, every way once a round, for what fills a GPU's memory.
-    A way that breaks off keeps the turns that it has had. A process's first yield, of its preparation, is the platform
+    `n_rounds`, for what fills a GPU's memory, only one runs at a time and has all its turns, every way once a round.
+    A way that breaks off keeps the turns that it has had. What a process yields first, once prepared, is the platform
     that it computes on. Raises RuntimeError when that is a CPU for one way and a GPU for another.
     """
     use_one_gpu()
     if not n_rounds:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # its memory is for all of them
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is for all of them
         return _in_turn(ways, measure, n_turns, platforms={})
-    if not any(name.endswith("CLIENT_MEM_FRACTION") for name in os.environ):  # of the two names, one may be set
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = ".95"  # PyTorch takes all, JAX by itself three quarters
+    if not any(name.endswith("CLIENT_MEM_FRACTION") for name in os.environ):  # there are two names for it
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = ".95"  # PyTorch takes all, JAX by default three quarters
     results: dict[str, list[Turn]] = {way: [] for way in ways}
     platforms: dict[str, str] = {}
     for number, way in itertools.product(range(n_rounds), ways):
@@ -84,7 +84,7 @@ def _in_turn(
     n_turns: int,
     platforms: dict[str, str],
 ) -> dict[str, list[Turn]]:
-    """Start a process for each way, and let them take turns; notes their `platforms`, which must be one."""
+    """Start a process for each way, and let them take turns; note their `platforms`, which must be the same."""
     results: dict[str, list[Turn]] = {way: [] for way in ways}
     at_work = {way: _start(measure, arguments) for way, arguments in ways.items()}
     for number in range(n_turns + 1):
@@ -130,7 +130,7 @@ def _work(pipe: Connection, measure: Callable[..., Iterator[Any]], arguments: Se
 
 
 def use_one_gpu() -> None:
-    """Let the processes that follow see the first GPU alone: PyTorch would take that one, jaxprefix all."""
+    """Let the processes that follow see only the first GPU: PyTorch would take that one, jaxprefix all."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
@@ -157,13 +157,13 @@ def compute_of(flags: argparse.Namespace) -> Compute:
 
 
 def compute_title(compute: Compute) -> str:
-    """Name the flags of `Compute`, where not the default, in a title."""
+    """Name in a title the flags of `Compute` that are not the default."""
     remat = "" if compute.remat == "elementwise" else f", --remat {compute.remat}"
     return remat + (", --scan_layers" if compute.scan_layers else "")
 
 
 def compute_suffix(compute: Compute) -> str:
-    """Name them in a file's name."""
+    """Name those flags in a file's name."""
     remat = "" if compute.remat == "elementwise" else f"_{compute.remat}"
     return remat + ("_scan" if compute.scan_layers else "")
 
@@ -181,23 +181,23 @@ def turns_title(n_turns: int, what: str, n_rounds: int) -> str:
 
 
 def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Return the median over turns of a field's ratio, ours ÷ theirs, over those that both have; NaN for none."""
+    """Return the median of a field's ratio, ours ÷ theirs, over the turns that both have; NaN for none."""
     beside = {_place(turn): turn[field] for turn in theirs}
     return median([{field: turn[field] / beside[_place(turn)]} for turn in ours if _place(turn) in beside], field)
 
 
 def _place(turn: Mapping[str, Any]) -> tuple[int, int]:
-    """Return which round and turn a result is of."""
+    """Return the round and turn of a result."""
     return turn.get("round", 0), turn["turn"]
 
 
 def median(results: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Return the median of a field; NaN of no results."""
+    """Return the median of a field; NaN without results."""
     return float(np.median([result[field] for result in results])) if results else math.nan
 
 
 def largest(results: Sequence[Mapping[str, Any]], field: str) -> float:
-    """Return the largest value of a field; NaN of no results."""
+    """Return the largest value of a field; NaN without results."""
     return max((result[field] for result in results), default=math.nan)
 
 
@@ -254,7 +254,7 @@ def publish(name: str, text: str, results: Any) -> None:
 
 
 def _told(argument: str) -> str:
-    """Return an argument; of a path, the name without its folder and, of a file, the start of its checksum."""
+    """Return an argument; for a path, its name without the folder and, for a file, the start of its checksum."""
     path = Path(argument)
     checksum = f" (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}…)" if path.is_file() else ""
     return path.name + checksum
@@ -267,7 +267,7 @@ def peak_memory() -> int:
 
 
 def peak_device_memory(way: str) -> int:
-    """Return the peak of the memory of this process's arrays on its first GPU, in bytes; 0 without one."""
+    """Return the peak memory of this process's arrays on its first GPU, in bytes; 0 without one."""
     if way == "jaxprefix":
         import jax
 

@@ -3,8 +3,8 @@
 python -m benchmarks.scaling --shape 13m
 
 Every point of a sweep is compiled first; then the points take turns, so that all see the same machine, and the fastest
-of a point's turns counts. The line a + b·x with the least relative squares is fitted to a sweep's points. Whether the
-cost is proportional shows in a point's distance from the line, and in the slope from the point before it ÷ b.
+of a point's turns counts. The line a + b·x with the least squared relative errors is fitted to a sweep's points.
+A point's distance from the line, and the slope from the point before it ÷ b, show whether the cost is proportional.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.report import alternate, publish, table
 from benchmarks.shapes import SHAPES, model_config
 
 ROW = 64
-"""Tokens of a row: attention costs the same per token in all batches."""
+"""Tokens of every row, so that attention costs the same per token in all batches."""
 USUAL = {"tokens": 2048, "layers": 4, "prefix": 10}
 SWEEPS = {
     "tokens": [512, 1024, 2048, 4096, 8192, 16384],
@@ -83,7 +83,7 @@ def measure(sweep: str, points: list[int], shape: str, dtype: str, n_turns: int)
 
 
 def line_through(points: np.ndarray, seconds: np.ndarray) -> tuple[float, float]:
-    """Return (a, b) of the line a + b·x that is closest to the seconds in relative squares."""
+    """Return (a, b) of the line a + b·x whose squared errors, relative to the seconds, are least."""
     columns = np.stack([np.ones_like(points), points], axis=1) / seconds[:, None]
     start, slope = np.linalg.lstsq(columns, np.ones_like(seconds), rcond=None)[0]
     return float(start), float(slope)

@@ -1,4 +1,4 @@
-"""Base models of known sizes with random weights, in the hub's layout. No jax in here until one is made or read."""
+"""Base models of known sizes with random weights, in the hub's layout. Making or reading one imports jax."""
 
 import json
 import shutil
@@ -117,9 +117,9 @@ def make_folder(folder: Path, config: dict[str, Any], dtype: str = "float32", n_
 
 
 def attention_flops(lengths: list[np.ndarray], prefix_len: int, n_layer: int, width: int) -> float:
-    """Return the operations of causal attention on rows of these tokens behind the prefix.
+    """Return the operations of causal attention on rows of these lengths after the prefix.
 
-    The forward pass computes scores and weighted sums; the backward pass, with the scores again, 2.5 times as many.
+    The forward pass computes scores and weighted sums; the backward pass, recomputing scores, 2.5 times as many.
     """
     n_pairs = sum(float((of_batch * (prefix_len + of_batch / 2)).sum()) for of_batch in lengths)
     return 3.5 * 4 * n_layer * width * n_pairs

@@ -2,9 +2,9 @@
 
 python -m benchmarks.startup --shape 110m
 
-`jaxprefix train` with an empty cache of compiled programs, the same with what that run has left there, and
-`python -m torch_ref.train` without DeepSpeed; on a GPU it computes in float16 by autocast, the original's default. The
-end of the first update is when its log line appears; what comes after it (evaluation, saving) is cut off.
+These are `jaxprefix train` with an empty cache of compiled programs, the same with what that run has left there, and
+`python -m torch_ref.train` without DeepSpeed, which on a GPU computes in float16 by autocast, the original's default.
+The end of the first update is when its log line appears; what comes after it (evaluation, saving) is cut off.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cac
 
 
 def command(way: str, folder: Path, data: Path, round_folder: Path) -> list[str]:
-    """Return the command line of one update that logs itself."""
+    """Return the command line of a run of one update, which is logged."""
     module = ["torch_ref.train"] if way == "torch_ref" else ["jaxprefix", "train", "--output_dir", round_folder]
     flags = ["--pretrained_model_dir", folder, "--data_filepath", data, "--save_name", way]
     flags += ["--train_data_size", 200, "--n_training_steps", 1, "--log_every_n_steps", 1]

@@ -5,8 +5,8 @@ python -m benchmarks.train --shape 1.4b --tokens 2048 --ways jaxprefix:bfloat16 
 
 All take the same batches of the same examples in the original's setting, and make their updates in turn, so that a
 machine whose speed changes from minute to minute changes for all; ratios are medians over turns. Useful tokens are
-labels in the loss; their share is of all positions computed, padding too. The limit is 4N FLOPs a token, and
-attention's, at the rate of products of the MLP's shape, one after the other, in the same process and turn.
+labels in the loss; their share is of all positions computed, padding included. The limit is 4N FLOPs a token plus
+attention's, at the rate of consecutive products of the MLP's shape in the same process and turn.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from jaxprefix.tokenizer import load_tokenizer
 PREFIX = 10
 RATE_TOKENS = {"cpu": 512, "gpu": 8192}
 RATE_PAIRS, RATE_TIMES = {"cpu": 10, "gpu": 100}, 3
-"""Pairs of products in a call that measures their rate: milliseconds, so that its cost vanishes; calls for a median."""
+"""Pairs of products in a call that measures their rate: milliseconds, to hide the call's cost; calls for a median."""
 
 
 class Training(NamedTuple):
@@ -63,13 +63,13 @@ class Training(NamedTuple):
     lengths: list[np.ndarray]
     """Tokens of each batch's rows."""
     shapes: list[tuple[int, ...]]
-    """Of each batch as it is computed, padding included."""
+    """Shape of each batch as it is computed, padding included."""
     update: Callable[[int], Callable[[], object]]
     """Starts the update of a batch, and returns a function that waits for its loss."""
 
     @property
     def first(self) -> list[int]:
-        """The first batch of each shape: an update of each, before measuring, has all shapes compiled or planned."""
+        """The first batch of each shape: updates on these, before measuring, get all shapes compiled or planned."""
         return [self.shapes.index(shape) for shape in dict.fromkeys(self.shapes)]
 
 
@@ -108,7 +108,7 @@ def jaxprefix_training(config: TrainConfig) -> Training:
 
 
 def torch_batches(config: TrainConfig) -> tuple[list[Any], list[int], list[np.ndarray]]:
-    """Return the same batches as (tokens, labels), padded as the original's, their useful tokens and row lengths."""
+    """Return the same batches as (tokens, labels), padded like the original's, their useful tokens and row lengths."""
     import torch
 
     tokenizer = load_tokenizer(Path(config.pretrained_model_dir))
@@ -170,7 +170,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
 
     def update(number: int) -> Callable[[], object]:
         tokens, labels = (part.to(device) for part in batches[number])
-        loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # which are shifted already
+        loss = model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # the labels are shifted already
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -196,7 +196,7 @@ def random_factors(n_tokens: int, width: int, inner: int) -> list[np.ndarray]:
 
 
 def jax_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], None], int]:
-    """Return a function that multiplies tokens by an MLP's two matrices, pair after pair, and how many tokens."""
+    """Return a function that multiplies tokens by an MLP's two matrices, pair after pair, and the number of tokens."""
     import jax
     import jax.numpy as jnp
 
@@ -214,7 +214,7 @@ def jax_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], None]
 
 
 def torch_products(dtype: str, width: int, inner: int) -> tuple[Callable[[], None], int]:
-    """The same in PyTorch."""
+    """Return the same in PyTorch."""
     import torch
 
     device, kind = ("cuda", "gpu") if torch.cuda.is_available() else ("cpu", "cpu")

@@ -5,7 +5,7 @@ from typing import Self
 
 MESSAGE_CHARACTERS = 4000
 PROBLEMS = 40
-"""Most problems that are listed; a file may have thousands."""
+"""The most problems that are listed; a file may have thousands."""
 
 
 def first_line(error: BaseException) -> str:
@@ -45,7 +45,7 @@ class InputError(PlainError):
 class RunError(PlainError):
     """What began well cannot go on: its numbers, its disk or its memory failed.
 
-    The message says what happened; of a training run, also after which update, and what is left to go on from. The
+    The message says what happened; for a training run, also after which update, and what is left to go on from. The
     command line prints it and exits with code 1.
     """
 

@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, which may tell only now that it is full. Raises OSError."""
+    """Wait until a file is on the disk, which may report only now that it is full. Raises OSError."""
     with path.open("r+b") as file:  # some network disks flush only what is open for writing
         os.fsync(file.fileno())
 
@@ -44,7 +44,7 @@ def flush_to_disk(path: Path) -> None:
 def filling(folder: Path) -> Iterator[None]:
     """Let the block write files into a new or empty folder; if that fails, remove them, and the folder if it is new.
 
-    Raises InputError if it holds anything but what a killed copy left.
+    Raises InputError if the folder holds anything but incidental files and what a killed copy left.
     """
     existed = folder.exists()
     if existed and not (folder.is_dir() and all(map(_does_not_count, folder.iterdir()))):
@@ -72,14 +72,14 @@ def _clear(folder: Path) -> None:
 
 
 def is_incidental(name: str) -> bool:
-    """Tell whether a name is of what a file manager, JupyterLab, NFS or macOS (for attributes) puts into folders."""
+    """Tell whether a file manager, JupyterLab, NFS or macOS (for attributes) puts files of this name into folders."""
     return name in (".DS_Store", ".ipynb_checkpoints") or name.startswith((".nfs", "._"))
 
 
 def save_safetensors(tensors: dict[str, np.ndarray], path: Path, header: Mapping[str, str]) -> None:
     """Write a safetensors file as PyTorch's readers expect it. Raises OSError, unwrapped from the library's error."""
     path.touch()
-    mode = path.stat().st_mode  # the library would make it readable for its owner alone
+    mode = path.stat().st_mode  # the library would make it readable only for its owner
     try:
         save_file(tensors, path, metadata={**header, "format": "pt"})
     except SafetensorError as error:

@@ -1,7 +1,7 @@
 """GPT-2: every weight of a hub folder, and where it lives in `jaxprefix.models.gpt2`.
 
-GPT-2 stores its linear weights [in, out] ("Conv1D"), ours are [out, in]. `c_attn` packs its outputs as
-[all q | all k | all v], which are an axis of their own in ours, so that heads can be split over devices.
+GPT-2 stores its linear weights [in, out] ("Conv1D"); ours are [out, in]. `c_attn` packs its outputs as
+[all q | all k | all v]; in ours, q, k and v are an axis of their own, so that heads can be split over devices.
 """
 
 from convert.table import Rule
@@ -27,7 +27,7 @@ TABLE: dict[str, Rule] = {
     "transformer.ln_f.weight": "final_norm.weight",
     "transformer.ln_f.bias": "final_norm.bias",
     HEAD: "head.weight",
-    # Buffers that old transformers wrote; they are computed here.
+    # Buffers that old versions of transformers wrote; we compute them.
     "transformer.h.{layer}.attn.bias": None,
     "transformer.h.{layer}.attn.masked_bias": None,
 }

@@ -26,7 +26,7 @@ TABLE: dict[str, Rule] = {
     "gpt_neox.final_layer_norm.weight": "final_norm.weight",
     "gpt_neox.final_layer_norm.bias": "final_norm.bias",
     HEAD: "head.weight",
-    # Buffers that old transformers wrote; they are computed here.
+    # Buffers that old versions of transformers wrote; we compute them.
     "gpt_neox.layers.{layer}.attention.bias": None,
     "gpt_neox.layers.{layer}.attention.masked_bias": None,
     "gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq": None,

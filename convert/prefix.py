@@ -47,8 +47,8 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
 
     Accepts a run folder, an adapter folder or a file, whose format is recognised by its content. Tensors may be
     float64, float32, float16 or bfloat16; folded, [P, 2·L, N, H] or layered. A safetensors header names the base model;
-    an adapter folder and an array of more than two axes give its shape. Raises InputError when it is none of these, or
-    holds a number that is not finite.
+    an adapter folder and an array of more than two axes give layers, heads and head dim. Raises InputError when it is
+    none of these, or holds a number that is not finite.
     """
     if path.is_dir():
         return _read_adapter(path)
@@ -127,7 +127,7 @@ def write_safetensors(path: Path, folded: np.ndarray, header: Mapping[str, str])
 def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: int = 1, dtype: Any = None) -> Any:
     """Return transformers' DynamicCache with the prefix as the past of every row: keys and values [B, N, P, H].
 
-    `dtype` is the model's torch type; by default float32. Raises InputError if the prefix has other layers and heads.
+    `dtype` is the model's torch type; by default float32. Raises InputError unless the prefix fits n_layer and n_head.
     Pass it as `model(tokens, past_key_values=cache)`, from transformers 5.24 on as `cache=cache`. A model writes into
     its cache, so make a new one for each call.
     """
@@ -145,7 +145,7 @@ def to_dynamic_cache(folded: np.ndarray, n_layer: int, n_head: int, batch_size: 
 
 
 def from_dynamic_cache(cache: Any) -> np.ndarray:
-    """Return the folded array of a DynamicCache that no model has used: it would have appended its tokens.
+    """Return the folded array of a DynamicCache that no model has used: a model appends its tokens.
 
     Raises InputError when its rows differ, or it is empty.
     """
@@ -232,7 +232,7 @@ def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
 
 
 def _adapter_weights(folder: Path) -> Path:
-    """Return PEFT's weights file: safetensors, or torch's of older versions."""
+    """Return PEFT's weights file: safetensors, or the torch file of older versions."""
     for name in (ADAPTER_WEIGHTS, ADAPTER_WEIGHTS_TORCH):
         if (path := member(folder, name)).is_file():
             return path
@@ -258,7 +258,7 @@ def _refuse_others(path: Path, weights: Mapping[str, Any]) -> None:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: it cannot be larger than its file
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: it cannot claim more than its file holds
     except Exception as error:  # numpy's parser of the header raises many kinds
         raise InputError(f"{path}: not a readable .npy file ({first_line(error)})") from error
 

@@ -2,8 +2,8 @@
 
 In a rule `(path, how, …)`, "transpose" swaps the two axes, "split" then splits the first axis into [3, a third], and
 "again" marks a second name of a weight, which files may use instead or as well. Names and shapes come from the file
-headers, and all disagreements are reported in one error before any weight is read, except for copies, which are
-compared. The same table, read backwards, writes a checkpoint.
+headers, and all disagreements are reported in one error before any weight is read, except for copies, which are read to
+be compared. The same table, read backwards, writes a checkpoint.
 """
 
 import functools
@@ -58,7 +58,7 @@ def stream_weights(
     of_path = {path_of(rule): name for name, rule in wanted.items()}
     copies = {name: of_path[path_of(rules[name])] for name in found if "again" in _how(rules.get(name))}
     for copy, name in copies.items():
-        if name not in found:  # of a weight with two names, a file may have either
+        if name not in found:  # a file may hold a weight under either of its two names
             found[name] = found.pop(copy)
     problems += [f"missing weight {name}" for name in wanted if name not in found]
     for name, weight in found.items():
@@ -129,7 +129,7 @@ def _how(rule: Rule) -> tuple[How, ...]:
 
 
 def _agree(one: np.ndarray, other: np.ndarray) -> bool:
-    """Tell whether two weights are equal, NaN included: that numbers are not finite is found when they are read."""
+    """Tell whether two weights are equal, NaN included; reading them reports numbers that are not finite."""
 
     def same(part: np.ndarray, twin: np.ndarray) -> bool:
         if part.dtype == twin.dtype and np.array_equal(part.view(f"u{part.itemsize}"), twin.view(f"u{part.itemsize}")):

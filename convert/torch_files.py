@@ -1,7 +1,7 @@
 """Files that torch writes: read without torch, so that nothing in them runs. Only writing needs torch.
 
 Both formats, zip archives and the one before torch 1.6, hold a pickle that refers to storages: flat arrays of numbers.
-Only those opcodes of pickle are accepted that torch writes for tensors in dicts, lists and tuples, and every size is
+Only the pickle opcodes that torch writes for tensors in dicts, lists and tuples are accepted, and every size is
 compared with the file's before it is used.
 """
 
@@ -54,7 +54,7 @@ OpenStorage = Callable[[np.dtype, str, int], np.ndarray]
 
 
 def is_torch_file(path: Path) -> bool:
-    """Tell whether a file begins as torch's do."""
+    """Tell whether a file begins like torch's."""
     with path.open("rb") as file:
         return file.read(16).startswith(MAGIC)
 
@@ -62,7 +62,7 @@ def is_torch_file(path: Path) -> bool:
 def load_torch(path: Path, checked: bool = True) -> Any:
     """Return a file's dicts, lists and numbers, with tensors as read-only arrays that are mapped, not read.
 
-    Types are as stored, bfloat16 as in ml_dtypes. With `checked`, all numbers of a zip archive are read once to compare
+    Types are as stored, bfloat16 as in ml_dtypes. With `checked`, all numbers of a zip archive are read once to check
     its checksums. Raises InputError.
     """
     try:
@@ -167,7 +167,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _StateDict(dict):
-    """In the place of OrderedDict: made empty, filled item by item, and its attributes (`_metadata`) are dropped."""
+    """Stands in for OrderedDict: made empty and filled item by item; its attributes (`_metadata`) are dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ def _next_pickle(stream: io.BytesIO) -> bytes:
 
 
 def _map(path: Path) -> mmap.mmap:
-    """Map a file, once for all of its storages: each mapping takes a file descriptor, of which there may be 256."""
+    """Map a file, once for all of its storages: each mapping takes a file descriptor, and the limit may be 256."""
     with path.open("rb") as file:
         return map_file(file)
 

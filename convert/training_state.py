@@ -1,7 +1,7 @@
 """The training state of a prefix encoder, between our checkpoints and the original's state-dict names.
 
-A torch file holds {"encoder": {name: tensor}, "optimizer": {"step": n, "exp_avg": …, "exp_avg_sq": …}}, the
-latter two by the same names; a bare {name: tensor} is an encoder without its optimizer.
+A torch file holds {"encoder": {name: tensor}, "optimizer": {"step": n, "exp_avg": …, "exp_avg_sq": …}}, with the
+encoder's names in "exp_avg" and "exp_avg_sq", too; a bare {name: tensor} is an encoder without its optimizer.
 Our checkpoints hold arrays under dotted paths (`jaxprefix.checkpoint`).
 """
 
@@ -80,7 +80,7 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: Path) -> None:
-    """Write a checkpoint's arrays as a torch file, except float16's loss scale, which each side starts itself.
+    """Write a checkpoint's arrays as a torch file, except float16's loss scale, which each side starts anew.
 
     Raises InputError naming what `source` lacks, and OSError.
     """

@@ -27,7 +27,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is longer than {JSON_BYTES:,} bytes, the limit for a model's JSON file")
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=unique_keys)
-        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are no text
+        json.dumps(found, ensure_ascii=False).encode()  # halves of surrogate pairs are not text
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(found, dict):
@@ -43,7 +43,7 @@ def refuse_pointer(path: Path) -> None:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object of its pairs. Raises ValueError for a repeated key: readers differ on which one counts."""
+    """Make a JSON object from its pairs. Raises ValueError for a repeated key: readers differ on which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
@@ -62,7 +62,7 @@ def member(folder: Path, name: str) -> Path:
     try:
         target = path.resolve()
         if target.is_symlink():
-            raise OSError("links in a circle")  # from Python 3.13 on, resolve says nothing
+            raise OSError("links in a circle")  # from Python 3.13 on, resolve does not report it
     except (OSError, ValueError, RuntimeError) as error:  # links in a circle, NUL bytes
         raise InputError(f"{path}: cannot be resolved ({error})") from error
     if not any(target.is_relative_to(place) for place in places):

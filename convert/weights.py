@@ -70,7 +70,7 @@ class FiniteWeight:
     def read(self, index: Index, dtype: str | None = None) -> np.ndarray:
         """Return a part of it, in its own type or in `dtype`.
 
-        Raises InputError when it holds NaN, infinity, numbers that are not floating-point, or some beyond `dtype`.
+        Raises InputError when it holds NaN, infinity, numbers that are not floating-point, or any beyond `dtype`.
         """
         return self._checked(self.as_ours(self.stored.view())[index or ...], dtype)
 
@@ -92,7 +92,7 @@ class FiniteWeight:
 
 
 def empty_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array in memory pages of its own; JAX uses memory aligned like that without another copy on a CPU."""
+    """Return an array in memory pages of its own; on a CPU, JAX uses memory so aligned without another copy."""
     n_bytes = max(math.prod(shape) * dtype.itemsize, 1)
     return np.ndarray(shape, dtype, mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
@@ -108,7 +108,7 @@ def page_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def is_finite(array: np.ndarray) -> bool:
     """Tell whether all numbers of a floating-point array are finite.
 
-    Compares their bits, block by block: NumPy is slow on half types, and one array of all answers would take memory.
+    Compares their bits, block by block: NumPy is slow on half types, and one array of all results would take memory.
     """
     bits = np.dtype(f"uint{8 * array.itemsize}")
     infinity = np.array(np.inf, array.dtype).view(bits)
@@ -171,7 +171,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredWeight], dict[str, str
 
 def _mapped(path: Path, version: Version, dtype: np.dtype, shape: tuple[int, ...], start: int) -> np.ndarray:
     with path.open("rb") as file:
-        if _version(file) != version:  # its header would describe other numbers
+        if _version(file) != version:  # the header that was read would describe other numbers
             raise InputError(f"{path}: was replaced while it was read; read it again")
         return np.ndarray(shape, dtype, map_file(file), start)
 

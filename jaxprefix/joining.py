@@ -18,9 +18,9 @@ from jaxprefix.memory import FULL
 from jaxprefix.screen import warn
 
 JOIN_SECONDS = 120
-"""How long a process waits for the others to join, then to tell their devices, then to be reached by these."""
+"""How long a process waits for the others to join, then to announce their devices, then for these to connect."""
 HEARTBEAT_SECONDS = 30
-"""A process that has been silent for so long counts as dead, and the others end."""
+"""A process that has been silent for this long counts as dead, and the others end."""
 
 
 @contextlib.contextmanager
@@ -28,8 +28,8 @@ def joined(config: HostsConfig) -> Iterator[None]:
     """Join the other processes of a run for the duration of the `with`. JAX must not have been used before.
 
     Raises InputError when the cluster is not recognised, the port is taken, JAX is in use already, or processes have
-    unequal numbers of devices; RunError when the others can no longer be reached. When they are not all there after
-    JOIN_SECONDS, or do not reach each other, the program ends with an error, before JAX would abort it.
+    unequal numbers of devices; RunError when the others can no longer be reached. If not all have joined after
+    JOIN_SECONDS, or they cannot reach each other, the program ends with an error, before JAX would abort it.
     """
     if config.several:
         with plain_where_others_end():
@@ -44,11 +44,11 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
 
 def _join(config: HostsConfig) -> None:
-    """Connect this process to the others, and see that their devices reach each other."""
+    """Connect this process to the others, and check that their devices can reach each other."""
     if config.process_id == 0 and config.coordinator_address is not None:
         _check_port(int(config.coordinator_address.rpartition(":")[2]))
     _bypass_proxy()
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
     address = config.coordinator_address or "the address that --distributed found"
     who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
     missing = f"{who} did not join at {address} within {JOIN_SECONDS} seconds; has each its own --process_id?"
@@ -59,7 +59,7 @@ def _join(config: HostsConfig) -> None:
                 config.num_processes,
                 config.process_id,
                 cluster_detection_method=None if config.distributed else "deactivate",
-                initialization_timeout=2 * JOIN_SECONDS,  # never before the timer
+                initialization_timeout=2 * JOIN_SECONDS,  # never expires before the timer
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -67,7 +67,7 @@ def _join(config: HostsConfig) -> None:
         raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
     except RuntimeError as error:
         raise InputError(f"cannot join the other processes: {error}") from error
-    # The processes tell each other their devices, which must not wait for slow downloads.
+    # The processes exchange their devices here, before a slow download can delay one of them.
     with _within_time(
         lambda: InputError(
             f"all processes joined, but not all told their devices within {JOIN_SECONDS} seconds; does every host see "
@@ -79,8 +79,8 @@ def _join(config: HostsConfig) -> None:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
     if not on_a_cpu() and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
-        # XLA shares the choice of a program's kernels among processes: one that does not find the program in its cache
-        # would wait for good for the share of one that does.
+        # XLA divides the choice of a program's kernels among processes: one that does not find the program in its
+        # cache would wait forever for the share of one that does.
         jax.config.update("jax_enable_compilation_cache", False)
     with _within_time(
         lambda: InputError(
@@ -106,7 +106,7 @@ def _within_time(error: Callable[[], InputError]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_where_others_end() -> Iterator[None]:
-    """Turn the errors of communication, which other processes' ends make, into RunError."""
+    """Turn the communication errors that arise when other processes end into RunError."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -118,7 +118,7 @@ def plain_where_others_end() -> Iterator[None]:
 
 
 def _check_port(port: int) -> None:
-    """Raise InputError when a port is taken, which JAX does not survive."""
+    """Raise InputError when a port is taken: JAX would abort the program."""
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
@@ -128,13 +128,13 @@ def _check_port(port: int) -> None:
 
 def _bypass_proxy() -> None:
     """Reach the other processes directly where a proxy is set for the rest of the world."""
-    proxies = ("grpc_proxy", "https_proxy", "http_proxy")  # of which gRPC takes the first that is set; empty is none
-    if any(map(os.environ.get, proxies)):  # JAX warns of any such variable
+    proxies = ("grpc_proxy", "https_proxy", "http_proxy")  # gRPC takes the first that is set; empty means no proxy
+    if any(map(os.environ.get, proxies)):  # else left unset: JAX warns of any such variable
         os.environ[proxies[0]] = ""
 
 
 def _warn_of_slurm() -> None:
     """Warn that each of SLURM's tasks makes a run of its own, unless --distributed joins them."""
-    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set by srun alone
+    task, n_tasks = os.environ.get("SLURM_PROCID"), os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # set only by srun
     if task is not None and n_tasks != "1":
         warn(f"SLURM task {task} of {n_tasks} makes a run of its own; --distributed joins all tasks in one run")

@@ -16,14 +16,14 @@ LINE_BYTES = 2**23
 UNPACKED_BYTES = 2**24
 """Any gzip file may unpack to this much."""
 GZIP_RATIO = 100
-"""A larger one may unpack to this many times its size: text shrinks to a tenth or so."""
+"""Beyond that, a gzip file may unpack to this many times its size; text shrinks to about a tenth."""
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
     """Yield a file's lines with their newlines; of a line longer than LINE_BYTES, only the first LINE_BYTES + 1 bytes.
 
     A file whose name ends in .gz is unpacked. A byte order mark at the beginning is left out. Raises InputError when
-    the file is missing, UTF-16, an incomplete gzip file, unpacks to absurdly much, or changes while it is read.
+    the file is missing, is UTF-16 or incomplete gzip, unpacks to an absurd size, or changes while it is read.
     """
     if not path.exists():
         raise InputError(f"{path}: no such data file")
@@ -52,7 +52,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a data file, kept in memory until the file changes. Raises InputError."""
+    """Return the SHA-256 of a data file; it is remembered until the file changes. Raises InputError."""
     try:
         return _sha256(path, _state(path))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The loop of training: one update after another, and after each what is due: log, save, stop, evaluate."""
+"""The training loop: one update after another, and after each what is due: log, save, stop, evaluate."""
 
 import math
 import time
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> Signals | None:
-    """Make the remaining updates; after each, log, save, stop and evaluate as is due. Updates `progress` in place.
+    """Make the remaining updates; after each, log, save, stop and evaluate as due. Updates `progress` in place.
 
     Returns the signal that ended the loop early, if one did. Raises RunError for numbers that are not finite.
     """
@@ -68,14 +68,14 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         logging = batch is None or progress.n_done % config.log_every_n_steps == 0
         stopping = verdict.stop is not None and batch is not None
         saving = epoch_ends or stopping or verdict.save or progress.n_done % config.checkpoint_every_n_steps == 0
-        if saving or late:  # several processes vote with a delay of an update; a late one does not ask again meanwhile
+        if saving or late:  # several processes vote with a delay of one update; a late one must not ask again meanwhile
             saved_at = time.monotonic()
 
         in_flight.settle(state, n_left=0 if logging or saving else 1)
         if logging:
             log_training(run, state, progress.n_done, epoch, in_flight.window)
             in_flight.window = LossMeter(RECIPES[config.recipe])
-        if saving and run.checkpoints:  # begins before an evaluation, which may take long
+        if saving and run.checkpoints:  # begins before an evaluation, which may take a while
             progress.window, progress.n_skipped = in_flight.window.sums, in_flight.guard.n_skipped
             progress.to_evaluate = epoch_ends
             save(run, state, progress)
@@ -84,7 +84,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
         if epoch_ends:
             evaluate(run, state, progress, epoch)
         if saving:
-            in_flight.clock = time.monotonic()  # evaluating and saving is not training
+            in_flight.clock = time.monotonic()  # evaluating and saving are not training
             run.watchdog.still_going()
     return None
 
@@ -99,7 +99,7 @@ class InFlight:
         self.window = LossMeter(RECIPES[run.config.recipe], progress.window)
         self.guard = FiniteGuard(run.config, progress.n_skipped)
         self.clock = time.monotonic()
-        """From when the next update's time counts."""
+        """When the time of the next update begins to count."""
 
     def add(self, number: int, outcome: Outcome, n_labels: int) -> None:
         """Take in an update that was started."""
@@ -119,14 +119,14 @@ class InFlight:
                 causes = f"--max_lr {run.config.max_lr:g} is too high, or one of these examples is the cause"
                 left = what_is_left(run.config, resumable=False)
                 raise RunError.all(f"{fault}; {left}. Either {causes}:", examples)
-            if math.isfinite(loss):  # one that is not would spoil the window's mean; float16 has skipped that update
+            if math.isfinite(loss):  # else it would spoil the window's mean; float16 has skipped that update
                 self.window.add(loss, n_labels, self.clock - started)
             run.log.move_bar(number, loss, self.window.tokens_per_s)
             run.watchdog.still_going()
 
 
 def log_training(run: Run, state: TrainState, n_done: int, epoch: int, window: LossMeter) -> None:
-    """Write a point of the log: means over the updates since the last one."""
+    """Write a log point: means over the updates since the last one."""
     applied, values = n_applied(state), window.means()
     values |= {"lr": float(run.rate(max(applied - 1, 0))), "tokens_per_s": window.tokens_per_s}
     if state.loss_scale is not None:
@@ -164,7 +164,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
         return
     progress.best_dev_loss = loss
     if run.checkpoints:
-        run.checkpoints.finish()  # a prefix/ without a checkpoint tells that those were removed
+        run.checkpoints.finish()  # a prefix/ without a checkpoint is a sign that those were removed
         if is_first():
             check_still_there(run.config)
             folder, base = run.config.run_dir / PREFIX_FOLDER, inputs.base
@@ -172,7 +172,7 @@ def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> Non
 
 
 def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
-    """Describe the examples of an update whose loss is not finite; all of them if each alone has a finite one."""
+    """Describe those of an update's examples whose loss, alone, is not finite; if there are none, all of them."""
     train_set, tokenizer = run.inputs.train_set, run.inputs.base.tokenizer
     numbers = [number for batch in run.inputs.plan.micro_batches(update - 1) for number in batch]
     examples, prefix = [train_set[number] for number in numbers], prefix_of(state.encoder)

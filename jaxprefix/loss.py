@@ -19,15 +19,15 @@ from jaxprefix.models.packing import unpack
 from jaxprefix.prefix import Prefix
 
 CHUNK_TOKENS = 2048
-"""Tokens, on each device, whose logits are in memory together (up to twice as many); fewer make products slower."""
+"""Tokens per device whose logits are in memory at once (up to twice as many); with fewer, products are slower."""
 CPU_BLOCK = 2048
 """Rows of the head that a CPU multiplies at a time, so that their logits stay in its cache."""
 
 
 def batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, n_devices: int = 1) -> Float[Array, ""]:
-    """Return the cross entropy in nats of a `Batch` of JAX arrays behind a prefix, summed over all labels."""
+    """Return the cross entropy in nats of a `Batch` of JAX arrays after a prefix, summed over all labels."""
     positions = None
-    if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # it depends on a row's last position
+    if base.config.rotary_scaling == "dynamic" and batch.packing is None:  # this scaling depends on a row's end
         slots = own_slots(batch.tokens)
         last = jnp.where(batch.labels != IGNORED, slots, 0).max(axis=1, keepdims=True)
         positions = positions_of(jnp.minimum(slots, last), base.config.prefix_length(prefix))
@@ -84,7 +84,7 @@ def _over_chunks(
     def add(total: Float[Array, ""], chunk: tuple[Array, Array]) -> tuple[Float[Array, ""], Array | None]:
         if on_a_cpu():
             loss, gradient = jax.lax.cond((chunk[1] != IGNORED).any(), compute, skip, chunk)
-        else:  # choosing, a GPU would wait for the host
+        else:  # a GPU would wait for the host to choose
             loss, gradient = compute(chunk)
         return total + loss, gradient
 
@@ -94,7 +94,7 @@ def _over_chunks(
 def _chunk_loss(
     hidden: Float[Array, "B C D"], head: Float[Array, "V D"], labels: Int[Array, "B C"], with_gradient: bool
 ) -> tuple[Float[Array, ""], Float[Array, "B C D"] | None]:
-    """Return the summed loss of a chunk and its gradient towards the hidden states.
+    """Return the summed loss of a chunk and its gradient with respect to the hidden states.
 
     The gradient is p·W − W[target], where p are the probabilities: no one-hot array, no scatter.
     """

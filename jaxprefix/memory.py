@@ -1,4 +1,4 @@
-"""Memory that is too small, of a device or host: the error that says what to lower; and errors that hold none."""
+"""Plain errors for a device or host out of memory, which say what to lower; errors that hold no base model."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from convert.errors import PlainError, RunError, first_line
 
 GIB = 2**30
 FULL = re.compile(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|ALLOC_FAILED|Autotuning failed.*No valid config", re.DOTALL)
-"""What errors of a full device say: XLA's, CUDA's, its libraries'; and of a GPU on which no kernel could be tried."""
+"""What errors say on a full device: XLA's, CUDA's, its libraries'; and one from a GPU that could try no kernel."""
 CHARACTERS = 120
-"""How much is quoted of an error that does not say RESOURCE_EXHAUSTED."""
+"""How many characters are quoted of an error that does not say RESOURCE_EXHAUSTED."""
 FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Environment variables, the latter deprecated, for the share of a GPU's memory that JAX takes."""
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -41,11 +41,11 @@ def within_memory(advice: Callable[[], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def released_after_errors() -> Iterator[None]:
-    """Clear the local variables of the functions that an error has passed through, of which one may be a base model.
+    """Clear the local variables of the functions that an error has passed through; one of them may be a base model.
 
     A notebook keeps its last error, and with it those variables.
     """
-    released = {sys.exception()}  # what the caller is handling is the caller's
+    released = {sys.exception()}  # an error that the caller is handling is the caller's
     try:
         yield
     except (PlainError, KeyboardInterrupt) as error:
@@ -63,7 +63,7 @@ def shortage(text: str) -> str:
     n_gib = float(wanted[1]) * UNITS[wanted[2]] / GIB if wanted else None
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:  # as a CPU's
+    if "bytes_limit" not in stats:  # as on a CPU
         asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
         size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         return f"{asked}; this machine has {size:.2f} GiB in all" if device.platform == "cpu" else asked

@@ -51,7 +51,7 @@ class LossMeter:
         self.sums = LossSums(*map(operator.add, self.sums, batch))
 
     def means(self) -> dict[str, float]:
-        """Return loss (nats per label) and ppl; NaN of no batch."""
+        """Return loss (nats per label) and ppl; NaN if there was no batch."""
         sums = self.sums
         if not sums.n_batches:
             return {"loss": math.nan, "ppl": math.nan}
@@ -78,7 +78,7 @@ def dev_batches(
 ) -> Iterator[Batch]:
     """Yield the examples in batches of one shape, whose rows can be split over the mesh.
 
-    Padded batches hold batch_size examples, in order; packed ones about as many tokens as those take with padding.
+    Padded batches hold batch_size examples, in order; packed ones, about as many tokens as those do with padding.
     """
     if packing:
         yield from filled_batches(examples, tokenizer, batch_size, n_row_parts(mesh))

@@ -1,6 +1,6 @@
-"""What Orbax and TensorStore say of a disk that fails, kept short: the run's own error says it, and what is left.
+"""What Orbax and TensorStore say of a failing disk, kept short: the run's own error reports it, and what is left.
 
-Their threads, event loops and loggers would each print pages. What other code of the process says stays as it is.
+Their threads, event loops and loggers would each print pages. What other code in the process says is left as it is.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from jaxprefix.screen import warn
 REASON_CHARACTERS = 200
 """Most characters of another library's error that a message repeats."""
 LOGGERS = ("absl", "asyncio")
-"""Orbax's own, and that of its event loops."""
+"""Orbax's own logger, and that of its event loops."""
 
 
 class SaveError(RunError):
@@ -28,27 +28,27 @@ class SaveError(RunError):
 
 
 class _Hooks:
-    """Stand in front of the process's hooks for errors in threads, and for those that nobody can catch."""
+    """Hooks in front of the process's own, for errors in threads and for errors that nobody can catch."""
 
     def __init__(self) -> None:
         self._earlier = threading.excepthook, sys.unraisablehook
         threading.excepthook, sys.unraisablehook = self.shorten, self.leave_out_closed_loops
 
     def shorten(self, failure: threading.ExceptHookArgs) -> None:
-        """Say in one line what Orbax's thread met: the training loop meets the same failure, and ends the run."""
+        """Say in one line what failed in Orbax's thread: the training loop meets the same failure, and ends the run."""
         if _is_orbax("".join(traceback.format_exception(failure.exc_value))):
             warn(f"a background thread failed: {short_reason(failure.exc_value)}")
         else:
             self._earlier[0](failure)
 
     def leave_out_closed_loops(self, failure: Any) -> None:
-        """If one array cannot be written, TensorStore reports the others to Orbax's event loop, which has ended."""
+        """Leave out TensorStore's reports to Orbax's ended event loop, on all arrays but the one that failed."""
         if str(failure.exc_value) != "Event loop is closed":
             self._earlier[1](failure)
 
     @property
     def in_front(self) -> bool:
-        """Tell whether nobody has put others in front since."""
+        """Tell whether nobody has put other hooks in front since."""
         return (threading.excepthook, sys.unraisablehook) == (self.shorten, self.leave_out_closed_loops)
 
     def remove(self) -> None:
@@ -60,8 +60,8 @@ class _Hooks:
 class _StandIn(logging.Handler):
     """A handler for the root logger, which prints only what Python's handler of last resort would print without it.
 
-    It keeps absl, with which Orbax logs, from calling `logging.basicConfig`: a caller's own call of that would do
-    nothing ever after, and loggers with handlers would print everything twice.
+    It keeps absl, through which Orbax logs, from calling `logging.basicConfig`; after that, a caller's own call of
+    `basicConfig` would do nothing, and loggers with handlers would print everything twice.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -77,14 +77,14 @@ class _StandIn(logging.Handler):
 
 _lock, _n_open, _stand_in = threading.Lock(), 0, _StandIn()
 _hooks: _Hooks | None = None
-"""Of all runs in this process, which threads may make at once."""
+"""Shared by all runs in this process: threads may make several at once."""
 
 
 @contextlib.contextmanager
 def orbax_kept_short() -> Iterator[None]:
-    """Reduce an error in a thread of Orbax's to one line, and leave out what it logs.
+    """Reduce errors in Orbax's threads to one line each, and leave out what Orbax logs.
 
-    After OSError or SaveError that stays so: Orbax may leave threads behind that fail while Python ends.
+    After OSError or SaveError this stays in effect: Orbax may leave threads behind that fail while Python ends.
     """
     global _n_open, _hooks
     with _lock:
@@ -100,7 +100,7 @@ def orbax_kept_short() -> Iterator[None]:
         yield
     except (OSError, SaveError):
         failed = True
-        # Python warns of what Orbax had not begun to write whenever it next collects garbage
+        # When Python next collects garbage, it warns of what Orbax had not begun to write.
         warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
         raise
     finally:
@@ -120,14 +120,14 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 
 
 def _is_orbax(text: str) -> bool:
-    """Tell whether a traceback or log record is of Orbax or TensorStore."""
+    """Tell whether a traceback or log record comes from Orbax or TensorStore."""
     return re.search(r"/orbax/|\[(tensorstore_spec|os_error_code)=", text) is not None
 
 
 def short_reason(error: BaseException | None) -> str:
-    """Return the system's message for an error, if it is the system's, else the start of its text.
+    """Return the system's message for a system error, else the start of the error's text.
 
-    TensorStore's text fills pages, with the system's number in it.
+    TensorStore's text fills pages, with the system's error number in it.
     """
     if strerror := getattr(error, "strerror", None):
         return strerror

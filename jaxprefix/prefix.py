@@ -3,7 +3,7 @@
 Training changes an encoder, a module that returns the prefix [L, 2, P, N, H] when called:
     PrefixEncoder   embedding → tanh MLP → keys and values (Li & Liang, arXiv:2101.00190), the original's
     DirectPrefix    the keys and values themselves
-Prefix files hold its result alone, folded to [P, L·2·N·H].
+Prefix files hold only its result, folded to [P, L·2·N·H].
 """
 
 from collections.abc import Mapping
@@ -94,7 +94,7 @@ def fit(encoder: PrefixEncoder, target: Prefix, n_steps: int = 200) -> PrefixEnc
 
     AdamW at a constant 1e-4, betas (.9, .999), weight decay .01 except on biases, as the original does.
     PyTorch rounds p·(1 − lr·decay) to float32 before it subtracts Adam's step; over 200 steps that rounding
-    adds up to 3e-5. The decayed copy is a loop variable because a fused multiply-add would skip it.
+    adds up to 3e-5. The decayed copy is a loop variable because a fused multiply-add would skip that.
     """
     rate, decay = 1e-4, 0.01
     adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
@@ -136,7 +136,7 @@ def check_prefix(
     config: ModelConfig,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Check that a prefix file's content is for a base model. Raises InputError."""
+    """Check that a prefix file's content was made for a base model. Raises InputError."""
     if differing := differing_fields(header, base_identity(config, tokenizer)):
         raise InputError.all(f"{path}: the prefix was made for another base model:", differing)
     check_sizes(path, folded.shape[0], folded.shape[1], config)
@@ -154,7 +154,7 @@ def check_sizes(path: str | Path, length: int, width: int, config: ModelConfig) 
 
 
 def check_length(path: Path, prefix: Prefix, prefix_seq_len: int) -> None:
-    """Raise InputError unless the prefix has the length that is expected."""
+    """Raise InputError unless the prefix has the expected length."""
     if prefix.shape[2] != prefix_seq_len:
         raise InputError(f"{path}: has prefix length {prefix.shape[2]}, not --prefix_seq_len {prefix_seq_len}")
 
@@ -164,8 +164,8 @@ def save_prefix(
 ) -> None:
     """Write a prefix [L, 2, P, N, H] as a PEFT adapter folder whose header names the base model, and the dev loss.
 
-    Raises InputError for a prefix that could not be loaded again, or a run's folder, whose prefix is in a folder of its
-    own, and OSError; an earlier prefix is kept then.
+    Raises InputError for a prefix that could not be loaded again, or for a run's folder (its prefix is in a subfolder),
+    and OSError; an earlier prefix is then kept.
     """
     folder = expanded(folder)
     if is_run_folder(folder):
@@ -177,6 +177,6 @@ def save_prefix(
         )
     if not np.isfinite(array).all():
         raise InputError(f"{folder}: the prefix holds numbers that are not finite; it is not written")
-    folded = to_folded(array)  # by NumPy: only one of many processes writes, and may not run a program of all devices
+    folded = to_folded(array)  # by NumPy: only one of many processes writes, and must not run a program on all devices
     header = base_identity(config, tokenizer) | ({} if dev_loss is None else {DEV_LOSS: repr(float(dev_loss))})
     write_adapter(folder, folded, config.n_layer, config.n_head, header)

@@ -15,8 +15,8 @@ class Recipe:
     keep_blank_sentences: bool = False
     """Treat blank lines of a document as sentences."""
     keep_line_ends: bool = False
-    """Begin a document's first chunk with a newline and keep white space at line ends: other tokens, unless the
-    tokenizer normalises it away."""
+    """Begin a document's first chunk with a newline and keep white space at line ends, which changes the tokens unless
+    the tokenizer normalises it away."""
     schedule_steps_per_update: int = 1
     """Steps of the learning-rate schedule per update; the original's is stepped twice under DeepSpeed."""
     decay_over_requested_steps: bool = False

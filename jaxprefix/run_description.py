@@ -19,7 +19,7 @@ from jaxprefix.lines import sha256_of
 
 CONFIG_FILE = "config.json"
 PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}
-"""Settings of places and processes; they may differ between processes, since weights and data have checksums."""
+"""Settings of locations and processes; they may differ between processes, since weights and data have checksums."""
 MAY_CHANGE_ON_RESUME = {
     *PLACES,
     *("resume", "overwrite", "save_name", "filename_note"),
@@ -36,7 +36,7 @@ def describe_run(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of what computes a run: this package's is a checksum of its sources."""
+    """Return the versions of the software that computes a run; this package's is a checksum of its sources."""
     digest = hashlib.sha256()
     for package in ("convert", "jaxprefix"):
         for path in sorted((Path(__file__).parents[1] / package).rglob("*.py")):
@@ -55,7 +55,7 @@ def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[st
     """Return what must be the same on all processes of a run."""
     settings = {field: value for field, value in _flat(description).items() if field not in PLACES}
     settings |= {name: os.environ.get(name) for name in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    settings["device"] = own_device().device_kind  # processes that compile for others would wait for each other
+    settings["device"] = own_device().device_kind  # processes that compile for other kinds would wait for each other
     settings["checkpoint_path"] = None if config.checkpoint_path is None else "given"  # else some would wait for ever
     if config.checkpoint_path is not None and config.checkpoint_path.is_file():
         settings["checkpoint_sha256"] = sha256_of(config.checkpoint_path)
@@ -65,7 +65,7 @@ def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[st
 def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool) -> None:
     """Check that a resumed run is the one in the folder. Raises InputError that names the settings that differ.
 
-    One that has no checkpoint yet `starts_over`, so that what it starts from matters, too.
+    A run without a checkpoint yet `starts_over`, so that what it starts from matters, too.
     """
     earlier = _read_description(folder)
     if not folder.exists():
@@ -100,7 +100,7 @@ def _flat(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_base(run_dir: Path, identity: dict[str, str]) -> None:
-    """Check that an earlier run is of a base model. Raises InputError that names the fields that differ."""
+    """Check that an earlier run was made for a base model. Raises InputError that names the fields that differ."""
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
         raise InputError(f"{run_dir}: not a run, {CONFIG_FILE} is missing or damaged")
@@ -119,7 +119,7 @@ def setting_of(folder: Path | None, name: str) -> Any:
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Tell whether a folder is a run's, by what its config.json says: a base model's has one, too."""
+    """Tell whether a folder is a run's, by what its config.json says: a base model's folder has one, too."""
     return bool(_read_description(folder))
 
 

@@ -41,7 +41,7 @@ def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
 
 
 def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
-    """Check that a run may have its folder, without writing.
+    """Check, without writing, that a run may use its folder.
 
     Raises InputError when the folder holds something (without --resume or --overwrite), or when a resumed run's
     settings, data or base have changed.
@@ -57,7 +57,7 @@ def check_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
 
 
 def _check_resumable(config: TrainConfig, description: dict[str, Any]) -> None:
-    """Check that a folder's run can go on; one that holds only a training state from elsewhere can."""
+    """Check that a folder's run can go on; a folder with only a training state from elsewhere passes, too."""
     folder = config.run_dir
     if _is_converted(folder):
         return
@@ -71,7 +71,7 @@ def _check_resumable(config: TrainConfig, description: dict[str, Any]) -> None:
 
 
 def _check_deletable(config: TrainConfig) -> None:
-    """Check that what a folder holds may be deleted: with --overwrite, a run that this one does not need."""
+    """Check that a folder may be emptied: only with --overwrite, and only of a run that this one does not need."""
     folder = config.run_dir
     if not config.overwrite:
         advice = "use another --save_name"
@@ -99,20 +99,20 @@ def _is_converted(folder: Path) -> bool:
 
 
 def _content(folder: Path) -> set[str]:
-    """Return the names in a folder that count: not what a run leaves when it is killed as it begins."""
+    """Return the names in a folder that count: not incidental ones, or what a run leaves if killed as it begins."""
     return {path.name for path in folder.iterdir() if not is_incidental(path.name)} - {f"{CONFIG_FILE}.tmp"}
 
 
 def _empty(folder: Path) -> None:
     """Empty a run's folder: its prefix first, config.json last.
 
-    If this is cut short, the folder is still known as a run's, and has no prefix without a checkpoint.
+    If this is cut short, the folder still counts as a run's, and never has a prefix without a checkpoint.
     """
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name != PREFIX_FOLDER)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink(missing_ok=True)  # macOS removes a file's attributes, which may be a file of their own, with it
+            path.unlink(missing_ok=True)  # with a file, macOS removes another that may hold its attributes
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

@@ -18,13 +18,13 @@ from jaxprefix.screen import warn
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 LEASE_SECONDS = 120
-"""How long a file server may keep the locks of a host that has crashed: NFSv4's by default 90."""
+"""How long a file server may keep the locks of a host that has crashed: for NFSv4, 90 by default."""
 ANOTHER = "another process"
 
 
 @contextlib.contextmanager
 def only_run(config: TrainConfig) -> Iterator[None]:
-    """Let the first process hold the lock of the run's folder, if it writes any; check that all see its parent."""
+    """Let the first process lock the run's folder, if the run writes one; check that all processes see its parent."""
     with contextlib.ExitStack() as stack:
         if config.writes:
             lock = only_writer(config.run_dir, config.save_model)
@@ -37,9 +37,9 @@ def only_run(config: TrainConfig) -> Iterator[None]:
 def only_writer(folder: Path, checkpoints: bool = True) -> Iterator[None]:
     """Hold a lock beside a run's folder, `.NAME.lock`, which the system releases however this process ends.
 
-    Waits LEASE_SECONDS for a process of another host. Raises InputError that names the process which holds it, or when
-    it cannot be made. On a file system without locks, no `checkpoints` can be written, either, which is an InputError;
-    if there will be none, warns and goes on without a lock.
+    Waits LEASE_SECONDS for a process of another host. Raises InputError that names the process holding the lock, or
+    when the lock's file cannot be written. A file system without locks cannot take `checkpoints`, either, which is an
+    InputError; if there are to be none, warns and goes on without a lock.
     """
     path = folder.resolve()
     path = path.with_name(f".{path.name}.lock")
@@ -57,19 +57,19 @@ def only_writer(folder: Path, checkpoints: bool = True) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # a folder that has become read-only keeps it, unlocked
+            with contextlib.suppress(OSError):  # a folder that has become read-only keeps the file, unlocked
                 path.unlink()
 
 
 def _owner(path: Path) -> str:
-    """Return who holds a lock, as its file says; that process may end at this moment, or not have said it yet."""
+    """Return who holds a lock, as its file says; that process may be ending, or not have written it yet."""
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8").strip() or ANOTHER
     return ANOTHER
 
 
 def _awaited(path: Path, checkpoints: bool) -> IO[str]:
-    """Open and lock the lock's file, as `_locked`, after a while if another host holds it."""
+    """Open and lock the lock's file as `_locked` does, waiting for a while if another host holds it."""
     deadline = None
     while True:
         try:

@@ -31,7 +31,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path | None, n_updates: int, from_step: int, to_evaluate: bool, quiet: bool):
-        screen: Any = UnfailingStream(sys.stderr)  # a run may also be a function's, without the command line around it
+        screen: Any = UnfailingStream(sys.stderr)  # `train` may be called without the command line around it
         looks: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
         self._console = Console(file=screen, quiet=quiet, force_jupyter=False, **looks)
         self._started = time.monotonic()
@@ -52,7 +52,7 @@ class RunLog:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._progress.stop()
-        if error is not None and self._text is not None:  # the screen gets it from whoever catches it
+        if error is not None and self._text is not None:  # whoever catches it shows it on the screen
             with contextlib.suppress(OSError):  # a full disk may be the error
                 print(f"{self._seconds()}error: {str(error) or type(error).__name__}", file=self._text, flush=True)
         for file in (self._text, self._metrics, self._tensorboard):
@@ -97,7 +97,7 @@ class RunLog:
 class TensorBoard:
     """Writes scalars for TensorBoard; those after update `from_step` replace what was written before a resume.
 
-    A dev loss that is measured again at `from_step` stands there twice.
+    A dev loss that is measured again at `from_step` appears twice.
 
     The file is opened by the first scalars, so that a run's first log line does not wait for the import.
     """
@@ -107,7 +107,7 @@ class TensorBoard:
 
     @functools.cached_property
     def _records(self) -> Any:
-        # TensorBoard's own EventFileWriter would import TensorFlow where it is installed, tensorboardX torch.
+        # TensorBoard's own EventFileWriter would import TensorFlow where it is installed, and tensorboardX torch.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -152,7 +152,7 @@ def check_metrics(folder: Path) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, int, str]]:
-    """Yield (line, step, split) of a metrics file, if there is one, but for a last line that was cut off."""
+    """Yield (line, step, split) for a metrics file's lines, if there is one, except a last line that was cut off."""
     if not path.is_file():
         return
     whole, _, _ = path.read_bytes().rpartition(b"\n")

@@ -23,11 +23,11 @@ class Sampling(NamedTuple):
     top_p: Float[Array, ""] | float
     seed: Int[Array, ""] | np.uint32
     first_index: Int[Array, ""] | int
-    """Of the batch's first row in the list of prompts: a row's random numbers come from the seed and its own index."""
+    """The index of the batch's first row among all prompts: a row's random numbers come from the seed and its index."""
 
 
 def are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
-    """Tell for each row whether its largest logit is finite: one NaN or +∞ makes that NaN or +∞."""
+    """Tell for each row whether its largest logit is finite: any NaN or +∞ in the row would be the largest."""
     return jnp.isfinite(logits.max(axis=-1))
 
 
@@ -37,8 +37,8 @@ def choose_tokens(
     """Choose each row's next token by the decoding method; `keys` holds a random key per row."""
     if decode.decode_method == "greedy":
         below, n_tokens = logits < logits.max(axis=-1, keepdims=True), logits.shape[-1]
-        return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes a CPU four times as long
-    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)  # where JAX has 64 bits, too
+        return jnp.where(below, n_tokens, jnp.arange(n_tokens)).min(axis=-1)  # argmax takes four times as long on a CPU
+    uniform = functools.partial(jax.random.uniform, dtype=jnp.float32)  # even where JAX has 64 bits enabled
     logits, numbers = logits / sampling.temperature, jax.vmap(uniform)(keys)
     if decode.decode_method == "sample":
         return draw(logits, numbers)
@@ -53,7 +53,7 @@ def choose_tokens(
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     likeliest, ids = nucleus(logits, LIKELY, sampling.top_p, drop_crossing, normaliser)
     return jax.lax.cond(
-        jnp.isneginf(likeliest[:, -1]).all(),  # the last one is outside, so all less likely ones are
+        jnp.isneginf(likeliest[:, -1]).all(),  # the last one is outside the nucleus, so all less likely ones are
         lambda: from_nucleus(likeliest, ids),
         lambda: from_nucleus(*nucleus(logits, 0, sampling.top_p, drop_crossing)),
     )
@@ -62,10 +62,10 @@ def choose_tokens(
 def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, "B"]:
     """Draw an index from each row's softmax with one number from [0, 1): the index where the running sum passes it.
 
-    `jax.random.categorical` needs a random number for each token, which takes a CPU a third of a step.
+    `jax.random.categorical` needs a random number for each token, which takes a third of a step on a CPU.
     """
     sums = jnp.cumsum(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-    below = jnp.nextafter(sums[:, -1], 0)  # a product that is rounded up to the last sum would lie behind all indices
+    below = jnp.nextafter(sums[:, -1], 0)  # a product rounded up to the last sum would fall past all indices
     return (sums <= jnp.minimum(numbers * sums[:, -1], below)[:, None]).sum(axis=-1)
 
 
@@ -79,9 +79,9 @@ def nucleus(
     """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
     The nucleus is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751).
-    With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as the
-    original does. Of equal logits the lower id comes first, also at the end of top_k. `normaliser` is the log of the
-    summed exponentials that probabilities are relative to: by default over those top_k.
+    With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as in
+    the original. Of equal logits the lower id comes first, also where top_k cuts. `normaliser` is the log of the sum
+    of exponentials that probabilities are relative to: by default, the sum over those top_k.
     """
     n_tokens = logits.shape[-1]
     likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))

@@ -10,7 +10,7 @@ from typing import Any
 class UnfailingStream:
     """A text stream that never fails: once it cannot be written to, what is written goes nowhere.
 
-    None stands for one that was closed before the program began.
+    None stands for a stream that was closed before the program began.
     """
 
     def __init__(self, stream: Any):
@@ -50,10 +50,10 @@ def escape_unknown(stream: Any) -> None:
 
 
 def mute(stream: Any) -> None:
-    """Discard what a stream still holds and will hold; Python would fail at it again as it ends."""
+    """Discard what a stream still holds and what is written to it later; Python would fail on it again as it ends."""
     try:
         number = stream.fileno()
-    except (AttributeError, OSError):  # none of the system's
+    except (AttributeError, OSError):  # not one of the system's
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if nowhere != number:  # equal if the system had closed the stream: its number was free

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 # A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS, _QUOTES = "。！？!?", "」』）)", "\"'”’"
 AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
-"""What ends a sentence within a line, where a tokenizer makes newlines spaces."""
+"""What ends a sentence within a line, for a tokenizer that turns newlines into spaces."""
 NOWHERE = re.compile("(?!)")
-"""The same where newlines stay: then a sentence is a line, as in training."""
+"""The same for a tokenizer that keeps newlines: then a sentence is a line, as in training."""
 
 
 def suffix_rate(texts: Iterable[str], suffix: str, ends: re.Pattern[str] = AT_MARKS) -> dict[str, float | int]:
@@ -19,13 +19,13 @@ def suffix_rate(texts: Iterable[str], suffix: str, ends: re.Pattern[str] = AT_MA
 
 
 def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) -> tuple[int, int]:
-    """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence is no sentence.
+    """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence does not count.
 
     A sentence ends with its line, at the suffix, or at one of `ends` when the suffix does not follow.
     """
     task = suffix.strip()
-    begins = suffix[: suffix.index(task)].lstrip(" ")  # of which a tokenizer may put one before every text
-    if "\n" in begins:  # then the suffix is a line behind its sentence
+    begins = suffix[: suffix.index(task)].lstrip(" ")  # a tokenizer may put one space before every text
+    if "\n" in begins:  # then the suffix is on the line after its sentence
         text = text.replace(begins + task, f" {task}")
     *lines, last = text.split("\n")
     counts = [_count_in_line(last, task, ends), *(_count_in_line(f"{line}\n", task, ends) for line in lines)]
@@ -36,9 +36,9 @@ def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, in
     """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
     closing = _MARKS + _BRACKETS + _QUOTES + "."
     first, *others = line.split(task)
-    *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # they end no other sentence
+    *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # marks after a suffix end no sentence
     suffixed = [piece.strip() for piece in pieces if piece.strip().strip(closing)]
-    before = [ends.findall(piece.rstrip(closing)) for piece in suffixed]  # in front of the one with the suffix
+    before = [ends.findall(piece.rstrip(closing)) for piece in suffixed]  # sentences before the one with the suffix
     unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip().strip(closing)
     return len(suffixed) + sum(map(len, before)) + len(ends.findall(rest)) + bool(unmarked), len(suffixed)
 
@@ -49,9 +49,9 @@ def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def without_cut_end(text: str, suffix: str) -> str:
-    """Return a text that the length limit cut off, without the marks of a last sentence whose suffix may be cut off.
+    """Return a text cut off by the length limit, without the end marks of a last sentence whose suffix may be missing.
 
-    Part of the suffix may be there already; of an emoji, as a replacement character.
+    Part of the suffix may be there already; part of an emoji is a replacement character.
     """
     task, rest = suffix.strip(" ").rstrip(), text.rstrip(" \ufffd")  # a newline at its beginning counts
     begun = next((n for n in range(len(task) - 1, 0, -1) if rest.endswith(task[:n])), 0)

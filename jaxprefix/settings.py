@@ -1,4 +1,4 @@
-"""What all settings share: paths and NumPy's numbers converted, types checked, also from Python code, and ranges."""
+"""What all settings share: converting paths and NumPy's numbers; checking types, also from Python code, and ranges."""
 
 import re
 import typing
@@ -12,15 +12,15 @@ from convert.errors import InputError
 
 
 def convert_and_check(settings: Any, what: str) -> None:
-    """Convert what is only spelled otherwise (str and Path, ~, NumPy's numbers), and check the types of all fields.
+    """Convert what is only spelled differently (str and Path, ~, NumPy's numbers), and check the types of all fields.
 
     `settings` is a dataclass, whose fields are replaced even if it is frozen. Raises InputError that lists the
-    values which are of another type, not among a field's choices, a URL in place of a path, or not UTF-8:
-    Python takes such bytes from a shell, but config.json, SentencePiece and Orbax do not.
+    values that are of another type, not among a field's choices, a URL in place of a path, or not UTF-8:
+    Python accepts such text from a shell, but config.json, SentencePiece and Orbax do not.
     """
     problems = []
     for name, kind in typing.get_type_hints(type(settings)).items():
-        value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # of `A | None`, A and None
+        value, kinds = getattr(settings, name), (kind, *typing.get_args(kind))  # for `A | None`, A and None
         if isinstance(value, str | Path) and Path in kinds:
             if re.match("[a-z][a-z0-9+.-]+:/", str(value), re.IGNORECASE) and not Path(Path(value).parts[0]).exists():
                 problems.append(f"--{name} must be a path on this machine, is {str(value)!r}")
@@ -41,7 +41,7 @@ def convert_and_check(settings: Any, what: str) -> None:
             if choices:
                 problems.append(f"--{name} must be one of {', '.join(choices)}; is {value!r}")
             else:
-                named = kind if typing.get_args(kind) else kind.__name__  # of unions, Python 3.14's is "Union"
+                named = kind if typing.get_args(kind) else kind.__name__  # Python 3.14 names any union "Union"
                 problems.append(f"--{name} must be of type {named}, is {value!r}")
     if problems:
         raise InputError.all(f"{what}:", problems)

@@ -13,24 +13,24 @@ from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
 from jaxprefix.examples import Example
 
 SAMPLED_UPDATES = 2000
-"""Updates from whose batches the shapes of packed ones are chosen."""
+"""How many updates are sampled to choose the shapes of packed batches."""
 SHAPES = 4
-"""Most shapes of a run's packed batches."""
+"""The most shapes that a run's packed batches have."""
 WORTH_IT = 1.01
-"""Fewer shapes, each of which takes time and memory to compile, may take up to so many times the least columns."""
+"""Fewer shapes, which save time and memory in compiling, may take up to this many times the least columns."""
 COLUMN_STEPS = 20
-"""Quantiles of the batches' column counts that are tried as widths of the shapes."""
+"""How many quantiles of the batches' column counts are tried as widths of the shapes."""
 COLUMN_MULTIPLE = 8
 CLASSES = 3
-"""Most classes of lengths that the texts of a packed row fall into: attention is compiled once for each."""
+"""The most classes of lengths that the texts of a packed row fall into: attention is compiled once for each."""
 CLASSES_WORTH_IT = 1.1
-"""Fewer classes may take up to so many times the least work."""
+"""Fewer classes may take up to this many times the least work."""
 CLASS_STEP = 1.1
-"""A class may begin only where, from one text to the next, the slots fall below a power of this: fewer to try."""
+"""A class may begin only where the slots fall below a power of this from one text to the next: fewer to try."""
 SLOT_WORK, COLUMN_WORK = 64, 1000
-"""Work of a slot besides its attention scores, and of a column outside of attention, counted in scores (110m, CPU)."""
+"""Work of a slot besides its attention scores, and of a column outside attention, in units of a score (110m, CPU)."""
 FEW_LABELS = 0.9
-"""Where at most this share of the columns has labels, because of prompts, the loss is computed for those alone."""
+"""If at most this share of the columns has labels, because of prompts, the loss is computed for those only."""
 
 
 class PaddedShape(NamedTuple):
@@ -39,7 +39,7 @@ class PaddedShape(NamedTuple):
     n_rows: int
     n_columns: int
     n_labels: int | None = None
-    """Most labels of a row, if the loss is computed for labelled columns alone."""
+    """The most labels of a row, if the loss is computed for labelled columns only."""
 
 
 class Needs(NamedTuple):
@@ -52,20 +52,20 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, lengths: np.ndarray, n_labels: np.ndarray, n_rows: int, n_texts: int) -> "Needs":
-        """Return what examples need in rows of n_texts, by the lengths and labels [examples, 2] of their texts."""
+        """Return what examples need in rows of n_texts, given their texts' lengths and label counts [examples, 2]."""
         lengths, n_labels = lengths[lengths > 0], n_labels[lengths > 0]
         rows = pack_rows(lengths.tolist(), n_rows, n_texts)
         return cls.most(cls.of_row(lengths[row], n_labels[row], n_texts) for row in rows)
 
     @classmethod
     def of_row(cls, lengths: np.ndarray, n_labels: np.ndarray, n_texts: int) -> "Needs":
-        """Return what a row of n_texts needs, by the lengths of those it has, the longest first, and their labels."""
+        """Return what a row of n_texts needs, given its texts' lengths, the longest first, and their label counts."""
         slots = [*lengths.tolist(), *[1] * (n_texts - len(lengths))]
         return cls(int(lengths.sum()), int(n_labels.sum()), tuple(slots))
 
     @classmethod
     def most(cls, needs: Iterable["Needs"]) -> "Needs":
-        """Return what has room for each of these."""
+        """Return the needs that cover all of these."""
         n_columns, n_labels, slots = zip(*needs, strict=True)
         return cls(max(n_columns), max(n_labels), tuple(map(max, zip(*slots, strict=True))))
 
@@ -78,7 +78,7 @@ class PackedShape(NamedTuple):
     classes: tuple[tuple[int, int], ...]
     """(texts in a row, slots for the tokens of each) for each class of lengths, the longest first."""
     n_labels: int | None = None
-    """Most labels of a row, if the loss is computed for labelled columns alone."""
+    """The most labels of a row, if the loss is computed for labelled columns only."""
 
     def holds(self, needs: Needs) -> bool:
         """Tell whether its rows have room for these needs."""
@@ -97,7 +97,7 @@ Choice = TypeVar("Choice", bound=tuple)
 
 
 def padded_shape(examples: Sequence[Example], batch_size: int, n_parts: int) -> PaddedShape:
-    """Return the shape that holds any batch of these examples, whose rows can be split into n_parts."""
+    """Return the shape that holds any batch of these examples, and whose rows can be split into n_parts."""
     lengths, n_labels = row_lengths(examples), int(label_counts(examples).max())
     n_rows, n_columns = max_rows_per_example(lengths) * batch_size, int(lengths.max())
     return PaddedShape(round_up(n_rows, n_parts), n_columns, _if_few(n_labels, n_columns))
@@ -106,8 +106,8 @@ def padded_shape(examples: Sequence[Example], batch_size: int, n_parts: int) -> 
 def packed_shapes(examples: Sequence[Example], updates: Iterable[list[list[int]]], n_rows: int) -> list[PackedShape]:
     """Choose the few shapes of a run's packed batches, each compiled once, from the batches of its first updates.
 
-    Shapes ascend. Each has the slots and labels that the sampled updates which use it need at most. The last one holds
-    every update or, if not all were sampled, any batch that these examples can make.
+    Shapes ascend. Each has the slots and labels that every sampled update of at most its width needs. The last one
+    holds every update or, if not all were sampled, any batch that these examples can make.
     """
     sample = list(itertools.islice(updates, SAMPLED_UPDATES + 1))
     n_examples = max(len(batch) for batches in sample for batch in batches)
@@ -138,9 +138,9 @@ def _needs_of_any(lengths: np.ndarray, n_labels: np.ndarray, n_examples: int, n_
 
 
 def _widths(columns: np.ndarray, widest: int) -> tuple[int, ...]:
-    """Return the widths of the shapes but the last, for updates that need so many columns.
+    """Return the widths of all shapes but the last, for updates that need these numbers of columns.
 
-    They are the fewest whose padding is close to the least possible.
+    They are the fewest whose columns, summed over the updates, are close to the least possible.
     """
     quantiles = np.quantile(columns, np.linspace(0, 1, COLUMN_STEPS + 1)[1:])
     steps = sorted({round_up(quantile) for quantile in quantiles})
@@ -150,7 +150,7 @@ def _widths(columns: np.ndarray, widest: int) -> tuple[int, ...]:
 
 
 def filled_shape(lengths: np.ndarray, n_labels: np.ndarray, groups: Sequence[list[int]], n_rows: int) -> PackedShape:
-    """Return the shape with n_rows rows that holds each group of examples, by the lengths and labels of their texts."""
+    """Return the shape with n_rows rows that holds each group of examples, given texts' lengths and label counts."""
     n_texts = -(-max(map(len, groups)) * max_rows_per_example(lengths) // n_rows)
     needs = (Needs.of(lengths[group], n_labels[group], n_rows, n_texts) for group in groups)
     return _shape_for(n_rows, Needs.most(needs))
@@ -159,7 +159,7 @@ def filled_shape(lengths: np.ndarray, n_labels: np.ndarray, groups: Sequence[lis
 def fitting_shape(shapes: Sequence[Shape], groups: Sequence[Sequence[Example]]) -> Shape:
     """Return the first shape that holds all micro-batches of an update.
 
-    Packed shapes must be those of one run: they have equally many rows, and texts in a row.
+    Packed shapes must be those of one run, which have equally many rows, and texts in a row.
     """
     packed = [shape for shape in shapes if isinstance(shape, PackedShape)]
     if not packed:
@@ -191,7 +191,7 @@ def _shape_for(n_rows: int, needs: Needs) -> PackedShape:
 
 
 def text_classes(slots: Sequence[int], n_columns: int) -> tuple[tuple[int, int], ...]:
-    """Group texts of so many slots, the longest first, into the classes (texts, slots) of a `PackedShape`.
+    """Group texts with these slots, the longest first, into the classes (texts, slots) of a `PackedShape`.
 
     Returns the fewest classes whose work is close to the least possible.
     """

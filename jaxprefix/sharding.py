@@ -28,8 +28,8 @@ from jaxprefix.models import BaseModel, is_stacked, path_name
 ROWS = ("data", "fsdp")
 Weights = TypeVar("Weights")
 
-# Path of a base model's weight → how its axes are split. The first rule counts that matches, and whose spec is empty or
-# has as many axes as the weight. Weights are [out, in], see `layers.Linear`. Layers' numbers are left out.
+# Path of a base model's weight → how its axes are split. The first rule that matches, with a spec that is empty or has
+# as many axes as the weight, applies. Weights are [out, in], see `layers.Linear`. Layer numbers are left out of paths.
 BASE_RULES: tuple[tuple[str, P], ...] = (
     (r"embed\.weight", P("tensor", "fsdp")),  # [V, D]
     (r"head\.weight", P("tensor", "fsdp")),  # [V, D]
@@ -90,8 +90,8 @@ def with_split_rows(base: BaseModel, mesh: Mesh | AbstractMesh) -> BaseModel:
     """Constrain a base model, inside jit, so that each device computes only its own rows.
 
     With weights split over `fsdp`, the partitioner would split the activations' width instead, and compute all rows on
-    every device: after the embedding, because its weight is split so, and in the loop over scanned layers, because
-    theirs are. Unrolled layers are `gathered_in_time`.
+    every device: after the embedding, because its weight is split that way, and in the loop over scanned layers,
+    because theirs are. Unrolled layers are `gathered_in_time`.
     """
     if mesh.shape["fsdp"] == 1:
         return base
@@ -142,14 +142,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(mesh: Mesh, axis: int = 1) -> NamedSharding:
-    """Return the sharding that splits rows over `data` and `fsdp`: of [micro-batches, rows, columns], or by `axis`."""
+    """Return the sharding that splits rows over `data` and `fsdp`; `axis` 1 is for [micro-batches, rows, columns]."""
     return NamedSharding(mesh, P(*[None] * axis, ROWS))
 
 
 def decoded_rows(base: BaseModel) -> tuple[Sharding, int]:
-    """Return the sharding of rows to decode, split over `data` alone, and the number they must be a multiple of.
+    """Return the sharding of rows to decode, split only over `data`, and the number they must be a multiple of.
 
-    Under `fsdp`, few rows computed on every device cost less than gathering weights for each token.
+    Under `fsdp`, computing the few rows on every device costs less than gathering weights for each token.
     """
     sharding = base.embed.weight.get_value().sharding
     if not isinstance(sharding, NamedSharding):

@@ -33,7 +33,7 @@ class Progress:
     best_dev_loss: float | None = None
     """Kept in the prefix's file, not in checkpoints, which are saved before their epoch is measured."""
     has_prefix: bool = False
-    """Whether a prefix had been saved."""
+    """Whether a prefix has been saved."""
     window: Sequence[Any] = ()
     """`LossSums` since the last log point."""
     n_skipped: int = 0
@@ -76,7 +76,7 @@ def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, n
 def starting_state(
     config: TrainConfig, base: BaseModel, tokenizer: Tokenizer, identity: dict[str, str], resuming: bool
 ) -> TrainState:
-    """Return the state before the first update, the same on all processes; of a run to resume, its shapes alone.
+    """Return the state before the first update, the same on all processes; for a run to resume, only its shapes.
 
     `identity` is that of the base model. Raises InputError as `earlier_arrays` and `start_encoder` do.
     """
@@ -112,19 +112,19 @@ def start_encoder(
 
 def check_same_start(encoder: Encoder) -> None:
     """Check that all processes start from the same encoder; all call it together. Raises InputError."""
-    if jax.process_count() > 1:  # a single one does not wait here until JAX has made it
+    if jax.process_count() > 1:  # a single one need not wait for JAX to make it
         digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(encoder)))
         check_same({"the encoder to start from": digest.hexdigest()[:16]})
 
 
 def restore_state(config: TrainConfig, checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, Progress]:
-    """Return the state and progress in the newest checkpoint; `like` tells the structure and shapes to expect."""
+    """Return the state and progress in the newest checkpoint; `like` gives the structure and shapes to expect."""
     arrays, saved = checkpoints.read()
     if like.loss_scale is not None:  # a training state from PyTorch has none
         arrays = named({"loss_scale": jax.tree.map(np.asarray, LossScale.start())}) | arrays
     progress = Progress(**saved)
     loss = loss_of_prefix(config.run_dir / PREFIX_FOLDER, progress.has_prefix) if is_first() else None
-    bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # which no device rounds
+    bits = np.array([math.nan if loss is None else loss]).view(np.int32)  # integers, which no device rounds
     [best] = broadcast_from_first(bits).view(np.float64).tolist()
     progress.best_dev_loss = None if math.isnan(best) else best
     return from_names(like, arrays, checkpoints.folder), progress

@@ -1,7 +1,7 @@
-"""Large data files are tokenized once, by all cores, and kept in the user's cache folder. No jax in here.
+"""Large data files are tokenized once, by all cores; the user's cache folder keeps their tokens. No jax in here.
 
-A cache entry is a folder named by what went into it: tokens.bin (all ids), `OF_EXAMPLES`, about.json. It appears whole
-or not at all.
+A cache entry is a folder named by a checksum of what went into it, with tokens.bin (all ids), `OF_EXAMPLES` and
+about.json. It appears whole or not at all.
 """
 
 import concurrent.futures
@@ -35,15 +35,15 @@ from jaxprefix.lines import read_lines, sha256_of
 from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
 FORMAT = 4
-"""To be raised when the same file and settings make other examples than before."""
+"""Raise this when the same file and settings make other examples than before."""
 OF_EXAMPLES = ("ends", "prompt_lengths", "line_numbers")
 """Files of an entry with a number for each example, as in `Examples`."""
 CACHED_BYTES = 2**22
 """Smaller files are tokenized on every run, in a second or two. Compressed files count eightfold."""
 BLOCK_BYTES = 2**22
-"""What a process tokenizes at a time."""
+"""How much a process tokenizes at a time."""
 ABANDONED_SECONDS = 600
-"""Unfinished entries untouched for so long are abandoned: the process that makes one writes every few seconds."""
+"""Unfinished entries untouched for this long are abandoned: the process that makes one writes every few seconds."""
 
 
 def load_examples(path: Path, chunking: Chunking) -> Examples:
@@ -119,7 +119,7 @@ def _open(folder: Path) -> Examples | None:
         ends, prompt_lengths = (np.load(folder / f"{name}.npy") for name in OF_EXAMPLES[:2])
         line_numbers = np.load(folder / f"{OF_EXAMPLES[2]}.npy", mmap_mode="r")  # seldom looked at
         tokens = np.empty(0, np.uint16)
-        if about["n_tokens"]:  # what is empty cannot be mapped
+        if about["n_tokens"]:  # an empty file cannot be mapped
             tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
         tally = Tally(*about["tally"])
         sizes = [about["n_tokens"], *[about["n_examples"]] * 3]
@@ -145,7 +145,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     """Tokenize a file with all cores into unfinished/entry, block by block in the file's order."""
     entry = unfinished / "entry"
     entry.mkdir()
-    started, alone = time.monotonic(), multiprocessing.current_process().daemon  # a pool's worker may have no helpers
+    started, alone = time.monotonic(), multiprocessing.current_process().daemon  # a pool's worker may start no helpers
     n_cores = 1 if alone else _n_cores()
     print(f"tokenizing {path} with {n_cores} process(es); the result is kept in {cache_folder()}", file=sys.stderr)
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
@@ -173,7 +173,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
 def _n_cores() -> int:
     """Return how many cores this process may use: a container's quota may allow fewer than it sees."""
     n_seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    with contextlib.suppress(OSError, ValueError):  # no quota is "max 100000"
+    with contextlib.suppress(OSError, ValueError):  # without a quota it says "max 100000"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         return max(1, min(n_seen, quota // period))
     return n_seen
@@ -229,9 +229,9 @@ def _in_order(path: Path, chunking: Chunking, n_processes: int, job: Path) -> It
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Let processes that start here make no threads of their own: one for each core in each exceeds users' limits.
+    """Let processes that start here make no threads of their own: one per core in each of them exceeds users' limits.
 
-    They take the settings from this process's environment; what other threads start meanwhile does, too.
+    They take the settings from this process's environment; so do processes that other threads start meanwhile.
     """
     unset = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"} - os.environ.keys()
     os.environ |= dict.fromkeys(unset, "1")

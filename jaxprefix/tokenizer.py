@@ -60,7 +60,7 @@ class Tokenizer:
         return self.vocabulary.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, without special tokens and ids of a padded vocabulary."""
+        """Return the text of ids, without special tokens and without ids that only pad a vocabulary."""
         special = {self.bos_id, self.eos_id, self.pad_id}
         return self.vocabulary.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in special])
 
@@ -78,16 +78,16 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     """Load the tokenizer of a base model's folder or hub id.
 
     That is a SentencePiece model if there is one, else tokenizer.json, else GPT-2's vocab.json and merges.txt.
-    The special tokens' names come from the tokenizer files beside it, or else their ids from config.json or the
-    SentencePiece model. A tokenizer without a pad token pads with eos: padding is never read.
+    The tokenizer files beside it name the special tokens; if they do not, config.json or the SentencePiece model
+    gives their ids. A tokenizer without a pad token pads with eos: padding is never read.
     Raises InputError when there is no tokenizer file, or no bos or eos token.
     """
     folder = resolve_folder(dir_or_hub_id, revision)
     settings, special = (_read_settings(folder, file) for file in (TOKENIZER_SETTINGS, SPECIAL_TOKENS))
-    settings = special | settings if "added_tokens_decoder" in settings else settings | special  # older ones lack it
+    settings = special | settings if "added_tokens_decoder" in settings else settings | special  # older files lack it
     config = _read_settings(folder, BASE_CONFIG)
     names = [*SENTENCEPIECE_FILES, TOKENIZERS_FILE]
-    if config.get("model_type") != "gpt_neox":  # whose tokenizer normalises texts first, and has a tokenizer.json
+    if config.get("model_type") != "gpt_neox":  # GPT-NeoX's normalises texts first, and has a tokenizer.json
         names.append(VOCAB_FILE)
     path = next((p for name in names if (p := member(folder, name)).is_file()), None)
     if path is None:
@@ -129,7 +129,7 @@ def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str,
                 return TokenizersFile(backend, added, settings)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        except Exception as error:  # what the library raises is a bare Exception
+        except Exception as error:  # the library raises bare Exceptions
             raise InputError(f"{path}: not a {path.name} ({error})") from error
     try:
         processor = SentencePieceProcessor(model_file=str(path))
@@ -145,7 +145,7 @@ def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str,
 
 
 def _gpt2(vocab: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Make GPT-2's tokenizer of its vocabulary and the merges beside it."""
+    """Make GPT-2's tokenizer from its vocabulary and the merges beside it."""
     merges = member(vocab.parent, MERGES_FILE)
     if not merges.is_file():
         raise InputError(f"has no {MERGES_FILE} beside it")
@@ -184,8 +184,8 @@ def _special_id(
 ) -> int | None:
     """Return the id of the bos, eos or pad token: by its name, else config.json's, else the SentencePiece model's.
 
-    config.json counts where it gives a special token: some have another model's ids, which are words here. Of a bos or
-    eos token with a name, the SentencePiece model's own is not taken: it is another.
+    config.json counts only where its id is a special token's: some have another model's ids, which are words here. If
+    a bos or eos token has a name, the SentencePiece model's own is not taken: it is another token.
     """
     name = _content(settings.get(f"{kind}_token"))
     if isinstance(name, str) and (found := vocabulary.id_of(name)) is not None:
@@ -201,7 +201,7 @@ def _special_id(
 
 
 def _content(token: Any) -> Any:
-    """Return a token's text, which is given as such or in transformers' {"content": …}."""
+    """Return a token's text, which is given plainly or as transformers' {"content": …}."""
     return token.get("content") if isinstance(token, dict) else token
 
 

@@ -43,7 +43,7 @@ class TrainResult:
     """Whether all updates were made."""
     best_dev_loss: float | None
     stopped_by: Signals | None
-    """The signal that ended the run; of one process alone, also one that came too late, when the run was finished."""
+    """The signal that ended the run; if the run has one process, also a signal that came too late, after its end."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -96,7 +96,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
         if checkpoints:
-            checkpoints.finish()  # what it may raise belongs into the log
+            checkpoints.finish()  # errors that it raises belong in the log
         watchdog.still_going()
         if stopped_by is not None:
             advice = "; repeat the command with --resume to go on" if checkpoints else ", without a checkpoint"
@@ -104,17 +104,17 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         else:
             log.line(f"finished after update {progress.n_done}")
     finished = stopped_by is None
-    if finished and jax.process_count() == 1:  # others would not know of it
+    if finished and jax.process_count() == 1:  # several would not all know of it
         stopped_by = stop.received
     return TrainResult(config.run_dir, progress.n_done, finished, progress.best_dev_loss, stopped_by)
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:
-    """Return the content of config.json, once it is the same on all processes and the run may have its folder."""
+    """Return the content of config.json, once it is the same on all processes and the run may use its folder."""
     weights = agree("read the weights", lambda: fingerprint(inputs.base.path, inputs.base.config))
     description = agree("describe the run", lambda: describe_run(config, identity | {"weights": weights}))
     agree("match process 0's settings", lambda: check_same(common_settings(config, description)))
-    if config.writes:  # before minutes go by
+    if config.writes:  # before the minutes that loading takes
         agree_first("check the run's folder", lambda: check_run_folder(config, description))
     return description
 

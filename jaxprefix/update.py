@@ -1,4 +1,4 @@
-"""One update of the prefix encoder: loss, gradient towards the prefix, AdamW. Legend: `models/attention.py`."""
+"""One update of the prefix encoder: loss, gradient with respect to the prefix, AdamW. Legend: `models/attention.py`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from jaxprefix.sharding import replicated, split_heads, split_rows, with_split_r
 class LossScale(NamedTuple):
     """A factor on the loss that keeps float16 gradients from vanishing, adapted as training goes on.
 
-    Starts at 2^10; halves when a gradient overflows (that update is skipped), doubles after 1000 that did not.
+    Starts at 2^10; halves when a gradient overflows (that update is skipped), doubles after 1000 in a row that did not.
     """
 
     value: Float[Array, ""]
@@ -57,11 +57,11 @@ class Outcome(NamedTuple):
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    """Towards the encoder, before clipping."""
+    """Of the gradient with respect to the encoder, before clipping."""
 
 
 class LearningRate(NamedTuple):
-    """Linear warmup, linear decay. Its numbers are inputs of the compiled update, so other values need no new one."""
+    """Linear warmup, linear decay. Its numbers are inputs of the compiled update: others need no recompilation."""
 
     highest: Float[Array, ""]
     floor: Float[Array, ""]
@@ -117,7 +117,7 @@ def learning_rate(config: TrainConfig, n_updates: int) -> LearningRate:
 
 
 def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW with decoupled weight decay on all but biases."""
+    """Make the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on all but biases."""
     adamw = optax.adamw(
         rate,
         b1=config.adam_beta1,
@@ -126,11 +126,11 @@ def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientT
         weight_decay=config.weight_decay,
         mask=decays,
     )
-    return optax.chain(clipping(config), adamw)  # a chain either way: checkpoints keep their names
+    return optax.chain(clipping(config), adamw)  # always a chain, so that names in checkpoints stay the same
 
 
 def clipping(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip by the global norm; 0 does not clip."""
+    """Make the clipping by the global norm; with --grad_clip 0, nothing is clipped."""
     return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
 
 
@@ -149,10 +149,10 @@ def loss_and_gradient(
     mesh: Mesh,
     scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Float[Array, ""], Encoder]:
-    """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient towards the encoder.
+    """Return the mean loss of a batch [micro-batches, rows, columns] and its gradient with respect to the encoder.
 
-    The encoder runs once; the gradient towards the prefix is summed over the micro-batches and then
-    pulled back through it. The base is an argument that nothing differentiates: that is all the freezing.
+    The encoder runs once; the gradient with respect to the prefix is summed over the micro-batches and then pulled back
+    through the encoder. The base is an argument that nothing differentiates: no other freezing is needed.
     Inside, the loss is multiplied by `scale`, so that float16 gradients do not vanish.
     """
     prefix, pull_back = jax.vjp(lambda encoder: encoder(), encoder)

@@ -1,4 +1,4 @@
-"""The two kinds of vocabulary: SentencePiece models through `sentencepiece`, byte-level BPE and others by `tokenizers`.
+"""The two kinds of vocabulary: SentencePiece models by `sentencepiece`; byte-level BPE and others by `tokenizers`.
 
 SentencePiece models are never rebuilt on another backend: that changes ids (an extra `▁`, byte fallback lost).
 """
@@ -20,15 +20,15 @@ TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 BYTE_LEVEL_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "GPTNeoXTokenizer", "GPTNeoXTokenizerFast")
 """Values of `tokenizer_class` for which transformers puts no space before a text unless `add_prefix_space` is given."""
 PROBE = "Hello, World!  it's 1234 x2.5\n\n  朝の市場は、１２３\nÀ 😃"
-"""Its ids differ between tokenizers that share a vocabulary but normalise or split differently."""
+"""A text whose ids differ between tokenizers that share a vocabulary but normalise or split differently."""
 
 
 class SentencePiece:
     """A SentencePiece model, with what a base model's folder adds to it.
 
-    `added` are tokens with ids after the model's, or with that of a piece which they rename; texts are split at them
-    first. Where the vocabulary has the piece `<NL>`, it stands for newlines. With `lower`, everything but added tokens
-    is lower-cased.
+    `added` are tokens with ids after the model's, or with the id of a piece that they rename; texts are split at
+    them first. Where the vocabulary has the piece `<NL>`, it stands for newlines. With `lower`, everything but added
+    tokens is lower-cased.
     """
 
     def __init__(self, processor: SentencePieceProcessor, added: Mapping[str, int], lower: bool):
@@ -80,7 +80,7 @@ class SentencePiece:
         return None if is_unknown else found
 
     def is_special(self, index: int) -> bool:
-        """Tell whether an id is a control or added token's, not a piece of texts."""
+        """Tell whether an id is a control or added token's, not a piece of text."""
         is_piece = index < self.processor.get_piece_size()
         return index in self._added_by_id or (is_piece and self.processor.is_control(index))
 
@@ -94,7 +94,7 @@ class SentencePiece:
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Turn a panic of `tokenizers`, which is written in Rust, into InputError: it is no Exception."""
+    """Turn a panic of `tokenizers`, which is written in Rust, into InputError: a panic is not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -112,7 +112,7 @@ class Added(NamedTuple):
     """Whether the folder gives its flags, not only its id."""
 
     def is_missing(self, backend: tokenizers.Tokenizer) -> bool:
-        """Tell whether a tokenizer has no added token of this id, or one with other flags than the folder gives."""
+        """Tell whether a tokenizer has no added token of this id, or one whose text or given flags differ."""
         known = backend.get_added_tokens_decoder().get(self.id)
         compared = ("content", *TOKEN_FLAGS) if self.described else ("content",)
         return known is None or any(getattr(known, name) != getattr(self.token, name) for name in compared)
@@ -122,8 +122,8 @@ class TokenizersFile:
     """A tokenizer.json, usually byte-level BPE, or GPT-2's two files.
 
     `added` are tokens that other files of the folder add to it, or name in its vocabulary. As in transformers, their
-    `add_prefix_space`, a space before the first word of a text, takes precedence over the tokenizer.json's; without it,
-    the classes of GPT-2 and GPT-NeoX put none.
+    `add_prefix_space`, a space before the first word of a text, takes precedence over that of tokenizer.json; if they
+    lack it, no space is put where `tokenizer_class` is GPT-2's or GPT-NeoX's, or not given.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, Added], settings: Mapping[str, Any]):
@@ -168,7 +168,7 @@ class TokenizersFile:
         return self.backend.token_to_id(piece)
 
     def is_special(self, index: int) -> bool:
-        """Tell whether an id is a special token's, not a piece of texts; a file without added tokens does not say."""
+        """Tell whether an id is a special token's, not a piece of text; without added tokens, any id may be one."""
         added = self.backend.get_added_tokens_decoder()
         special = [i for i, token in added.items() if token.special] or added
         return index in special if special else index < self.size
@@ -176,7 +176,7 @@ class TokenizersFile:
     def content(self, padding: int | None) -> bytes:
         """Return what determines the ids of texts, without a token that is there for padding alone.
 
-        It does not depend on how the file spells it: transformers, for one, saves the same tokenizer differently.
+        It does not depend on how the file is written: transformers, for one, saves the same tokenizer differently.
         """
         model = json.loads(self.backend.to_str())["model"]
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
@@ -186,7 +186,7 @@ class TokenizersFile:
         return json.dumps(parts, sort_keys=True).encode()
 
     def exact_content(self) -> bytes:
-        """Return everything that determines the ids of texts: also flags of added tokens, and how texts are split."""
+        """Return everything that determines the ids of texts, even flags of added tokens and how texts are split."""
         return self.backend.to_str().encode()
 
 

@@ -1,4 +1,4 @@
-"""The original's command line, and the DeepSpeed config that it writes from it."""
+"""The original's command line, and the DeepSpeed config that the original makes from it."""
 
 import argparse
 import json

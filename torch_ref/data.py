@@ -47,7 +47,7 @@ def chunk_document(text: str, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def split_examples(examples: Sequence[Example], n_train: int, n_dev: int) -> tuple[list[Example], list[Example]]:
-    """Return the first n_train and the last n_dev examples; fewer than both together is an error."""
+    """Return the first n_train and the last n_dev examples. Raises ValueError for fewer than both together."""
     if len(examples) < n_train + n_dev:
         raise ValueError(f"{len(examples)} chunks are fewer than {n_train} for training + {n_dev} for evaluation")
     return list(examples[:n_train]), list(examples[-n_dev:])

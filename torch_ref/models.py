@@ -17,5 +17,5 @@ def load_base(
     if config.model_type != getattr(model_class.config_class, "model_type", None):  # transformers would only warn
         raise ValueError(f"{flags.pretrained_model_dir}: is {config.model_type}, not --model_type {flags.model_type}")
     base = model_class.from_pretrained(flags.pretrained_model_dir, config=config, dtype=dtype)
-    torch.nn.Module.to(base, device)  # base.to, as transformers wraps it, has no types that mypy takes
+    torch.nn.Module.to(base, device)  # base.to, as transformers wraps it, has no types that mypy accepts
     return base.eval().requires_grad_(False)

@@ -27,7 +27,7 @@ class RunLog:
             self.board = SummaryWriter(f"{stem}.tensorboard")
 
     def line(self, text: str) -> None:
-        """Print a line after the seconds since the start."""
+        """Print a line, preceded by the seconds since the start."""
         if is_first_rank():
             text = f"{time.monotonic() - self.started:.2f}s {text}"
             print(text, flush=True)

@@ -44,14 +44,14 @@ class Run(NamedTuple):
 
 
 def batch_loss(base: PreTrainedModel, keys_values: torch.Tensor, batch: Batch, pad_id: int) -> torch.Tensor:
-    """Cross entropy averaged over all labels that are not pad. No attention mask is passed."""
+    """Return the cross entropy averaged over all labels that are not pad. No attention mask is passed."""
     inputs, labels = (part.to(base.device) for part in batch)
     logits = base(inputs, past_key_values=filled_cache(keys_values.to(base.dtype))).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=pad_id)
 
 
 def autocast(flags: argparse.Namespace) -> torch.autocast:
-    """Return half precision for passes that are not DeepSpeed's; inactive on a CPU."""
+    """Return a half-precision context for passes outside DeepSpeed's engine; inactive without CUDA."""
     dtype = torch.bfloat16 if flags.bf16 else torch.float16
     return torch.autocast("cuda", dtype=dtype, enabled=torch.cuda.is_available())
 
@@ -76,7 +76,7 @@ def batches_of(examples: list[Example], order: list[int], batch_size: int, token
 def evaluate(run: Run, batches: Sequence[Batch]) -> tuple[float, float]:
     """Return (monitor, ppl): plain means of the batches' losses and ppls, not weighted by tokens.
 
-    Quirks: those means, and autocast on CUDA.
+    Quirks: the plain means, and autocast on CUDA.
     """
     with autocast(run.flags):
         losses = [batch_loss(run.base, run.encoder(len(batch[0])), batch, run.pad_id).item() for batch in batches]
@@ -112,7 +112,7 @@ def train(
     """Train a prefix and return {"losses", "rates", "dev", "encoder", "n_done"}, for the comparison with jaxprefix.
 
     `losses` holds every micro-batch's loss, `rates` every update's learning rate, `dev` every epoch's (monitor, ppl);
-    `n_done` counts updates, with those of --checkpoint_path.
+    `n_done` counts updates, including those of --checkpoint_path.
     `order` and `examples` replace the random order of an epoch and the documents of --data_filepath.
     """
     device = start_ranks(flags)

@@ -50,7 +50,8 @@ class DeepSpeedSteps:
     """Updates through DeepSpeed's engine and its fused Adam.
 
     Quirks: the engine divides a micro-batch's loss by the number of micro-batches in an update, and steps the schedule
-    after each update; this loop steps it again. Gradients of an update that an epoch leaves unfinished stay in it.
+    after each update; this loop steps it again. At an epoch's end, the engine keeps the gradients of an
+    unfinished update.
     """
 
     def __init__(self, encoder: PrefixEncoder, flags: argparse.Namespace, n_done: int):
