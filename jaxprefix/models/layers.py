@@ -195,7 +195,7 @@ def _numbers(array: Weight) -> Float[Array, "*out n_in"]:
 
 @jax.custom_vjp
 def frozen_matmul(x: Float[Array, "*rest n_in"], weight: Weight) -> Float[Array, "*rest_out"]:
-    """Compute x Wᵀ in x's type, accumulated in float32, without a gradient towards the weight.
+    """Compute x Wᵀ in x's type, accumulated in float32, without a gradient with respect to the weight.
 
     Its backward pass multiplies in that type, too: by default, the float32 accumulation would make the incoming
     gradient float32, and a half-precision product would run at float32's speed or worse.
