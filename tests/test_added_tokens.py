@@ -10,6 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
+from jaxprefix.vocabularies import BYTE_LEVEL_CLASSES
 from tests.base_folders import GOLDEN_BASE, make_bpe_folder
 
 USER = "<|user|>"
@@ -110,7 +111,7 @@ def test_flags_in_tokenizer_config_come_before_those_of_the_file(bpe_folder, tmp
     assert len(found) < len(plain)
 
 
-@pytest.mark.parametrize("name", [None, "GPT2Tokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL_CLASSES, "PreTrainedTokenizerFast"])
 def test_a_space_before_texts_goes_by_the_class_where_no_setting_says(tmp_path, name):
     """`tokenizers` puts one unless it is told not to; GPT-2's and GPT-NeoX's classes do not."""
     folder = make_bpe_folder(tmp_path / "bpe")
@@ -152,3 +153,37 @@ def test_a_panic_of_the_library_is_an_error(bpe_folder, tmp_path):
     tokenizer.vocabulary.backend.add_tokens([tokenizers.AddedToken("\n", normalized=True)])
     with pytest.raises(InputError, match="the tokenizer fails"):
         tokenizer.encode("À\n")
+
+
+def test_ids_between_added_tokens_leave_no_trace(tmp_path):
+    folder = sentencepiece_folder(tmp_path / "base")
+    (folder / "added_tokens.json").write_text(json.dumps({"<chat>": 445}))
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode("朝の市場は")
+    assert tokenizer.decode([*ids, 440, 444]) == tokenizer.decode(ids)
+
+
+def test_a_token_may_be_special_in_tokenizer_config_alone(bpe_folder, tmp_path):
+    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(USER, normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    token = {"content": USER, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    decoder = {str(backend.token_to_id(USER)): token}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode(f"a{USER}b")) == "ab"
+
+
+def test_added_tokens_stand_as_they_are_where_the_rest_is_lower_cased(tmp_path):
+    folder = sentencepiece_folder(tmp_path / "base", do_lower_case=True)
+    (folder / "added_tokens.json").write_text(json.dumps({"<CHAT>": 440}))
+    tokenizer, plain = load_tokenizer(folder), load_tokenizer(GOLDEN_BASE)
+    assert tokenizer.encode("AB<CHAT>C") == [*plain.encode("ab"), 440, *plain.encode("c")]
+
+
+def test_an_added_token_whose_id_is_no_number(tmp_path):
+    folder = sentencepiece_folder(tmp_path / "base", added_tokens_decoder={"x": {"content": "<a>"}})
+    with pytest.raises(InputError, match=r"added tokens without a proper id: {'<a>': 'x'}"):
+        load_tokenizer(folder)

@@ -276,3 +276,45 @@ def test_numbers_may_be_numpys():
     object.__setattr__(config, "batch_size", np.int64(5))
     config.__post_init__()
     assert (config.batch_size, type(config.batch_size)) == (5, int)
+
+
+@pytest.mark.parametrize("config", [GenerateConfig, EvaluateConfig])
+def test_a_mesh_of_generating_and_evaluating_must_be_one(config):
+    with pytest.raises(InputError) as error:
+        config("base", mesh="data=2,rows=2")
+    assert str(error.value).split("\n  - ")[1:] == [f"{MESH} 'data=2,rows=2'"]
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), float("nan")])
+def test_a_temperature_is_finite(temperature):
+    with pytest.raises(InputError, match="--temperature must be finite"):
+        DecodeConfig(temperature=temperature)
+
+
+def test_a_seed_of_sampling_has_32_bits():
+    with pytest.raises(InputError, match=f"--seed must be at least 0 and below {2**32}, is {2**32}"):
+        GenerateConfig("base", seed=2**32)
+
+
+@pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
+def test_each_of_several_processes_needs_all_three_flags(missing):
+    flags = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}
+    del flags[missing]
+    with pytest.raises(InputError, match=rf"a run of several processes also needs --{missing}$"):
+        HostsConfig(**flags)
+
+
+@pytest.mark.parametrize("port", [0, 2**16])
+def test_a_port_that_there_is_not(port):
+    with pytest.raises(InputError, match=f"must be host:port, found 'a:{port}'"):
+        HostsConfig(coordinator_address=f"a:{port}", num_processes=2, process_id=0)
+
+
+def test_a_name_is_no_path():
+    with pytest.raises(InputError) as error:
+        run_config(Path(), name="a/b")
+    assert str(error.value) == f"train:\n  - {NAMES} 'a/b'"
+
+
+def test_a_suffix_may_be_a_tilde():
+    assert run_config(Path(), suffix="~").suffix == "~"

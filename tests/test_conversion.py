@@ -232,3 +232,9 @@ def test_the_prefix_of_a_run_whose_description_is_damaged(finished, tmp_path):
     (run / "config.json").write_text("{")
     converted(run, tmp_path / "p.weight")
     np.testing.assert_array_equal(read_prefix(tmp_path / "p.weight")[0], read_prefix(finished.run_dir)[0])
+
+
+@pytest.mark.parametrize("suffix", [".weight", ".checkpoint", ".npy", ".safetensors"])
+def test_a_base_model_is_no_file(tmp_path, suffix):
+    with pytest.raises(InputError, match=rf"is a base model, which becomes a folder, not a {suffix} file"):
+        converted(GOLDEN_BASE, tmp_path / f"base{suffix}")

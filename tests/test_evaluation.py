@@ -148,7 +148,7 @@ def test_evaluate_measures_what_it_is_told_in_the_way_it_is_told(monkeypatch, tm
     (tmp_path / "prompts.txt").write_text("朝の\n猫が")
     seen = {}
 
-    def fake_loss(model, prefix, batches, recipe, mesh):
+    def fake_loss(model, prefix, batches, mesh, recipe):
         seen.update(recipe=recipe, dtype=model.embed.weight.dtype.name)
         return {"loss": 1.0 if prefix is None else 0.5, "ppl": 1.0}
 

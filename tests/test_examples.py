@@ -1,7 +1,5 @@
 import dataclasses
-import errno
 import gzip
-import hashlib
 import itertools
 import json
 import re
@@ -176,13 +174,6 @@ def test_a_file_of_bad_lines_only_tells_the_first(tokenizer, tmp_path):
 FAMILY = "👨‍👩‍👧‍👦"
 
 
-def test_a_mark_before_an_overlong_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LINE_BYTES", 100)
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"a" * 101 + b"\nsecond\n")
-    assert list(lines.read_lines(path)) == [b"a" * 101, b"second\n"]
-
-
 @pytest.mark.parametrize("escaped", [False, True])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
 @pytest.mark.parametrize("packed", [False, True])
@@ -204,35 +195,6 @@ def test_utf_16_is_told_as_such(tokenizer, tmp_path, encoding):
         read_examples(tmp_path / "d.jsonl", Chunking(tokenizer, skip_bad_lines=True))
 
 
-def test_a_line_is_read_no_further_than_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "LINE_BYTES", 1000)
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(b"a" * 999 + b"\n" + b"b" * 1000 + b"\n" + b"c" * 5000 + b"\nd\n" + b"e" * 1000)
-    assert [(line[:1], len(line)) for line in lines.read_lines(path)] == [
-        (b"a", 1000),
-        (b"b", 1001),
-        (b"c", 1001),
-        (b"d", 2),
-        (b"e", 1000),
-    ]
-
-
-@pytest.mark.parametrize("change", ["append", "replace", "delete"])
-def test_a_file_that_changes_while_it_is_read(tmp_path, change):
-    path = write_lines(tmp_path / "d.jsonl", *[{"text": "a"}] * 3)
-    found = lines.read_lines(path)
-    next(found)
-    if change == "append":
-        with path.open("a") as file:
-            file.write("\n")
-    elif change == "replace":
-        write_lines(tmp_path / "other", *[{"text": "b"}] * 3).replace(path)
-    else:
-        path.unlink()
-    with pytest.raises(InputError, match="changed while it was being read; copy it"):
-        list(found)
-
-
 def test_a_damaged_gzip_file(tokenizer, tmp_path):
     whole = gzip.compress(b'{"text": "a"}\n' * 10)
     for content in (whole[:-9], b"{}", whole[:20] + b"\xff" * 20):
@@ -251,30 +213,6 @@ def test_file_without_examples_is_an_error(tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match="holds no example"):
         read_examples(tmp_path / "d.jsonl", Chunking(tokenizer))
-
-
-def test_a_disk_that_fails_while_a_file_is_read(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(errno.EIO, "Input/output error")
-
-    (tmp_path / "d.jsonl.gz").write_bytes(b"")
-    monkeypatch.setattr(gzip, "open", fail)
-    with pytest.raises(InputError, match=r"d.jsonl.gz: cannot be read \(Input/output error\)"):
-        list(lines.read_lines(tmp_path / "d.jsonl.gz"))
-
-
-def test_a_files_hash_is_of_what_it_holds_now(tmp_path, monkeypatch):
-    path = tmp_path / "d.jsonl"
-    path.write_text("one")
-    assert lines.sha256_of(path) == hashlib.sha256(b"one").hexdigest()
-    with monkeypatch.context() as patch:
-        patch.setattr(hashlib, "file_digest", None)  # it is not read a second time
-        assert lines.sha256_of(path) == hashlib.sha256(b"one").hexdigest()
-    path.write_text("other")
-    assert lines.sha256_of(path) == hashlib.sha256(b"other").hexdigest()
-    path.unlink()
-    with pytest.raises(InputError, match="cannot be read"):
-        lines.sha256_of(path)
 
 
 def test_prompt_and_completion_are_encoded_apart(tokenizer, tmp_path):
@@ -336,3 +274,14 @@ def test_sentences_that_are_cut_are_counted_and_many_are_warned_of(tmp_path):
     assert report(5) == ["sentences of more than --max_seq_len tokens: 5 of 100, cut anywhere"]
     advice = "a prefix learns to end texts there: put newlines behind sentences, or raise --max_seq_len"
     assert report(6) == [f"WARNING: sentences of more than --max_seq_len tokens: 6 of 100, cut anywhere; {advice}"]
+
+
+def test_an_end_of_text_in_a_prompt_ends_no_target():
+    assert list(Examples.of([Example([2], [5])]).report_eos(2)) == []
+    assert len(list(Examples.of([Example([2], [5, 2])]).report_eos(2))) == 1
+
+
+def test_blank_lines_are_no_sentences_that_could_be_cut(tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", {"text": "abcdefg\n\n \nab\n"})
+    [told] = read_examples(path, Chunking(Bytes(), "!", 5)).tally.report(path)
+    assert "1 of 2, cut anywhere" in told

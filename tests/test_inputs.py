@@ -129,3 +129,14 @@ def test_examples_that_are_too_long_can_be_left_out(tmp_path):
     pairs_file(tmp_path, ["川" * 700])
     with pytest.raises(InputError, match=r"holds no example; skipped 1 examples .*, first: line 1$"):
         read_inputs(config)
+
+
+def test_examples_that_just_fit_are_not_left_out(tmp_path, tokenizer):
+    """Behind a prefix of 10 there are 502 positions."""
+    n_prompt = len(tokenizer.encode("朝の"))
+    fits = "川" * (502 - n_prompt - len(tokenizer.encode("川" * 9)) + 9)
+    assert len(tokenizer.encode(fits)) == 502 - n_prompt
+    data = pairs_file(tmp_path, [fits + "川", fits, *["市"] * 17])
+    inputs = read_inputs(run_config(tmp_path, data_filepath=data, skip_bad_lines=True))
+    assert inputs.train_set.tally.n_too_long == 1
+    assert inputs.train_set.line_numbers[0] == 2

@@ -176,3 +176,24 @@ def test_a_run_has_one_lock_under_all_its_names(tmp_path):
     (tmp_path / "link").symlink_to("run")
     with only_writer(tmp_path / "run"):
         assert in_use(tmp_path / "link")
+
+
+def test_a_run_without_checkpoints_needs_no_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_lock", lambda file: False)
+    with only_run(run_config(tmp_path, save_model=False)):
+        pass
+    told = "does not support file locks, which checkpoints need"
+    with pytest.raises(InputError, match=told), only_run(run_config(tmp_path)):
+        pass
+
+
+def test_a_host_that_may_have_crashed_is_waited_for_no_longer_than_told(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
+    monkeypatch.setattr(run_lock, "_locked", locked := Mock(side_effect=[BlockingIOError] * 200))
+    with pytest.raises(InputError, match="is in use by process 7 on elsewhere"), only_writer(tmp_path / "run"):
+        pass
+    assert locked.call_count == 122
+    assert capsys.readouterr().err.count("waiting up to 120 s") == 1

@@ -5,7 +5,7 @@ import pytest
 
 import jaxprefix.sampling
 from jaxprefix.inference_config import DecodeConfig
-from jaxprefix.sampling import Sampling, choose_tokens, draw, nucleus
+from jaxprefix.sampling import Sampling, are_finite, choose_tokens, draw, nucleus
 
 SEED = np.uint32(0)
 GREEDY = DecodeConfig(decode_method="greedy")
@@ -97,3 +97,9 @@ def test_temperature_comes_before_the_nucleus():
     sampling = Sampling(jnp.float32(4), jnp.float32(0.7), SEED, 0)
     chosen = choose_tokens(jnp.broadcast_to(LOGITS, (500, 4)), keys, DecodeConfig(), sampling)
     assert set(np.asarray(chosen).tolist()) == {0, 1, 2}
+
+
+def test_one_logit_that_is_not_finite_is_noticed_wherever_it_is():
+    """−∞ is finite enough: that token has no probability."""
+    rows = jnp.asarray([[0, 1, 2], [0, 1, -jnp.inf], [0, jnp.nan, 2], [0, 1, jnp.inf]])
+    assert are_finite(rows).tolist() == [True, True, False, False]

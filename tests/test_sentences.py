@@ -18,6 +18,8 @@ SMILE = " 😃"
         ("「行こう。」 「はい。」 😃", (2, 1)),
         ("今日は晴れ。😃 😃 😃", (1, 1)),
         ("I paid 3.5 yen. You paid more. 😃", (2, 1)),
+        ("He left. 😃. She stayed. 😃", (2, 2)),
+        ("He left (why?), and she stayed. 😃", (1, 1)),
         (" 😃 次の文。", (1, 0)),  # a suffix that answers the prompt's own sentence
         ("見出し\n本文です。 😃", (2, 1)),  # a line ends its sentence
         ("一行目\n二行目。\n三行目 😃\n途中", (3, 1)),
@@ -87,3 +89,14 @@ def test_suffix_rate_is_over_all_sentences():
 )
 def test_a_sentence_whose_suffix_was_cut_off_does_not_count(text, suffix, n_sentences):
     assert count_sentences(without_cut_end(text, suffix), suffix)[0] == n_sentences
+
+
+def test_a_suffix_that_repeats_itself_is_cut_off():
+    assert count_sentences(without_cut_end("一。ｗｗｗ 二。ｗｗ", "ｗｗｗ"), "ｗｗｗ") == (1, 1)
+
+
+def test_a_suffix_on_a_line_of_its_own_behind_lines_without_marks():
+    text = "He left\n😃\n\nShe stayed\n😃\n\n"
+    for end in range(len(text)):
+        n_sentences, n_suffixed = count_sentences(without_cut_end(text[:end], "\n😃\n"), "\n😃\n", NOWHERE)
+        assert n_sentences == n_suffixed == text[:end].count("😃")

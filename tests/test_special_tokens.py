@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, SAMPLE
 
 
 def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
@@ -56,3 +57,25 @@ def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 2}))
     assert load_tokenizer(tmp_path).bos_id == 1, "a name in the tokenizer's own files comes first"
+
+
+def test_config_json_may_name_an_added_token(tmp_path):
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 440}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 440}))
+    assert load_tokenizer(tmp_path).eos_id == 440
+
+
+def test_the_unknown_token_has_its_name_too(tmp_path):
+    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>"}))
+    assert load_tokenizer(tmp_path).pad_id == 0
+
+
+def test_a_sentencepiece_model_without_a_special_token(tmp_path):
+    texts = [json.loads(line)["text"] for line in SAMPLE.read_text().splitlines()[:50]]
+    options = {"vocab_size": 1500, "bos_id": -1, "minloglevel": 2, "num_threads": 1, "hard_vocab_limit": False}
+    with (tmp_path / "spiece.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, **options)
+    with pytest.raises(InputError, match=r"spiece.model: has no bos_token; name the special token"):
+        load_tokenizer(tmp_path)

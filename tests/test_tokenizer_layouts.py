@@ -315,3 +315,8 @@ def test_word_and_normalizer_flags_of_added_tokens_count(tmp_path):
         tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
         for text in ("a<Extra>b", "a <Extra> b", "a <extra> b"):
             assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False), (flags, text)
+
+
+def test_a_name_that_gpt2s_two_files_lack_adds_no_token(bpe_folder, tmp_path):
+    tokenizer = load_tokenizer(gpt2_folder(bpe_folder, tmp_path / "gpt2", pad_token="[PAD]"))
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (600, tokenizer.eos_id)

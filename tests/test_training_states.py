@@ -227,3 +227,11 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_in_pytorch(tmp_path, uni
     train(config)
     record = reference_run(tmp_path, converted(config.run_dir, tmp_path / "state.pt"), n_epochs=4)
     np.testing.assert_allclose(record["losses"], uninterrupted[0][5:], rtol=LOSS)
+
+
+def test_a_training_state_goes_into_an_empty_folder(tmp_path):
+    state = {"encoder": ENCODER, "optimizer": {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}}
+    torch.save(state, tmp_path / "state.pt")
+    (tmp_path / "run").mkdir()
+    converted(tmp_path / "state.pt", tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]

@@ -96,3 +96,17 @@ def test_a_strangers_unfinished_file_is_not_removed(tmp_path):
 def test_what_fails_before_there_is_a_file_is_told_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="a fault"), replacing(tmp_path / "a"):
         raise ValueError("a fault")
+
+
+def test_a_file_whose_name_begins_as_an_unfinished_ones_is_not_removed(tmp_path):
+    (tmp_path / "1.tmp.txt").write_text("hours of work")
+    with pytest.raises(InputError, match="is not an empty folder"), filling(tmp_path):
+        pass
+    assert (tmp_path / "1.tmp.txt").read_text() == "hours of work"
+
+
+@pytest.mark.parametrize("name", ["1.tmp", "adapter_config.json.tmp", "adapter_model.safetensors.tmp"])
+def test_what_a_killed_conversion_left_is_removed(tmp_path, name):
+    (tmp_path / name).touch()
+    with filling(tmp_path):
+        assert not any(tmp_path.iterdir())

@@ -174,3 +174,16 @@ def test_the_headers_shape_counts_before_the_configs(tmp_path):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
     assert read_prefix(adapter)[1]["n_head"] == "4"
+
+
+def test_of_an_adapters_two_files_safetensors_counts_as_for_peft(tmp_path):
+    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
+    torch.save({"prompt_embeddings": torch.zeros(2, 8)}, tmp_path / "adapter_model.bin")
+    assert read_prefix(tmp_path)[0].min() == 1
+
+
+def test_an_adapters_config_need_not_say_the_length(tmp_path):
+    write_adapter(tmp_path, np.ones((2, 8), np.float32), n_layer=1, n_head=1, header={})
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "num_virtual_tokens"}))
+    assert len(read_prefix(tmp_path)[0]) == 2
