@@ -74,8 +74,8 @@ def read_training_state(path: Path) -> dict[str, np.ndarray]:
         else:
             problems.append(f"the optimizer's step must be a whole number, found {step!r}")
     if problems:
-        found = ", ".join(repr(str(key)[:60]) for key in [*content][:3])
-        raise InputError.all(f"{path}: not the training state of a prefix encoder (it holds {found} …):", problems)
+        found = ", ".join(repr(str(key)[:60]) for key in [*content][:3]) + (" …" if len(content) > 3 else "")
+        raise InputError.all(f"{path}: not the training state of a prefix encoder (it holds {found}):", problems)
     return arrays
 
 

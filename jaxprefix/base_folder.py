@@ -23,9 +23,7 @@ def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str |
     For a hub id, everything but the weights is downloaded (see `fetch_weights`). Raises InputError.
     """
     path = resolve_folder(dir_or_hub_id, revision)
-    config, tokenizer = read_model_config(path, dir_or_hub_id, model_type, revision), load_tokenizer(path)
-    config.check_vocabulary(tokenizer.vocab_size)
-    return BaseFolder(path, config, tokenizer)
+    return BaseFolder(path, read_model_config(path, dir_or_hub_id, model_type, revision), load_tokenizer(path))
 
 
 def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:

@@ -42,6 +42,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     if config.data_filepath is None:
         yield describe_suffix(config.suffix, tokenizer)
         n_columns = config.max_seq_len + 1
+        model.check_vocabulary(tokenizer.vocab_size)
         model.check_fit(config.prefix_seq_len, n_columns, "the longest row")
     else:
         examples = load_data(config, model, tokenizer)

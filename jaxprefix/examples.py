@@ -85,7 +85,7 @@ class Tally(NamedTuple):
         if self.n_bad:
             yield f"skipped {self.n_bad:,} of {self.n_lines:,} lines of {path}, first: {self.first_bad}"
         if self.n_too_long:
-            yield f"skipped {self.n_too_long:,} examples of {path} as too long, first: line {self.first_too_long}"
+            yield f"skipped {self.n_too_long:,} example(s) of {path} as too long, first: line {self.first_too_long}"
 
 
 class Examples(Sequence[Example]):
@@ -190,13 +190,16 @@ def make_examples(lines: Iterable[bytes], path: Path, first_line: int, chunking:
     def of_each_line() -> Iterator[tuple[int, Example]]:
         nonlocal tally
         for number, line in enumerate(lines, start=first_line):
+            where = f"{path}, line {number}"
             try:
-                made, of_line = _examples_of(line, f"{path}, line {number}", chunking)
+                made, of_line = _examples_of(line, where, chunking)
                 tally += of_line
                 yield from ((number, example) for example in made)
             except InputError as error:
+                if not str(error).startswith(where):  # of the tokenizer
+                    error = InputError(f"{where}: {error}")
                 if not chunking.skip_bad_lines:
-                    raise
+                    raise error
                 tally += Tally(1, 1, str(error).removeprefix(f"{path}, "))
 
     examples = Examples.of_lines(of_each_line())

@@ -57,7 +57,7 @@ def load_data(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> 
 def usable_examples(path: Path, chunking: Chunking, model: ModelConfig, prefix_len: int) -> Examples:
     """Return a file's examples; if bad lines are skipped, leave out those that do not fit behind the prefix."""
     examples = load_examples(path, chunking)
-    if chunking.skip_bad_lines:
+    if chunking.skip_bad_lines and prefix_len < model.max_positions:
         return without_long_rows(examples, model.max_positions - prefix_len, path)
     return examples
 
@@ -67,6 +67,7 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: 
 
     Raises an InputError that names that row's line, quotes how its text begins, and says how many do not fit.
     """
+    model.check_vocabulary(tokenizer.vocab_size)
     measured = [(part, row_lengths(part).max(axis=1)) for part in parts]
     n_beyond = sum(int((lengths > model.max_positions - prefix_len).sum()) for _, lengths in measured)
     what = f"the longest of {n_beyond:,} examples that do not fit" if n_beyond > 1 else "the longest row"

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from convert.errors import InputError
+from convert.errors import InputError, PlainError
 from convert.files import replacing
 from jaxprefix.screen import UnfailingStream
 
@@ -50,11 +50,8 @@ class RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        if error is not None and self._text is not None:  # whoever catches it shows it on the screen
-            with contextlib.suppress(OSError):  # a full disk may be the error
-                print(f"{self._seconds()}error: {str(error) or type(error).__name__}", file=self._text, flush=True)
         for file in (self._text, self._metrics, self._tensorboard):
             if file is not None:
                 file.close()
@@ -65,6 +62,12 @@ class RunLog:
         self._console.print(text)
         if self._text is not None:
             print(text, file=self._text, flush=True)
+
+    def ended_by(self, error: PlainError) -> None:
+        """Append the error that ended the run to log.txt, which is closed by now; the caller shows it on the screen."""
+        if self._text is not None:
+            with contextlib.suppress(OSError), open(self._text.name, "a", encoding="utf-8") as file:
+                print(f"{self._seconds()}error: {error}", file=file)
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._started:.2f}s "

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import tokenizers
 from sentencepiece import SentencePieceProcessor
 
 from convert.errors import InputError
-from convert.untrusted import member, read_object, refuse_pointer
+from convert.untrusted import member, read_object, refuse_pointer, unique_keys
 from jaxprefix.hub import (
     ADDED_TOKENS_FILE,
     BASE_CONFIG,
@@ -92,6 +93,8 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
     path = next((p for name in names if (p := member(folder, name)).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: no tokenizer; expected one of {', '.join(names)}")
+    if settings.get("tokenizer_class") is None:
+        settings = settings | {"tokenizer_class": config.get("tokenizer_class")}
     if path.name == VOCAB_FILE:
         settings = GPT2_SPECIAL | settings
     vocabulary = _open_vocabulary(path, _added_tokens(folder, settings), settings)
@@ -119,8 +122,6 @@ def load_tokenizer(dir_or_hub_id: str | Path, revision: str | None = None) -> To
 
 def _open_vocabulary(path: Path, added: dict[str, Added], settings: Mapping[str, Any]) -> Vocabulary:
     refuse_pointer(path)
-    if path.name == VOCAB_FILE:
-        read_object(path)  # refuses what the library would not: duplicate keys
     if path.name in (TOKENIZERS_FILE, VOCAB_FILE):
         try:
             with panics_as_errors():
@@ -149,6 +150,7 @@ def _gpt2(vocab: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
     merges = member(vocab.parent, MERGES_FILE)
     if not merges.is_file():
         raise InputError(f"has no {MERGES_FILE} beside it")
+    json.loads(vocab.read_bytes(), object_pairs_hook=unique_keys)  # raises for a repeated key; the library does not
     backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -173,10 +175,7 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, Added]
     wrong = {token: index for token, index in ids.items() if type(index) is not int or index < 0 or not token}
     if wrong:
         raise InputError(f"{folder}: added tokens without a proper id: {wrong}")
-    return {
-        name: Added(index, tokenizers.AddedToken(name, **flags.get(name, {})), described=name in flags)
-        for name, index in ids.items()
-    }
+    return {name: Added(index, flags.get(name, {})) for name, index in ids.items()}
 
 
 def _special_id(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from convert.errors import PlainError
 from jaxprefix.base_folder import base_identity
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig, mesh_sizes
@@ -55,12 +56,18 @@ def train(config: TrainConfig) -> TrainResult:
     with a checkpoint; a second signal ends it at once. One of many processes (`config.hosts`) returns when all of them
     are done; a signal to any of them ends the run for all.
     """
-    with released_after_errors(), within_memory(lambda: less_memory(config)), joined(config.hosts):
-        return train_jointly(config)
+    logs = list[RunLog]()
+    try:
+        with released_after_errors(), within_memory(lambda: less_memory(config)), joined(config.hosts):
+            return train_jointly(config, logs)
+    except PlainError as error:
+        for log in logs:
+            log.ended_by(error)
+        raise
 
 
-def train_jointly(config: TrainConfig) -> TrainResult:
-    """Make the run that `train` describes, in a process that has joined the others."""
+def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
+    """Make the run that `train` describes, in a process that has joined the others; add its log to `logs`."""
     inputs = agree("read its inputs", lambda: read_inputs(config))
     mesh = agree("make its mesh", lambda: make_mesh(mesh_sizes(config.mesh)))
     identity = base_identity(inputs.base.config, inputs.base.tokenizer)
@@ -86,6 +93,7 @@ def train_jointly(config: TrainConfig) -> TrainResult:
         state = spread(state, replicated(mesh))
         watchdog.still_going()
         log = stack.enter_context(agree("open the log", lambda: open_log(config, inputs.plan.n_updates, progress)))
+        logs.append(log)
         for line in summary(config, inputs, state.encoder, mesh):
             log.line(line)
         if config.resume:

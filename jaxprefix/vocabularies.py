@@ -4,6 +4,7 @@ SentencePiece models are never rebuilt on another backend: that changes ids (an 
 """
 
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -107,15 +108,8 @@ class Added(NamedTuple):
     """A token that a base model's folder adds to its tokenizer."""
 
     id: int
-    token: tokenizers.AddedToken
-    described: bool
-    """Whether the folder gives its flags, not only its id."""
-
-    def is_missing(self, backend: tokenizers.Tokenizer) -> bool:
-        """Tell whether a tokenizer has no added token of this id, or one whose text or given flags differ."""
-        known = backend.get_added_tokens_decoder().get(self.id)
-        compared = ("content", *TOKEN_FLAGS) if self.described else ("content",)
-        return known is None or any(getattr(known, name) != getattr(self.token, name) for name in compared)
+    flags: dict[str, bool]
+    """Those of its properties TOKEN_FLAGS that the folder gives."""
 
 
 class TokenizersFile:
@@ -131,11 +125,7 @@ class TokenizersFile:
         backend.no_padding()
         if getattr(backend.model, "dropout", None):  # ids would be random
             backend.model.dropout = None
-        for name, token in sorted(added.items(), key=lambda item: item[1].id):
-            if backend.token_to_id(name) in (None, token.id) and token.is_missing(backend):
-                (backend.add_special_tokens if token.token.special else backend.add_tokens)([token.token])
-            if (found := backend.token_to_id(name)) != token.id:
-                raise InputError(f"added token {name!r} has id {token.id} in one file, {found} here")
+        _add_tokens(backend, added)
         by_class = False if settings.get("tokenizer_class") in BYTE_LEVEL_CLASSES else None
         add_prefix_space = settings.get("add_prefix_space", by_class)
         if isinstance(backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel) and type(add_prefix_space) is bool:
@@ -188,6 +178,25 @@ class TokenizersFile:
     def exact_content(self) -> bytes:
         """Return everything that determines the ids of texts, even flags of added tokens and how texts are split."""
         return self.backend.to_str().encode()
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: Mapping[str, Added]) -> None:
+    """Add the tokens that a tokenizer lacks, or has without the given flags; their ids must be those it gives them."""
+    known, missing = backend.get_added_tokens_decoder(), list[tokenizers.AddedToken]()
+    for name, (index, flags) in sorted(added.items(), key=lambda item: item[1].id):
+        earlier = known.get(index)
+        if earlier is not None and earlier.content == name:
+            own = {flag: getattr(earlier, flag) for flag in TOKEN_FLAGS}
+            if own | flags == own:
+                continue
+            flags = own | flags
+        if backend.token_to_id(name) in (None, index):
+            missing.append(tokenizers.AddedToken(name, **flags))
+    for special, tokens in itertools.groupby(missing, key=lambda token: token.special):
+        (backend.add_special_tokens if special else backend.add_tokens)([*tokens])
+    for name, (index, _) in added.items():
+        if (found := backend.token_to_id(name)) != index:
+            raise InputError(f"added token {name!r} has id {index} in one file, {found} here")
 
 
 Vocabulary = SentencePiece | TokenizersFile

@@ -10,6 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
+from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.vocabularies import BYTE_LEVEL_CLASSES
 from tests.base_folders import GOLDEN_BASE, make_bpe_folder
 
@@ -122,6 +123,11 @@ def test_a_space_before_texts_goes_by_the_class_where_no_setting_says(tmp_path, 
     (folder / "tokenizer_config.json").write_text(json.dumps({} if name is None else {"tokenizer_class": name}))
     spaced = name == "PreTrainedTokenizerFast"
     assert load_tokenizer(folder).encode("晴れ") == plain.encode(" 晴れ" if spaced else "晴れ")
+    if name is not None:  # config.json may say it instead
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+        (folder / "tokenizer_config.json").unlink()
+        assert load_tokenizer(folder).encode("晴れ") == plain.encode(" 晴れ" if spaced else "晴れ")
     if not spaced:
         reference = transformers.AutoTokenizer.from_pretrained(folder)
         assert reference.encode("晴れ", add_special_tokens=False) == plain.encode("晴れ")
@@ -187,3 +193,38 @@ def test_an_added_token_whose_id_is_no_number(tmp_path):
     folder = sentencepiece_folder(tmp_path / "base", added_tokens_decoder={"x": {"content": "<a>"}})
     with pytest.raises(InputError, match=r"added tokens without a proper id: {'<a>': 'x'}"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("token", [USER, {"content": USER}, {"content": USER, "rstrip": True}])
+def test_flags_that_tokenizer_config_does_not_give_stay(vocabulary, token):
+    content = json.loads((vocabulary / "tokenizer.json").read_text())
+    listed = {"id": 1, "content": USER, "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+    content["added_tokens"].append(listed | {"special": True})
+    (vocabulary / "tokenizer.json").write_text(json.dumps(content))
+    (vocabulary / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"1": token}}))
+    backend = load_tokenizer(vocabulary).vocabulary.backend
+    found = backend.get_added_tokens_decoder()[1]
+    assert (found.special, found.lstrip, found.normalized) == (True, True, False)
+    assert found.rstrip == ("rstrip" in token)
+
+
+def test_where_a_named_eos_is_unknown_config_jsons_id_counts(tmp_path):
+    folder = sentencepiece_folder(tmp_path / "base", eos_token="<|im_end|>")
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert load_tokenizer(folder).eos_id == 3
+
+
+@pytest.mark.parametrize("skipping", [False, True])
+def test_a_line_at_which_the_library_panics_is_named(bpe_folder, tmp_path, skipping):
+    tokenizer = load_tokenizer(bpe_folder)
+    tokenizer.vocabulary.backend.normalizer = normalizers.Strip()
+    tokenizer.vocabulary.backend.add_tokens([tokenizers.AddedToken("\n", normalized=True)])
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": text, "completion": "a"}) for text in ("a", "À\n", "b")))
+    if skipping:
+        examples = read_examples(path, Chunking(tokenizer, skip_bad_lines=True))
+        assert examples.line_numbers.tolist() == [1, 3]
+        assert examples.tally.first_bad.startswith("line 2: the tokenizer fails")
+    else:
+        with pytest.raises(InputError, match=f"^{path}, line 2: the tokenizer fails"):
+            read_examples(path, Chunking(tokenizer))

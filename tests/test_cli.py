@@ -103,10 +103,8 @@ def test_unknown_flag(capsys, tmp_path):
 
 
 def test_flags_of_deepspeed_are_named_as_such(capsys, tmp_path):
-    given = ["--local_rank=0", "--deepspeed", "--deepspeed_config", "ds_config.json"]
-    fails(
-        capsys, [*train_flags(tmp_path), *given], "error: --deepspeed, --deepspeed_config, --local_rank: flags of Deep"
-    )
+    given = ["--local-rank=0", "--deepspeed", "--deepspeed_config", "ds_config.json"]
+    fails(capsys, [*train_flags(tmp_path), *given], "error: --local-rank, --deepspeed, --deepspeed_config: flags of")
 
 
 def test_output_folder_that_cannot_be_written(capsys, tmp_path):

@@ -87,7 +87,7 @@ def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp
     )
     data.write_text(data.read_text() + json.dumps({"prompt": "朝", "completion": "の"}), encoding="utf-8")
     assert main(["evaluate", *BASE, "--data_filepath", str(data), "--n_samples", "0", "--skip_bad_lines"]) == 0
-    assert f"skipped 1 examples of {data} as too long, first: line 1" in capsys.readouterr().err
+    assert f"skipped 1 example(s) of {data} as too long, first: line 1" in capsys.readouterr().err
     fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
 
 

@@ -230,6 +230,7 @@ class TestSignals:
         newest = config.run_dir / "checkpoints" / "4"
         ending = f"error: a second signal ended the run at once; the last good checkpoint is {newest}, --resume goes on"
         assert ending in capsys.readouterr().err
+        assert f"s {ending}" in (config.run_dir / "log.txt").read_text()
         train(run_config(tmp_path, resume=True))
         same_end(config, finished)
 
@@ -237,8 +238,9 @@ class TestSignals:
 class TestMemory:
     def test_too_little_memory_tells_by_how_much(self, tmp_path, monkeypatch, capsys):
         at_update(monkeypatch, 6, lambda: jnp.zeros(2**47, jnp.uint8).block_until_ready())
-        assert main(["train", *flags_of(run_config(tmp_path))]) == 1
+        assert main(["train", *flags_of(config := run_config(tmp_path))]) == 1
         error = capsys.readouterr().err
+        assert error.splitlines()[-1] in (config.run_dir / "log.txt").read_text()
         assert "error: out of memory: 131072.00 GiB were requested at once; this machine has " in error
         assert (
             "this run can use --remat block or more devices with --mesh fsdp=N, a new one also a --batch_size below "

@@ -122,12 +122,12 @@ def test_examples_that_are_too_long_can_be_left_out(tmp_path):
     inputs = read_inputs(config := run_config(tmp_path, data_filepath=data, skip_bad_lines=True))
     assert (list(inputs.train_set), list(inputs.dev_set)) == (list(rest.train_set), list(rest.dev_set))
     assert inputs.n_unused == rest.n_unused == 3
-    assert f"skipped 2 examples of {data} as too long, first: line 1" in told(config)
+    assert f"skipped 2 example(s) of {data} as too long, first: line 1" in told(config)
     pairs_file(tmp_path, ["川"] * 9 + ["川" * 700] * 2)
-    with pytest.raises(InputError, match=r"makes 9 examples, fewer than .*; skipped 2 examples .*, first: line 10$"):
+    with pytest.raises(InputError, match=r"makes 9 examples, .*; skipped 2 example\(s\) .*, first: line 10$"):
         read_inputs(config)
     pairs_file(tmp_path, ["川" * 700])
-    with pytest.raises(InputError, match=r"holds no example; skipped 1 examples .*, first: line 1$"):
+    with pytest.raises(InputError, match=r"holds no example; skipped 1 example\(s\) .*, first: line 1$"):
         read_inputs(config)
 
 

@@ -112,7 +112,7 @@ def test_where_there_is_but_one_kind_of_lock_that_one_is_used(tmp_path):
     program = """
 import errno, fcntl, sys
 from pathlib import Path
-from jaxprefix.run_lock import only_run, only_writer
+from jaxprefix.run_lock import only_writer
 def none(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 fcntl.flock = none

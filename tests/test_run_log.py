@@ -2,7 +2,8 @@
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxprefix.run_log import TensorBoard
+from convert.errors import RunError
+from jaxprefix.run_log import RunLog, TensorBoard
 from tests.runs import printed_by
 
 
@@ -21,6 +22,13 @@ print("tensorflow" in sys.modules)
     assert printed_by(program, PYTHONPATH=str(tmp_path)) == "False\n"
     (scalar,) = EventAccumulator(str(tmp_path / "board")).Reload().Scalars("loss/train")
     assert (scalar.step, scalar.value) == (1, 0.5)
+
+
+def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with RunLog(tmp_path, n_updates=1, from_step=0, to_evaluate=False, quiet=True) as log:
+        pass
+    log.ended_by(RunError("update 2: the loss is nan"))
 
 
 def test_each_opening_has_a_file_of_its_own(tmp_path):
