@@ -1,5 +1,6 @@
 """`jaxprefix convert`: prefixes, base models and training states, there and back."""
 
+import errno
 import functools
 import json
 import shutil
@@ -19,6 +20,7 @@ from convert.errors import InputError
 from convert.prefix import from_dynamic_cache, read_prefix, to_dynamic_cache
 from convert.weights import weight_files
 from jaxprefix import load_model, load_tokenizer, models
+from jaxprefix.base_folder import open_base
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, make_bpe_folder
@@ -238,3 +240,29 @@ def test_the_prefix_of_a_run_whose_description_is_damaged(finished, tmp_path):
 def test_a_base_model_is_no_file(tmp_path, suffix):
     with pytest.raises(InputError, match=rf"is a base model, which becomes a folder, not a {suffix} file"):
         converted(GOLDEN_BASE, tmp_path / f"base{suffix}")
+
+
+def test_a_conversion_asks_for_the_revision(tmp_path, monkeypatch):
+    asked = []
+
+    def opened(*arguments):
+        asked.append(arguments)
+        return open_base(str(GOLDEN_BASE))
+
+    monkeypatch.setattr("jaxprefix.conversion.open_base", opened)
+    convert(ConvertConfig(WEIGHT, tmp_path / "p.npy", "user/model", revision="v1"))
+    assert asked == [("user/model", "v1")]
+
+
+def test_what_cannot_be_written_beside_the_source_is_told_as_such(tmp_path, monkeypatch):
+    source = converted(WEIGHT, tmp_path / "adapter", GOLDEN_BASE)
+    (source / "file").touch()
+    (source / "p.weight.tmp").mkdir()
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space", str(path))
+
+    monkeypatch.setattr("convert.prefix.write_safetensors", full)
+    for target in ("file/p.weight", "p.weight", "again"):
+        with pytest.raises(InputError, match=f"{target}: cannot be written"):
+            converted(source, source / target)

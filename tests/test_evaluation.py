@@ -16,7 +16,9 @@ from jaxprefix.evaluation import evaluate
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
+from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
+from tests.runs import run_config
 from tests.test_cli import BASE, PREFIX, data_file, fails
 
 
@@ -207,3 +209,11 @@ def test_evaluate_chunks_as_its_recipe_and_flags_say(monkeypatch):
         evaluate(config)
     del seen["tokenizer"]
     assert seen == {"suffix": "!", "max_seq_len": 9, "recipe": RECIPES["rinna"], "skip_bad_lines": True}
+
+
+def test_of_equal_prefixes_the_first_is_kept(tmp_path, monkeypatch):
+    saves = []
+    monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_: {"loss": 1.0, "ppl": 2.7})
+    monkeypatch.setattr("jaxprefix.loop.save_prefix", lambda *arguments: saves.append(arguments))
+    train(run_config(tmp_path, n_epochs=2))
+    assert len(saves) == 1

@@ -26,7 +26,7 @@ from jaxprefix.cli import main
 from jaxprefix.data import UpdatePlan
 from jaxprefix.faults import FiniteGuard, within_disk
 from jaxprefix.inputs import read_inputs
-from jaxprefix.metrics import _batch_loss
+from jaxprefix.metrics import _batch_loss, dev_loss
 from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
 from jaxprefix.update import LossScale, Outcome
@@ -275,6 +275,25 @@ class TestDisk:
             monkeypatch.setattr(Checkpoints, "finish", finish)
             config.run_dir.rename(tmp_path / "elsewhere")
 
+        monkeypatch.setattr(Checkpoints, "finish", vanish_after)
+        with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
+            train(config)
+        assert not config.run_dir.exists()
+
+    def test_a_folder_that_vanishes_during_an_evaluation_is_not_made_again(self, tmp_path, monkeypatch):
+        config = run_config(tmp_path, n_epochs=1)
+        finish, measured = Checkpoints.finish, []
+
+        def measure(*arguments):
+            measured.append(1)
+            return dev_loss(*arguments)
+
+        def vanish_after(checkpoints):
+            finish(checkpoints)
+            if measured:
+                shutil.rmtree(config.run_dir, ignore_errors=True)
+
+        monkeypatch.setattr("jaxprefix.loop.dev_loss", measure)
         monkeypatch.setattr(Checkpoints, "finish", vanish_after)
         with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
             train(config)

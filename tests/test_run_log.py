@@ -1,9 +1,10 @@
 """The files that a run writes about itself."""
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from convert.errors import RunError
-from jaxprefix.run_log import RunLog, TensorBoard
+from convert.errors import InputError, RunError
+from jaxprefix.run_log import RunLog, TensorBoard, check_metrics
 from tests.runs import printed_by
 
 
@@ -39,3 +40,17 @@ def test_each_opening_has_a_file_of_its_own(tmp_path):
     assert len([*tmp_path.iterdir()]) == 3
     scalars = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
     assert [(scalar.step, scalar.value) for scalar in scalars] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_scalars_are_there_while_the_run_goes_on(tmp_path):
+    board = TensorBoard(tmp_path, 0)
+    board.scalars(1, {"loss/train": 0.5})
+    (scalar,) = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/train")
+    board.close()
+    assert (scalar.step, scalar.value) == (1, 0.5)
+
+
+def test_a_step_that_is_no_number_is_damage(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"split": "train", "step": "4"}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl: line 1 is damaged"):
+        check_metrics(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
 from convert.gpt_neox import TABLE
-from convert.table import _agree, _as_ours, expand
+from convert.table import _agree, _as_ours, expand, write_weights
 from convert.weights import BLOCK, FiniteWeight, is_finite, stored_weights
 from jaxprefix import load_model
 from tests.base_folders import make_base_folder
@@ -292,3 +292,15 @@ def test_all_numbers_are_looked_at():
     assert is_finite(numbers)
     numbers[-1] = np.nan
     assert not is_finite(numbers)
+
+
+def test_shards_of_one_weight_each_hold_it_and_the_index_tells_their_size(tmp_path):
+    weights = {"x": np.ones((2, 3), np.float32), "y": np.ones(5, np.float32)}
+    write_weights(tmp_path, {"a": "x", "b": "y"}, 1, weights.items(), shard_bytes=1)
+    assert [[*load_file(path)] for path in sorted(tmp_path.glob("*.safetensors"))] == [["a"], ["b"]]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": (6 + 5) * 4}
+
+
+def test_nan_agrees_with_nan_of_another_type():
+    assert _agree(np.array([np.nan], np.float32), np.array([np.nan], np.float16))

@@ -155,3 +155,35 @@ def test_numbers_that_torch_negates_as_it_reads_them_are_refused(tmp_path):
         load_torch(tmp_path / "negated.pt")
     torch.save(negated.clone(), tmp_path / "negated.pt")
     np.testing.assert_array_equal(load_torch(tmp_path / "negated.pt"), np.full((4, 6), -1))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+)
+def test_numbers_of_every_type_are_those_that_were_saved(tmp_path, dtype, zipped):
+    tensor = torch.tensor([0, 1, {"uint8": 200, "bool": 1}.get(dtype, -3)]).to(getattr(torch, dtype))
+    read = load_torch(saved(tmp_path / "x.pt", tensor, zipped))
+    assert (read.dtype.name, read.tolist()) == (dtype, tensor.tolist())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_a_tensor_without_numbers_is_read(tmp_path, shape, zipped):
+    read = load_torch(saved(tmp_path / "x.pt", {"a": torch.zeros(shape), "b": torch.ones(2)}, zipped))
+    assert read["a"].shape == shape
+    assert read["b"].tolist() == [1, 1]
+
+
+def test_a_pickle_has_a_longest_length(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x.pt", {"a": torch.ones(2)})
+    monkeypatch.setattr(torch_files, "PICKLE_BYTES", 100)
+    refused(path, "data.pkl is compressed, or longer than 100 bytes")
+
+
+def test_a_storage_has_one_type(tmp_path):
+    one, other = torch.ones(2), torch.ones(2, dtype=torch.int32)
+    path = saved(tmp_path / "x.pt", {"a": one, "b": other}, zipped=False)
+    keys = [str(tensor.untyped_storage()._cdata).encode() for tensor in (one, other)]
+    path.write_bytes(path.read_bytes().replace(keys[1], keys[0]))
+    refused(path, f"storage {keys[0].decode()} is described twice, differently")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from convert.errors import InputError
-from convert.training_state import read_training_state, write_training_state
+from convert.training_state import is_training_state, read_training_state, write_training_state
 
 ENCODER = {
     "prefix_wte.weight": torch.ones(2, 3),
@@ -53,3 +53,30 @@ def test_writing_tells_what_the_source_has_too_much_and_too_little(tmp_path):
     problems = str(error.value).split("\n  - ")[1:]
     assert "missing encoder.prefix_wte.weight" in problems
     assert "encoder.prefix has no counterpart in the original's names" in problems
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (torch.nan, "nu.prefix_mlp.0.bias holds numbers that are not finite"),
+        (-1.0, "a mean of squares, holds negative"),
+    ],
+)
+def test_one_bad_number_among_good_ones_is_told(tmp_path, number, message):
+    squares = ENCODER | {"prefix_mlp.0.bias": torch.tensor([1.0, 1.0, number, 1.0])}
+    content = {"encoder": ENCODER, "optimizer": {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": squares}}
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=message):
+        read_training_state(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("step", [2**31, -1])
+def test_a_step_fits_the_count_of_updates(tmp_path, step):
+    content = {"encoder": ENCODER, "optimizer": {"step": step, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}}
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="step must be a whole number"):
+        read_training_state(tmp_path / "state.pt")
+
+
+def test_an_optimizer_without_its_encoder_is_an_incomplete_training_state():
+    assert is_training_state({"optimizer": {"step": 3}})
