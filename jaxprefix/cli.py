@@ -26,7 +26,7 @@ from jaxprefix.screen import UnfailingStream, escape_unknown, mute
 
 DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-DEEPSPEED_FLAGS = ("--deepspeed", "--deepspeed_config", "--local_rank")
+DEEPSPEED_FLAGS = ("--deepspeed", "--deepspeed_config", "--deepspeed-config", "--local_rank", "--local-rank")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Command = (
@@ -81,13 +81,18 @@ def _fail(error: PlainError) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     given = [argument.partition("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)]
-    if of_deepspeed := [flag for flag in given if "--" + flag[2:].replace("-", "_") in DEEPSPEED_FLAGS]:
+    if of_deepspeed := [flag for flag in given if flag in DEEPSPEED_FLAGS]:
         advice = "leave them out; train uses all devices that JAX sees, CUDA_VISIBLE_DEVICES=0 leaves it one"
         raise InputError(f"{', '.join(of_deepspeed)}: flags of DeepSpeed; {advice}")
     try:
         settings = tyro.cli(Command, prog="jaxprefix", description=DESCRIPTION, args=arguments, use_underscores=True)
     except SystemExit as end:  # after --help, or wrong flags
         return int(end.code or 0)
+    return _perform(settings)
+
+
+def _perform(settings: Command) -> int:
+    """Do what a command's settings ask for, and return its exit code."""
     if not isinstance(settings, ConvertConfig):  # converting compiles nothing
         from jaxprefix import compiling
 
