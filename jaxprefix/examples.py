@@ -108,11 +108,6 @@ class Examples(Sequence[Example]):
         self._starts = np.concatenate([[0], ends[:-1]])
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> "Examples":
-        """Lay examples out end to end, as if each were a line of a file."""
-        return cls.of_lines(enumerate(examples, start=1))
-
-    @classmethod
     def of_lines(cls, examples: Iterable[tuple[int, Example]]) -> "Examples":
         """Lay examples out end to end; each comes with the number of its line."""
         tokens, ends, prompt_lengths, line_numbers = array("I"), array("Q"), array("I"), array("Q")

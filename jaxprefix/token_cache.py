@@ -116,19 +116,21 @@ def _open(folder: Path) -> Examples | None:
     """Map an entry into memory; None if there is none, or its files do not fit together."""
     try:
         about = json.loads((folder / "about.json").read_text())
-        ends, prompt_lengths = (np.load(folder / f"{name}.npy") for name in OF_EXAMPLES[:2])
-        line_numbers = np.load(folder / f"{OF_EXAMPLES[2]}.npy", mmap_mode="r")  # seldom looked at
+        of_examples = [
+            np.load(folder / f"{name}.npy", mmap_mode="r" if name == "line_numbers" else None)  # seldom looked at
+            for name in OF_EXAMPLES
+        ]
         tokens = np.empty(0, np.uint16)
         if about["n_tokens"]:  # an empty file cannot be mapped
             tokens = np.memmap(folder / "tokens.bin", about["dtype"], mode="r")
         tally = Tally(*about["tally"])
-        sizes = [about["n_tokens"], *[about["n_examples"]] * 3]
+        sizes = [about["n_tokens"], *[about["n_examples"]] * len(of_examples)]
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
-    arrays = tokens, ends, prompt_lengths, line_numbers
-    if sizes != list(map(len, arrays)) or ends[-1:].sum() != len(tokens):
+    ends, prompt_lengths, line_numbers = of_examples
+    if sizes != [len(tokens), *map(len, of_examples)] or ends[-1:].sum() != len(tokens):
         return None
-    return Examples(*arrays, tally)
+    return Examples(tokens, ends, prompt_lengths, line_numbers, tally)
 
 
 def _move(unfinished: Path, folder: Path) -> None:

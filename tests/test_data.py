@@ -15,7 +15,8 @@ from jaxprefix.data import (
     rows_of,
     split_examples,
 )
-from jaxprefix.examples import Example, Examples
+from jaxprefix.examples import Example
+from tests.examples import laid_out
 from tests.runs import run_config
 
 
@@ -43,7 +44,7 @@ def test_counts_agree_with_the_rows(example):
 
 
 def test_split_takes_both_ends(tmp_path):
-    examples = Examples.of(Example([], [i]) for i in range(10))
+    examples = laid_out(Example([], [i]) for i in range(10))
     train_set, dev_set = split_examples(examples, 6, 3, tmp_path)
     assert [*train_set] == [Example([], [i]) for i in range(6)]
     assert [*dev_set] == [Example([], [i]) for i in range(7, 10)]

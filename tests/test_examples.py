@@ -11,8 +11,9 @@ import torch_ref.data
 from convert.errors import InputError
 from jaxprefix import lines
 from jaxprefix.data import label_counts, row_lengths, rows_of
-from jaxprefix.examples import Chunking, Example, Examples, chunk_document, read_examples
+from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
 from jaxprefix.recipe import RECIPES, Recipe
+from tests.examples import laid_out
 
 SUFFIX = " 😃"
 
@@ -236,14 +237,14 @@ def test_rinna_chunks_blank_lines_and_carriage_returns_as_the_original(monkeypat
 
 def test_tokens_are_counted_in_blocks(monkeypatch):
     monkeypatch.setattr("jaxprefix.examples.SCANNED", 3)
-    examples = Examples.of([Example([7], [1, 7, 7]), Example([], [2, 3, 7]), Example([7, 7], [7])])
+    examples = laid_out([Example([7], [1, 7, 7]), Example([], [2, 3, 7]), Example([7, 7], [7])])
     assert examples.count_of(7).tolist() == [3, 1, 3]
     assert examples[1:].count_of(7).tolist() == [1, 3]
 
 
 def test_examples_are_a_sequence_with_views_for_slices():
     listed = [Example([1, 2], [3]), Example([], [4, 5, 6]), Example([7], [8, 9])]
-    examples = Examples.of(listed)
+    examples = laid_out(listed)
     assert [*examples] == listed
     assert [*examples[1:]] == listed[1:]
     assert [*examples[-2:][1:]] == listed[2:]
@@ -252,7 +253,7 @@ def test_examples_are_a_sequence_with_views_for_slices():
         np.testing.assert_array_equal(row_lengths(part), row_lengths(expected))
         np.testing.assert_array_equal(label_counts(part), label_counts(expected))
         assert row_lengths(part).max() == row_lengths(expected).max()
-    np.testing.assert_array_equal(Examples.of([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
+    np.testing.assert_array_equal(laid_out([Example([4], [4, 1]), Example([], [4])]).count_of(4), [2, 1])
 
 
 def test_lines_of_spaces_are_blank(tokenizer):
@@ -277,8 +278,8 @@ def test_sentences_that_are_cut_are_counted_and_many_are_warned_of(tmp_path):
 
 
 def test_an_end_of_text_in_a_prompt_ends_no_target():
-    assert list(Examples.of([Example([2], [5])]).report_eos(2)) == []
-    assert len(list(Examples.of([Example([2], [5, 2])]).report_eos(2))) == 1
+    assert list(laid_out([Example([2], [5])]).report_eos(2)) == []
+    assert len(list(laid_out([Example([2], [5, 2])]).report_eos(2))) == 1
 
 
 def test_blank_lines_are_no_sentences_that_could_be_cut(tmp_path):

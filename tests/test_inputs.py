@@ -19,13 +19,14 @@ from jaxprefix.sharding import make_mesh
 from jaxprefix.train import summary, train
 from tests.arrays import random_prefix
 from tests.base_folders import make_bpe_folder
+from tests.examples import laid_out
 from tests.runs import losses_of, run_config
 
 
 def skewed(n_examples: int) -> Examples:
     """Pairs of 3 to some 400 tokens, most of them short."""
     lengths = np.exp(np.random.default_rng(0).uniform(np.log(2), np.log(400), n_examples)).astype(int)
-    return Examples.of(Example([5], [6] * length) for length in lengths.tolist())
+    return laid_out(Example([5], [6] * length) for length in lengths.tolist())
 
 
 def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):

@@ -346,5 +346,5 @@ def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
 
 
 def test_prompts_with_completions_make_one_row_each(tmp_path):
-    config, examples = run_config(tmp_path), Examples.of([Example([5], [6, 7])] * 8)
+    config, examples = run_config(tmp_path), Examples.of_lines(enumerate([Example([5], [6, 7])] * 8))
     assert batch_shapes(config, examples, UpdatePlan(config, 8), make_mesh()) == [(4, 3, None)]

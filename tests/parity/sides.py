@@ -93,7 +93,7 @@ class Ours:
 
     @functools.cached_property
     def _batches(self) -> list[Batch]:
-        train_set, _ = split_examples(Examples.of(self.chunks), N_TRAIN, N_DEV, self.data)
+        train_set, _ = split_examples(Examples.of_lines(enumerate(self.chunks)), N_TRAIN, N_DEV, self.data)
         batches = []
         for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
             group = [train_set[i] for i in chosen]
