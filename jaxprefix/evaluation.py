@@ -1,7 +1,6 @@
 """What `jaxprefix evaluate` does: checks what is quick to read, then measures with and without the prefix."""
 
 import math
-import sys
 
 from convert.errors import InputError, RunError
 from jaxprefix.base_folder import BaseFolder
@@ -14,6 +13,7 @@ from jaxprefix.inputs import check_rows, usable_examples
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
+from jaxprefix.screen import tell
 from jaxprefix.sentences import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
     base, prefix = open_with_prefix(config)
     suffix: str = as_trained(config, "suffix")
     recipe = RECIPES[config.decode.recipe]
-    print(f"suffix: {suffix!r}", file=sys.stderr)
+    tell(f"suffix: {suffix!r}")
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
     examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
     model = load_base(config, base, mesh)
@@ -82,7 +82,7 @@ def _examples(config: EvaluateConfig, base: BaseFolder, prefix: Prefix | None, s
     prefix_len = base.config.prefix_length(prefix)
     examples = usable_examples(config.data_filepath, chunking, base.config, prefix_len)
     for line in (*examples.tally.report(config.data_filepath), *examples.report_unknown(base.tokenizer.unk_id)):
-        print(line, file=sys.stderr)
+        tell(line)
     check_rows(base.config, base.tokenizer, prefix_len, config.data_filepath, examples)
     return examples
 

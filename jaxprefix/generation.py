@@ -11,7 +11,7 @@ from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference import load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import GenerateConfig
 from jaxprefix.prefix import check_length
-from jaxprefix.screen import warn
+from jaxprefix.screen import tell, warn
 from jaxprefix.sharding import make_mesh
 
 
@@ -60,7 +60,7 @@ def _continue_prompts(config: GenerateConfig) -> None:
         try:
             answer([prompt], index)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            tell(f"error: {error}")
 
 
 def _as_text(result: dict[str, str]) -> str:
@@ -75,7 +75,7 @@ def _print_timings(timings: dict[str, list[BatchTiming]]) -> None:
         which = f"{way.replace('_', ' ')}: " if len(timings) > 1 else ""
         for n_rows, n_tokens, seconds in batches:
             speed = f"{n_rows} rows, {n_tokens} tokens in {seconds:.2f} s: {n_tokens / seconds:.1f} tokens/s"
-            print(which + speed, file=sys.stderr)
+            tell(which + speed)
 
 
 def _typed_lines() -> Iterator[str]:
@@ -85,10 +85,10 @@ def _typed_lines() -> Iterator[str]:
     interactive = sys.stdin.isatty()
     shown = interactive and sys.stdout is not None and sys.stdout.isatty()
     if interactive:
-        print("Type the beginning of a text; Ctrl-D ends.", file=sys.stderr)
+        tell("Type the beginning of a text; Ctrl-D ends.")
     while True:
         if interactive and not shown:
-            print("> ", end="", file=sys.stderr, flush=True)
+            tell("> ", end="")
         try:
             yield input("> " if shown else "").removesuffix("\r")
         except (EOFError, KeyboardInterrupt):

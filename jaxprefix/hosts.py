@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import InputError, PlainError, RunError
+from jaxprefix.screen import tell
 
 PATIENCE_SECONDS = 3600
 """How long the others wait for a process that is busy with something slow, like downloading the base model."""
@@ -184,7 +185,7 @@ def leave_soon(exit_code: int) -> None:
 
 def end_at_once(error: PlainError) -> None:
     """End the program from a background thread: the main one waits where it cannot be interrupted."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    tell(f"error: {error}")
     os._exit(error.exit_code)
 
 

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import IO
 from convert.errors import InputError
 from jaxprefix.config import TrainConfig
 from jaxprefix.hosts import agree_first, check_shared
-from jaxprefix.screen import warn
+from jaxprefix.screen import tell, warn
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 LEASE_SECONDS = 120
@@ -81,7 +80,7 @@ def _awaited(path: Path, checkpoints: bool) -> IO[str]:
             if deadline is None:
                 deadline = now + LEASE_SECONDS
                 what = f"{path} is held by {owner}; waiting up to {LEASE_SECONDS} s, since that host may have crashed"
-                print(what, file=sys.stderr, flush=True)
+                tell(what)
         time.sleep(1)
 
 

@@ -38,9 +38,14 @@ class UnfailingStream:
             mute(self._stream)
 
 
+def tell(text: str, end: str = "\n") -> None:
+    """Print text on stderr; if nothing can be written there, it is lost."""
+    print(text, end=end, file=UnfailingStream(sys.stderr), flush=True)
+
+
 def warn(text: str) -> None:
     """Print a warning on stderr."""
-    print(f"WARNING: {text}", file=sys.stderr, flush=True)
+    tell(f"WARNING: {text}")
 
 
 def escape_unknown(stream: Any) -> None:

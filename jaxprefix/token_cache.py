@@ -16,7 +16,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -32,6 +31,7 @@ from rich.progress import Progress
 from convert.errors import InputError, RunError
 from jaxprefix.examples import Chunking, Examples, Tally, make_examples, not_empty, read_examples
 from jaxprefix.lines import read_lines, sha256_of
+from jaxprefix.screen import tell
 from jaxprefix.user_cache import OTHER_CACHE, cache_folder
 
 FORMAT = 4
@@ -101,7 +101,7 @@ def _entry_lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"another process is tokenizing the same file; waiting for it ({path})", file=sys.stderr)
+                tell(f"another process is tokenizing the same file; waiting for it ({path})")
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -149,7 +149,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     entry.mkdir()
     started, alone = time.monotonic(), multiprocessing.current_process().daemon  # a pool's worker may start no helpers
     n_cores = 1 if alone else _n_cores()
-    print(f"tokenizing {path} with {n_cores} process(es); the result is kept in {cache_folder()}", file=sys.stderr)
+    tell(f"tokenizing {path} with {n_cores} process(es); the result is kept in {cache_folder()}")
     dtype = np.dtype(np.uint16 if chunking.tokenizer.vocab_size <= 2**16 else np.uint32)
     of_examples, n_tokens, n_bytes, tally = list[tuple[np.ndarray, ...]](), 0, 0, Tally()
     console = Console(stderr=True, force_jupyter=False)
@@ -169,7 +169,7 @@ def _tokenize(path: Path, chunking: Chunking, unfinished: Path) -> None:
     about = {"n_tokens": n_tokens, "n_examples": n_examples, "dtype": dtype.str, "tally": tally}
     (entry / "about.json").write_text(json.dumps(about))
     seconds = time.monotonic() - started
-    print(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s", file=sys.stderr)
+    tell(f"tokenized in {seconds:.1f} s, {n_bytes / 1e6 / seconds:.1f} MB/s")
 
 
 def _n_cores() -> int:

@@ -5,8 +5,10 @@ import sys
 import types
 from unittest.mock import Mock
 
+from convert.errors import RunError
+from jaxprefix.hosts import end_at_once
 from jaxprefix.run_log import RunLog
-from jaxprefix.screen import UnfailingStream, escape_unknown
+from jaxprefix.screen import UnfailingStream, escape_unknown, tell
 
 
 def test_what_cannot_be_written_is_discarded_and_everything_else_is_as_before(tmp_path):
@@ -53,8 +55,19 @@ def test_a_stream_that_was_closed_before(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", None)
     with RunLog(None, n_updates=1, from_step=0, to_evaluate=False, quiet=False) as log:
         log.line("a")
+    tell("a")
     UnfailingStream(None).flush()
     assert capsys.readouterr().out == ""
+
+
+def test_a_process_is_ended_though_nobody_reads_why(monkeypatch):
+    monkeypatch.setattr(os, "_exit", ended := Mock())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        end_at_once(RunError("a"))
+    ended.assert_called_once_with(1)
 
 
 def test_a_suffix_or_path_stands_as_it_is(capsys):
