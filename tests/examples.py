@@ -1,4 +1,6 @@
-"""Examples for tests."""
+"""Examples for tests, and files of them."""
+
+import json
 
 import numpy as np
 
@@ -13,6 +15,17 @@ PROMPTED = [Example(list(range(10, 10 + n)), list(range(40, 40 + m))) for n, m i
 def laid_out(examples):
     """Examples as if each were a line of a file."""
     return Examples.of_lines(enumerate(examples, start=1))
+
+
+def data_file(folder, content):
+    path = folder / "data.jsonl"
+    path.write_text(content)
+    return path
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
 
 
 def pairs(n, seed=0):

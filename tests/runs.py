@@ -1,5 +1,6 @@
 """Short training runs on the golden base and documents."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,6 +18,8 @@ import jaxprefix.train as train_module
 from convert.prefix import read_prefix
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
+from jaxprefix.run_description import describe_run
+from jaxprefix.run_folder import check_run_folder, open_run_folder
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -71,6 +74,17 @@ def start(
     command = [*within, sys.executable, *program, "train", *flags_of(config), *flags]
     environment = os.environ | kept | variables
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def begin(config: TrainConfig, **base: str) -> None:
+    """Open a run's folder as the run of a base model does."""
+    open_run_folder(config, describe_run(config, base))
+
+
+def check_resumed(config: TrainConfig, **base: str) -> None:
+    """Check the folder as a resumed run of a base model does."""
+    resumed = dataclasses.replace(config, resume=True)
+    check_run_folder(resumed, describe_run(resumed, base))
 
 
 def metrics_of(run_dir: Path, split: str = "train") -> list[dict]:

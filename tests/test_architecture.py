@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.base_folders import GOLDEN, GOLDEN_BASE
+
 ROOT = Path(__file__).parent.parent
 MAY_NOT_IMPORT = {
     "jaxprefix": {"torch", "torch_ref", "transformers", "peft", "deepspeed"},
@@ -86,8 +88,13 @@ def test_torch_is_imported_only_inside_functions_of_convert():
 
 
 def test_jaxprefix_runs_without_torch():
-    script = "import sys; sys.modules['torch'] = None; import jaxprefix, jaxprefix.train, jaxprefix.cli"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    """It reads the original's files."""
+    program = """import sys; sys.modules["torch"] = None
+import jaxprefix, jaxprefix.cli, jaxprefix.train
+model = jaxprefix.load_model(sys.argv[1])
+prefix = jaxprefix.load_prefix(sys.argv[2], model.config)
+jaxprefix.generate(model, jaxprefix.load_tokenizer(sys.argv[1]), ["a"], prefix, max_output_len=1)"""
+    subprocess.run([sys.executable, "-c", program, GOLDEN_BASE, GOLDEN / "forward.weight"], check=True)
 
 
 def test_public_names_are_listed_before_they_are_imported():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -17,10 +18,12 @@ def test_reading_needs_nothing_of_orbax_and_is_silent(finished, tmp_path, capfd)
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["9" * 30, "１２", "²", "012", "12"])
-def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "make"), [*((name, Path.mkdir) for name in ("9" * 30, "１２", "²", "012")), ("12", Path.touch)]
+)
+def test_a_folder_of_another_name_and_a_file_are_no_checkpoints(finished, tmp_path, name, make):
     run = shutil.copytree(finished.run_dir, tmp_path / "run")
-    (run / "checkpoints" / name).touch() if name == "12" else (run / "checkpoints" / name).mkdir()
+    make(run / "checkpoints" / name)
     assert newest_checkpoint(run / "checkpoints") == 8
     for writing in (False, True):
         with Checkpoints(run / "checkpoints", writing) as checkpoints:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig
+from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, TrainConfig
 from jaxprefix.hub import resolve_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.models.config import read_model_config
@@ -233,6 +233,11 @@ POSITIVE = [
 
 
 NOT_NEGATIVE = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
+
+
+def test_no_number_among_the_settings_is_left_out():
+    numbers = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, float)}
+    assert numbers == {*POSITIVE, *NOT_NEGATIVE, "adam_beta1", "adam_beta2"}
 
 
 @pytest.mark.parametrize("name", POSITIVE + NOT_NEGATIVE)

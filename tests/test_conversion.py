@@ -24,14 +24,10 @@ from jaxprefix.base_folder import open_base
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, make_bpe_folder
+from tests.conversion import converted
 from torch_ref.prefix import to_rows
 
 WEIGHT = GOLDEN / "forward.weight"
-
-
-def converted(source, target, base=None):
-    convert(ConvertConfig(source, target, base and str(base)))
-    return target
 
 
 def test_a_prefix_through_every_format_is_bit_identical(tmp_path):

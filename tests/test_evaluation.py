@@ -18,8 +18,9 @@ from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
+from tests.command_line import BASE, PREFIX, fails
+from tests.examples import data_file
 from tests.runs import run_config
-from tests.test_cli import BASE, PREFIX, data_file, fails
 
 
 def test_evaluate_with_and_without_prefix(capsys, tmp_path):

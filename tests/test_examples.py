@@ -13,17 +13,12 @@ from jaxprefix import lines
 from jaxprefix.data import label_counts, row_lengths, rows_of
 from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
 from jaxprefix.recipe import RECIPES, Recipe
-from tests.examples import laid_out
+from tests.examples import laid_out, write_lines
 
 SUFFIX = " 😃"
 
 
 LONG = "大きな川の向こうに見える町の灯りは、夜が深くなるにつれて一つまた一つと消えていった。" * 4
-
-
-def write_lines(path, *records):
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return path
 
 
 def chunks_of(text, tokenizer, recipe=Recipe(), max_seq_len=64):

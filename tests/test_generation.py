@@ -11,13 +11,16 @@ import pytest
 from convert.errors import InputError
 from jaxprefix.cli import main
 from jaxprefix.inference import read_prompts
-from tests.test_cli import BASE, GREEDY, PREFIX, fails
+from tests.command_line import BASE, GREEDY, PREFIX, fails
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "blank.txt"])
-def test_prompt_file_without_prompts(capsys, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("missing.txt", "cannot be read as a file of prompts (No such"), ("blank.txt", "holds no prompt")],
+)
+def test_prompt_file_without_prompts(capsys, tmp_path, name, message):
     (tmp_path / "blank.txt").write_text("\n\n")
-    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], name)
+    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], f"{tmp_path / name}: {message}")
 
 
 def test_prefix_length_that_disagrees(capsys):

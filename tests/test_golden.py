@@ -23,7 +23,7 @@ from jaxprefix.shapes import PaddedShape
 from tests.base_folders import GOLDEN
 from tests.parity.runs import named
 from tests.parity.sides import in_order_of_ids
-from tests.tolerances import FUNCTION, LOSS, MODEL
+from tests.tolerances import FOLDED, FUNCTION, LOSS, MODEL, PROBABILITY
 
 pytestmark = pytest.mark.usefixtures("users_compiling")
 FORWARD = np.load(GOLDEN / "forward.npz")
@@ -88,7 +88,7 @@ def test_initialisation(golden_model):
 
 def test_folded_weight(golden_model):
     folded = to_folded(encoder_of(golden_model, "enc")())
-    np.testing.assert_allclose(folded, FORWARD["weight"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(folded, FORWARD["weight"], rtol=0, atol=FOLDED)
     np.testing.assert_array_equal(read_prefix(GOLDEN / "forward.weight")[0], FORWARD["weight"])
 
 
@@ -107,4 +107,4 @@ def test_nucleus_probabilities(name):
     _, top_k, top_p = name.split("_")
     logits = jnp.asarray(FORWARD["nuc_logits"])
     probabilities = in_order_of_ids(*nucleus(logits, int(top_k), float(top_p), drop_crossing=True), logits.shape[1])
-    np.testing.assert_allclose(probabilities, FORWARD[name], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(probabilities, FORWARD[name], rtol=0, atol=PROBABILITY)

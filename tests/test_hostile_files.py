@@ -25,9 +25,10 @@ from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.models.config import read_model_config
 from jaxprefix.run_description import check_base, setting_of
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.hostile import others, prefixes
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip
 from tests.hostile.prefixes import adapter
-from tests.hostile.registry import DEEP, HOSTILE, PREFIX
+from tests.hostile.registry import DEEP, PREFIX, builds
 from tests.memory import forget_peak, memory
 
 SECONDS, BYTES = 2, 100 * 2**20
@@ -53,12 +54,12 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
 
 
-@pytest.mark.parametrize(("build", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_file_is_refused(tmp_path, monkeypatch, build, message):
+@pytest.mark.parametrize("build", builds(others, prefixes), ids=lambda build: build.__name__)
+def test_a_hostile_file_is_refused(tmp_path, monkeypatch, build):
     monkeypatch.chdir(tmp_path)
     read = build(tmp_path)
     before = state_of(tmp_path)
-    with bounded(), pytest.raises(InputError, match=message) as error:
+    with bounded(), pytest.raises(InputError, match=build.refused_with) as error:
         read()
     assert state_of(tmp_path) == before
     assert len(str(error.value)) < 5000

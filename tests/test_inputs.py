@@ -21,6 +21,7 @@ from tests.arrays import random_prefix
 from tests.base_folders import make_bpe_folder
 from tests.examples import laid_out
 from tests.runs import losses_of, run_config
+from tests.tolerances import LOSS
 
 
 def skewed(n_examples: int) -> Examples:
@@ -69,7 +70,7 @@ def test_micro_batches_of_any_kind_make_the_same_losses(tmp_path):
         train(config)
     packed, padded = (losses_of(config.run_dir) for config in runs)
     assert len(packed) == 4
-    np.testing.assert_allclose(packed, padded, rtol=1e-5)
+    np.testing.assert_allclose(packed, padded, rtol=LOSS)
 
 
 def told(config) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from convert.errors import InputError
 from jaxprefix import lines
-from tests.test_examples import write_lines
+from tests.examples import write_lines
 
 
 def test_a_mark_before_an_overlong_line(tmp_path, monkeypatch):

@@ -21,43 +21,65 @@ from jaxprefix.memory import FRACTIONS, released_after_errors, shortage
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
 
+ASKED = {
+    "Out of memory while trying to allocate 2147483648 bytes.": 2.0,
+    "Out of memory while trying to allocate 12.50GiB.": 12.5,
+    "Failed to allocate request for 1.5GiB (1610612736B) on device": 1.5,
+    "Ran out of memory. Tried to allocate 16.00G, exceeds": 16.0,
+    "Failed to allocate memory.": None,
+    "something else": None,
+}
+"""What XLA says behind RESOURCE_EXHAUSTED, and the GiB that it names."""
 
-@pytest.mark.parametrize(
-    ("text", "asked"),
-    [
-        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.", "2.00 GiB were"),
-        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.50GiB.", "12.50 GiB were"),
-        ("RESOURCE_EXHAUSTED: Failed to allocate request for 1.5GiB (1610612736B) on device", "1.50 GiB were"),
-        ("RESOURCE_EXHAUSTED: Ran out of memory. Tried to allocate 16.00G, exceeds", "16.00 GiB were"),
-        ("RESOURCE_EXHAUSTED: Failed to allocate memory.", "more was requested"),
-        ("RESOURCE_EXHAUSTED: something else", "more was requested"),
-    ],
-)
-def test_what_was_asked_for_is_read_from_the_error(text, asked, monkeypatch):
-    n_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert asked in shortage(text)
-    assert shortage(text).endswith(f"; this machine has {n_bytes / 2**30:.2f} GiB in all")
+
+@pytest.mark.parametrize(("text", "n_gib"), ASKED.items())
+def test_what_was_asked_for_is_read_from_the_error(text, n_gib):
+    asked = "more was requested than is free" if n_gib is None else f"{n_gib:.2f} GiB were requested at once"
+    in_all = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert shortage(f"RESOURCE_EXHAUSTED: {text}") == f"{asked}; this machine has {in_all:.2f} GiB in all"
+
+
+@pytest.fixture
+def gpu_memory(monkeypatch):
+    """What a GPU says of its memory, for a test to change: it says nothing at first."""
     stats = {}
     gpu = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats, device_kind="H100")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
-    assert asked in shortage(text)
-    assert " in all" not in shortage(text), "the host's memory says nothing of a GPU's"
-    stats |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
-    assert asked in shortage(text)
     for name in FRACTIONS:
         monkeypatch.delenv(name, raising=False)
-    told = " the 10.00 free of the 11.00 GiB of H100 that JAX may use"
-    assert shortage(text).endswith(f"{told}; XLA_CLIENT_MEM_FRACTION=.95 allows it more")
+    return stats
+
+
+def test_the_hosts_memory_says_nothing_of_a_gpus(gpu_memory):
+    assert shortage("RESOURCE_EXHAUSTED: allocate 2.00GiB") == "2.00 GiB were requested at once"
+
+
+FREE = " the 10.00 free of the 11.00 GiB of H100 that JAX may use"
+
+
+@pytest.mark.parametrize(
+    ("n_gib", "told"),
+    [
+        ("12.50", "12.50 GiB were requested at once, 2.50 more than"),
+        ("2.00", "2.00 GiB were requested at once, which are not in one piece within"),
+        ("", "more was requested than"),
+    ],
+)
+def test_a_gpu_tells_how_much_is_free(gpu_memory, monkeypatch, n_gib, told):
+    gpu_memory |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30}
+    text = f"RESOURCE_EXHAUSTED: allocate {n_gib}GiB"
+    assert shortage(text) == f"{told}{FREE}; XLA_CLIENT_MEM_FRACTION=.95 allows it more"
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert shortage(text).endswith(told), "both together would be an error"
-    assert (", 2.50 more than the 10.00 free" in shortage(text)) == ("12.50" in asked)
-    assert ("which are not in one piece within the 10.00 free" in shortage(text)) == asked.startswith(("1.50", "2.00"))
-    before = shortage(text)
-    stats["pool_bytes"] = 10 * 2**30  # the system has not given it the last one
-    assert shortage(text) == before
-    stats["pool_bytes"] = 2 * 2**30
+    assert shortage(text) == told + FREE, "both together would be an error"
+    gpu_memory["pool_bytes"] = 10 * 2**30  # the system has not given it the last one
+    assert shortage(text) == told + FREE
+
+
+def test_memory_that_others_hold_is_told_of(gpu_memory):
+    gpu_memory |= {"bytes_limit": 11 * 2**30, "bytes_in_use": 2**30, "pool_bytes": 2 * 2**30}
     others = "which others hold: JAX may use 11.00 GiB of H100, but got 2.00. Look for other programs"
-    assert (others in shortage(text)) == asked.startswith(("1.50", "2.00"))
+    assert others in shortage("RESOURCE_EXHAUSTED: allocate 9.00GiB")
+    assert others not in shortage("RESOURCE_EXHAUSTED: allocate 9.01GiB")
 
 
 @pytest.mark.parametrize(
@@ -99,14 +121,14 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("end", "raised"),
+    "end",
     [
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of memory"), RunError),
-        (RunError("no number is finite"), RunError),
-        (KeyboardInterrupt(), RunError),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of memory"),
+        RunError("no number is finite"),
+        KeyboardInterrupt(),
     ],
 )
-def test_an_error_that_a_notebook_keeps_holds_no_base_model(tmp_path, monkeypatch, end, raised):
+def test_an_error_that_a_notebook_keeps_holds_no_base_model(tmp_path, monkeypatch, end):
     held = []
 
     def fails(run, *_):
@@ -114,7 +136,7 @@ def test_an_error_that_a_notebook_keeps_holds_no_base_model(tmp_path, monkeypatc
         raise end
 
     monkeypatch.setattr(train_module, "loop", fails)
-    with pytest.raises(raised) as kept:
+    with pytest.raises(RunError) as kept:
         train_module.train(run_config(tmp_path, save_model=False, save_log=False))
     gc.collect()
     assert held[0]() is None, kept

@@ -12,8 +12,7 @@ from convert.errors import InputError
 from jaxprefix import run_folder
 from jaxprefix.run_folder import check_run_folder, open_run_folder
 from tests.base_folders import make_base_folder
-from tests.runs import run_config
-from tests.test_run_folder import begin, check_resumed
+from tests.runs import begin, check_resumed, run_config
 
 
 def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch):

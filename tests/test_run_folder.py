@@ -11,18 +11,7 @@ from jaxprefix.config import Compute, HostsConfig
 from jaxprefix.run_description import check_base, common_settings, describe_run, setting_of
 from jaxprefix.run_folder import check_run_folder, open_run_folder
 from jaxprefix.train import train
-from tests.runs import run_config
-
-
-def begin(config, **base):
-    """Open a run's folder as the run of a base model does."""
-    open_run_folder(config, describe_run(config, base))
-
-
-def check_resumed(config, **base):
-    """Check the folder as a resumed run of a base model does."""
-    resumed = dataclasses.replace(config, resume=True)
-    check_run_folder(resumed, describe_run(resumed, base))
+from tests.runs import begin, check_resumed, run_config
 
 
 def test_a_file_in_the_place_of_the_run(tmp_path):
@@ -222,17 +211,19 @@ def test_other_data_under_the_same_name_is_noticed_on_resuming(tmp_path):
 
 def test_what_to_do_with_a_folder_that_is_not_empty(tmp_path):
     config = run_config(tmp_path)
-    for made, advice in (
-        ("checkpoints/12.orbax-checkpoint-tmp", "use another --save_name"),
-        ("checkpoints/9", "use --resume or another --save_name"),
-        (None, "use --resume, --overwrite, or another --save_name"),
-    ):
-        begin(dataclasses.replace(config, resume=True)) if made is None else (config.run_dir / made).mkdir(parents=True)
+
+    def refused_with(advice):
         with pytest.raises(InputError, match=f"run: is not empty; {advice}$"):
             check_run_folder(config, {})
-        if made == "checkpoints/12.orbax-checkpoint-tmp":
-            with pytest.raises(InputError, match=r"no run to resume, config.json is missing or damaged"):
-                check_resumed(config)
+
+    (config.run_dir / "checkpoints" / "12.orbax-checkpoint-tmp").mkdir(parents=True)
+    refused_with("use another --save_name")
+    with pytest.raises(InputError, match=r"no run to resume, config.json is missing or damaged"):
+        check_resumed(config)
+    (config.run_dir / "checkpoints" / "9").mkdir()
+    refused_with("use --resume or another --save_name")
+    begin(dataclasses.replace(config, resume=True))
+    refused_with("use --resume, --overwrite, or another --save_name")
 
 
 def test_what_a_file_manager_leaves_is_no_content_of_a_run(tmp_path):

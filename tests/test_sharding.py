@@ -108,10 +108,10 @@ from jaxprefix.train import train
 from tests.runs import run_config
 
 settings = json.loads(sys.argv[2])
-for name, (mesh, base, scan_layers) in json.loads(sys.argv[3]).items():
-    if name.startswith("in blocks"):  # the last ones
-        attention.LONG_ROW, blocked.BLOCK = 1, 8
-        jax.clear_caches()
+usual = attention.LONG_ROW, blocked.BLOCK
+for name, (mesh, base, scan_layers, in_blocks) in json.loads(sys.argv[3]).items():
+    attention.LONG_ROW, blocked.BLOCK = (1, 8) if in_blocks else usual
+    jax.clear_caches()
     own = {"name": name, "mesh": mesh, "pretrained_model_dir": base, "compute": Compute(scan_layers=scan_layers)}
     train(run_config(Path(sys.argv[1]), **settings | own))
 read, n_read = FiniteWeight.read, []
@@ -127,17 +127,17 @@ print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(bas
 
 @pytest.fixture(scope="module")
 def on_every_mesh(tmp_path_factory):
-    """Runs of four updates on eight devices by name (mesh, base, whether layers are scanned): every mesh, and more.
+    """Runs of four updates on eight devices: every mesh, and more; and what a device of fsdp=8 holds of the base.
 
-    And what a device of fsdp=8 holds of the base.
+    By name: mesh, base, whether layers are scanned, and whether attention takes rows in blocks.
     """
     folder = tmp_path_factory.mktemp("meshes")
     base = str(make_base_folder(folder / "base", num_attention_heads=8, hidden_size=128, num_hidden_layers=2))
     gpt2 = str(make_base_folder(folder / "gpt2", model_type="gpt2", n_head=8, n_embd=128))
-    runs = {mesh: (mesh, base, False) for mesh in MESHES}
-    runs |= {f"scanned,{mesh}": (mesh, base, True) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")}
-    runs |= {f"gpt2,{mesh}": (mesh, gpt2, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
-    runs |= {f"in blocks,{mesh}": (mesh, base, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
+    runs = {mesh: (mesh, base, False, False) for mesh in MESHES}
+    runs |= {f"scanned,{mesh}": (mesh, base, True, False) for mesh in ("fsdp=8", "data=2,fsdp=2,tensor=2")}
+    runs |= {f"gpt2,{mesh}": (mesh, gpt2, False, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
+    runs |= {f"in blocks,{mesh}": (mesh, base, False, True) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
     settings = {"pretrained_model_dir": base, "n_training_steps": 4, "save_model": False}
     printed = printed_by(ON_EVERY_MESH, str(folder), json.dumps(settings), json.dumps(runs), **ON_CPUS)
     return folder, settings, runs, int(printed)
@@ -148,10 +148,10 @@ def test_every_mesh_of_eight_devices_gives_the_losses_of_one(on_every_mesh, tmp_
     folder, settings, runs, _ = on_every_mesh
     assert len(MESHES) == 10
     alone = {}
-    for base in {base for _, base, _ in runs.values()}:
+    for base in {base for _, base, *_ in runs.values()}:
         alone[base] = run_config(tmp_path, Path(base).name, **settings | {"pretrained_model_dir": base})
         train(alone[base])
-    for name, (_, base, _) in runs.items():
+    for name, (_, base, *_) in runs.items():
         for split, n_points in (("train", 4), ("dev", 1)):
             losses = losses_of(folder / name, split)
             assert len(losses) == n_points
@@ -301,7 +301,8 @@ with h100s(8):
     fewer, more = (compiled_update(config, model, PaddedShape(8, 512)).as_text() for model in models)
 for dtype in ("bf16", "f32"):
     shapes = re.compile(rf"= [(]*{dtype}\\[([\\d,]+)\\].* all-reduce(?:-start)?\\(")
-    of_4, of_2 = (sum(math.prod(eval(shape + ",")) for shape in shapes.findall(update)) for update in (more, fewer))
+    found = (shapes.findall(update) for update in (more, fewer))
+    of_4, of_2 = (sum(math.prod(map(int, shape.split(","))) for shape in of_one) for of_one in found)
     print((of_4 - of_2) / 2 / (8 * 512 * sizes["n_embd"]))
 """
 

@@ -16,8 +16,8 @@ from jaxprefix import load_model, start
 from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.conversion import converted
 from tests.runs import losses_of, run_config
-from tests.test_conversion import converted
 from tests.tolerances import LOSS
 
 

@@ -17,10 +17,10 @@ from jaxprefix.run_lock import only_writer
 from jaxprefix.start import start_encoder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.conversion import converted
 from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
 from tests.runs import losses_of, metrics_of, run_config, stop_at
-from tests.test_conversion import converted
 from tests.tolerances import LOSS, RATE
 
 NEGATIVE = ENCODER | {"prefix_mlp.0.bias": -torch.ones(4)}

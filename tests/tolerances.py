@@ -2,6 +2,10 @@
 
 FUNCTION = 1e-5
 """A single function in float32, absolute; relative to the largest entry where that is stated."""
+FOLDED = 1e-6
+"""A folded prefix, absolute: two small linear layers of one encoder."""
+PROBABILITY = 1e-6
+"""A token's probability, absolute."""
 MODEL = 1e-4
 """A whole model in float32: logits absolute, gradients relative to the largest entry."""
 LOSS = 1e-5

@@ -18,7 +18,7 @@ from convert.files import save_safetensors
 from convert.prefix import from_dynamic_cache, read_prefix, write_adapter
 from convert.weights import read_safetensors
 from tests.base_folders import GOLDEN_BASE
-from tests.test_conversion import converted
+from tests.conversion import converted
 
 
 def test_two_tensors_of_which_none_is_the_prefix(tmp_path):

@@ -67,8 +67,9 @@ def base_config(**changes):
 def a_config_with_code(folder):
     auto_map = {"AutoModelForCausalLM": "modeling_evil.Model", "AutoConfig": "evil/code--configuration.Config"}
     config = base_config(auto_map=auto_map, trust_remote_code=True)
-    (folder / "modeling_evil.py").write_text("open('created-by-auto-map', 'w')")
-    return base_with(folder, "config.json", config)
+    read = base_with(folder, "config.json", config)
+    (folder / "base" / "modeling_evil.py").write_text("open('created-by-auto-map', 'w')")
+    return read
 
 
 @hostile(r"not valid JSON \(maximum recursion")

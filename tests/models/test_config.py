@@ -10,10 +10,6 @@ from tests.base_folders import TINY, TINY_GPT2
 OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
 NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
 GPT2 = {key: value for key, value in TINY_GPT2.items() if key != "n_inner"}
-SIZES = {
-    "gpt_neox": ("num_", "hidden_size", "intermediate", "vocab", "max_"),
-    "gpt2": ("n_", "vocab"),
-}
 BARE = {key: value for key, value in TINY.items() if not key.startswith("rotary")}
 
 
@@ -127,21 +123,24 @@ def test_gpt2s_norms_have_their_own_key(tmp_path):
     assert read(tmp_path, TINY | {"layer_norm_eps": 1e-3}).layer_norm_eps == 1e-3
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", "gpt2"])
-def test_what_is_absent_is_as_in_transformers(tmp_path, model_type):
-    theirs = transformers.AutoConfig.for_model(model_type)
-    sizes = {"gpt2": GPT2, "gpt_neox": BARE}[model_type].items()
-    ours = read(tmp_path, {"model_type": model_type} | {k: v for k, v in sizes if k.startswith(SIZES[model_type])})
-    assert ours.layer_norm_eps == getattr(theirs, {"gpt2": "layer_norm_epsilon"}.get(model_type, "layer_norm_eps"))
+def test_what_gpt_neox_does_not_say_is_as_in_transformers(tmp_path):
+    sizes = ("num_", "hidden_size", "intermediate", "vocab", "max_")
+    ours = read(tmp_path, {"model_type": "gpt_neox"} | {k: v for k, v in BARE.items() if k.startswith(sizes)})
+    theirs = transformers.GPTNeoXConfig()
+    assert (ours.layer_norm_eps, ours.activation) == (theirs.layer_norm_eps, theirs.hidden_act)
     assert ours.tied_head == theirs.tie_word_embeddings
-    assert ours.activation == getattr(theirs, {"gpt2": "activation_function"}.get(model_type, "hidden_act"))
-    if model_type == "gpt_neox":
-        rope = theirs.rope_parameters
-        assert (ours.rotary_base, ours.rotary_fraction) == (rope["rope_theta"], rope["partial_rotary_factor"])
-        assert (ours.parallel_residual, ours.attention_bias) == (theirs.use_parallel_residual, theirs.attention_bias)
-    else:
-        assert ours.scale_attention == theirs.scale_attn_weights
-        assert ours.scale_by_layer == theirs.scale_attn_by_inverse_layer_idx
+    rope = theirs.rope_parameters
+    assert (ours.rotary_base, ours.rotary_fraction) == (rope["rope_theta"], rope["partial_rotary_factor"])
+    assert (ours.parallel_residual, ours.attention_bias) == (theirs.use_parallel_residual, theirs.attention_bias)
+
+
+def test_what_gpt2_does_not_say_is_as_in_transformers(tmp_path):
+    sizes = {key: value for key, value in GPT2.items() if key.startswith(("n_", "vocab"))}
+    ours, theirs = read(tmp_path, {"model_type": "gpt2"} | sizes), transformers.GPT2Config()
+    assert (ours.layer_norm_eps, ours.activation) == (theirs.layer_norm_epsilon, theirs.activation_function)
+    assert ours.tied_head == theirs.tie_word_embeddings
+    assert ours.scale_attention == theirs.scale_attn_weights
+    assert ours.scale_by_layer == theirs.scale_attn_by_inverse_layer_idx
 
 
 def test_positions_end_where_they_end(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.base_folders import GOLDEN, GOLDEN_BASE
-from tests.tolerances import FUNCTION
+from tests.tolerances import FUNCTION, PROBABILITY
 from torch_ref.config import generate_parser
 from torch_ref.data import Example, collate, read_chunks
 from torch_ref.generate import generate_ids, load_prefix, nucleus_probabilities
@@ -105,4 +105,4 @@ def test_greedy_ids(reference, tokenizer, with_prefix):
 @pytest.mark.parametrize("name", [name for name in FORWARD if name.startswith("nuc_") and name != "nuc_logits"])
 def test_nucleus_probabilities(name):
     _, top_k, top_p = name.split("_")
-    close(nucleus_probabilities(torch.from_numpy(FORWARD["nuc_logits"]), int(top_k), float(top_p)), name, 1e-6)
+    close(nucleus_probabilities(torch.from_numpy(FORWARD["nuc_logits"]), int(top_k), float(top_p)), name, PROBABILITY)
