@@ -21,13 +21,11 @@ errors: .venv/dev           ## which test triggers which error message; writes d
 		--record-errors=.pytest_cache/errors.jsonl
 	.venv/bin/python -m tests.errors .pytest_cache/errors.jsonl
 
-torture: .venv/dev          ## kills, lost hosts, long use, damage, 21,000 broken inputs: docs/reliability.md
+torture: .venv/dev          ## kills, lost hosts, long use, 21,000 broken inputs: docs/reliability.md
 	.venv/bin/python -m tests.torture.kill
 	.venv/bin/python -m tests.torture.pair
 	.venv/bin/python -m tests.torture.soak
 	.venv/bin/python -W ignore -m tests.torture.fuzz
-	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_resume.py tests/test_checkpoint.py tests/test_hosts.py \
-		tests/test_joining.py tests/test_pairs.py
 
 lint: .venv/dev             ## style and types
 	.venv/bin/ruff check .

@@ -11,15 +11,14 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.report import descendants_memory, in_process, publish, table
-
-SOURCE = Path("data/sample_data.jsonl")
-BASE = Path("data/small_base")
+from benchmarks.processes import descendants_memory, in_process
+from benchmarks.report import publish, table
+from benchmarks.shapes import SAMPLE, SMALL_BASE
 
 
 def make_file(path: Path, n_bytes: int) -> None:
     """Write the sample documents over and over, each with a number of its own."""
-    documents = [json.loads(line)["text"] for line in SOURCE.read_text(encoding="utf-8").splitlines()]
+    documents = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     with path.open("w", encoding="utf-8") as file:
         number = 0
         while file.tell() < n_bytes:
@@ -35,7 +34,7 @@ def measure(path: Path, cache: str) -> dict[str, float]:
     from jaxprefix.examples import Chunking
     from jaxprefix.token_cache import load_examples
 
-    tokenizer = load_tokenizer(BASE)
+    tokenizer = load_tokenizer(SMALL_BASE)
     peak, done = 0, threading.Event()
 
     def watch() -> None:

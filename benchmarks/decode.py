@@ -21,21 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import (
-    Turn,
-    add_turns,
-    gib,
-    largest,
-    median,
-    peak_device_memory,
-    peak_memory,
-    platform_of,
-    publish,
-    ratio,
-    table,
-    take_turns,
-    turns_title,
-)
+from benchmarks.processes import Turn, add_turns, peak_device_memory, peak_memory, platform_of, take_turns, turns_title
+from benchmarks.report import gib, largest, median, publish, ratio, table
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 
@@ -109,7 +96,9 @@ def peft_bandwidth() -> tuple[Callable[[], Any], int]:
     return lambda: array.sum(dim=1)[0].item(), array.nbytes
 
 
-WAYS = {
+Decoder = Callable[[Path, int, int, str], Callable[[], Ids]]
+Bandwidth = Callable[[], tuple[Callable[[], Any], int]]
+WAYS: dict[str, tuple[Decoder, Bandwidth]] = {
     "jaxprefix": (jaxprefix_decoder, jaxprefix_bandwidth),
     "peft": (peft_decoder, peft_bandwidth),
     "peft_compiled": (functools.partial(peft_decoder, compiled=True), peft_bandwidth),

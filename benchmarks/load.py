@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import alternate, median, peak_memory, publish, table
+from benchmarks.processes import alternate, peak_memory
+from benchmarks.report import median, publish, ratio, table
 from benchmarks.shapes import SHAPES, SMALL_BASE, make_folder
 
 NUMBERS_OF_A_PAGE = 1024
@@ -104,7 +105,7 @@ def main() -> None:
         [
             way,
             f"{median(r, 'seconds'):.2f}",
-            f"{np.median([a['seconds'] / b['seconds'] for a, b in zip(r, results['files'], strict=True)]):.2f}",
+            f"{ratio(r, results['files'], 'seconds'):.2f}",
             f"{median(r, 'peak_bytes') / weights:.2f}",
         ]
         for way, r in results.items()

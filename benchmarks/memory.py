@@ -20,23 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import (
-    Turn,
-    add_compute,
-    alternate,
-    compute_of,
-    compute_suffix,
-    compute_title,
-    gib,
-    largest,
-    peak_device_memory,
-    peak_memory,
-    platform_of,
-    publish,
-    table,
-    take_turns,
-)
-from benchmarks.shapes import SHAPES, make_folder, model_config
+from benchmarks.processes import Turn, alternate, peak_device_memory, peak_memory, platform_of, take_turns
+from benchmarks.report import add_compute, compute_of, compute_suffix, compute_title, gib, largest, publish, table
+from benchmarks.shapes import SAMPLE, SHAPES, make_folder, model_config
 from benchmarks.train import WAYS, arguments_of
 from jaxprefix.config import TrainConfig, mesh_sizes
 
@@ -63,13 +49,15 @@ def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     with h100s(n_devices) if flags.gpu else contextlib.nullcontext():
         compiled = compiled_update(config, model_config(SHAPES[flags.shape]), PaddedShape(flags.rows, flags.tokens))
-    analysis = compiled.memory_analysis()
+    analysis, program = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None
+    assert program is not None
     parts = {
         "arguments": analysis.argument_size_in_bytes,
         "outputs": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         "temporaries": analysis.temp_size_in_bytes,
     }
-    largest = largest_array(compiled.as_text())
+    largest = largest_array(program)
     return {**parts, "total": sum(parts.values()), "largest": largest, "seconds": time.perf_counter() - started}
 
 
@@ -157,7 +145,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="default: 110m, with --abstract 20b")
-    parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument("--ways", nargs="+", default=["jaxprefix:float32", "torch_ref:float32", "peft:float32"])
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)

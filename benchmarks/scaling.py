@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import alternate, publish, table
+from benchmarks.processes import alternate
+from benchmarks.report import publish, table
 from benchmarks.shapes import SHAPES, model_config
+from jaxprefix.config import DType, TrainConfig
 
 ROW = 64
 """Tokens of every row, so that attention costs the same per token in all batches."""
@@ -31,13 +33,12 @@ SMALL = {"tokens": [128, 256, 512], "layers": [1, 2], "prefix": [10, 50]}
 """For a quick test of the program."""
 
 
-def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Callable[[], None]:
+def updates(shape: str, dtype: DType, tokens: int, layers: int, prefix: int) -> Callable[[], None]:
     """Return a function that makes one compiled update of a base model with random weights."""
     import jax
     import jax.numpy as jnp
 
     from jaxprefix.batches import Batch
-    from jaxprefix.config import TrainConfig
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
     from jaxprefix.sharding import make_mesh, replicated
@@ -67,7 +68,7 @@ def updates(shape: str, dtype: str, tokens: int, layers: int, prefix: int) -> Ca
     return step
 
 
-def measure(sweep: str, points: list[int], shape: str, dtype: str, n_turns: int) -> dict[str, float]:
+def measure(sweep: str, points: list[int], shape: str, dtype: DType, n_turns: int) -> dict[str, float]:
     """Return the seconds of an update at each point of a sweep, the fastest of n_turns."""
     steps = {point: updates(shape, dtype, **USUAL | {sweep: point}) for point in points}
     for step in steps.values():

@@ -14,7 +14,8 @@ from convert.table import write_weights
 if TYPE_CHECKING:
     from jaxprefix.models.config import ModelConfig
 
-SMALL_BASE = Path(__file__).parents[1] / "data" / "small_base"
+DATA = Path(__file__).parents[1] / "data"
+SMALL_BASE, SAMPLE = DATA / "small_base", DATA / "sample_data.jsonl"
 N_NUMBERS = 1_000_003
 """Random numbers that weights repeat over and over: a prime number of them, so that no two rows are equal."""
 TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")

@@ -15,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.report import median, publish, table, use_one_gpu
-from benchmarks.shapes import SHAPES, make_folder
+from benchmarks.processes import use_one_gpu
+from benchmarks.report import median, publish, ratio, table
+from benchmarks.shapes import SAMPLE, SHAPES, make_folder
 
 WAYS = ("cold", "warm", "torch_ref")  # cold comes before warm: it fills the cache
 
@@ -54,22 +53,21 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
-    parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
     results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(flags.rounds):
+    for number in range(flags.rounds):
         with tempfile.TemporaryDirectory() as temporary:
             folder = make_folder(Path(temporary) / "base", SHAPES[flags.shape])
             for way in WAYS:
-                results[way].append(measure(way, folder, flags.data, Path(temporary)))
+                results[way].append(measure(way, folder, flags.data, Path(temporary)) | {"round": number})
     rows = []
     for way, runs in results.items():
-        ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, results["torch_ref"], strict=True)]
         name = way if way == "torch_ref" else f"jaxprefix, {way} cache"
-        rows.append([name, f"{median(runs, 'seconds'):.1f}", f"{np.median(ratios):.2f}"])
+        rows.append([name, f"{median(runs, 'seconds'):.1f}", f"{ratio(runs, results['torch_ref'], 'seconds'):.2f}"])
     text = table(["command to the first update", "seconds", "÷ torch_ref"], rows)
-    publish(f"startup_{flags.shape}", f"{flags.shape}, float32, {flags.rounds} rounds\n\n{text}", results)
+    publish(f"startup_{flags.shape}", f"{flags.shape}, jaxprefix in float32, {flags.rounds} rounds\n\n{text}", results)
 
 
 if __name__ == "__main__":

@@ -18,32 +18,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from benchmarks.processes import Turn, add_turns, peak_device_memory, peak_memory, platform_of, take_turns, turns_title
 from benchmarks.report import (
-    Turn,
     add_compute,
-    add_turns,
     compute_of,
     compute_suffix,
     compute_title,
     gib,
     largest,
     median,
-    peak_device_memory,
-    peak_memory,
-    platform_of,
     publish,
     ratio,
     table,
-    take_turns,
-    turns_title,
 )
-from benchmarks.shapes import SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
+from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_padded_batch
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import DType, TrainConfig
 from jaxprefix.data import IGNORED, UpdatePlan, row_lengths
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.shapes import PaddedShape
@@ -160,7 +154,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
 
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, config.dtype)
     base = AutoModelForCausalLM.from_pretrained(config.pretrained_model_dir, dtype=dtype, attn_implementation="sdpa")
-    sizes = {"num_virtual_tokens": PREFIX, "prefix_projection": True, "encoder_hidden_size": 10}
+    sizes: dict[str, Any] = {"num_virtual_tokens": PREFIX, "prefix_projection": True, "encoder_hidden_size": 10}
     model: Any = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", **sizes)).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if compiled:
@@ -180,7 +174,7 @@ def peft_training(config: TrainConfig, compiled: bool = False) -> Training:
     return Training(n_useful, lengths, [tuple(tokens.shape) for tokens, _ in batches], update)
 
 
-WAYS = {
+WAYS: dict[str, Callable[[TrainConfig], Training]] = {
     "jaxprefix": jaxprefix_training,
     "torch_ref": torch_ref_training,
     "peft": peft_training,
@@ -272,7 +266,7 @@ def measure(way: str, config: TrainConfig, n_a_turn: int) -> Iterator[Turn | str
 def arguments_of(ways: Sequence[str], config: TrainConfig) -> dict[str, tuple[str, TrainConfig]]:
     """Return the name and the config of each way and type, such as peft:bfloat16."""
     named = {way: way.split(":") for way in ways}
-    return {way: (name, dataclasses.replace(config, dtype=dtype)) for way, (name, dtype) in named.items()}
+    return {way: (name, dataclasses.replace(config, dtype=cast(DType, dtype))) for way, (name, dtype) in named.items()}
 
 
 def strung_together(data: Path, folder: Path, max_seq_len: int, n_examples: int) -> Path:
@@ -309,7 +303,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="110m")
-    parser.add_argument("--data", type=Path, default=Path("data/sample_data.jsonl"))
+    parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument(
         "--tokens", type=int, help="of the longest row, prefix and bos included; strings documents together"
     )

@@ -40,10 +40,10 @@ def main() -> None:
     model = jaxprefix.load_model(config.pretrained_model_dir)
     tokenizer = jaxprefix.load_tokenizer(config.pretrained_model_dir)
     prefix = jaxprefix.load_prefix(config.run_dir, model.config, tokenizer)
-    report = {}
+    report: dict[str, float] = {}
     for name, trained in (("without", None), ("with", prefix)):
-        options = {"prefix": trained, "seed": config.seed, "batch_size": len(PROMPTS), "max_output_len": 48}
-        texts = jaxprefix.generate(model, tokenizer, PROMPTS * 3, **options)
+        prompts, batch_size = PROMPTS * 3, len(PROMPTS)
+        texts = jaxprefix.generate(model, tokenizer, prompts, trained, config.seed, batch_size, max_output_len=48)
         found = suffix_rate(texts, config.suffix)
         report |= {f"{measure}_{name}": value for measure, value in found.items()}
         print(f"\n--- {name} prefix: {found['suffix_rate']:.1%} of {found['sentences']} sentences end with 😃")

@@ -16,12 +16,12 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import report
+from benchmarks import processes, report
 from benchmarks.decode import bytes_per_token, rows_of_table
 from benchmarks.memory import largest_array
-from benchmarks.report import descendants_memory, peak_memory
+from benchmarks.processes import descendants_memory, peak_memory
 from benchmarks.scaling import line_through
-from benchmarks.shapes import SHAPES, attention_flops, make_folder, model_config, neox
+from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, make_folder, model_config, neox
 from benchmarks.train import strung_together, torch_batches
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
@@ -43,7 +43,6 @@ ROWS = jax.ShapeDtypeStruct((8, 64), jnp.int32)
 @pytest.fixture
 def run_benchmark(tmp_path, monkeypatch, capsys):
     """A function that runs a program, and returns what it prints and what it writes."""
-    monkeypatch.chdir(Path(__file__).parents[1])
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
 
     def run(name, *flags):
@@ -65,7 +64,7 @@ def test_decode(run_benchmark):
 
 @pytest.mark.parametrize(("n_rounds", "whole"), [(0, [1, 2, 3]), (2, [1, 2, 3, 1, 2, 3])])
 def test_a_way_that_breaks_off_keeps_its_turns(capsys, n_rounds, whole):
-    results = report.take_turns({"fine": [None], "lost": [2], "failed": [0]}, ways.breaks_off_in, 3, n_rounds)
+    results = processes.take_turns({"fine": [None], "lost": [2], "failed": [0]}, ways.breaks_off_in, 3, n_rounds)
     turns = {way: [turn["count"] for turn in of_way] for way, of_way in results.items()}
     assert turns == {"fine": whole, "lost": [1] * max(n_rounds, 1), "failed": []}
     assert "lost ended with 3 in turn 2" in capsys.readouterr().err
@@ -75,7 +74,7 @@ def test_a_way_that_breaks_off_keeps_its_turns(capsys, n_rounds, whole):
 
 def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path):
     folder = make_folder(tmp_path / "base", SHAPES["1m"])
-    data = strung_together(Path("data/sample_data.jsonl"), folder, 100, 14)
+    data = strung_together(SAMPLE, folder, 100, 14)
     sizes = {"max_seq_len": 100, "train_data_size": 4, "batch_size": 2, "n_epochs": 1}
     config = TrainConfig(str(folder), data, "benchmark", **sizes)
     batches, n_useful, lengths = torch_batches(config)
@@ -160,7 +159,7 @@ def test_memory_by_the_compilers_account(run_benchmark, compiler):
 def test_scaling(run_benchmark):
     flags = ("--shape", "1m", "--small", "--rounds", 1, "--turns", 1, "--sweeps", "layers")
     printed, results = run_benchmark("scaling", *flags)
-    assert set(results["layers"][0]) == {"1", "2"}
+    assert set(results["layers"][0]) == {"1", "2", "round"}
     assert "| layers | ms an update |" in printed
 
 
@@ -278,7 +277,7 @@ def test_processes_share_one_gpu_or_have_it_to_themselves_unless_the_user_says_o
         monkeypatch.delenv(name)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    (turn,) = report.take_turns({"way": []}, ways.shows_gpus, 1, n_rounds)["way"]
+    (turn,) = processes.take_turns({"way": []}, ways.shows_gpus, 1, n_rounds)["way"]
     assert turn["told"] == told
 
 
@@ -287,7 +286,7 @@ def test_a_cpu_is_not_compared_with_a_gpu(monkeypatch, n_rounds):
     for name in ways.OF_GPUS:
         monkeypatch.setenv(name, "1")  # so that what the benchmark sets is gone afterwards
     with pytest.raises(RuntimeError, match="not all compute on the same kind of device"):
-        report.take_turns({"ours": [None, "cpu"], "theirs": [None, "gpu"]}, ways.breaks_off_in, 1, n_rounds)
+        processes.take_turns({"ours": [None, "cpu"], "theirs": [None, "gpu"]}, ways.breaks_off_in, 1, n_rounds)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -295,7 +294,7 @@ def test_pefts_own_loss_is_that_of_the_labels(tmp_path):
     """Which are shifted already."""
     folder = make_folder(tmp_path / "base", SHAPES["1m"])
     sizes = {"train_data_size": 2, "batch_size": 2, "n_epochs": 1}
-    config = TrainConfig(str(folder), Path("data/sample_data.jsonl"), "benchmark", **sizes)
+    config = TrainConfig(str(folder), SAMPLE, "benchmark", **sizes)
     batches, *_ = torch_batches(config)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
     model = peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))

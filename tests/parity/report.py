@@ -4,6 +4,7 @@ python -m tests.parity.report          (make parity)
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import sys
@@ -37,13 +38,8 @@ CASES = (
 
 def differing(ours: Any, theirs: Any) -> float:
     """Count the items that are not the same: token ids, texts, rows."""
-    pairs = zip(ours, theirs, strict=False)
-    unequal = sum(not np.array_equal(a, b) for mine, other in pairs for a, b in zip(mine, other, strict=False))
-    return unequal + abs(len(ours) - len(theirs)) + sum(map(abs, map(_longer, ours, theirs)))
-
-
-def _longer(ours: Any, theirs: Any) -> int:
-    return len(ours) - len(theirs)
+    pairs = itertools.zip_longest(ours, theirs, fillvalue=())
+    return sum(not np.array_equal(a, b) for mine, other in pairs for a, b in itertools.zip_longest(mine, other))
 
 
 def absolute(ours: Any, theirs: Any) -> float:

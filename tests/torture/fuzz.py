@@ -1,12 +1,11 @@
 """Many thousand broken inputs, made from good ones: each is refused plainly or read as another reader reads it.
 
-    python -m tests.torture.fuzz [--inputs 21000] [--seed 0] [--keep FOLDER]
+    python -m tests.torture.fuzz --inputs 21000 --seed 0 --keep FOLDER
 
 A find is any exception but those that end in plain lines, more than SECONDS, more than BYTES of memory, or an accepted
 input that an independent reading contradicts. Prints a table, then the finds, and exits with code 1 if there are any.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import gzip
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from safetensors.numpy import save
 
 from convert.errors import InputError, RunError
@@ -60,8 +60,8 @@ class Target:
 
     make: Callable[[random.Random], Any]
     """Make a broken input."""
-    read: Callable[[Any], bool]
-    """Read it, and compare what was accepted; tell whether it was."""
+    read: Callable[[Any], None]
+    """Read it, and compare what was accepted; raises what refuses it."""
 
 
 @dataclasses.dataclass
@@ -98,7 +98,7 @@ def data_target(folder: Path) -> Target:
             content = content if generator.random() < 0.5 else broken_bytes(content, generator)
         return content, packed, generator.random() < 0.3
 
-    def read(made: tuple[bytes, bool, bool]) -> bool:
+    def read(made: tuple[bytes, bool, bool]) -> None:
         content, packed, skipping = made
         path = folder / f"data.jsonl{'.gz' * packed}"
         path.write_bytes(content)
@@ -113,7 +113,6 @@ def data_target(folder: Path) -> Target:
             else:
                 expected += [Example([], chunk) for chunk in chunk_document(record["text"].split("\n"), chunking)[0]]
         agree(skipping or examples == expected, "other examples")
-        return True
 
     return Target(make, read)
 
@@ -121,14 +120,13 @@ def data_target(folder: Path) -> Target:
 def prefix_target(path: Path, good: list[bytes], reread: Callable[[bytes], np.ndarray | None]) -> Target:
     """Prefix files of one kind; `reread` is another reader. What it cannot read must be a good file's numbers."""
 
-    def read(content: bytes) -> bool:
+    def read(content: bytes) -> None:
         path.write_bytes(content)
         found, expected = read_prefix(path)[0], reread(content)
         if expected is None:
             agree(any(np.array_equal(found, reread(file)) for file in good), "numbers of no good file")
         else:
             same_numbers(found, expected)
-        return True
 
     return Target(lambda generator: broken_bytes(generator.choice(good), generator), read)
 
@@ -178,7 +176,7 @@ def prefix_targets(folder: Path) -> Iterator[tuple[str, Target]]:
         spoilt = broken_bytes(generator.choice(tensors), generator) if generator.random() < 0.3 else tensors[0]
         return broken_json(good, generator), spoilt
 
-    def read(made: tuple[bytes, bytes]) -> bool:
+    def read(made: tuple[bytes, bytes]) -> None:
         for name, content in zip(("adapter_config.json", "adapter_model.safetensors"), made, strict=True):
             (adapter / name).write_bytes(content)
         found, shape = read_prefix(adapter)
@@ -186,7 +184,6 @@ def prefix_targets(folder: Path) -> Iterator[tuple[str, Target]]:
         if {"n_layer", "n_head", "head_dim"} <= shape.keys():
             product = 2 * math.prod(int(shape[field]) for field in ("n_layer", "n_head", "head_dim"))
             agree(product == found.shape[1], f"shape {shape} of {found.shape}")
-        return True
 
     yield "adapter", Target(make, read)
 
@@ -202,7 +199,7 @@ def config_target(folder: Path) -> Target:
         TINY_GPT2,
     ]
 
-    def read(content: bytes) -> bool:
+    def read(content: bytes) -> None:
         (folder / "config.json").write_bytes(content)
         config, raw = read_model_config(folder), json.loads(content)
         for ours, theirs in (("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size"), ("vocab_size", "vocab_size")):
@@ -211,7 +208,6 @@ def config_target(folder: Path) -> Target:
         agree(all(0 < size <= 2**24 for size in sizes), f"sizes {sizes}")
         agree(config.head_dim * config.n_head == config.n_embd, "heads that do not divide the width")
         agree(0 <= config.rotary_dim <= config.head_dim and 0 < config.max_positions < 2**40, "rotary")
-        return True
 
     return Target(lambda generator: broken_json(generator.choice(good), generator), read)
 
@@ -246,12 +242,11 @@ def command_target() -> Target:
                     words[place:place] = [generator.choice(flags)]
         return words
 
-    def read(words: list[str]) -> bool:
+    def read(words: list[str]) -> None:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             code = cli.main(words)
         if code == 2:
             raise InputError("refused")
-        return True
 
     return Target(make, read)
 
@@ -276,9 +271,9 @@ def attempt(target: Target, made: Any, tally: Tally) -> None:
         target.read(made)
     except (InputError, RunError, SystemExit):
         tally.n_refused += 1
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         tally.finds.append(f"{type(error).__name__}: {str(error)[:120]} at {Path(place.filename).name}:{place.lineno}")
     finally:
@@ -310,14 +305,9 @@ def fuzz(n_inputs: int, seed: int, keep: Path | None = None) -> dict[str, Tally]
     return tallies
 
 
-def main() -> int:
-    """Run as a program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=21_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="existing folder for the inputs that are finds")
-    arguments = parser.parse_args()
-    tallies = fuzz(arguments.inputs, arguments.seed, arguments.keep)
+def main(inputs: int = 21_000, seed: int = 0, keep: Path | None = None) -> int:
+    """Try the inputs, print what came of them, and return the exit code; `keep` is an existing folder for finds."""
+    tallies = fuzz(inputs, seed, keep)
     print(f"| {'target':12} | inputs | refused | accepted | longest, ms | peak, MiB |")
     for name, tally in tallies.items():
         n_accepted = tally.n_inputs - tally.n_refused - len(tally.finds)
@@ -330,4 +320,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main))
