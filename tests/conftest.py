@@ -14,8 +14,10 @@ import tokenizers
 
 from jaxprefix import load_model, load_tokenizer
 from jaxprefix.devices import alone_on_a_cpu, compiling_for
+from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, SAMPLE, make_base_folder
 from tests.errors import Recorder
+from tests.runs import run_config
 
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """Half of the time that XLA compiles for a CPU, or less; a version that does not know a flag aborts."""
@@ -129,9 +131,6 @@ def model(base_folder):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """An uninterrupted run of 8 updates in 2 epochs."""
-    from jaxprefix.train import train  # late: what is imported here has no types checked
-    from tests.runs import run_config
-
     config = run_config(tmp_path_factory.mktemp("runs"))
     assert train(config).finished
     return config

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
 
+from jaxprefix.sampling import are_finite
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +98,11 @@ model = jaxprefix.load_model(sys.argv[1])
 prefix = jaxprefix.load_prefix(sys.argv[2], model.config)
 jaxprefix.generate(model, jaxprefix.load_tokenizer(sys.argv[1]), ["a"], prefix, max_output_len=1)"""
     subprocess.run([sys.executable, "-c", program, GOLDEN_BASE, GOLDEN / "forward.weight"], check=True)
+
+
+def test_tests_check_what_signatures_promise():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        are_finite(jnp.zeros(3))  # logits have two axes
 
 
 def test_public_names_are_listed_before_they_are_imported():
