@@ -24,8 +24,10 @@ def documented_flags() -> list[list[str]]:
     return [re.sub(r"node0:\d+", f"127.0.0.1:{port}", line).split() for line in lines]
 
 
-def start_pair(config: TrainConfig, *more_flags: str, **options):
-    return [start(config, *flags, *more_flags, **TWO_DEVICES, **options) for flags in documented_flags()]
+def start_pair(config: TrainConfig, *flags: str, each=((), ()), **options):
+    """Start both processes, with `flags`, and each with flags of its own."""
+    own_flags = zip(documented_flags(), each, strict=True)
+    return [start(config, *documented, *flags, *own, **TWO_DEVICES, **options) for documented, own in own_flags]
 
 
 def ended(pair, timeout: float = PATIENCE):

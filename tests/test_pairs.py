@@ -124,8 +124,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
 )
 def test_what_fails_on_one_ends_both(tmp_path, flags, others, own):
     config = run_config(tmp_path)
-    first, second = documented_flags()
-    codes, _, errors = ended([start(config, *first), start(config, *second, *flags)])
+    codes, _, errors = ended(start_pair(config, each=((), flags)))
     assert codes == [2, 2], errors
     assert f"error: process 1 cannot {others}; its own error tells why" in errors[0]
     assert f"error: {own}" in errors[1]
@@ -137,9 +136,7 @@ def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
     config = run_config(tmp_path)
     reordered, lines = tmp_path / "data.jsonl", config.data_filepath.read_text().splitlines(keepends=True)
     reordered.write_text("".join([*lines[1:], lines[0]]))
-    one, other = documented_flags()
-    pair = [start(config, *one), start(config, *other, "--data_filepath", str(reordered), "--seed", "7")]
-    codes, _, errors = ended(pair)
+    codes, _, errors = ended(start_pair(config, each=((), ("--data_filepath", str(reordered), "--seed", "7"))))
     assert codes == [2, 2], errors
     assert "error: process 1 cannot match process 0's settings; its own error tells why" in errors[0]
     assert re.fullmatch(
@@ -152,12 +149,8 @@ def test_processes_with_other_settings_or_data_make_no_run(tmp_path):
 
 @pytest.mark.slow
 def test_an_earlier_run_that_one_cannot_see_ends_both(undisturbed, tmp_path):
-    config, places = run_config(tmp_path, **LONG), (undisturbed[0].run_dir, tmp_path / "nowhere")
-    pair = [
-        start(config, *flags, "--checkpoint_path", str(place), **TWO_DEVICES)
-        for flags, place in zip(documented_flags(), places, strict=True)
-    ]
-    codes, _, errors = ended(pair)
+    earlier = (str(undisturbed[0].run_dir),), (str(tmp_path / "nowhere"),)
+    codes, _, errors = ended(start_pair(run_config(tmp_path, **LONG), "--checkpoint_path", each=earlier))
     assert codes == [2, 2], errors
     assert "error: process 1 cannot find the earlier run; its own error tells why" in errors[0]
     assert "nowhere: no such file or folder" in errors[1]
@@ -170,11 +163,7 @@ def test_processes_that_would_start_from_different_prefixes_change_nothing(undis
     for number in range(2):
         write_adapter(tmp_path / str(number), np.full((10, 3 * 2 * 64), number, np.float32), 3, 4, {})
     flags = ("--overwrite", "--prefix_hidden_dim", "0", "--checkpoint_path")
-    pair = [
-        start(config, *own, *flags, str(tmp_path / str(number)), **TWO_DEVICES)
-        for number, own in enumerate(documented_flags())
-    ]
-    codes, _, errors = ended(pair)
+    codes, _, errors = ended(start_pair(config, *flags, each=((str(tmp_path / "0"),), (str(tmp_path / "1"),))))
     assert codes == [2, 2], errors
     assert "error: process 1 cannot start from process 0's encoder; its own error tells why" in errors[0]
     assert "the encoder to start from: " in errors[1]
@@ -210,11 +199,8 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
         (tmp_path / place).mkdir()
     shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
     impatient = ("-c", IMPATIENT.format("hosts", "VISIBLE_SECONDS"))
-    pair = [
-        start(run_config(tmp_path / place, **LONG), *flags, "--resume", program=impatient, **TWO_DEVICES)
-        for place, flags in zip(("one", "other"), documented_flags(), strict=True)
-    ]
-    codes, _, errors = ended(pair)
+    config, other = run_config(tmp_path / "one", **LONG), ("--output_dir", str(tmp_path / "other"))
+    codes, _, errors = ended(start_pair(config, "--resume", each=((), other), program=impatient))
     assert codes == [2, 2], errors
     assert (
         "process 1 does not see what process 0 wrote; --output_dir must be a folder that all hosts share" in errors[1]
