@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import queue
+import shutil
 import signal
 import threading
 import types
@@ -173,3 +174,9 @@ def bpe_folder(tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}))
     return folder
+
+
+@pytest.fixture
+def own_bpe(bpe_folder, tmp_path):
+    """A copy of that folder, for a test to change."""
+    return shutil.copytree(bpe_folder, tmp_path / "bpe")

@@ -1,7 +1,6 @@
 """Tokens that a base model's folder adds to its vocabulary, or marks in it: which files tell of them, and how."""
 
 import json
-import shutil
 
 import pytest
 import tokenizers
@@ -13,16 +12,10 @@ from jaxprefix import load_tokenizer
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.vocabularies import BYTE_LEVEL_CLASSES
 from tests.base_folders import GOLDEN_BASE, make_bpe_folder
+from tests.tokenizer_folders import changed_backend, changed_json, sentencepiece_folder
 
 USER = "<|user|>"
 TEXTS = (f"a{USER}b", f"a {USER} b", USER, "朝<mask>の")
-
-
-def sentencepiece_folder(folder, **settings):
-    folder.mkdir()
-    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def test_a_piece_can_be_renamed(tmp_path):
@@ -57,9 +50,8 @@ def vocabulary(tmp_path):
     folder.mkdir()
     backend.save_model(str(folder))
     backend.save(str(folder / "tokenizer.json"))
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["added_tokens"] = content["added_tokens"][:1]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with changed_json(folder / "tokenizer.json") as content:
+        content["added_tokens"] = content["added_tokens"][:1]
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0}))
     return folder
 
@@ -97,18 +89,15 @@ def test_tokens_of_the_vocabulary_that_other_files_name_are_tokens(vocabulary, k
     assert 1 in tokenizer.encode(TEXTS[0])
 
 
-def test_flags_in_tokenizer_config_come_before_those_of_the_file(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens([USER])
-    backend.save(str(folder / "tokenizer.json"))
-    settings, index = json.loads((folder / "tokenizer_config.json").read_text()), backend.token_to_id(USER)
+def test_flags_in_tokenizer_config_come_before_those_of_the_file(own_bpe):
+    with changed_backend(own_bpe) as backend:
+        backend.add_special_tokens([USER])
     plain = backend.encode(f"a {USER} b").ids
     described_so = {"content": USER, "special": True, "lstrip": True, "rstrip": True}
-    settings["added_tokens_decoder"] = {str(index): described_so}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    found = load_tokenizer(folder).encode(f"a {USER} b")
-    assert found == transformers.AutoTokenizer.from_pretrained(folder).encode(f"a {USER} b", add_special_tokens=False)
+    with changed_json(own_bpe / "tokenizer_config.json") as settings:
+        settings["added_tokens_decoder"] = {str(backend.token_to_id(USER)): described_so}
+    found = load_tokenizer(own_bpe).encode(f"a {USER} b")
+    assert found == transformers.AutoTokenizer.from_pretrained(own_bpe).encode(f"a {USER} b", add_special_tokens=False)
     assert len(found) < len(plain)
 
 
@@ -117,15 +106,14 @@ def test_a_space_before_texts_goes_by_the_class_where_no_setting_says(tmp_path, 
     """`tokenizers` puts one unless it is told not to; GPT-2's and GPT-NeoX's classes do not."""
     folder = make_bpe_folder(tmp_path / "bpe")
     plain = load_tokenizer(folder)
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
-    backend.save(str(folder / "tokenizer.json"))
+    with changed_backend(folder) as backend:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel()
     (folder / "tokenizer_config.json").write_text(json.dumps({} if name is None else {"tokenizer_class": name}))
     spaced = name == "PreTrainedTokenizerFast"
     assert load_tokenizer(folder).encode("晴れ") == plain.encode(" 晴れ" if spaced else "晴れ")
     if name is not None:  # config.json may say it instead
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tokenizer_class": name}))
+        with changed_json(folder / "config.json") as config:
+            config["tokenizer_class"] = name
         (folder / "tokenizer_config.json").unlink()
         assert load_tokenizer(folder).encode("晴れ") == plain.encode(" 晴れ" if spaced else "晴れ")
     if not spaced:
@@ -133,32 +121,32 @@ def test_a_space_before_texts_goes_by_the_class_where_no_setting_says(tmp_path, 
         assert reference.encode("晴れ", add_special_tokens=False) == plain.encode("晴れ")
 
 
-def test_ids_are_not_random(bpe_folder, tmp_path):
+def test_ids_are_not_random(own_bpe, bpe_folder):
     """BPE's dropout, which a file may have from training its model, is off."""
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["dropout"] = 0.5
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with changed_json(own_bpe / "tokenizer.json") as content:
+        content["model"]["dropout"] = 0.5
     text = "今日は晴れ。朝の市場"
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(own_bpe / "tokenizer.json"))
     assert len({tuple(backend.encode(text).ids) for _ in range(20)}) > 1
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(own_bpe)
     assert {tuple(tokenizer.encode(text)) for _ in range(20)} == {tuple(load_tokenizer(bpe_folder).encode(text))}
 
 
-def test_a_panic_of_the_library_is_an_error(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}))
-    with pytest.raises(InputError, match=rf"{path}: the tokenizer fails \(Precompiled"):
-        load_tokenizer(folder)
-    path.write_text(json.dumps(content))
+def panicking(folder):
+    """A tokenizer at which the library panics for some texts."""
     tokenizer = load_tokenizer(folder)
     tokenizer.vocabulary.backend.normalizer = normalizers.Strip()
     tokenizer.vocabulary.backend.add_tokens([tokenizers.AddedToken("\n", normalized=True)])
+    return tokenizer
+
+
+def test_a_panic_of_the_library_is_an_error(own_bpe, bpe_folder):
     with pytest.raises(InputError, match="the tokenizer fails"):
-        tokenizer.encode("À\n")
+        panicking(bpe_folder).encode("À\n")
+    with changed_json(own_bpe / "tokenizer.json") as content:
+        content["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": ""}
+    with pytest.raises(InputError, match=rf"{own_bpe}/tokenizer.json: the tokenizer fails \(Precompiled"):
+        load_tokenizer(own_bpe)
 
 
 def test_ids_between_added_tokens_leave_no_trace(tmp_path):
@@ -169,16 +157,14 @@ def test_ids_between_added_tokens_leave_no_trace(tmp_path):
     assert tokenizer.decode([*ids, 440, 444]) == tokenizer.decode(ids)
 
 
-def test_a_token_may_be_special_in_tokenizer_config_alone(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_tokens([tokenizers.AddedToken(USER, normalized=False)])
-    backend.save(str(folder / "tokenizer.json"))
+def test_a_token_may_be_special_in_tokenizer_config_alone(own_bpe):
+    with changed_backend(own_bpe) as backend:
+        backend.add_tokens([tokenizers.AddedToken(USER, normalized=False)])
     token = {"content": USER, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
     decoder = {str(backend.token_to_id(USER)): token}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": decoder}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(folder)
+    (own_bpe / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(own_bpe)
     assert tokenizer.decode(tokenizer.encode(f"a{USER}b")) == "ab"
 
 
@@ -197,10 +183,9 @@ def test_an_added_token_whose_id_is_no_number(tmp_path):
 
 @pytest.mark.parametrize("token", [USER, {"content": USER}, {"content": USER, "rstrip": True}])
 def test_flags_that_tokenizer_config_does_not_give_stay(vocabulary, token):
-    content = json.loads((vocabulary / "tokenizer.json").read_text())
     listed = {"id": 1, "content": USER, "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
-    content["added_tokens"].append(listed | {"special": True})
-    (vocabulary / "tokenizer.json").write_text(json.dumps(content))
+    with changed_json(vocabulary / "tokenizer.json") as content:
+        content["added_tokens"].append(listed | {"special": True})
     (vocabulary / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"1": token}}))
     backend = load_tokenizer(vocabulary).vocabulary.backend
     found = backend.get_added_tokens_decoder()[1]
@@ -216,10 +201,7 @@ def test_where_a_named_eos_is_unknown_config_jsons_id_counts(tmp_path):
 
 @pytest.mark.parametrize("skipping", [False, True])
 def test_a_line_at_which_the_library_panics_is_named(bpe_folder, tmp_path, skipping):
-    tokenizer = load_tokenizer(bpe_folder)
-    tokenizer.vocabulary.backend.normalizer = normalizers.Strip()
-    tokenizer.vocabulary.backend.add_tokens([tokenizers.AddedToken("\n", normalized=True)])
-    path = tmp_path / "data.jsonl"
+    tokenizer, path = panicking(bpe_folder), tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": text, "completion": "a"}) for text in ("a", "À\n", "b")))
     if skipping:
         examples = read_examples(path, Chunking(tokenizer, skip_bad_lines=True))

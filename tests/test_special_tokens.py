@@ -12,22 +12,20 @@ from jaxprefix import load_tokenizer
 from tests.base_folders import GOLDEN_BASE, SAMPLE
 
 
-def test_of_several_tokens_that_end_a_text_the_first_is_eos(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 0]}))
-    assert load_tokenizer(folder).eos_id == 1
+def test_of_several_tokens_that_end_a_text_the_first_is_eos(own_bpe):
+    (own_bpe / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 0]}))
+    assert load_tokenizer(own_bpe).eos_id == 1
 
 
-def test_a_word_is_no_special_token(bpe_folder, tmp_path):
+def test_a_word_is_no_special_token(own_bpe):
     """Some models' config.json has GPT-2's ids, which are words in a vocabulary of their own."""
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
+    (own_bpe / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 5}))
     with pytest.raises(InputError, match=r"has no eos_token; name the special token in tokenizer_config.json"):
-        load_tokenizer(folder)
-    (folder / "added_tokens.json").write_text(json.dumps({"    ": 601}))  # as GPT-NeoX's runs of spaces
-    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 601}))
+        load_tokenizer(own_bpe)
+    (own_bpe / "added_tokens.json").write_text(json.dumps({"    ": 601}))  # as GPT-NeoX's runs of spaces
+    (own_bpe / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 601}))
     with pytest.raises(InputError, match="has no eos_token"):
-        load_tokenizer(folder)
+        load_tokenizer(own_bpe)
 
 
 def test_where_no_added_token_is_special_a_word_is_none_either(tmp_path):

@@ -13,6 +13,7 @@ from convert.errors import InputError
 from jaxprefix import load_tokenizer
 from jaxprefix.vocabularies import TokenizersFile
 from tests.base_folders import GOLDEN_BASE, SAMPLE, make_bpe_folder
+from tests.tokenizer_folders import changed_backend
 
 FRAGMENTS = [
     "今日は晴れ。",
@@ -118,12 +119,10 @@ def test_lower_casing_makes_another_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path).fingerprint != plain.fingerprint
 
 
-def test_padding_of_a_tokenizer_json_is_not_obeyed(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.enable_padding(length=50)
-    backend.save(str(folder / "tokenizer.json"))
-    assert load_tokenizer(folder).encode("Hello") == load_tokenizer(bpe_folder).encode("Hello")
+def test_padding_of_a_tokenizer_json_is_not_obeyed(own_bpe, bpe_folder):
+    with changed_backend(own_bpe) as backend:
+        backend.enable_padding(length=50)
+    assert load_tokenizer(own_bpe).encode("Hello") == load_tokenizer(bpe_folder).encode("Hello")
 
 
 def test_added_tokens_have_ids_behind_the_model(tmp_path):
@@ -231,12 +230,11 @@ def test_what_tokenizer_config_says_of_added_tokens_counts(bpe_folder, tmp_path)
 
 
 @pytest.mark.parametrize("decoder", [{"added_tokens_decoder": {"600": {"content": "<extra>", "special": True}}}, {}])
-def test_of_two_files_that_disagree_the_one_that_transformers_follows_counts(bpe_folder, tmp_path, decoder):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
+def test_of_two_files_that_disagree_the_one_that_transformers_follows_counts(own_bpe, decoder):
     settings = {"bos_token": "<|padding|>", "eos_token": "<|padding|>"} | decoder
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"} | settings))
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    tokenizer, reference = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    (own_bpe / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"} | settings))
+    (own_bpe / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    tokenizer, reference = load_tokenizer(own_bpe), transformers.AutoTokenizer.from_pretrained(own_bpe)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (reference.bos_token_id, reference.eos_token_id)
     assert tokenizer.eos_id == (1 if decoder else 0)
 
@@ -259,23 +257,22 @@ def test_a_token_for_padding_alone_makes_no_other_tokenizer(bpe_folder, tmp_path
     assert third.fingerprint != first.fingerprint
 
 
-def test_a_tokenizer_json_spelled_otherwise_is_the_same(bpe_folder, tmp_path):
-    folder = shutil.copytree(bpe_folder, tmp_path / "bpe")
-    found = load_tokenizer(folder).fingerprint
+def test_a_tokenizer_json_spelled_otherwise_is_the_same(own_bpe, bpe_folder):
+    found = load_tokenizer(own_bpe).fingerprint
     assert found == load_tokenizer(bpe_folder).fingerprint
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((own_bpe / "tokenizer.json").read_text())
     pairs = content["model"]["merges"]
     spelled = {
         **content,
         "truncation": None,
         "model": {**content["model"], "merges": [" ".join(pair) for pair in pairs]},
     }
-    (folder / "tokenizer.json").write_text(json.dumps(spelled, indent=1))
-    assert load_tokenizer(folder).fingerprint == found
+    (own_bpe / "tokenizer.json").write_text(json.dumps(spelled, indent=1))
+    assert load_tokenizer(own_bpe).fingerprint == found
     others = ({"model": {**content["model"], "merges": pairs[::-1]}}, {"normalizer": {"type": "Lowercase"}})
     for other in others:
-        (folder / "tokenizer.json").write_text(json.dumps(content | other))
-        assert load_tokenizer(folder).fingerprint != found
+        (own_bpe / "tokenizer.json").write_text(json.dumps(content | other))
+        assert load_tokenizer(own_bpe).fingerprint != found
 
 
 def test_a_broken_tokenizer_json_is_named(tmp_path):
@@ -284,12 +281,11 @@ def test_a_broken_tokenizer_json_is_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_added_tokens_that_contradict_the_file_are_refused(bpe_folder, tmp_path):
-    shutil.copytree(bpe_folder, tmp_path / "bpe")
-    (tmp_path / "bpe" / "added_tokens.json").write_text(json.dumps({"<extra>": 650}))
-    (tmp_path / "bpe" / "tokenizer_config.json").write_text("{}")
+def test_added_tokens_that_contradict_the_file_are_refused(own_bpe):
+    (own_bpe / "added_tokens.json").write_text(json.dumps({"<extra>": 650}))
+    (own_bpe / "tokenizer_config.json").write_text("{}")
     with pytest.raises(InputError, match="added token '<extra>' has id 650 in one file, 600 here"):
-        load_tokenizer(tmp_path / "bpe")
+        load_tokenizer(own_bpe)
 
 
 def test_gaps_between_ids_count():
@@ -305,9 +301,8 @@ def test_half_a_surrogate_pair_is_refused_in_bpe_too(bpe_folder):
 def test_word_and_normalizer_flags_of_added_tokens_count(tmp_path):
     for flags in ({"single_word": True}, {"single_word": False}, {"normalized": True}, {"normalized": False}):
         folder = make_bpe_folder(tmp_path / str(flags))
-        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        backend.normalizer = tokenizers.normalizers.Lowercase()
-        backend.save(str(folder / "tokenizer.json"))
+        with changed_backend(folder) as backend:
+            backend.normalizer = tokenizers.normalizers.Lowercase()
         token = {"content": "<Extra>", "special": False, **flags}
         index = backend.get_vocab_size()
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {str(index): token}}
