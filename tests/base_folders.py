@@ -4,15 +4,18 @@ Head dim 16, weights of std 0.2, random biases and norms: with smaller ones a wr
 residual form goes unnoticed.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.shapes import TOKENIZER_FILES
 from convert.table import write_weights
@@ -68,6 +71,14 @@ def make_base_folder(folder: Path, seed: int = 0, std: float = 0.2, **config: ob
         weights[path] = centre + np.float32(std) * random.standard_normal(shape, dtype=np.float32)
     write_weights(folder, weight_table(model_config), model_config.n_layer, weights.items())
     return folder
+
+
+@contextlib.contextmanager
+def changed_weights(folder: Path) -> Iterator[dict[str, np.ndarray]]:
+    """The weights of a base model's one file, by their names in it, to change in place."""
+    weights = load_file(folder / "model.safetensors")
+    yield weights
+    save_file(weights, folder / "model.safetensors")
 
 
 def make_bpe_folder(folder: Path) -> Path:

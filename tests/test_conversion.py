@@ -23,7 +23,7 @@ from jaxprefix import load_model, load_tokenizer, models
 from jaxprefix.base_folder import open_base
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder, make_bpe_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, changed_weights, make_base_folder, make_bpe_folder
 from tests.conversion import converted
 from torch_ref.prefix import to_rows
 
@@ -208,9 +208,8 @@ def test_an_adapter_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch)
 
 def test_a_copy_that_fails_can_be_repeated(tmp_path):
     source = make_base_folder(tmp_path / "base")
-    weights = load_file(source / "model.safetensors")
-    last = max(weights)
-    save_file(weights | {last: weights[last] * np.float32(np.nan)}, source / "model.safetensors")
+    with changed_weights(source) as weights:
+        weights[max(weights)] *= np.float32(np.nan)
     for _ in range(2):
         with pytest.raises(InputError, match="holds numbers that are not finite"):
             converted(source, tmp_path / "copy")

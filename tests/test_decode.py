@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import jaxprefix.decode
 from convert.errors import InputError, RunError
@@ -16,7 +15,7 @@ from jaxprefix.decode import GPU_STEPS, Generated, _decode, bucket, generate_ids
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
-from tests.base_folders import GOLDEN_BASE, make_base_folder, with_config
+from tests.base_folders import GOLDEN_BASE, changed_weights, make_base_folder, with_config
 
 PROMPTS = [[30], [40, 41, 42, 43, 44], [50, 51, 52], list(range(60, 80))]
 GREEDY = DecodeConfig(decode_method="greedy", max_output_len=12)
@@ -112,9 +111,8 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer, tmp_path):
 
 def with_norm_weights_of(weight, tmp_path):
     base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    weights["gpt_neox.final_layer_norm.weight"][:] = weight
-    save_file(weights, base / "model.safetensors")
+    with changed_weights(base) as weights:
+        weights["gpt_neox.final_layer_norm.weight"][:] = weight
     return base
 
 

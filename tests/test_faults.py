@@ -14,7 +14,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
@@ -30,7 +29,7 @@ from jaxprefix.metrics import _batch_loss, dev_loss
 from jaxprefix.run_lock import only_writer
 from jaxprefix.train import train
 from jaxprefix.update import LossScale, Outcome
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, changed_weights
 from tests.runs import CACHE_ALL, PATIENCE, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
@@ -65,9 +64,8 @@ class TestNumbers:
         """One piece of the vocabulary has an embedding so large that its sum is infinite."""
         base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
         piece = tokenizer.encode("鯛")[-1]
-        weights = load_file(base / "model.safetensors")
-        weights["gpt_neox.embed_in.weight"][piece] = 3e38
-        save_file(weights, base / "model.safetensors")
+        with changed_weights(base) as weights:
+            weights["gpt_neox.embed_in.weight"][piece] = 3e38
         data = tmp_path / "data.jsonl"
         pairs = [{"prompt": "朝", "completion": text} for text in ("市場", "市場。", "鯛", "魚屋", "声")]
         data.write_text("\n".join(json.dumps(pair) for pair in pairs))

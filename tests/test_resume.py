@@ -10,7 +10,6 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import jaxprefix.loop as loop_module
@@ -20,7 +19,7 @@ from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.run_folder import open_run_folder
 from jaxprefix.train import train
 from jaxprefix.update import LossScale
-from tests.base_folders import GOLDEN_BASE
+from tests.base_folders import GOLDEN_BASE, changed_weights
 from tests.runs import at_update, before_updates, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
 from tests.tolerances import FUNCTION, LOSS
 
@@ -143,10 +142,8 @@ def test_a_base_model_may_move_and_may_not_change(finished, tmp_path):
     shutil.copytree(GOLDEN_BASE, tmp_path / "moved")
     config = run_config(tmp_path, resume=True, n_epochs=3, pretrained_model_dir=str(tmp_path / "moved"))
     assert train(config).n_done == 12
-    path = tmp_path / "moved" / "model.safetensors"
-    weights = load_file(path)
-    weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"] += 1e-3
-    save_file(weights, path)
+    with changed_weights(tmp_path / "moved") as weights:
+        weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"] += 1e-3
     with pytest.raises(InputError, match=r"other settings:\n  - weights: was '\w{64}', now '\w{64}'$"):
         train(config)
 

@@ -14,18 +14,12 @@ from convert.gpt_neox import TABLE
 from convert.table import _agree, _as_ours, expand, write_weights
 from convert.weights import BLOCK, FiniteWeight, is_finite, stored_weights
 from jaxprefix import load_model
-from tests.base_folders import make_base_folder
+from tests.base_folders import changed_weights, make_base_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
     return make_base_folder(tmp_path / "base")
-
-
-def rewrite(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
 
 
 def test_expand_writes_out_every_layer():
@@ -45,11 +39,9 @@ def test_our_paths_are_all_different():
 
 
 def test_all_problems_are_reported_at_once(folder):
-    def damage(weights):
+    with changed_weights(folder) as weights:
         weights["gpt_neox.surplus"] = weights.pop("embed_out.weight")
         weights["gpt_neox.final_layer_norm.bias"] = np.zeros(5, np.float32)
-
-    rewrite(folder, damage)
     with pytest.raises(InputError) as error:
         load_model(folder)
     assert str(error.value).splitlines()[1:] == [
@@ -62,7 +54,8 @@ def test_all_problems_are_reported_at_once(folder):
 @pytest.mark.parametrize("shape", [(64, 191), (192, 64), (64,), ()])
 def test_a_weight_that_cannot_be_split_is_told_by_its_shape_in_the_file(tmp_path, shape):
     folder, name = make_base_folder(tmp_path / "base", model_type="gpt2"), "transformer.h.1.attn.c_attn.weight"
-    rewrite(folder, lambda weights: weights.update({name: np.zeros(shape, np.float32)}))
+    with changed_weights(folder) as weights:
+        weights |= {name: np.zeros(shape, np.float32)}
     with pytest.raises(InputError, match=re.escape(f"{name} has shape {shape}, config.json asks for (64, 192)")):
         load_model(folder)
 
@@ -81,7 +74,8 @@ def test_a_split_weight_is_the_files_wherever_it_is_cut(tmp_path):
 
 def test_legacy_buffers_are_dropped(folder):
     expected = load_model(folder)(jnp.asarray([[5, 6]]))[0]
-    rewrite(folder, lambda weights: weights.update({"gpt_neox.layers.0.attention.masked_bias": np.float32([-1e9])}))
+    with changed_weights(folder) as weights:
+        weights |= {"gpt_neox.layers.0.attention.masked_bias": np.float32([-1e9])}
     np.testing.assert_array_equal(load_model(folder)(jnp.asarray([[5, 6]]))[0], expected)
 
 
@@ -105,7 +99,8 @@ def test_shards_equal_the_single_file(folder):
 
 def test_a_weight_that_stands_twice_is_refused(folder):
     name = "layers.0.mlp.dense_h_to_4h.weight"
-    rewrite(folder, lambda weights: weights.update({name: 2 * weights[f"gpt_neox.{name}"]}))
+    with changed_weights(folder) as weights:
+        weights |= {name: 2 * weights[f"gpt_neox.{name}"]}
     with pytest.raises(InputError, match=f"duplicate weight gpt_neox.{name}"):
         load_model(folder)
 
@@ -123,7 +118,8 @@ def test_a_broken_index_is_refused(folder, index, message):
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_on_disk(folder, stored):
-    rewrite(folder, lambda weights: weights.update({name: w.astype(stored) for name, w in weights.items()}))
+    with changed_weights(folder) as weights:
+        weights |= {name: w.astype(stored) for name, w in weights.items()}
     model = load_model(folder)
     assert model.embed.weight.dtype == jnp.float32
     assert load_model(folder, "bfloat16").embed.weight.dtype == jnp.bfloat16
@@ -132,7 +128,8 @@ def test_half_precision_on_disk(folder, stored):
 @pytest.mark.parametrize("stored", ["float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_weight_becomes_another_type_as_it_is_read(folder, stored, dtype):
-    rewrite(folder, lambda weights: weights.update({name: w.astype(stored) for name, w in weights.items()}))
+    with changed_weights(folder) as weights:
+        weights |= {name: w.astype(stored) for name, w in weights.items()}
     path = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
     expected = load_file(folder / "model.safetensors")[path].astype(dtype)
     found = load_model(folder, dtype).layers[1].mlp.up.weight
@@ -142,10 +139,8 @@ def test_a_weight_becomes_another_type_as_it_is_read(folder, stored, dtype):
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 7e4), ("float32", 1e300), ("bfloat16", 3.4e38)])
 def test_numbers_that_another_type_does_not_have_are_told(folder, dtype, value):
-    def enlarge(weights):
+    with changed_weights(folder) as weights:
         weights["embed_out.weight"] = np.full(weights["embed_out.weight"].shape, -value, np.float64)
-
-    rewrite(folder, enlarge)
     with pytest.raises(InputError, match=rf"weight: holds numbers beyond \S+, the largest that {dtype} can hold"):
         load_model(folder, dtype)
 
@@ -212,14 +207,12 @@ def test_gpt2_without_its_prefix_and_with_its_tied_head_and_buffers(tmp_path):
     folder = make_base_folder(tmp_path / "base", model_type="gpt2")
     expected = forward(folder)
 
-    def rename(weights):
+    with changed_weights(folder) as weights:
         for name in list(weights):
             weights[name.removeprefix("transformer.")] = weights.pop(name)
         weights["lm_head.weight"] = weights["wte.weight"]
         weights["h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.uint8)
         weights["h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
-
-    rewrite(folder, rename)
     np.testing.assert_array_equal(forward(folder), expected)
 
 
@@ -230,18 +223,18 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path, model_type):
         name for name in load_file(folder / "model.safetensors") if name.endswith(("wte.weight", "embed_in.weight"))
     )
     head = {"gpt2": "lm_head.weight", "gpt_neox": "embed_out.weight"}[model_type]
-    rewrite(folder, lambda weights: weights.update({head: weights[embedding].copy()}))
+    with changed_weights(folder) as weights:
+        weights |= {head: weights[embedding].copy()}
     np.testing.assert_array_equal(load_model(folder).head_weight, load_file(folder / "model.safetensors")[embedding])
 
     expected = load_file(folder / "model.safetensors")[embedding]
-    rewrite(folder, lambda weights: weights.pop(embedding))  # as safetensors' own save_model keeps one of two names
+    with changed_weights(folder) as weights:
+        del weights[embedding]  # as safetensors' own save_model keeps one of two names
     np.testing.assert_array_equal(load_model(folder).embed.weight[...], expected)
 
-    def change_the_last_row(weights):
+    with changed_weights(folder) as weights:
         weights[embedding] = weights[head].copy()
         weights[head][-1] += 1
-
-    rewrite(folder, change_the_last_row)
     with pytest.raises(InputError, match=rf"{head} differs from \S*{embedding}, to which config.json ties it"):
         load_model(folder)
 
@@ -258,11 +251,9 @@ def test_all_rows_of_a_copy_are_compared(row):
 def test_a_tied_embedding_that_is_damaged_is_told_as_such(tmp_path):
     folder = make_base_folder(tmp_path / "base", model_type="gpt2")
 
-    def damage(weights):
+    with changed_weights(folder) as weights:
         weights["transformer.wte.weight"][0, 0] = np.nan
         weights["lm_head.weight"] = weights["transformer.wte.weight"].copy()
-
-    rewrite(folder, damage)
     with pytest.raises(InputError, match=r"wte.weight: holds numbers that are not finite"):
         load_model(folder)
 

@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 
 from convert.errors import InputError
 from jaxprefix import load_model, load_tokenizer
@@ -17,7 +16,7 @@ from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.models import copy_base_model
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN_BASE, changed_weights, make_base_folder
 from tests.hostile.prefixes import CreatesAFile
 from tests.hostile.registry import DEEP, hostile
 
@@ -122,10 +121,8 @@ def an_index_whose_shard_is_a_link(folder):
 
 
 def base_with_weights(folder, change):
-    path = make_base_folder(folder / "base") / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
+    with changed_weights(make_base_folder(folder / "base")) as weights:
+        change(weights)
     return lambda: load_model(folder / "base")
 
 
