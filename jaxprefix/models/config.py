@@ -11,7 +11,7 @@ from convert.weights import FLOATS
 from jaxprefix.hub import BASE_CONFIG
 
 Fields = dict[str, tuple[tuple[str, ...], Any]]
-"""For each field, its spellings in config.json, and transformers' default if it is absent or null."""
+"""For each field, its spellings in config.json, and transformers' default if it is absent or, unless a bool, null."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +215,11 @@ def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) ->
     for field, (spellings, default) in fields.items():
         needed = field == "rotary_factor" and found["rotary_scaling"][1] in ("linear", "dynamic")
         found[field] = _lookup(raw, spellings, None if needed else default, problems)
+        if type(default) is bool and raw.get(spellings[0], default) is None:  # false in transformers 4, refused in 5
+            problems.append(f"{spellings[0]} must be true or false, found None")
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            problems.append(f"{key} must be an object, found {raw[key]!r}")
     if raw.get("rope_scaling") and raw.get("rope_parameters") not in (None, {}, raw["rope_scaling"]):
         problems.append("contradiction: rope_scaling and rope_parameters differ")
     for field, supported in _FIXED.items():

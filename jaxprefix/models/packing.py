@@ -6,6 +6,7 @@ the slots of all its texts, one after another, are the row's places. The rest of
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,9 +28,14 @@ def on_texts(function: Callable[..., Any], packing: Packing | None, *arrays: Sha
     for n_rows, n_texts, n_slots in (columns.shape for columns in packing.columns):
         end = start + n_texts * n_slots
         texts = (x[:, start:end].reshape(n_rows * n_texts, n_slots, *x.shape[2:]) for x in unpacked)
-        made.append(jax.tree.map(lambda x: x.reshape(len(packing.places), -1, *x.shape[2:]), function(*texts)))
+        made.append(jax.tree.map(partial(_by_rows, n_rows), function(*texts)))
         start = end
     return jax.tree.map(lambda *classes: pack(jnp.concatenate(classes, axis=1), packing), *made)
+
+
+def _by_rows(n_rows: int, x: Shaped[Array, "BR C *rest"]) -> Shaped[Array, "B places *rest"]:
+    """Lay the texts of each row one after another; without a -1, since x is empty if no dimension of a head rotates."""
+    return x.reshape(n_rows, x.shape[0] // n_rows * x.shape[1], *x.shape[2:])
 
 
 def unpack(x: Shaped[Array, "B T *rest"], packing: Packing | None) -> Shaped[Array, "B places *rest"]:

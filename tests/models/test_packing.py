@@ -109,6 +109,16 @@ def test_labelled_columns_alone_have_the_loss_and_gradient_of_all(golden_model, 
         np.testing.assert_allclose(ours, right, rtol=0, atol=MODEL * float(jnp.abs(right).max()))
 
 
+def test_texts_of_a_model_whose_heads_do_not_rotate(golden_model, tokenizer, packed):
+    """transformers rounds a small fraction of a small head down to no dimension."""
+    model = with_config(golden_model, rotary_fraction=0.5 / golden_model.config.head_dim)
+    assert model.config.rotary_dim == 0
+    prefix = random_prefix(model.config)
+    padded = jax.tree.map(jnp.asarray, make_padded_batch(EXAMPLES, tokenizer, PaddedShape(10, 16)))
+    expected = batch_loss(model, prefix, padded)
+    np.testing.assert_allclose(batch_loss(model, prefix, packed), expected, rtol=LOSS)
+
+
 def test_dynamic_rotary_scaling_leaves_packed_and_padded_texts_the_same_loss(golden_model, tokenizer, packed):
     """Texts of up to 15 behind a prefix of 7: some reach beyond 16 positions, and in padded rows all would."""
     model = with_config(golden_model, n_positions=16, rotary_scaling="dynamic", rotary_factor=4.0)
