@@ -13,7 +13,7 @@ from flax import nnx
 from jaxprefix import load_model
 from jaxprefix.config import Compute
 from jaxprefix.devices import compiling_for
-from jaxprefix.models import abstract_model, attention
+from jaxprefix.models import abstract_model, attention, gpt2, gpt_neox
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import (
@@ -86,15 +86,36 @@ def test_causal_attention_that_is_not_square_is_another_one(heads):
 
 @pytest.mark.parametrize(
     ("changes", "chosen"),
-    [({}, True), ({"dtype": jnp.float32}, False), ({"slots": True}, False), ({"tokens": 30}, False)],
+    [
+        ({}, True),
+        ({"dtype": jnp.float16}, True),
+        ({"dtype": jnp.float32}, False),
+        ({"slots": True}, False),
+        ({"tokens": 30}, False),
+        ({"method": "dense"}, False),
+        ({"method": "cudnn", "tokens": 30}, True),
+        ({"method": "cudnn", "slots": True}, False),
+    ],
 )
 def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypatch, changes, chosen):
+    """Unless another method is asked for. It gets the model's own scale."""
     calls = []
     monkeypatch.setattr(attention, "cudnn_takes", lambda head_dim: True)
     monkeypatch.setattr(attention, "square_causal", lambda *inputs: calls.append(inputs) or inputs[0])
     q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
-    dense(q, q, q, None, attention.own_slots(q) if "slots" in changes else None)
-    assert bool(calls) == chosen
+    slots = attention.own_slots(q) if "slots" in changes else None
+    dense(q, q, q, None, slots, 0.5, changes.get("method", "auto"))
+    assert [scale for *_, scale, _ in calls] == [0.5] * chosen
+
+
+@pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
+def test_attention_is_computed_by_the_method_that_was_asked_for(base_folder, monkeypatch, traced_anew):
+    methods = []
+    for module in (gpt_neox, gpt2):
+        monkeypatch.setattr(module, "attend", lambda q, *given: methods.append(given[5]) or q)
+    base = abstract_model(read_model_config(base_folder), Compute("cudnn"))
+    jax.eval_shape(lambda base: base.hidden(TOKENS)[0], base)
+    assert set(methods) == {"cudnn"}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +304,20 @@ def test_layer_norms_keep_their_input_alone(cpu_compiler):
 def test_activations_are_computed_in_float32(activation):
     x = jnp.linspace(-4, 4, 999, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(activate(x, activation), activate(x.astype(jnp.float32), activation).astype(x.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_layer_norm_in_half_precision_is_rounded_once(dtype):
+    """And so is its gradient."""
+
+    def computed(gradient, *inputs):
+        normed, pull_back = jax.vjp(lambda *inputs: layer_norm(*inputs, 1e-5), *inputs)
+        return normed, pull_back(gradient)[0]
+
+    halves = normals((9, 48), (9, 48), (48,), (48,), dtype=dtype)
+    wide = computed(*(x.astype(jnp.float32) for x in halves))
+    for ours, exact in zip(computed(*halves), wide, strict=True):
+        np.testing.assert_array_equal(ours, exact.astype(dtype))
 
 
 def test_activations_keep_their_input_alone(cpu_compiler):

@@ -10,6 +10,7 @@ from jaxprefix.batches import lay_out, make_packed_batch, make_padded_batch
 from jaxprefix.config import Compute
 from jaxprefix.data import rows_of
 from jaxprefix.loss import batch_loss, next_token_loss
+from jaxprefix.models import attention
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.packing import on_texts, pack, unpack
 from jaxprefix.shapes import PackedShape, PaddedShape
@@ -58,6 +59,14 @@ def test_a_function_of_texts_sees_each_on_a_row_of_its_own(packed, tokenizer):
     np.testing.assert_array_equal(tokens, jnp.where(has_text, packed.tokens, 0))
     goes_on = has_text[:, 1:] & (on_texts(own_slots, packed.packing, packed.tokens)[:, 1:] > 0)
     assert (jnp.diff(numbers, axis=1)[goes_on] == 1).all()
+
+
+def test_attention_of_packed_texts_is_that_of_their_model(packed, monkeypatch):
+    told, attend = [], attention.attend
+    q, k = jnp.zeros((*packed.tokens.shape, 4, 16)), jnp.zeros((len(packed.tokens), 4, packed.tokens.shape[1], 16))
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *others: told.append(others) or q)
+    attend(q, k, k, None, None, 0.5, "dense", packed.packing)
+    assert told == [(None, None, 0.5, "dense")] * len(packed.packing.columns)
 
 
 @pytest.mark.parametrize("way", [unpack, pack])
