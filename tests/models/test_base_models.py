@@ -13,7 +13,7 @@ from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.models import attention, fingerprint, gpt2, gpt_neox
 from jaxprefix.models.config import read_model_config
-from tests.arrays import empty_cache, random_prefix
+from tests.arrays import empty_cache, normals, random_prefix
 from tests.base_folders import with_config
 from tests.tolerances import MODEL
 
@@ -113,6 +113,18 @@ def test_cached_decode_equals_full_forward(model, with_prefix):
         logits, cache = step(TOKENS[:, slot : slot + 1], cache, jnp.full((2, 1), slot))
         parts.append(logits)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=0, atol=MODEL)
+
+
+@pytest.mark.parametrize("on_a_gpu", [False, True])
+def test_what_is_written_beyond_a_caches_end_is_dropped(on_a_gpu, request):
+    """As are the tokens that GPUs still compute for rows that have stopped."""
+    if on_a_gpu:
+        request.getfixturevalue("as_on_a_gpu")
+    cache, (new,) = (jnp.zeros((2, 4, 3, 16)),) * 2, normals((2, 4, 1, 16))
+    written = attention.write_cache(cache, new, 2 * new, jnp.asarray([[1], [3]]))
+    for array, factor in zip(written, (1, 2), strict=True):
+        np.testing.assert_array_equal(array[0, :, 1], factor * new[0, :, 0])
+        assert jnp.count_nonzero(array) == new[0].size
 
 
 def test_padding_on_the_right_changes_nothing(model):
