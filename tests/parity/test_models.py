@@ -84,6 +84,8 @@ ROWS = {
 # Settings that a config may have, beyond those rows.
 SETTINGS = {
     "spelled by transformers 5": PARALLEL | heads(2, 64) | NEW_ROTARY,
+    "an epsilon that shows": PARALLEL | heads(2, 16) | {"layer_norm_eps": 0.3},
+    "gpt2, an epsilon that shows": GPT2 | gpt2_heads(2, 16) | {"layer_norm_epsilon": 0.3},
     "no attention bias": PARALLEL | heads(2, 64) | {"attention_bias": False},
     "dynamic scaling, beyond its positions": PARALLEL
     | heads(2, 64)
