@@ -7,7 +7,7 @@ import jaxprefix.loss
 from jaxprefix.data import IGNORED
 from jaxprefix.loss import CPU_BLOCK, _in_chunks, next_token_loss
 from tests.arrays import normals
-from tests.tolerances import FUNCTION
+from tests.tolerances import FUNCTION, HALF_GRADIENT
 
 
 @pytest.fixture
@@ -78,6 +78,32 @@ def test_logits_far_apart_do_not_overflow(batch, monkeypatch):
     np.testing.assert_allclose(
         next_token_loss(99 * hidden, head, labels), plain_loss(99 * hidden, head, labels), rtol=FUNCTION
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(batch, dtype):
+    """Even where what comes next is all but certain, so that little is left when its row of the head is taken away."""
+    _, head, labels = batch
+    head = (4 * head / jnp.linalg.norm(head, axis=-1, keepdims=True)).astype(dtype)
+    hidden = head[labels]
+    ours = jax.grad(lambda hidden: next_token_loss(hidden, head, labels))(hidden)
+    exact = jax.grad(plain_loss)(hidden.astype(jnp.float32), head.astype(jnp.float32), labels)
+    strayed = jnp.linalg.norm(ours.astype(jnp.float32) - exact)
+    assert strayed < HALF_GRADIENT * jnp.finfo(dtype).eps * jnp.linalg.norm(exact)
+
+
+def test_a_gradient_in_half_precision_may_be_scaled_beyond_its_largest_number(batch):
+    """As a loss scale does, which keeps small gradients from vanishing."""
+    hidden, head, labels = batch
+    hidden, scale = hidden.astype(jnp.float16), 2.0**17
+    gradients = [jax.grad(lambda x, f=f: f * next_token_loss(x, 1e-3 * head, labels))(hidden) for f in (1, scale)]
+    np.testing.assert_array_equal(gradients[1], gradients[0].astype(jnp.float32) * scale)
+    assert jnp.isfinite(gradients[1]).all()
+
+
+def test_logits_far_below_zero_do_not_vanish():
+    loss = next_token_loss(jnp.full((1, 3, 2), -99.0), jnp.ones((50, 2)), jnp.zeros((1, 3), jnp.int32))
+    np.testing.assert_allclose(loss, 3 * np.log(50), rtol=FUNCTION)
 
 
 def test_a_head_in_half_precision_is_not_copied_to_float32_as_a_whole(cpu_compiler):
