@@ -14,7 +14,7 @@ from jaxprefix import load_model
 from jaxprefix import update as update_module
 from jaxprefix.batches import Batch, make_padded_batch
 from jaxprefix.data import IGNORED
-from jaxprefix.prefix import new_encoder
+from jaxprefix.prefix import DirectPrefix, new_encoder
 from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
@@ -103,6 +103,15 @@ def test_rinna_averages_the_means_of_micro_batches(start, golden_model, tokenize
     assert abs(float(sound) - float(loss)) > 1e-3
 
 
+@pytest.mark.parametrize("recipe", ["default", "rinna"])
+def test_what_has_no_label_has_no_part_in_the_mean(start, golden_model, tokenizer, recipe):
+    groups = (EXAMPLES[:1], EXAMPLES[1:])
+    without, loss = run(start, golden_model, stacked(tokenizer, *groups), recipe)
+    beside, same_loss = run(start, golden_model, stacked(tokenizer, *groups, []), recipe)
+    assert float(same_loss) == pytest.approx(float(loss), rel=FUNCTION)
+    assert gap(without.encoder, beside.encoder) < FUNCTION
+
+
 def test_order_of_a_batch_does_not_matter(start, golden_model, tokenizer):
     forward, _ = run(start, golden_model, stacked(tokenizer, EXAMPLES))
     backward, _ = run(start, golden_model, stacked(tokenizer, EXAMPLES[::-1]))
@@ -157,6 +166,14 @@ def test_gradients_are_clipped_by_their_global_norm_and_averaged_by_the_betas(tm
     assert float(optax.tree.sum(adam.nu)) == pytest.approx(norm**2 / 2, rel=1e-4)
 
 
+def test_adams_epsilon_is_that_of_the_settings(tmp_path):
+    """The first step is the gradient over its own size plus epsilon."""
+    encoder, ones = (DirectPrefix(fill((1, 2, 3, 1, 2))) for fill in (jnp.zeros, jnp.ones))
+    optimizer = make_optimizer(run_config(tmp_path, adam_eps=1.0, grad_clip=0.0), optax.constant_schedule(0.1))
+    step, _ = optimizer.update(ones, optimizer.init(encoder), encoder)
+    np.testing.assert_allclose(step(), -0.05, rtol=1e-6)
+
+
 def rates(tmp_path, n_updates, **changes):
     config = run_config(tmp_path, max_lr=1.0, min_lr=0.1, **changes)
     rate = learning_rate(config, n_updates)
@@ -190,6 +207,18 @@ def test_float16_scales_the_loss_and_skips_what_overflows(start, tokenizer):
     assert gap(skipped.encoder, start(optax.sgd(1.0)).encoder) == 0
     assert float(skipped.loss_scale.value) == pytest.approx(5e37)
     assert int(skipped.loss_scale.n_good) == 0
+
+
+@pytest.mark.parametrize(("loss", "each"), [(np.inf, 1.0), (np.nan, 1.0), (1.0, np.nan), (1.0, np.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing(start, golden_model, tokenizer, monkeypatch, loss, each):
+    def spoilt(encoder, *_):
+        return jnp.float32(loss), jax.tree.map(lambda leaf: jnp.full_like(leaf, each), encoder)
+
+    monkeypatch.setattr(update_module, "loss_and_gradient", spoilt)
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    moved, _ = run(start, golden_model, stacked(tokenizer, EXAMPLES), optimizer=optimizer)
+    for after, before in zip(*map(jax.tree.leaves, (moved, start(optimizer))), strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 def test_loss_scale_doubles_after_a_thousand_good_updates():
