@@ -58,6 +58,7 @@ def test_a_direct_prefix_starts_at_the_bases_keys_and_values(model):
     encoder = new_encoder(model, 5, 10, 0, seed=0)
     assert isinstance(encoder, DirectPrefix)
     np.testing.assert_array_equal(encoder(), target)
+    assert new_encoder(model, 440, 10, 0, seed=0)().shape[2] == 440
     with pytest.raises(InputError, match="--prefix_seq_len 441 is more than the base model's 440 token ids"):
         new_encoder(model, 441, 10, 0, seed=0)
 
@@ -135,6 +136,16 @@ def test_a_prefix_of_ones_own_can_be_saved(golden_model, tokenizer, tmp_path):
     (tmp_path / "run" / "config.json").write_text('{"data_sha256": ""}')
     with pytest.raises(InputError, match="run: is a run's folder, whose prefix is in prefix/; name that one"):
         save_prefix(tmp_path / "run", prefix, golden_model.config, tokenizer)
+
+
+def test_a_prefix_leaves_room_for_one_token(golden_model, tokenizer, tmp_path):
+    config = dataclasses.replace(golden_model.config, n_positions=8)
+    save_prefix(tmp_path / "own", random_prefix(config, 7), config, tokenizer)
+    assert load_prefix(tmp_path / "own", config).shape[2] == 7
+    with pytest.raises(InputError, match="a prefix must have 1 to 7 positions, this one has 8"):
+        save_prefix(tmp_path / "own", random_prefix(config, 8), config, tokenizer)
+    with pytest.raises(InputError, match="prefix length 7 leaves no room in 7 positions"):
+        load_prefix(tmp_path / "own", dataclasses.replace(config, n_positions=7))
 
 
 def test_another_base_is_refused_field_by_field(golden_model, tokenizer, tmp_path):

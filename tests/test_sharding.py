@@ -17,7 +17,7 @@ from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.devices import compiling_for
 from jaxprefix.models import abstract_model, load_model, path_name, weight_shapes, weight_table
-from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, with_gathered_embeddings
+from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, split_heads, with_gathered_embeddings
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.markers import needs_cuda_plugin
@@ -320,6 +320,9 @@ def test_heads_that_tensor_does_not_divide_stay_whole():
         assert place("layers.0.attention.qkv.weight", (288, 96)).shard_shape((288, 96)) == qkv
         assert place("layers.0.attention.out.weight", (96, 96)).shard_shape((96, 96)) == out
         assert place("layers.0.mlp.up.weight", (384, 96)).shard_shape((384, 96)) == (96, 96)
+    with compiling_for([Device(n, 0, 0) for n in range(4)]):
+        specs = [split_heads(make_mesh({"tensor": 4}), n_head).spec for n_head in (6, 8)]
+    assert specs == [P(), P(None, None, None, "tensor", None)], "of a prefix"
 
 
 WHAT_THE_MESH_DECIDES = """

@@ -23,6 +23,12 @@ def test_old_and_new_spellings_agree(tmp_path):
     assert read(tmp_path, BARE | OLD) == read(tmp_path, BARE | {"rope_scaling": NEW["rope_parameters"]})
 
 
+def test_gpt2s_sizes_have_two_spellings(tmp_path):
+    spellings = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
+    spellings |= {"n_positions": "max_position_embeddings"}
+    assert read(tmp_path, {spellings.get(key, key): value for key, value in GPT2.items()}) == read(tmp_path, GPT2)
+
+
 def test_absent_keys_are_transformers_defaults(tmp_path):
     bare = {key: value for key, value in BARE.items() if key != "use_parallel_residual"}
     config = read(tmp_path, bare)
@@ -87,7 +93,7 @@ def test_what_is_not_supported_is_named(tmp_path, changes, message):
 def test_the_same_base_elsewhere_needs_no_other_programs(tmp_path):
     """A model's configuration is a part of what JAX compiles for."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    here, there = read_model_config(tmp_path, "here"), read_model_config(tmp_path, "there")
+    here, there = read_model_config(tmp_path, "here"), read_model_config(tmp_path, "there", revision="v1")
     assert (here.name, there.name) == ("here", "there")
     assert (here, hash(here)) == (there, hash(there))
 
