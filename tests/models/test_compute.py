@@ -270,6 +270,17 @@ def test_a_gpu_may_not_round_float32_factors_to_tf32(dtype):
         assert "precision = [HIGHEST, HIGHEST]" in lowered.as_text()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_on_a_gpu_products_and_their_gradients_have_the_bases_type(as_on_a_gpu, dtype):
+    """Devices that share a weight add up half as many bytes, and multiply at half precision's speed."""
+    x, weight, gradient = normals((3, 48), (96, 48), (3, 96), dtype=dtype)
+    program = jax.make_jaxpr(lambda *inputs: jax.vjp(frozen_matmul, *inputs[:2])[1](inputs[2])[0])(x, weight, gradient)
+    assert (
+        re.findall(r":(\w+)\[\S+\] = dot_general", str(program))
+        == [{"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]] * 2
+    )
+
+
 def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(as_on_a_gpu):
     x, gradient = jnp.arange(3.0), jnp.full(3, jnp.inf)
     np.testing.assert_array_equal(jax.jit(after)(gradient, x), x)
@@ -307,14 +318,20 @@ def test_activations_are_computed_in_float32(activation):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_a_layer_norm_in_half_precision_is_rounded_once(dtype):
-    """And so is its gradient."""
+@pytest.mark.parametrize("layer", ["layer norm", "rotation"])
+def test_layers_in_half_precision_round_once(dtype, layer):
+    """And so do their gradients."""
+    cos_sin = tuple(normals((2, 3, 8), (2, 3, 8)))
+    function, shapes = {
+        "layer norm": (lambda *inputs: layer_norm(*inputs, 1e-5), ((9, 48), (9, 48), (48,), (48,))),
+        "rotation": (lambda x: rotate(x, cos_sin), ((2, 3, 4, 16), (2, 3, 4, 16))),
+    }[layer]
 
     def computed(gradient, *inputs):
-        normed, pull_back = jax.vjp(lambda *inputs: layer_norm(*inputs, 1e-5), *inputs)
-        return normed, pull_back(gradient)[0]
+        out, pull_back = jax.vjp(function, *inputs)
+        return out, pull_back(gradient)[0]
 
-    halves = normals((9, 48), (9, 48), (48,), (48,), dtype=dtype)
+    halves = normals(*shapes, dtype=dtype)
     wide = computed(*(x.astype(jnp.float32) for x in halves))
     for ours, exact in zip(computed(*halves), wide, strict=True):
         np.testing.assert_array_equal(ours, exact.astype(dtype))
