@@ -90,6 +90,17 @@ def test_what_is_not_supported_is_named(tmp_path, changes, message):
     assert len({*problems}) == len(problems)
 
 
+SIZES_OF_NEOX = [key for key in BARE if key.startswith(SIZES["gpt_neox"])]
+
+
+@pytest.mark.parametrize("changes", [*({key: 2**25} for key in SIZES_OF_NEOX), {"type": "linear", "factor": 2.0**25}])
+def test_no_size_is_larger_than_any_models(tmp_path, changes):
+    """Or a damaged config.json would cost minutes and gigabytes before it is refused."""
+    *_, key = changes
+    with pytest.raises(InputError, match=rf"{key} 33554432(\.0)? is more than [\d,]+, the largest supported"):
+        read(tmp_path, BARE | changes | {"rope_scaling": changes if key == "factor" else None})
+
+
 def test_the_same_base_elsewhere_needs_no_other_programs(tmp_path):
     """A model's configuration is a part of what JAX compiles for."""
     (tmp_path / "config.json").write_text(json.dumps(TINY))
