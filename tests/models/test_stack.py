@@ -1,6 +1,7 @@
 """Layers in a loop, or recomputed, give what they give one after the other."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxprefix import load_model
 from jaxprefix.check import compiled_memory
 from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.loss import next_token_loss
+from jaxprefix.models import abstract_model
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
 from jaxprefix.shapes import PaddedShape
@@ -83,6 +85,14 @@ def test_second_derivatives_are_right_or_refused(scan_layers):
     np.testing.assert_allclose(product, (ends[0] - ends[1]) / (2 * step), rtol=0.02)
     with pytest.raises(NotImplementedError, match="second derivatives in bfloat16 on a CPU"):
         jax.grad(slope)(prefix, half)
+
+
+@pytest.mark.parametrize(("remat", "n_waiting"), [("block", 3), ("elementwise", 0)])
+def test_block_recomputation_sums_a_layers_gradient_of_the_prefix_before_the_next_layers(remat, n_waiting):
+    """XLA would keep the terms of all layers till the end; a CPU's compiler drops the barrier."""
+    model = abstract_model(read_model_config(GOLDEN_BASE), Compute(remat=remat))
+    lowered = loss_gradient.lower(random_prefix(model.config), model).as_text()
+    assert len(re.findall(r"optimization_barrier %\S+ : tensor<2x7x4x16xf32>", lowered)) == n_waiting
 
 
 def test_scanning_changes_the_program(base_folder):
