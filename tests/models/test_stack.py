@@ -16,6 +16,7 @@ from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
+from jaxprefix.models.layers import scanned_dtype
 from jaxprefix.shapes import PaddedShape
 from tests.arrays import empty_cache, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
@@ -93,6 +94,10 @@ def test_block_recomputation_sums_a_layers_gradient_of_the_prefix_before_the_nex
     model = abstract_model(read_model_config(GOLDEN_BASE), Compute(remat=remat))
     lowered = loss_gradient.lower(random_prefix(model.config), model).as_text()
     assert len(re.findall(r"optimization_barrier %\S+ : tensor<2x7x4x16xf32>", lowered)) == n_waiting
+
+
+def test_gpus_keep_numbers_not_bits(as_on_a_gpu):
+    assert scanned_dtype(jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)) == jnp.bfloat16
 
 
 def test_scanning_changes_the_program(base_folder):
