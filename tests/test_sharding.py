@@ -315,9 +315,10 @@ def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_p
 
 
 def test_heads_that_tensor_does_not_divide_stay_whole():
-    for n_head, qkv, out in ((6, (288, 96), (96, 96)), (8, (72, 96), (96, 24))):
+    for n_head, qkv, gpt2s, out in ((6, (288, 96), (3, 96, 96), (96, 96)), (8, (72, 96), (3, 24, 96), (96, 24))):
         place = base_sharding(abstract_mesh(tensor=4), n_head)
         assert place("layers.0.attention.qkv.weight", (288, 96)).shard_shape((288, 96)) == qkv
+        assert place("layers.0.attention.qkv.weight", (3, 96, 96)).shard_shape((3, 96, 96)) == gpt2s
         assert place("layers.0.attention.out.weight", (96, 96)).shard_shape((96, 96)) == out
         assert place("layers.0.mlp.up.weight", (384, 96)).shard_shape((384, 96)) == (96, 96)
     with compiling_for([Device(n, 0, 0) for n in range(4)]):

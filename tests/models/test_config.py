@@ -111,7 +111,8 @@ def test_the_same_base_elsewhere_needs_no_other_programs(tmp_path):
 
 def test_null_inner_width_is_four_times_the_residual(tmp_path):
     assert read(tmp_path, GPT2).n_inner == read(tmp_path, GPT2 | {"n_inner": None}).n_inner == 256
-    assert read(tmp_path, GPT2 | {"n_inner": 100}).n_inner == 100
+    assert read(tmp_path, GPT2 | {"n_inner": 100, "intermediate_size": 200}).n_inner == 100
+    assert read(tmp_path, GPT2 | {"intermediate_size": 200}).n_inner == 256, "another architecture's name"
 
 
 def test_model_type_must_agree_if_it_is_given(tmp_path):
