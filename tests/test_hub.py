@@ -24,6 +24,7 @@ from jaxprefix.conversion import convert
 from jaxprefix.evaluation import evaluate
 from jaxprefix.generation import continue_prompts
 from jaxprefix.hub import fetch_weights, resolve_folder
+from jaxprefix.inference import open_with_prefix
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
 from jaxprefix.train import train
 from tests.arrays import random_prefix
@@ -118,6 +119,7 @@ def test_an_interrupted_download_goes_on(hub, folders):
         (["user/nothing"], "the model hub has no such repository; if it is private"),
         (["user/model", "v9"], "on the model hub it has no revision 'v9'"),
         (["no//id"], "not a hub id"),
+        (["tests/__init__.py"], "__init__.py: no such folder, and"),
         (["tests", "main"], "tests: is a folder; --revision is only for hub ids"),
         (["user/gated"], "access to it is restricted on the model hub"),
         (["user/torch"], "the model hub says: .*403"),
@@ -173,6 +175,9 @@ def test_nothing_large_is_fetched_for_a_base_or_data_that_cannot_be_used(hub, fo
     data.write_text('{"text": "朝の市場"}\n')
     with pytest.raises(InputError, match=r"makes . examples, fewer than"):
         train(run_config(tmp_path, pretrained_model_dir="user/model", data_filepath=data))
+    sizes = {"train_data_size": 13, "dev_data_size": 1, "n_accum_steps": 9}
+    with pytest.raises(InputError, match="--n_accum_steps 9 is more than"):
+        train(run_config(tmp_path, pretrained_model_dir="user/model", recipe="rinna", **sizes))
     with pytest.raises(InputError, match="no such prefix"):
         evaluate(EvaluateConfig("user/model", prefix_checkpoint_path=tmp_path / "none"))
     with pytest.raises(InputError, match="no such data file"):
@@ -203,6 +208,41 @@ def test_shards_and_their_index_are_fetched(hub, tmp_path):
     weights = {path.name for path in folder.glob("model*")}
     assert len(weights) > 3
     assert weights < hub.fetched()
+
+
+def test_every_file_that_a_base_may_have_is_fetched(hub, tmp_path):
+    small = {
+        "config.json",
+        "spiece.model",
+        "spm.model",
+        "tokenizer.model",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+    }
+    small |= {"added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"}
+    shards = {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
+    (folder := tmp_path / "full").mkdir()
+    for name in small | shards:
+        (folder / name).write_text(name)
+    hub.repos["user/full", "main"] = folder
+    resolve_folder("user/full")
+    assert hub.fetched() == small
+    fetch_all("user/full")
+    assert hub.fetched() == small | shards
+
+
+def test_a_folder_in_the_home_folder_is_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=ValueError("not asked for")))
+    make_base_folder(tmp_path / "base")
+    assert load_model("~/base").config.name == "~/base"
+
+
+def test_generating_and_measuring_take_the_revision_and_the_architecture_that_are_given(hub):
+    assert open_with_prefix(GenerateConfig("user/model", revision="v1"))[0].path.name == "b" * 40
+    with pytest.raises(InputError, match="contradicts --model_type gpt"):
+        open_with_prefix(EvaluateConfig("user/model", model_type="gpt"))
 
 
 def test_a_variant_of_the_weights_is_not_taken_for_them(hub, folders, tmp_path):
