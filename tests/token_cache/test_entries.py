@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convert.errors import InputError
@@ -199,3 +200,43 @@ class Sized:
 def test_ids_around_16_bits_are_kept(data, vocab_size):
     found = {token for example in load_examples(data, Chunking(Sized(vocab_size))) for token in example.target}
     assert found == {vocab_size - 1}
+
+
+def test_of_two_equal_entries_the_first_to_be_finished_stays(tmp_path):
+    """Where locks have no effect, processes may make the same one."""
+    for folder in (entry := tmp_path / "unfinished" / "entry", tmp_path / "made"):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_text(folder.name)
+    token_cache._move(entry.parent, tmp_path / "made")
+    assert (tmp_path / "made" / "tokens.bin").read_text() == "made"
+    with pytest.raises(FileNotFoundError):
+        token_cache._move(entry.parent, tmp_path / "nowhere" / "made")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_entry_that_another_process_has_finished_meanwhile_stays(data, tokenizer):
+    load_examples(data, Chunking(tokenizer))
+    [entry] = (cache_folder() / "tokens").iterdir()
+    before = (entry / "tokens.bin").stat().st_ino
+    token_cache._make(data, Chunking(tokenizer), entry)
+    assert (entry / "tokens.bin").stat().st_ino == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_file_system_without_locks_keeps_tokens_too(data, tokenizer, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: raising(OSError(errno.ENOLCK, "No locks available")))
+    assert same(load_examples(data, Chunking(tokenizer)), read_examples(data, Chunking(tokenizer)))
+    assert len(list((cache_folder() / "tokens").iterdir())) == 1
+
+
+def test_what_vanishes_while_it_is_looked_at_was_finished(tmp_path):
+    (tmp_path / "unfinished-1").symlink_to("nowhere")
+    token_cache._remove_abandoned(tmp_path)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_ends_of_another_number_of_tokens_are_damaged(data, tokenizer):
+    expected = load_examples(data, Chunking(tokenizer))
+    [entry] = (cache_folder() / "tokens").iterdir()
+    np.save(entry / "ends.npy", np.load(entry / "ends.npy") - 1)
+    assert same(load_examples(data, Chunking(tokenizer)), expected)

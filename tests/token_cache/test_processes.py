@@ -140,7 +140,10 @@ def test_helpers_that_cannot_be_started_are_told(data, tokenizer, monkeypatch):
             load_examples(data, Chunking(tokenizer))
 
 
-@pytest.mark.parametrize(("limit", "n_cores"), [("max 100000", 128), ("400000 100000", 4), ("50000 100000", 1)])
+@pytest.mark.parametrize(
+    ("limit", "n_cores"),
+    [("max 100000", 128), ("400000 100000", 4), ("50000 100000", 1), ("99900000 100000", 128)],
+)
 def test_a_containers_share_of_the_cores_counts(monkeypatch, limit, n_cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
     monkeypatch.setattr(Path, "read_text", lambda _: limit)
