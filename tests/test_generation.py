@@ -1,15 +1,20 @@
 """`jaxprefix generate`: what it is told, what it prints where, what it refuses."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import types
+from unittest.mock import Mock
 
 import pytest
 
 from convert.errors import InputError
 from jaxprefix.cli import main
+from jaxprefix.decode import BatchTiming
+from jaxprefix.generation import _print_timings, _typed_lines
 from jaxprefix.inference import read_prompts
 from tests.command_line import BASE, GREEDY, PREFIX, fails
 
@@ -38,6 +43,8 @@ def test_generate_tells_the_timing_of_every_batch(capsys):
     assert main(["generate", *BASE, *PREFIX, "--prompt", "a", *GREEDY, "--timing", "--compare"]) == 0
     found = re.findall(r"^(.*): 1 rows, .* tokens/s$", capsys.readouterr().err, re.MULTILINE)
     assert found == ["continuation", "continuation without prefix"]
+    _print_timings({"continuation": [BatchTiming(2, 12, 3.0)]})
+    assert capsys.readouterr().err == "2 rows, 12 tokens in 3.00 s: 4.0 tokens/s\n"
 
 
 def test_generate_compares_as_text_and_json(capsys):
@@ -48,7 +55,9 @@ def test_generate_compares_as_text_and_json(capsys):
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["prompt"] for record in records] == prompts[1:]
     assert main(["generate", *BASE, *PREFIX, *prompts, *GREEDY]) == 0
-    assert capsys.readouterr().out.splitlines() == [r["prompt"] + r["continuation"] for r in records]
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [r["prompt"] + r["continuation"] for r in records]
+    assert "tokens/s" not in told.err
     for record in records:
         assert record["continuation"] != record["continuation_without_prefix"]
         assert f"with prefix:    {record['prompt']}{record['continuation']}" in text
@@ -178,3 +187,32 @@ def test_generate_does_as_it_is_told(monkeypatch, capsys):
     assert main(["generate", *BASE, "--prompt", "朝の", *flags, "--json"]) == 0
     assert seen == {"dtype": "bfloat16", "seed": 7, "batch_size": 2, "top_k": 3}
     assert capsys.readouterr().out == '{"prompt": "朝の", "continuation": "。"}\n'  # readable, not \u671d
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_a_terminal_is_asked_for_lines_until_ctrl_d_or_ctrl_c(monkeypatch, capsys, shown, end):
+    """The sign goes to standard error when the answers go into a file."""
+    asked = Mock(side_effect=["朝の", end])
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: shown)
+    assert list(_typed_lines()) == ["朝の"]
+    assert [call.args for call in asked.call_args_list] == [("> " if shown else "",)] * 2
+    told = "Type the beginning of a text; Ctrl-D ends.\n"
+    assert capsys.readouterr() == ("", told if shown else f"{told}> > ")
+
+
+def test_an_answer_is_out_before_the_next_is_made(monkeypatch):
+    """Whoever reads the output through a pipe types the next line after it."""
+    out, seen = io.BytesIO(), []
+
+    def fake_stream(*_):
+        for made in "。", "！":
+            seen.append(out.getvalue().decode())
+            yield made
+
+    monkeypatch.setattr("jaxprefix.generation.stream", fake_stream)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "utf-8"))
+    assert main(["generate", *BASE, "--prompt", "朝の", "猫が"]) == 0
+    assert seen == ["", "朝の。\n"]
