@@ -12,10 +12,12 @@ from convert.errors import InputError
 from jaxprefix.cli import main
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
-from jaxprefix.evaluation import evaluate
+from jaxprefix.evaluation import as_generated, evaluate
+from jaxprefix.inference import as_trained
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
+from jaxprefix.tokenizer import load_tokenizer
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.command_line import BASE, PREFIX, fails
@@ -129,6 +131,19 @@ def test_evaluate_refuses_a_blank_suffix(capsys):
     fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
 
 
+def test_a_suffix_that_is_blank_in_texts_is_refused(tmp_path):
+    """A run may have been trained so."""
+    with pytest.raises(InputError, match="the suffix ' ' is blank in generated texts; --n_samples 0 skips the"):
+        as_generated(" ", load_tokenizer(make_bpe_folder(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("found", [0, -1, True, "64"])
+def test_a_run_that_tells_no_length_a_run_can_have(tmp_path, found):
+    (tmp_path / "config.json").write_text(json.dumps({"data_sha256": "", "max_seq_len": found}))
+    with pytest.raises(InputError, match=f"config.json has an invalid max_seq_len, {found!r}"):
+        as_trained(EvaluateConfig("base", prefix_checkpoint_path=tmp_path), "max_seq_len")
+
+
 def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
     base = ["evaluate", "--pretrained_model_dir", str(make_bpe_folder(tmp_path / "base")), "--n_samples", "2"]
     fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' spans several lines")
@@ -210,6 +225,22 @@ def test_evaluate_chunks_as_its_recipe_and_flags_say(monkeypatch):
         evaluate(config)
     del seen["tokenizer"]
     assert seen == {"suffix": "!", "max_seq_len": 9, "recipe": RECIPES["rinna"], "skip_bad_lines": True}
+
+
+@pytest.mark.parametrize(("recipe", "packed", "n_batches"), [("default", True, 10), ("rinna", False, 7)])
+def test_evaluate_goes_through_data_as_its_recipe_does(monkeypatch, recipe, packed, n_batches):
+    """The original's mean is over batches: which examples each one holds is a part of it."""
+    seen = []
+
+    def fake_loss(model, prefix, batches, *_):
+        seen.extend(batches)
+        return {"loss": 1.0, "ppl": 1.0}
+
+    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", fake_loss)
+    settings = {"n_samples": 0, "batch_size": 2, "decode": DecodeConfig(recipe=recipe)}
+    evaluate(EvaluateConfig(str(GOLDEN_BASE), data_filepath=GOLDEN / "documents.jsonl", **settings))
+    assert {batch.packing is not None for batch in seen} == {packed}
+    assert len(seen) == n_batches
 
 
 def test_of_equal_prefixes_the_first_is_kept(tmp_path, monkeypatch):
