@@ -11,7 +11,7 @@ import jaxprefix.decode
 from convert.errors import InputError, RunError
 from jaxprefix import generate, load_model
 from jaxprefix.config import Compute
-from jaxprefix.decode import GPU_STEPS, Generated, _decode, bucket, generate_ids
+from jaxprefix.decode import GPU_STEPS, Generated, _decode, bucket, generate_ids, overflow_hint
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.sampling import Sampling
 from tests.arrays import random_prefix
@@ -127,6 +127,11 @@ def test_numbers_that_grow_beyond_float16_are_told(tokenizer, tmp_path, method):
     decode = DecodeConfig(decode_method=method, max_output_len=4)
     with pytest.raises(RunError, match=r"the model's logits are not finite.* beyond float16; use --dtype bfloat16"):
         ids_of(model, tokenizer, PROMPTS[:1], decode=decode)
+
+
+def test_another_type_helps_float16_alone():
+    assert overflow_hint("float16") == "its numbers grow beyond float16; use --dtype bfloat16"
+    assert [overflow_hint(dtype)[-8:] for dtype in ("bfloat16", "float32")] == ["bfloat16", " float32"]
 
 
 def test_rows_stop_at_eos_each_for_itself(model, tokenizer):

@@ -114,6 +114,9 @@ def test_generating_with_too_little_memory_tells_what_to_lower(monkeypatch, caps
     assert "lower --batch_size 3 or --max_output_len 128, or use --dtype bfloat16" in error
     with pytest.raises(RunError, match="lower --batch_size 16 or --max_output_len 60 or --max_seq_len"):
         evaluate(EvaluateConfig(str(GOLDEN_BASE)))
+    for dtype in "float16", "bfloat16":
+        with pytest.raises(RunError, match=r"lower --batch_size 16 or --max_output_len 60 or --max_seq_len$"):
+            evaluate(EvaluateConfig(str(GOLDEN_BASE), dtype=dtype))
     monkeypatch.setattr(devices, "cuda_generation", lambda: 7)
     with pytest.raises(RunError, match="or use --dtype float16"):
         evaluate(EvaluateConfig(str(GOLDEN_BASE)))

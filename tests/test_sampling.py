@@ -41,8 +41,9 @@ def test_greedy_takes_the_first_of_the_likeliest_tokens(logits):
     np.testing.assert_array_equal(chosen, [np.argmax(logits), np.argmax(logits[::-1])])
 
 
-def test_a_nucleus_ends_where_its_probabilities_reach_top_p():
-    likeliest, _ = nucleus(jnp.zeros((1, 4)), 0, 0.5)
+@pytest.mark.parametrize("drop_crossing", [False, True])
+def test_a_nucleus_ends_where_its_probabilities_reach_top_p(drop_crossing):
+    likeliest, _ = nucleus(jnp.zeros((1, 4)), 0, 0.5, drop_crossing)
     assert jnp.isfinite(likeliest).tolist() == [[True, True, False, False]]
 
 
