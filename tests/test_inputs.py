@@ -142,3 +142,9 @@ def test_examples_that_just_fit_are_not_left_out(tmp_path, tokenizer):
     inputs = read_inputs(run_config(tmp_path, data_filepath=data, skip_bad_lines=True))
     assert inputs.train_set.tally.n_too_long == 1
     assert inputs.train_set.line_numbers[0] == 2
+
+
+def test_a_prefix_beyond_the_positions_leaves_no_example_out(tmp_path):
+    data = pairs_file(tmp_path, ["川"] * 20)
+    with pytest.raises(InputError, match=r"a prefix of 512 plus \d tokens .* 512 positions"):
+        read_inputs(run_config(tmp_path, data_filepath=data, skip_bad_lines=True, prefix_seq_len=512))

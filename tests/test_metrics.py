@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ def test_means_weigh_by_tokens_or_plainly():
     assert plain.means() == pytest.approx({"loss": 1.5, "ppl": (np.exp(1) + np.exp(2)) / 2})
     assert sound.tokens_per_s == 10
     assert LossMeter(Recipe(), json.loads(json.dumps(sound.sums))).sums == sound.sums
+
+
+def test_without_a_batch_there_is_no_mean():
+    """As where float16 has skipped all updates since the last log point."""
+    assert all(map(math.isnan, LossMeter(Recipe()).means().values()))
 
 
 def test_ppl_of_a_huge_loss_is_infinite():

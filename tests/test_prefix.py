@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.prefix import read_prefix, to_folded, to_layers
 from jaxprefix import load_model, load_prefix
+from jaxprefix.base_folder import base_identity, differing_fields
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import DirectPrefix, PrefixEncoder, base_keys_values, new_encoder, save_prefix
 from tests.arrays import random_prefix
@@ -222,6 +223,15 @@ def test_the_header_names_the_base_and_its_tokenizer(golden_model, tokenizer, tm
     assert header["base_model"] == str(GOLDEN_BASE)
     assert header["tokenizer"] == tokenizer.fingerprint
     assert (header["model_type"], header["vocab_size"]) == ("gpt_neox", "440")
+
+
+@pytest.mark.parametrize("field", ["model_type", "n_layer", "n_head", "head_dim", "vocab_size", "tokenizer"])
+def test_each_part_of_what_identifies_a_base_is_compared(golden_model, tokenizer, field):
+    identity = base_identity(golden_model.config, tokenizer)
+    assert differing_fields(identity, identity) == []
+    assert differing_fields(identity | {field: "other"}, identity) == [
+        f"{field}: made for other, this base has {identity[field]}"
+    ]
 
 
 def test_the_seed_decides_how_the_encoder_starts(golden_model):
