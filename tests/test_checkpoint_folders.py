@@ -1,9 +1,10 @@
-"""Which folders are checkpoints, and what reading one takes."""
+"""Which folders are checkpoints, what reading one takes, and who changes what lies there."""
 
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
@@ -39,3 +40,21 @@ def test_the_newest_is_the_one_of_the_largest_number(tmp_path):
 def test_the_largest_count_of_updates_is_a_checkpoint(tmp_path):
     (tmp_path / str(2**31 - 1)).mkdir()
     assert newest_checkpoint(tmp_path) == 2**31 - 1
+
+
+def test_of_several_processes_the_first_alone_puts_a_damaged_one_aside(finished, tmp_path, monkeypatch, capfd):
+    folder = shutil.copytree(finished.run_dir, tmp_path / "run") / "checkpoints"
+    (folder / "8" / "progress" / "progress.json").unlink()
+    monkeypatch.setattr("jaxprefix.checkpoint.is_first", lambda: False)
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.read()[1]["n_done"] == 4
+    assert {path.name for path in folder.iterdir()} == {"4", "8"}
+    assert "damaged" not in capfd.readouterr().err
+
+
+def test_an_array_may_lie_in_any_order(tmp_path):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"array": array}, {})
+        checkpoints.finish()
+        np.testing.assert_array_equal(checkpoints.read()[0]["array"], array)

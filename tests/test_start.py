@@ -101,6 +101,8 @@ def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_p
     assert capsys.readouterr().err == ""
 
     path = prefix / ADAPTER_WEIGHTS
+    save_file(load_file(path), path, metadata={"dev_loss": "0.0"})
+    assert start.loss_of_prefix(prefix, expected=True) == 0
     for told, warning in ((None, "is no number"), ("-inf", "is -inf"), ("nan", "is nan"), ("a", "is no number")):
         save_file(load_file(path), path, metadata=None if told is None else {"dev_loss": told})
         assert start.loss_of_prefix(prefix, expected=True) is None

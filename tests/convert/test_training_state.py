@@ -80,3 +80,25 @@ def test_a_step_fits_the_count_of_updates(tmp_path, step):
 
 def test_an_optimizer_without_its_encoder_is_an_incomplete_training_state():
     assert is_training_state({"optimizer": {"step": 3}})
+
+
+def test_a_state_in_another_precision_becomes_float32(tmp_path):
+    halved, doubled = (
+        {name: tensor.to(dtype) for name, tensor in ENCODER.items()} for dtype in (torch.half, torch.double)
+    )
+    content = {"encoder": halved, "optimizer": {"step": 3, "exp_avg": doubled, "exp_avg_sq": halved}}
+    torch.save(content, tmp_path / "state.pt")
+    arrays = read_training_state(tmp_path / "state.pt")
+    assert {array.dtype.name for name, array in arrays.items() if "count" not in name} == {"float32"}
+
+
+@pytest.mark.parametrize("optimizer", [None, [3]])
+def test_what_is_no_optimizers_state_is_none(tmp_path, optimizer):
+    torch.save({"encoder": ENCODER, "optimizer": optimizer}, tmp_path / "state.pt")
+    assert read_training_state(tmp_path / "state.pt").keys() == {f"encoder.{name}" for name in ENCODER}
+
+
+def test_of_what_a_file_holds_three_names_are_all(tmp_path):
+    torch.save({name: torch.ones(4) for name in "abc"}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"\(it holds 'a', 'b', 'c'\):"):
+        read_training_state(tmp_path / "state.pt")
