@@ -142,7 +142,7 @@ def test_the_prompt_loop_samples_as_a_file_of_its_lines_does(tmp_path):
 
 
 def test_a_prompt_file_may_begin_with_a_mark(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n猫が\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeff朝の\n\n \n猫が\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ["朝の", "猫が"]
 
 

@@ -48,3 +48,14 @@ def test_packed_dev_batches_have_the_loss_of_padded_ones(golden_model, tokenizer
     assert len(packed) < len(padded)
     expected = dev_loss(golden_model, None, padded, mesh)
     assert dev_loss(golden_model, None, packed, mesh) == pytest.approx(expected, rel=LOSS)
+
+
+def test_a_dev_loss_is_averaged_as_its_recipe_says(golden_model, tokenizer):
+    mesh = make_mesh()
+    batches = list(dev_batches(EXAMPLES, tokenizer, 2, mesh))
+    losses = [dev_loss(golden_model, None, [batch], mesh)["loss"] for batch in batches]
+    n_labels = [batch.n_labels for batch in batches]
+    for recipe, weights in (Recipe(), n_labels), (RECIPES["rinna"], None):
+        expected = np.average(losses, weights=weights)
+        assert dev_loss(golden_model, None, batches, mesh, recipe)["loss"] == pytest.approx(expected, rel=LOSS)
+    assert np.mean(losses) != pytest.approx(np.average(losses, weights=n_labels), rel=LOSS)
