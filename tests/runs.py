@@ -27,9 +27,6 @@ CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_
 PATIENCE = 600
 """Seconds after which a test gives up on another process: machines differ by a factor of twenty."""
 
-ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-
 
 def run_config(folder: Path, name: str = "run", **changes: object) -> TrainConfig:
     """14 train and 4 dev chunks, 4 updates an epoch; every update is logged."""

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -12,7 +11,6 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.memory import SAVING_ORDER
-from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.devices import compiling_for
@@ -21,10 +19,21 @@ from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, split_hea
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.markers import needs_cuda_plugin
-from tests.runs import ON_CPUS, OPTIMIZED, losses_of, printed_by, run_config
+from tests.on_devices import (
+    NEOX_20B,
+    ON_CPUS,
+    OPTIMIZED,
+    added_by_a_layer,
+    arrays_added_up_by_a_layer,
+    gathers_under_tensor,
+    in_a_process,
+    packed_on_a_mesh,
+    runs_on_meshes,
+    told_of_the_mesh,
+    weights_that_wait,
+)
+from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS, MODEL
-
-NEOX_20B = model_config(SHAPES["20b"])
 
 
 def abstract_mesh(**sizes):
@@ -96,38 +105,11 @@ def test_devices_of_several_hosts_make_a_mesh_in_which_those_of_a_host_are_neigh
 
 
 MESHES = [f"data={d},fsdp={f},tensor={8 // d // f}" for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
-ON_EVERY_MESH = """
-import json, sys
-from pathlib import Path
-import jax
-from convert.weights import FiniteWeight
-from jaxprefix.config import Compute
-from jaxprefix.models import attention, blocked, load_model
-from jaxprefix.sharding import base_sharding, make_mesh
-from jaxprefix.train import train
-from tests.runs import run_config
-
-settings = json.loads(sys.argv[2])
-usual = attention.LONG_ROW, blocked.BLOCK
-for name, (mesh, base, scan_layers, in_blocks) in json.loads(sys.argv[3]).items():
-    attention.LONG_ROW, blocked.BLOCK = (1, 8) if in_blocks else usual
-    jax.clear_caches()
-    own = {"name": name, "mesh": mesh, "pretrained_model_dir": base, "compute": Compute(scan_layers=scan_layers)}
-    train(run_config(Path(sys.argv[1]), **settings | own))
-read, n_read = FiniteWeight.read, []
-FiniteWeight.read = lambda *given: n_read.append(1) or read(*given)
-for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 8}):
-    n_read.clear()
-    base = load_model(settings["pretrained_model_dir"], sharding_of=base_sharding(make_mesh(sizes), 4))
-    n_parts = [len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in jax.tree.leaves(base)]
-    assert len(n_read) == sum(n_parts) and max(n_parts) == sizes["fsdp"], "a part is read once"
-print(sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base)))
-"""
 
 
 @pytest.fixture(scope="module")
 def on_every_mesh(tmp_path_factory):
-    """Runs of four updates on eight devices: every mesh, and more; and what a device of fsdp=8 holds of the base.
+    """Runs of four updates on eight devices: every mesh, and more; and how their base is loaded under fsdp.
 
     By name: mesh, base, whether layers are scanned, and whether attention takes rows in blocks.
     """
@@ -139,8 +121,7 @@ def on_every_mesh(tmp_path_factory):
     runs |= {f"gpt2,{mesh}": (mesh, gpt2, False, False) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
     runs |= {f"in blocks,{mesh}": (mesh, base, False, True) for mesh in ("tensor=8", "data=2,fsdp=2,tensor=2")}
     settings = {"pretrained_model_dir": base, "n_training_steps": 4, "save_model": False}
-    printed = printed_by(ON_EVERY_MESH, str(folder), json.dumps(settings), json.dumps(runs), **ON_CPUS)
-    return folder, settings, runs, int(printed)
+    return folder, settings, runs, in_a_process(runs_on_meshes, str(folder), settings, runs, **ON_CPUS)
 
 
 @pytest.mark.slow
@@ -159,8 +140,16 @@ def test_every_mesh_of_eight_devices_gives_the_losses_of_one(on_every_mesh, tmp_
 
 
 @pytest.mark.slow
+def test_a_part_of_a_weight_is_read_once(on_every_mesh):
+    *_, loaded = on_every_mesh
+    for (n_read, n_parts, _), n_devices in zip(loaded, (4, 8), strict=True):
+        assert n_read == sum(n_parts)
+        assert max(n_parts) == n_devices
+
+
+@pytest.mark.slow
 def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
-    _, settings, _, n_bytes = on_every_mesh
+    _, settings, _, (_, (_, _, n_bytes)) = on_every_mesh
     weights = jax.tree.leaves(load_model(settings["pretrained_model_dir"]))
     whole = sum(leaf.nbytes for leaf in weights)
     vectors = sum(leaf.nbytes for leaf in weights if leaf.ndim == 1)  # norms and biases are on every device
@@ -168,31 +157,10 @@ def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
     assert n_bytes == (whole - vectors) / 8 + vectors
 
 
-ADDED_BY_A_LAYER = """
-import dataclasses, sys
-from pathlib import Path
-from jaxprefix.check import compiled_update
-from jaxprefix.config import Compute
-from jaxprefix.shapes import PaddedShape
-from tests.runs import run_config
-from tests.test_sharding import NEOX_20B
-
-sizes = {"n_embd": 128, "n_inner": 512, "n_head": 4, "vocab_size": 440}
-for compute in Compute(), Compute(remat="block"), Compute(scan_layers=True), Compute(remat="block", scan_layers=True):
-    config = run_config(Path(), mesh="fsdp=8", compute=compute)
-    models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
-    fewer, more = (compiled_update(config, model, PaddedShape(8, 64)) for model in models)
-    needed = (update.memory_analysis().temp_size_in_bytes for update in (more, fewer))
-    gathers = (update.as_text().count(" all-gather(") for update in (more, fewer))
-    print(*((of_4 - of_2) / 2 for of_4, of_2 in (needed, gathers)))
-"""
-
-
 def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_rows(cpu_compiler):
     """By the compiler's account for devices that save memory, rather than be quick."""
     flags = f"{os.environ['XLA_FLAGS']} {SAVING_ORDER}"
-    printed = printed_by(ADDED_BY_A_LAYER, **ON_CPUS, **OPTIMIZED, XLA_FLAGS=flags)
-    elementwise, block, *scanned = (tuple(map(float, line.split())) for line in printed.splitlines())
+    elementwise, block, *scanned = in_a_process(added_by_a_layer, **ON_CPUS, **OPTIMIZED, XLA_FLAGS=flags)
     gathered, n_gathers = 4 * 12 * 128**2, 2 * len(("qkv", "out", "up", "down"))
     for (needed, gathers), (scanned_needed, scanned_gathers) in zip((elementwise, block), scanned, strict=True):
         assert gathers == n_gathers
@@ -202,116 +170,26 @@ def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_ro
     assert block[0] < 0.25 * gathered
 
 
-WAITING_WEIGHTS = """
-import dataclasses, jax, jax.numpy as jnp
-from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.models import abstract_model
-from jaxprefix.sharding import make_mesh, with_split_rows
-
-sizes = {"n_layer": 2, "n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}
-for shape in ("110m", "gpt2"):
-    base = abstract_model(dataclasses.replace(model_config(SHAPES[shape]), **sizes))
-    for axis in ("fsdp", "tensor"):
-        mesh = make_mesh({axis: 8})
-        hidden = jax.jit(lambda base, tokens: with_split_rows(base, mesh).hidden(tokens)[0])
-        lines = hidden.lower(base, jnp.zeros((8, 64), jnp.int32)).as_text().splitlines()
-        waiting = [line for line in lines if "optimization_barrier" in line and "128x128xf32" in line]
-        print(len(waiting) > 0 and all("8x64x128xf32" in line for line in waiting))
-"""
-
-
 def test_under_fsdp_attentions_output_weight_waits_for_its_layers_input():
     """A GPU's program gathers those of all layers at its start otherwise; a CPU's drops the barrier."""
-    assert printed_by(WAITING_WEIGHTS, **ON_CPUS).split() == ["True", "False"] * 2
-
-
-GATHERED_UNDER_TENSOR = """
-import dataclasses, jax
-from pathlib import Path
-from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.check import compiled_update
-from jaxprefix.shapes import PackedShape, PaddedShape
-from jaxprefix.models import attention, blocked
-from tests.runs import run_config
-
-config = run_config(Path(), mesh="tensor=8")
-sizes = {"n_layer": 2, "n_embd": 128, "n_inner": 512, "n_head": 8, "vocab_size": 440}
-for shape in ("110m", "gpt2"):
-    model = dataclasses.replace(model_config(SHAPES[shape]), **sizes)
-    for rows in (PaddedShape(8, 64), PackedShape(2, 64, ((4, 32),)), PackedShape(2, 64, ((1, 32), (3, 16)), 24)):
-        print(compiled_update(config, model, rows).as_text().count(" all-gather("))
-attention.LONG_ROW, blocked.BLOCK = 64, 16
-jax.clear_caches()
-print(compiled_update(config, model, PaddedShape(8, 64)).as_text().count(" all-gather("))
-"""
+    assert in_a_process(weights_that_wait, **ON_CPUS) == [True, False] * 2
 
 
 def test_devices_that_share_heads_gather_the_prefixs_gradient_alone():
-    assert printed_by(GATHERED_UNDER_TENSOR, **ON_CPUS).split() == ["1"] * 7
-
-
-PACKED_ON_A_MESH = """
-import jax
-import numpy as np
-from jaxprefix import load_model, load_tokenizer
-from jaxprefix.batches import make_packed_batch
-from jaxprefix.shapes import PackedShape
-from jaxprefix.hosts import spread
-from jaxprefix.loss import batch_loss
-from jaxprefix.sharding import base_sharding, make_mesh, split_rows, with_split_rows
-from tests.arrays import random_prefix
-from tests.base_folders import GOLDEN_BASE
-from tests.examples import EXAMPLES
-
-batch = make_packed_batch(EXAMPLES, load_tokenizer(GOLDEN_BASE), PackedShape(4, 24, ((1, 15), (2, 9))))
-
-def loss(prefix, base, batch, mesh=None):
-    return batch_loss(base if mesh is None else with_split_rows(base, mesh), prefix, batch)
-
-computed = jax.jit(jax.value_and_grad(loss), static_argnums=3)
-base = load_model(GOLDEN_BASE)
-prefix = random_prefix(base.config)
-right = computed(prefix, base, batch)
-mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-placed = load_model(GOLDEN_BASE, sharding_of=base_sharding(mesh, base.config.n_head))
-ours = computed(prefix, placed, spread(batch, split_rows(mesh, axis=0)), mesh)
-print(*(float(abs(np.asarray(a) - b).max() / abs(b).max()) for a, b in zip(ours, right)))
-"""
+    assert in_a_process(gathers_under_tensor, **ON_CPUS) == [1] * 7
 
 
 def test_packed_texts_of_two_classes_have_the_loss_and_gradient_of_one_device_on_a_mesh():
-    differences = [float(number) for number in printed_by(PACKED_ON_A_MESH, **ON_CPUS).split()]
+    differences = in_a_process(packed_on_a_mesh, **ON_CPUS)
     assert len(differences) == 2
     assert max(differences) < MODEL
-
-
-ADDED_UP_BY_A_LAYER = """
-import dataclasses, math, re
-from pathlib import Path
-from benchmarks.memory import h100s
-from jaxprefix.check import compiled_update
-from jaxprefix.shapes import PaddedShape
-from tests.runs import run_config
-from tests.test_sharding import NEOX_20B
-
-sizes = {"n_embd": 1024, "n_inner": 4096, "n_head": 16, "vocab_size": 512}
-config = run_config(Path(), mesh="tensor=8", dtype="bfloat16")
-with h100s(8):
-    models = (dataclasses.replace(NEOX_20B, n_layer=n, **sizes) for n in (2, 4))
-    fewer, more = (compiled_update(config, model, PaddedShape(8, 512)).as_text() for model in models)
-for dtype in ("bf16", "f32"):
-    shapes = re.compile(rf"= [(]*{dtype}\\[([\\d,]+)\\].* all-reduce(?:-start)?\\(")
-    found = (shapes.findall(update) for update in (more, fewer))
-    of_4, of_2 = (sum(math.prod(map(int, shape.split(","))) for shape in of_one) for of_one in found)
-    print((of_4 - of_2) / 2 / (8 * 512 * sizes["n_embd"]))
-"""
 
 
 @needs_cuda_plugin
 def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_precision():
     """Forward one for attention and MLP together, backward one for each."""
-    printed = printed_by(ADDED_UP_BY_A_LAYER, JAX_PLATFORMS="cpu", **OPTIMIZED, XLA_FLAGS="")
-    assert printed.split() == ["3.0", "0.0"]
+    added_up = in_a_process(arrays_added_up_by_a_layer, JAX_PLATFORMS="cpu", **OPTIMIZED, XLA_FLAGS="")
+    assert added_up == [3, 0]
 
 
 def test_heads_that_tensor_does_not_divide_stay_whole():
@@ -326,22 +204,6 @@ def test_heads_that_tensor_does_not_divide_stay_whole():
     assert specs == [P(), P(None, None, None, "tensor", None)], "of a prefix"
 
 
-WHAT_THE_MESH_DECIDES = """
-import sys
-from pathlib import Path
-from jaxprefix import loss, metrics, update
-from jaxprefix.train import train
-from tests.runs import run_config
-
-told, next_token_loss, with_split_rows = set(), loss.next_token_loss, update.with_split_rows
-for module in (metrics, update):
-    module.with_split_rows = lambda *given, name=module.__name__: told.add(name) or with_split_rows(*given)
-loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
-train(run_config(Path(sys.argv[1]), mesh="fsdp=8", n_training_steps=1, save_model=False, save_log=False))
-print(*sorted(told), sep=", ")
-"""
-
-
 def test_the_dev_sets_rows_are_split_as_an_updates_are(tmp_path):
-    printed = printed_by(WHAT_THE_MESH_DECIDES, str(tmp_path), **ON_CPUS)
-    assert printed == "8 devices, jaxprefix.metrics, jaxprefix.update\n"
+    told = in_a_process(told_of_the_mesh, str(tmp_path), **ON_CPUS)
+    assert told == ["8 devices", "jaxprefix.metrics", "jaxprefix.update"]

@@ -29,7 +29,8 @@ from jaxprefix.update import (
 )
 from tests.base_folders import GOLDEN_BASE
 from tests.examples import EXAMPLES
-from tests.runs import OPTIMIZED, printed_by, run_config
+from tests.on_devices import OPTIMIZED, in_a_process, needed_by_accumulation
+from tests.runs import run_config
 from tests.tolerances import FUNCTION, MODEL
 
 RATE = LearningRate(*map(jnp.float32, (0.1, 0, 0, 100, 1)))
@@ -245,22 +246,7 @@ def test_float16_has_a_loss_scale_by_whichever_flag(tmp_path, golden_model, give
     assert (state.loss_scale is not None) == scaled
 
 
-NEEDED_BY_ACCUMULATION = """
-import dataclasses
-from pathlib import Path
-from benchmarks.shapes import SHAPES, model_config
-from jaxprefix.shapes import PaddedShape
-from jaxprefix.check import compiled_memory
-from tests.runs import run_config
-
-model = dataclasses.replace(model_config(SHAPES["1m"]), n_layer=4, n_embd=512, n_inner=2048)
-for n_accum_steps in 1, 3:
-    config = run_config(Path(), dtype="bfloat16", n_accum_steps=n_accum_steps)
-    print(compiled_memory(config, model, PaddedShape(8, 64))[1])
-"""
-
-
 def test_accumulation_needs_no_second_copy_of_the_base():
     """A CPU's compiler would transpose all bfloat16 weights before the loop over micro-batches."""
-    of_one, of_several = map(int, printed_by(NEEDED_BY_ACCUMULATION, JAX_PLATFORMS="cpu", **OPTIMIZED).split())
+    of_one, of_several = in_a_process(needed_by_accumulation, 1, 3, JAX_PLATFORMS="cpu", **OPTIMIZED)
     assert of_several - of_one < 0.1 * 2 * 4 * 12 * 512**2
