@@ -222,6 +222,18 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing(start, golden_mod
         np.testing.assert_array_equal(after, before)
 
 
+def test_an_update_reports_the_norm_of_the_gradient_before_clipping(start, golden_model, tokenizer, monkeypatch):
+    def known(encoder, *_):
+        ones = jax.tree.map(jnp.ones_like, encoder)
+        return jnp.float32(1), jax.tree.map(lambda one: one * 5 / optax.tree.norm(ones), ones)
+
+    monkeypatch.setattr(update_module, "loss_and_gradient", known)
+    config = run_config(Path(), grad_clip=0.01)
+    state, base = start(make_optimizer(config, RATE)), FrozenBase.of(golden_model)
+    _, outcome = make_update(config, make_mesh())(state, RATE, base, stacked(tokenizer, EXAMPLES))
+    assert float(outcome.gradient_norm) == pytest.approx(5, rel=FUNCTION)
+
+
 def test_loss_scale_doubles_after_a_thousand_good_updates():
     scale = LossScale(jnp.float32(1024), jnp.int32(998))
     scale = scale.adjusted(jnp.bool_(True))
