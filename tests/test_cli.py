@@ -1,6 +1,5 @@
 """The command line as a user meets it: what it prints, and how it fails."""
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -9,21 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 from pathlib import Path
 
-import jax
 import pytest
 
 import jaxprefix
 from convert.errors import InputError, RunError
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
-from jaxprefix.compiling import prepare_compiling
 from tests.base_folders import GOLDEN, make_base_folder
 from tests.command_line import BASE, fails, train_flags
 from tests.examples import data_file
-from tests.runs import PATIENCE, flags_of, metrics_of, printed_by, run_config
+from tests.runs import PATIENCE, flags_of, metrics_of, run_config
 
 
 @pytest.mark.parametrize(
@@ -191,59 +187,6 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     fails(capsys, [*few, "--skip_bad_lines"], f"lower one, or both; {report}")
     assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert report in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        ({}, ["{}/jaxprefix/compiled", "0.0", "none"]),
-        ({"JAX_COMPILATION_CACHE_DIR": "{}/own"}, ["{}/own", "0.0", "none"]),
-        ({"JAX_COMPILATION_CACHE_DIR": ""}, ["", "0.0", "none"]),
-        ({"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "5"}, ["{}/jaxprefix/compiled", "5.0", "none"]),
-        ({"JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "all"}, ["{}/jaxprefix/compiled", "0.0", "all"]),
-    ],
-)
-def test_what_is_compiled_is_kept_as_the_user_says(given, kept, tmp_path):
-    """By default also what compiles quickly; but not XLA's own cache of kernels, which ends GPU runs that share it."""
-    program = "import jax\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
-    program += "print(jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs, "
-    program += "jax.config.jax_persistent_cache_enable_xla_caches, sep=';', end='')"
-    others = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    environment = others | {"XDG_CACHE_HOME": str(tmp_path)} | {name: v.format(tmp_path) for name, v in given.items()}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.stdout.split(";") == [part.format(tmp_path) for part in kept], result.stderr
-
-
-@pytest.mark.parametrize("attempt", ["pathlib.Path.mkdir", "tempfile.TemporaryFile"])
-def test_programs_that_cannot_be_kept_are_told_of_once(capsys, monkeypatch, tmp_path, attempt):
-    """Nor do they make JAX warn of each of them."""
-
-    def fail(*_, **__):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    folder = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(attempt, fail)
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        prepare_compiling()
-        warnings.warn("Error writing persistent compilation cache entry for 'jit_a'", stacklevel=1)
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "jaxprefix" / "compiled"), "it may be read"
-        assert "cannot be kept (Read-only file system); set XDG_CACHE_HOME to another" in capsys.readouterr().err
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        prepare_compiling()
-        assert "cannot be kept (Read-only file system); set JAX_COMPILATION_CACHE_DIR to" in capsys.readouterr().err
-        jax.config.update("jax_compilation_cache_dir", "gs://bucket")
-        prepare_compiling()
-        assert capsys.readouterr().err == "", "a bucket is no folder"
-    finally:
-        jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def test_types_are_what_they_say_whatever_the_environment_says():
-    program = "import jax, jax.numpy as jnp\nfrom jaxprefix.compiling import prepare_compiling\nprepare_compiling()\n"
-    program += "print(jnp.zeros(1).dtype, jnp.arange(1).dtype)"
-    assert printed_by(program, JAX_PLATFORMS="cpu", JAX_ENABLE_X64="1").split() == ["float32", "int32"]
 
 
 def test_the_version_is_told(capsys):

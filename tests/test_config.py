@@ -17,6 +17,7 @@ from jaxprefix.user_cache import cache_folder
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config
+from torch_ref.config import generate_parser, train_parser
 
 NAMES = "--save_name must be a folder name and --filename_note must not contain /; together they give"
 MESH = "--mesh must be axis=size,… with axes from data, fsdp, tensor; found"
@@ -266,11 +267,6 @@ def test_a_revision_is_of_a_base_model():
         ConvertConfig(Path(), Path(), revision="v1")
 
 
-def test_an_address_has_a_host():
-    with pytest.raises(InputError, match="--coordinator_address must be host:port, found ':1234'"):
-        HostsConfig(coordinator_address=":1234", num_processes=2, process_id=0)
-
-
 def test_what_has_no_effect_may_be_anything():
     assert run_config(Path(), recipe="rinna", max_lr=1e-7).min_lr == 1e-6, "rinna ignores it"
     assert EvaluateConfig("base", data_filepath=Path("a"), n_samples=0, suffix="").suffix == ""
@@ -301,20 +297,6 @@ def test_a_seed_of_sampling_has_32_bits():
         GenerateConfig("base", seed=2**32)
 
 
-@pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
-def test_each_of_several_processes_needs_all_three_flags(missing):
-    flags = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}
-    del flags[missing]
-    with pytest.raises(InputError, match=rf"a run of several processes also needs --{missing}$"):
-        HostsConfig(**flags)
-
-
-@pytest.mark.parametrize("port", [0, 2**16])
-def test_a_port_that_there_is_not(port):
-    with pytest.raises(InputError, match=f"must be host:port, found 'a:{port}'"):
-        HostsConfig(coordinator_address=f"a:{port}", num_processes=2, process_id=0)
-
-
 def test_a_name_is_no_path():
     with pytest.raises(InputError) as error:
         run_config(Path(), name="a/b")
@@ -323,3 +305,26 @@ def test_a_name_is_no_path():
 
 def test_a_suffix_may_be_a_tilde():
     assert run_config(Path(), suffix="~").suffix == "~"
+
+
+def test_flags_of_both_sides_have_the_same_defaults():
+    """But for what is saved: the original saves nothing unless told."""
+    needed = {"pretrained_model_dir": "a", "data_filepath": "b", "save_name": "c"}
+    theirs = vars(train_parser().parse_args([part for name, value in needed.items() for part in (f"--{name}", value)]))
+    ours = vars(TrainConfig(**needed | {"data_filepath": Path("b")}))
+    shared = theirs.keys() & ours.keys() - {"model_type", "data_filepath", "save_model", "save_log"}
+    assert {"n_epochs", "max_lr", "dev_data_size", "adam_beta2", "batch_size"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_flags_of_generating_have_the_same_defaults():
+    theirs = vars(generate_parser().parse_args(["--pretrained_model_dir", "a"]))
+    ours = vars(config := GenerateConfig("a")) | vars(config.decode)
+    shared = theirs.keys() & ours.keys() - {"model_type", "prefix_seq_len"}
+    assert {"max_output_len", "decode_method", "top_p", "top_k"} <= shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_evaluate_samples_as_the_readme_says():
+    config = EvaluateConfig("a")
+    assert (config.n_samples, config.decode.max_output_len) == (100, 60)

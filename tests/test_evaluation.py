@@ -18,11 +18,9 @@ from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import load_tokenizer
-from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
 from tests.command_line import BASE, PREFIX, fails
 from tests.examples import data_file
-from tests.runs import run_config
 
 
 def test_evaluate_with_and_without_prefix(capsys, tmp_path):
@@ -241,11 +239,3 @@ def test_evaluate_goes_through_data_as_its_recipe_does(monkeypatch, recipe, pack
     evaluate(EvaluateConfig(str(GOLDEN_BASE), data_filepath=GOLDEN / "documents.jsonl", **settings))
     assert {batch.packing is not None for batch in seen} == {packed}
     assert len(seen) == n_batches
-
-
-def test_of_equal_prefixes_the_first_is_kept(tmp_path, monkeypatch):
-    saves = []
-    monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_: {"loss": 1.0, "ppl": 2.7})
-    monkeypatch.setattr("jaxprefix.loop.save_prefix", lambda *arguments: saves.append(arguments))
-    train(run_config(tmp_path, n_epochs=2))
-    assert len(saves) == 1

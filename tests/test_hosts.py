@@ -183,3 +183,22 @@ def test_a_wish_is_followed_one_update_later_by_all(monkeypatch):
     vote = Vote(make_mesh())
     go_on, stop, save = Verdict(), Verdict(stop=Signals.SIGTERM), Verdict(save=True)
     assert [vote.cast(wish) for wish in (go_on, stop, save, go_on, go_on)] == [go_on, go_on, stop, save, go_on]
+
+
+def test_an_address_has_a_host():
+    with pytest.raises(InputError, match="--coordinator_address must be host:port, found ':1234'"):
+        HostsConfig(coordinator_address=":1234", num_processes=2, process_id=0)
+
+
+@pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
+def test_each_of_several_processes_needs_all_three_flags(missing):
+    flags = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}
+    del flags[missing]
+    with pytest.raises(InputError, match=rf"a run of several processes also needs --{missing}$"):
+        HostsConfig(**flags)
+
+
+@pytest.mark.parametrize("port", [0, 2**16])
+def test_a_port_that_there_is_not(port):
+    with pytest.raises(InputError, match=f"must be host:port, found 'a:{port}'"):
+        HostsConfig(coordinator_address=f"a:{port}", num_processes=2, process_id=0)

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+import jaxprefix.train as train_module
 from convert.errors import InputError
-from jaxprefix.data import UpdatePlan, row_lengths
+from jaxprefix.data import UpdatePlan, label_counts, row_lengths
 from jaxprefix.examples import Example, Examples
-from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs
+from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs, update_batches
+from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.shapes import packed_shapes
 from jaxprefix.sharding import make_mesh
@@ -148,3 +150,45 @@ def test_a_prefix_beyond_the_positions_leaves_no_example_out(tmp_path):
     data = pairs_file(tmp_path, ["川"] * 20)
     with pytest.raises(InputError, match=r"a prefix of 512 plus \d tokens .* 512 positions"):
         read_inputs(run_config(tmp_path, data_filepath=data, skip_bad_lines=True, prefix_seq_len=512))
+
+
+def test_a_packed_run_has_four_shapes_and_little_padding(tmp_path):
+    config = run_config(tmp_path, n_accum_steps=2, batch_size=2, n_epochs=20, packing=True)
+    inputs = read_inputs(config)
+    batches = list(update_batches(config, inputs, make_mesh(), 0))
+    assert len(batches) == 80
+    assert len({tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}) == 4
+    padded = update_batches(dataclasses.replace(config, packing=False), inputs, make_mesh(), 0)
+    assert sum(b.labels.size for b in batches) < 0.95 * sum(b.labels.size for b in padded)
+
+
+def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
+    config, mesh = run_config(tmp_path, packing=True), make_mesh()
+    inputs = read_inputs(config)
+    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, mesh, 0)))
+    examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
+    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4, mesh), mesh)
+    assert dev_loss(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
+
+
+def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
+    for packing in (False, True):
+        config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
+        inputs = read_inputs(config)  # three micro-batches
+        batches = list(update_batches(config, inputs, make_mesh(), 0))
+        assert sum(batch.n_labels for batch in batches) == label_counts(inputs.train_set).sum()
+        assert len(batches) == 2
+
+
+def test_prompts_with_completions_make_one_row_each(tmp_path):
+    config, examples = run_config(tmp_path), Examples.of_lines(enumerate([Example([5], [6, 7])] * 8))
+    assert batch_shapes(config, examples, UpdatePlan(config, 8), make_mesh()) == [(4, 3, None)]
+
+
+@pytest.mark.parametrize(("n_devices", "warned"), [(8, False), (16, True)])
+def test_devices_that_a_batch_does_not_fill_are_warned_of(tmp_path, monkeypatch, n_devices, warned):
+    monkeypatch.setattr(train_module, "n_row_parts", lambda mesh: n_devices)
+    inputs = read_inputs(config := run_config(tmp_path))
+    lines = list(train_module.summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
+    message = f"rows are split over {n_devices} devices, too many for --batch_size 4 to fill"
+    assert any(message in line for line in lines) == warned

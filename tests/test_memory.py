@@ -1,4 +1,3 @@
-import ctypes
 import errno
 import gc
 import os
@@ -12,7 +11,7 @@ import pytest
 import jaxprefix.decode
 import jaxprefix.train as train_module
 from convert.errors import RunError
-from jaxprefix import compiling, devices
+from jaxprefix import devices
 from jaxprefix.cli import main
 from jaxprefix.evaluation import evaluate
 from jaxprefix.faults import less_memory
@@ -165,47 +164,3 @@ def test_what_the_caller_is_handling_stays_the_callers():
         caller()
     handled = error.__context__.__traceback__.tb_next.tb_frame
     assert handled.f_locals == {"variable": "the caller's"}
-
-
-@pytest.fixture
-def trimming(monkeypatch):
-    """Trim after compiling until the test ends, with a C library of these functions; return JAX's new listeners."""
-    added, register = [], jax.monitoring.register_event_duration_secs_listener
-
-    def start(seconds, **functions):
-        monkeypatch.setattr(ctypes, "CDLL", lambda _: types.SimpleNamespace(**functions))
-        monkeypatch.setattr(compiling, "TRIM_SECONDS", seconds)
-        compiling.trim_after_compiling.__wrapped__()
-        return added
-
-    monkeypatch.setattr(
-        jax.monitoring,
-        "register_event_duration_secs_listener",
-        lambda listener: register(listener) or added.append(listener),
-    )
-    yield start
-    for listener in added:
-        jax.monitoring.unregister_event_duration_listener(listener)
-
-
-@pytest.mark.parametrize(("seconds", "trimmed"), [(0.0, [0]), (1e9, [])])
-def test_memory_is_trimmed_after_compiling_for_long_and_before_the_program_runs(trimming, seconds, trimmed):
-    calls, when_run = [], []
-    trimming(seconds, malloc_trim=calls.append)
-    program = jax.jit(lambda: jax.debug.callback(lambda: when_run.extend(calls)))
-    program()
-    program()
-    jax.effects_barrier()
-    assert when_run == 2 * trimmed
-
-
-def test_another_c_library_than_glibc_trims_nothing(trimming):
-    assert trimming(0.0) == []
-
-
-def test_a_process_listens_once_however_many_runs_it_makes(trimming):
-    listeners = trimming(1e9, malloc_trim=print)
-    compiling.trim_after_compiling.cache_clear()
-    for _ in range(2):
-        compiling.trim_after_compiling()
-    assert len(listeners) == 2, "the fixture's and one"

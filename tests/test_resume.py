@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import types
 
 import jax.numpy as jnp
@@ -20,7 +18,17 @@ from jaxprefix.run_folder import open_run_folder
 from jaxprefix.train import train
 from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE, changed_weights
-from tests.runs import at_update, before_updates, flags_of, losses_of, metrics_of, run_config, same_end, stop_at
+from tests.runs import (
+    PATIENCE,
+    at_update,
+    before_updates,
+    losses_of,
+    metrics_of,
+    run_config,
+    same_end,
+    start,
+    stop_at,
+)
 from tests.tolerances import FUNCTION, LOSS
 
 
@@ -205,8 +213,9 @@ def test_other_devices_go_on_within_rounding(finished, tmp_path):
         config_file.write_text(config_file.read_text().replace('"save_name": "run"', f'"save_name": "{name}"'))
     one, four = (run_config(tmp_path, name, n_epochs=4) for name in ("run", "four"))
     train(run_config(tmp_path, n_epochs=4, resume=True))
-    command = [sys.executable, "-m", "jaxprefix", "train", *flags_of(four), "--resume"]
-    subprocess.run(command, env=os.environ | {"JAX_NUM_CPU_DEVICES": "4"}, check=True, capture_output=True)
+    process = start(four, "--resume", JAX_NUM_CPU_DEVICES="4")
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
     np.testing.assert_allclose(losses_of(four.run_dir), losses_of(one.run_dir), rtol=LOSS)
     np.testing.assert_allclose(read_prefix(four.run_dir)[0], read_prefix(one.run_dir)[0], atol=FUNCTION)
 

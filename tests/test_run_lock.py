@@ -11,9 +11,11 @@ from unittest.mock import Mock
 
 import pytest
 
+import jaxprefix.train as train_module
 from convert.errors import InputError
 from jaxprefix import run_lock
 from jaxprefix.run_lock import only_run, only_writer
+from jaxprefix.train import train
 from tests.runs import run_config
 
 
@@ -197,3 +199,29 @@ def test_a_host_that_may_have_crashed_is_waited_for_no_longer_than_told(tmp_path
         pass
     assert locked.call_count == 122
     assert capsys.readouterr().err.count("waiting up to 120 s") == 1
+
+
+def test_a_run_in_use_is_refused_before_the_base_model_is_loaded(finished, monkeypatch):
+    monkeypatch.setattr(train_module, "load_model", lambda *_: pytest.fail("loaded"))
+    with (
+        only_writer(finished.run_dir),
+        pytest.raises(InputError, match=r"is in use by process \d+ on .*\.run\.lock"),
+    ):
+        train(run_config(finished.output_dir, resume=True))
+
+
+def test_the_lock_goes_with_its_owner(tmp_path):
+    program = "import sys, os, pathlib; from jaxprefix.run_lock import only_writer as o\n"
+    program += "with o(pathlib.Path(sys.argv[1])): print('held', flush=True); os.read(0, 1); os._exit(9)"
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(InputError, match=f"is in use by process {owner.pid} on "),
+            only_writer(tmp_path / "run"),
+        ):
+            pass
+        owner.communicate(b"x")
+    with only_writer(tmp_path / "run"):
+        pass
+    assert not any(tmp_path.iterdir())

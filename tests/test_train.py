@@ -1,6 +1,5 @@
 """Whole runs: what they leave behind, what they refuse, and that packing changes nothing."""
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -8,7 +7,6 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,25 +16,21 @@ import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import devices, hosts, load_model, load_prefix, load_tokenizer, run_folder, start
+from jaxprefix import devices, hosts, load_prefix, run_folder, start
 from jaxprefix.check import check
-from jaxprefix.config import CheckConfig, Compute, TrainConfig
-from jaxprefix.data import UpdatePlan, label_counts
+from jaxprefix.config import CheckConfig, Compute
 from jaxprefix.evaluation import evaluate
-from jaxprefix.examples import Chunking, Example, Examples, read_examples
-from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
-from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
+from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 from jaxprefix.metrics import dev_batches, dev_loss
-from jaxprefix.models import attention
-from jaxprefix.prefix import DirectPrefix
+from jaxprefix.models import attention, load_model
 from jaxprefix.sharding import make_mesh
+from jaxprefix.tokenizer import load_tokenizer
 from jaxprefix.train import train
 from jaxprefix.update import LossScale
-from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.runs import before_updates, losses_of, metrics_of, run_config
 from tests.tolerances import LOSS
-from torch_ref.config import generate_parser, train_parser
 
 
 def test_files_of_a_run(finished):
@@ -182,25 +176,6 @@ def test_packed_and_padded_runs_have_the_same_losses(tmp_path):
     np.testing.assert_allclose(losses_of(packed.run_dir), losses_of(padded.run_dir), rtol=LOSS)
 
 
-def test_a_packed_run_has_four_shapes_and_little_padding(tmp_path):
-    config = run_config(tmp_path, n_accum_steps=2, batch_size=2, n_epochs=20, packing=True)
-    inputs = read_inputs(config)
-    batches = list(update_batches(config, inputs, make_mesh(), 0))
-    assert len(batches) == 80
-    assert len({tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}) == 4
-    padded = update_batches(dataclasses.replace(config, packing=False), inputs, make_mesh(), 0)
-    assert sum(b.labels.size for b in batches) < 0.95 * sum(b.labels.size for b in padded)
-
-
-def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
-    config, mesh = run_config(tmp_path, packing=True), make_mesh()
-    inputs = read_inputs(config)
-    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, mesh, 0)))
-    examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
-    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4, mesh), mesh)
-    assert dev_loss(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
-
-
 def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
     """As the original does, a mean over batches depends on what is in each."""
     packed = []
@@ -260,16 +235,6 @@ def test_a_revision_is_asked_for(tmp_path, monkeypatch):
             command()
 
 
-def test_flags_of_both_sides_have_the_same_defaults():
-    """But for what is saved: the original saves nothing unless told."""
-    needed = {"pretrained_model_dir": "a", "data_filepath": "b", "save_name": "c"}
-    theirs = vars(train_parser().parse_args([part for name, value in needed.items() for part in (f"--{name}", value)]))
-    ours = vars(TrainConfig(**needed | {"data_filepath": Path("b")}))
-    shared = theirs.keys() & ours.keys() - {"model_type", "data_filepath", "save_model", "save_log"}
-    assert {"n_epochs", "max_lr", "dev_data_size", "adam_beta2", "batch_size"} <= shared
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
-
-
 def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr("jaxprefix.hosts.Watchdog.still_going", lambda self: heard.append(1))
@@ -297,19 +262,6 @@ def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]
 
 
-def test_flags_of_generating_have_the_same_defaults():
-    theirs = vars(generate_parser().parse_args(["--pretrained_model_dir", "a"]))
-    ours = vars(config := GenerateConfig("a")) | vars(config.decode)
-    shared = theirs.keys() & ours.keys() - {"model_type", "prefix_seq_len"}
-    assert {"max_output_len", "decode_method", "top_p", "top_k"} <= shared
-    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
-
-
-def test_evaluate_samples_as_the_readme_says():
-    config = EvaluateConfig("a")
-    assert (config.n_samples, config.decode.max_output_len) == (100, 60)
-
-
 def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
     """By a clock that goes on by a second at each update, and by an hour while the dev set is gone through."""
     now = [0.0]
@@ -327,24 +279,9 @@ def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
     assert all(point["tokens_per_s"] > 10 for point in metrics_of(config.run_dir))
 
 
-@pytest.mark.parametrize(("n_devices", "warned"), [(8, False), (16, True)])
-def test_devices_that_a_batch_does_not_fill_are_warned_of(tmp_path, monkeypatch, n_devices, warned):
-    monkeypatch.setattr(train_module, "n_row_parts", lambda mesh: n_devices)
-    inputs = read_inputs(config := run_config(tmp_path))
-    lines = list(train_module.summary(config, inputs, DirectPrefix(random_prefix(inputs.base.config)), make_mesh()))
-    message = f"rows are split over {n_devices} devices, too many for --batch_size 4 to fill"
-    assert any(message in line for line in lines) == warned
-
-
-def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
-    for packing in (False, True):
-        config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
-        inputs = read_inputs(config)  # three micro-batches
-        batches = list(update_batches(config, inputs, make_mesh(), 0))
-        assert sum(batch.n_labels for batch in batches) == label_counts(inputs.train_set).sum()
-        assert len(batches) == 2
-
-
-def test_prompts_with_completions_make_one_row_each(tmp_path):
-    config, examples = run_config(tmp_path), Examples.of_lines(enumerate([Example([5], [6, 7])] * 8))
-    assert batch_shapes(config, examples, UpdatePlan(config, 8), make_mesh()) == [(4, 3, None)]
+def test_of_equal_prefixes_the_first_is_kept(tmp_path, monkeypatch):
+    saves = []
+    monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_: {"loss": 1.0, "ppl": 2.7})
+    monkeypatch.setattr("jaxprefix.loop.save_prefix", lambda *arguments: saves.append(arguments))
+    train(run_config(tmp_path, n_epochs=2))
+    assert len(saves) == 1

@@ -7,6 +7,7 @@ python -m torch_ref.train --pretrained_model_dir …
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import os
 import random
@@ -31,6 +32,21 @@ from torch_ref.update import DeepSpeedSteps, PlainSteps, Steps, load_moments, re
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+@dataclasses.dataclass
+class Record:
+    """What happened in a run, for the comparison with jaxprefix."""
+
+    encoder: PrefixEncoder
+    n_done: int
+    """Updates, including those of --checkpoint_path."""
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of every micro-batch."""
+    rates: list[float] = dataclasses.field(default_factory=list)
+    """The learning rate of every update."""
+    dev: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    """(monitor, ppl) of every epoch."""
+
+
 class Run(NamedTuple):
     """What stays the same while a run goes on, and the record of what happened."""
 
@@ -40,7 +56,7 @@ class Run(NamedTuple):
     steps: Steps
     pad_id: int
     log: RunLog
-    record: dict[str, Any]
+    record: Record
 
 
 def batch_loss(base: PreTrainedModel, keys_values: torch.Tensor, batch: Batch, pad_id: int) -> torch.Tensor:
@@ -108,11 +124,9 @@ def train(
     flags: argparse.Namespace,
     order: Callable[[int, int, int], list[int]] = epoch_order,
     examples: Sequence[Example] | None = None,
-) -> dict[str, Any]:
-    """Train a prefix and return {"losses", "rates", "dev", "encoder", "n_done"}, for the comparison with jaxprefix.
+) -> Record:
+    """Train a prefix and return the record of it.
 
-    `losses` holds every micro-batch's loss, `rates` every update's learning rate, `dev` every epoch's (monitor, ppl);
-    `n_done` counts updates, including those of --checkpoint_path.
     `order` and `examples` replace the random order of an epoch and the documents of --data_filepath.
     """
     device = start_ranks(flags)
@@ -130,7 +144,7 @@ def train(
     stamp = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     stem = f"{flags.save_name}_prefix_encoder.seed{flags.seed}.{stamp}{note}"
     log = RunLog(flags, stem)
-    record: dict[str, Any] = {"losses": [], "rates": [], "dev": [], "encoder": encoder, "n_done": n_done}
+    record = Record(encoder, n_done)
     run = Run(flags, base, encoder, steps, tokenizer.pad_id, log, record)
     dev = list(batches_of(dev_set, list(range(len(dev_set))), flags.batch_size, tokenizer))
     n_to_skip, best = n_done * flags.n_accum_steps, math.inf  # batches of the updates that are done already
@@ -139,11 +153,11 @@ def train(
         batches = list(batches_of(train_set, shuffled, flags.batch_size, tokenizer))
         n_skipped = min(n_to_skip, len(batches))
         n_to_skip -= n_skipped
-        if n_skipped == len(batches) or record["n_done"] == flags.n_training_steps:
+        if n_skipped == len(batches) or record.n_done == flags.n_training_steps:
             continue
         train_epoch(run, epoch, batches[n_skipped:])
         monitor, ppl = evaluate(run, dev)
-        record["dev"].append((monitor, ppl))
+        record.dev.append((monitor, ppl))
         log.line(f"Epoch {epoch}, dev - monitor: {monitor:.5g}, ppl: {ppl:.5g}")
         log.scalars("dev", epoch, monitor=monitor, ppl=ppl)
         if flags.save_model and is_first_rank():
@@ -152,7 +166,7 @@ def train(
                 torch.save(encoder.folded(), f"{stem}.best.checkpoint")
         best = min(best, monitor)
     if flags.save_state and is_first_rank():
-        write_state(Path(flags.save_state), steps, encoder, record["n_done"])
+        write_state(Path(flags.save_state), steps, encoder, record.n_done)
     log.close()
     return record
 
@@ -182,15 +196,15 @@ def train_epoch(run: Run, epoch: int, batches: Sequence[Batch]) -> None:
         with contextlib.nullcontext() if flags.deepspeed else autocast(flags):
             loss = batch_loss(run.base, run.steps.forward(len(batch[0])), batch, run.pad_id)
         is_update = run.steps.step(loss)
-        record["losses"].append(loss.item())
+        record.losses.append(loss.item())
         run.log.window.append(loss.item())
         if not is_update:
             continue
-        record["rates"].append(rate)
-        record["n_done"] += 1
-        if record["n_done"] % flags.log_every_n_steps == 0:
-            run.log.train_point(epoch, record["n_done"], rate)
-        if record["n_done"] == flags.n_training_steps:
+        record.rates.append(rate)
+        record.n_done += 1
+        if record.n_done % flags.log_every_n_steps == 0:
+            run.log.train_point(epoch, record.n_done, rate)
+        if record.n_done == flags.n_training_steps:
             return
 
 

@@ -19,5 +19,5 @@ if __name__ == "__main__":
     own.mkdir()
     with contextlib.chdir(own):
         record = train(train_parser().parse_args(arguments))
-    torch.save(record["encoder"].state_dict(), own.with_suffix(".pt"))
+    torch.save(record.encoder.state_dict(), own.with_suffix(".pt"))
     dist.destroy_process_group()

@@ -21,7 +21,7 @@ from torch_ref.data import Example
 
 def reference_run(
     folder: Path, encoder: Path, *extra: Any, examples: Sequence[Example] | None = None, **changes: Any
-) -> dict[str, Any]:
+) -> reference.Record:
     """The reference's record of a run on the golden documents, started from a torch file of the encoder's state."""
     flags = {"pretrained_model_dir": GOLDEN_BASE, "data_filepath": GOLDEN / "documents.jsonl", "save_name": "reference"}
     flags |= {"train_data_size": 10, "dev_data_size": 4, "n_epochs": 20, "n_training_steps": 60, "max_lr": 1e-2}

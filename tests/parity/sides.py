@@ -286,7 +286,7 @@ class Theirs:
         return {name: parameter.grad.numpy() for name, parameter in zip(gradients, parameters, strict=True)}
 
     @functools.cached_property
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> torch_ref.train.Record:
         initial = self.folder / "initial.pt"
         torch.save(self.encoder.state_dict(), initial)
         switches = {"--save_model": True, "--deepspeed": self.case.deepspeed, "--bf16": self.case.bf16}
@@ -297,25 +297,25 @@ class Theirs:
 
     @property
     def learning_rates(self) -> list[float]:
-        return self._record["rates"]
+        return self._record.rates
 
     @property
     def losses(self) -> list[float]:
         """A mean for each update: of its micro-batches."""
-        groups = np.array(self._record["losses"]).reshape(-1, self.case.n_accum_steps)
+        groups = np.array(self._record.losses).reshape(-1, self.case.n_accum_steps)
         return groups.mean(axis=1).tolist()
 
     @property
     def folded(self) -> np.ndarray:
-        return self._record["encoder"].folded().detach().float().numpy()
+        return self._record.encoder.folded().detach().float().numpy()
 
     @property
     def dev_losses(self) -> list[float]:
-        return [monitor for monitor, _ in self._record["dev"]]
+        return [monitor for monitor, _ in self._record.dev]
 
     @property
     def dev_ppls(self) -> list[float]:
-        return [ppl for _, ppl in self._record["dev"]]
+        return [ppl for _, ppl in self._record.dev]
 
     @property
     def saved_file(self) -> Path:

@@ -87,13 +87,13 @@ def test_schedule_warms_up_and_decays_to_zero():
 
 def test_schedule_is_stepped_once_without_deepspeed(run):
     record = run(n_training_steps=6, n_epochs=2, max_lr=0.06)
-    np.testing.assert_allclose(record["rates"], [0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
+    np.testing.assert_allclose(record.rates, [0.06, 0.05, 0.04, 0.03, 0.02, 0.01])
 
 
 @pytest.mark.deepspeed
 def test_schedule_is_stepped_twice_under_deepspeed(run):
     record = run("--deepspeed", n_training_steps=6, n_epochs=2, max_lr=0.06)
-    np.testing.assert_allclose(record["rates"], [0.06, 0.04, 0.02, 0, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(record.rates, [0.06, 0.04, 0.02, 0, 0, 0], atol=1e-9)
 
 
 def test_accumulation_is_a_sum_without_deepspeed():
@@ -117,7 +117,7 @@ def test_accumulation_is_a_mean_under_deepspeed(tmp_path, monkeypatch):
 
 
 def test_unfinished_accumulation_joins_the_next_epoch(run):
-    assert len(run(n_accum_steps=2)["rates"]) == 1
+    assert len(run(n_accum_steps=2).rates) == 1
     carried, step = [], PlainSteps.step
 
     def noted(steps, loss):
@@ -125,7 +125,7 @@ def test_unfinished_accumulation_joins_the_next_epoch(run):
         return step(steps, loss)
 
     with patch.object(PlainSteps, "step", noted):
-        assert len(run(n_accum_steps=2, n_epochs=2)["rates"]) == 3
+        assert len(run(n_accum_steps=2, n_epochs=2).rates) == 3
     assert carried == [False, True] * 3
 
 
@@ -140,7 +140,7 @@ def test_dev_means_are_not_weighted_by_tokens(run):
     with patch.object(train, "batch_loss", spy):
         record = run(n_training_steps=1)
     losses, counts = (np.array([float(value) for value in column]) for column in zip(*seen[-2:], strict=True))
-    monitor, ppl = record["dev"][0]
+    monitor, ppl = record.dev[0]
     np.testing.assert_allclose([monitor, ppl], [losses.mean(), np.exp(losses).mean()], rtol=1e-6)
     assert abs(monitor - np.average(losses, weights=counts)) > 1e-4
 
@@ -185,7 +185,7 @@ def test_checkpoint_path_wants_the_encoders_state_which_no_run_writes(run, tmp_p
 
 @pytest.mark.parametrize("extra", [["--resume_training"], ["--min_lr", "0.5"]])
 def test_flags_without_effect(run, extra):
-    assert run(*extra)["losses"] == run()["losses"]
+    assert run(*extra).losses == run().losses
 
 
 def test_min_lr_stands_in_the_deepspeed_config():
@@ -231,7 +231,7 @@ def test_gpt2_trains(gpt2_folder, tmp_path):
     flags = flags_of(gpt2_folder, model_type="gpt", train_data_size=9, dev_data_size=5, n_epochs=4, max_lr=1e-2)
     with contextlib.chdir(tmp_path):
         record = train.train(flags)
-    assert record["dev"][-1][0] < record["dev"][0][0]
+    assert record.dev[-1][0] < record.dev[0][0]
 
 
 def test_prompt_loop(tokenizer, monkeypatch, capsys):
@@ -295,7 +295,7 @@ def test_every_epoch_has_a_random_order_of_its_own():
 def test_the_seed_decides_the_order(tmp_path, encoder_file):
     sizes = {"checkpoint_path": encoder_file, "train_data_size": 9, "dev_data_size": 5, "n_training_steps": 2}
     with contextlib.chdir(tmp_path):
-        losses = [train.train(flags_of(seed=seed, **sizes))["losses"] for seed in (1, 1, 2)]
+        losses = [train.train(flags_of(seed=seed, **sizes)).losses for seed in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -305,7 +305,7 @@ def test_micro_batches_that_were_applied_are_not_seen_again(tmp_path):
     whole = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=2, **sizes)
     reference_run(tmp_path, tmp_path / "encoder.pt", "--save_state", tmp_path / "state.pt", n_epochs=1, **sizes)
     rest = reference_run(tmp_path, tmp_path / "state.pt", n_epochs=2, **sizes)
-    np.testing.assert_allclose(rest["losses"], whole["losses"][2:], rtol=LOSS)
+    np.testing.assert_allclose(rest.losses, whole.losses[2:], rtol=LOSS)
 
 
 def test_updates_clip_and_decay_as_the_flags_say():
@@ -331,7 +331,7 @@ def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, capsys):
     torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
     record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=2, log_every_n_steps=3)
     told = re.findall(r"step [36], .* loss: ([\d.]+), ppl: ([\d.]+)", capsys.readouterr().out)
-    losses = np.reshape(record["losses"], (2, 3))
+    losses = np.reshape(record.losses, (2, 3))
     expected = np.stack([losses.mean(axis=1), np.exp(losses).mean(axis=1)], axis=1)
     np.testing.assert_allclose(np.array(told, float), expected, rtol=1e-4)
 
@@ -339,7 +339,7 @@ def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, capsys):
 def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path):
     torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
     record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=3, n_training_steps=3)
-    assert (len(record["rates"]), len(record["dev"])) == (3, 1)
+    assert (len(record.rates), len(record.dev)) == (3, 1)
 
 
 def test_an_empty_prompt_begins_with_bos(monkeypatch):
