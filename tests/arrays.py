@@ -6,6 +6,9 @@ import numpy as np
 
 from jaxprefix.models.config import ModelConfig
 
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
+"""Two rows of ids."""
+
 
 def normals(*shapes: tuple[int, ...], dtype: jnp.dtype = jnp.float32, seed: int = 0) -> list[jax.Array]:
     """Arrays of std 1."""

@@ -94,7 +94,7 @@ def losses_of(run_dir: Path, split: str = "train") -> list[float]:
     return [record["loss"] for record in metrics_of(run_dir, split)]
 
 
-def same_end(config: TrainConfig, other: TrainConfig) -> None:
+def assert_same_end(config: TrainConfig, other: TrainConfig) -> None:
     """Assert that two runs have the same prefix, newest checkpoint, and metrics but for speed, bit for bit."""
     (prefix, base), (other_prefix, other_base) = (read_prefix(run.run_dir) for run in (config, other))
     assert base == other_base

@@ -28,7 +28,17 @@ from jaxprefix.metrics import _batch_loss, dev_loss
 from jaxprefix.train import train
 from jaxprefix.update import LossScale, Outcome
 from tests.base_folders import GOLDEN_BASE, changed_weights
-from tests.runs import CACHE_ALL, PATIENCE, at_update, flags_of, losses_of, metrics_of, run_config, same_end, start
+from tests.runs import (
+    CACHE_ALL,
+    PATIENCE,
+    assert_same_end,
+    at_update,
+    flags_of,
+    losses_of,
+    metrics_of,
+    run_config,
+    start,
+)
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
@@ -120,7 +130,7 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
     again, other = (run_config(tmp_path, name, seed=seed) for name, seed in (("again", finished.seed), ("other", 1)))
     train(again)
     train(other)
-    same_end(again, finished)
+    assert_same_end(again, finished)
     assert (read_prefix(other.run_dir)[0] != read_prefix(finished.run_dir)[0]).any()
 
 
@@ -164,7 +174,7 @@ def test_nohup_keeps_a_run_from_noticing_its_terminal(finished, tmp_path, monkey
     at_update(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
     config = run_config(tmp_path)
     assert train(config).finished
-    same_end(config, finished)
+    assert_same_end(config, finished)
 
 
 @pytest.mark.parametrize("closed", ["stderr", "stdout"])
@@ -189,7 +199,7 @@ def test_a_signal_during_the_last_update_changes_nothing(finished, tmp_path, mon
     config = run_config(tmp_path)
     result = train(config)
     assert (result.finished, result.stopped_by) == (True, signal.SIGTERM), "a loop over runs can stop"
-    same_end(config, finished)
+    assert_same_end(config, finished)
     monkeypatch.setattr("jaxprefix.train.train", lambda config: result)
     assert main(["train", *flags_of(config)]) == 0
 
@@ -212,7 +222,7 @@ def test_a_second_signal_ends_at_once(finished, tmp_path, monkeypatch, capsys):
     assert ending in capsys.readouterr().err
     assert f"s {ending}" in (config.run_dir / "log.txt").read_text()
     train(run_config(tmp_path, resume=True))
-    same_end(config, finished)
+    assert_same_end(config, finished)
 
 
 def test_too_little_memory_tells_by_how_much(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from convert.prefix import write_adapter
 from jaxprefix.train import train
 from tests.markers import ON_ANOTHER_HOST, needs_another_host
 from tests.pairs import TWO_DEVICES, documented_flags, ended, free_port, slurm, start_pair
-from tests.runs import PATIENCE, losses_of, metrics_of, run_config, same_end, start
+from tests.runs import PATIENCE, assert_same_end, losses_of, metrics_of, run_config, start
 from tests.tolerances import LOSS
 
 LONG = {"n_epochs": 5}  # of four updates
@@ -53,7 +53,7 @@ def test_two_hosts_are_one_mesh(undisturbed, tmp_path):
     codes, _, errors = ended(pair)
     assert codes == [0, 0], errors
     assert "4 device(s)" in errors[0]
-    same_end(undisturbed[0], config)
+    assert_same_end(undisturbed[0], config)
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_a_signal_to_one_stops_both_and_resuming_ends_bit_identical(undisturbed,
     )
     assert codes == [0, 0], errors
     assert [point["step"] for point in metrics_of(config.run_dir)] == list(range(1, 21))
-    same_end(config, undisturbed[0])
+    assert_same_end(config, undisturbed[0])
 
 
 @pytest.mark.slow

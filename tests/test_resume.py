@@ -20,12 +20,12 @@ from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE, changed_weights
 from tests.runs import (
     PATIENCE,
+    assert_same_end,
     at_update,
     before_updates,
     losses_of,
     metrics_of,
     run_config,
-    same_end,
     start,
     stop_at,
 )
@@ -40,7 +40,7 @@ def test_stopped_and_resumed_ends_bit_identical(finished, tmp_path, monkeypatch,
         stopped = train(config)
     assert (stopped.finished, stopped.n_done) == (False, stop_after)
     assert train(run_config(tmp_path, resume=True)).finished
-    same_end(config, finished)
+    assert_same_end(config, finished)
 
 
 def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkeypatch):
@@ -52,7 +52,7 @@ def test_resuming_keeps_log_windows_accumulation_and_loss_scale(tmp_path, monkey
         stop_at(patch, 3)
         train(config)
     assert train(run_config(tmp_path, resume=True, **changes)).finished
-    same_end(config, whole)
+    assert_same_end(config, whole)
     assert len(losses_of(whole.run_dir)) == 2
 
 
@@ -61,7 +61,7 @@ def test_resume_before_the_first_checkpoint_starts_over(finished, tmp_path):
     config.run_dir.mkdir()
     shutil.copy(finished.run_dir / "config.json", config.run_dir)
     assert train(run_config(tmp_path, resume=True)).finished
-    same_end(config, finished)
+    assert_same_end(config, finished)
     assert "no checkpoint: starting over" in (config.run_dir / "log.txt").read_text()
 
 
@@ -131,7 +131,7 @@ def test_more_epochs_are_those_of_a_longer_run(tmp_path):
     config = run_config(tmp_path, n_epochs=1, **changes)
     train(config)
     train(run_config(tmp_path, n_epochs=3, resume=True, **changes))
-    same_end(config, whole)
+    assert_same_end(config, whole)
 
 
 def test_a_damaged_checkpoint_costs_its_updates_and_nothing_else(finished, tmp_path, capfd):
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_costs_its_updates_and_nothing_else(finished, tmp_p
     assert train(config).finished
     assert "checkpoints/8: damaged, DATA_LOSS" in capfd.readouterr().err
     assert "resumed after update 4" in (config.run_dir / "log.txt").read_text()
-    same_end(config, finished)
+    assert_same_end(config, finished)
 
 
 def test_a_base_model_may_move_and_may_not_change(finished, tmp_path):
@@ -228,7 +228,7 @@ def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(finished, 
             train(config)
     assert newest_checkpoint(config.run_dir / "checkpoints") == 4
     train(run_config(tmp_path, resume=True))
-    same_end(config, finished)
+    assert_same_end(config, finished)
 
 
 def test_a_dev_set_that_was_gone_through_is_logged_once(finished, tmp_path, monkeypatch):

@@ -13,11 +13,9 @@ from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.models import attention, fingerprint, gpt2, gpt_neox
 from jaxprefix.models.config import read_model_config
-from tests.arrays import empty_cache, normals, random_prefix
+from tests.arrays import TOKENS, empty_cache, normals, random_prefix
 from tests.base_folders import with_config
 from tests.tolerances import MODEL
-
-TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 
 
 def keys_values(model, tokens):

@@ -10,10 +10,11 @@ from jaxprefix.batches import make_packed_batch
 from jaxprefix.config import Compute
 from jaxprefix.loss import batch_loss
 from jaxprefix.models import attention, blocked
-from jaxprefix.models.attention import attend, heads_first, own_slots
+from jaxprefix.models.attention import attend, own_slots
 from jaxprefix.shapes import PackedShape
 from tests.arrays import normals, random_prefix
 from tests.examples import EXAMPLES
+from tests.models.attending import attended, outputs_and_gradients
 from tests.tolerances import FUNCTION, HALF_GRADIENT, MODEL
 
 BLOCK = 8
@@ -22,35 +23,20 @@ BLOCK = 8
 @pytest.fixture
 def short_blocks(monkeypatch, traced_anew):
     """Every row that is whole is a long one, of several blocks; returns what was attended to in blocks."""
-    attended = []
+    shapes = []
 
     def noted(q, *rest):
-        attended.append(q.shape)
+        shapes.append(q.shape)
         return blocked.attend_in_blocks(q, *rest)
 
     monkeypatch.setattr(attention, "attend_in_blocks", noted)
     monkeypatch.setattr(attention, "LONG_ROW", 1)
     monkeypatch.setattr(blocked, "BLOCK", BLOCK)
-    return attended
-
-
-def in_blocks(q, k, v, prefix):
-    return attend(q, heads_first(k), heads_first(v), prefix)
+    return shapes
 
 
 def whole(q, k, v, prefix):
-    return attend(q, heads_first(k), heads_first(v), prefix, own_slots(q))
-
-
-def outputs_and_gradients(function, *inputs):
-    """Outputs, and the gradients of their sum, weighed at random, towards every input."""
-
-    def weighed(inputs):
-        out = function(*inputs)
-        return jnp.sum(out * normals(out.shape, seed=1)[0]), out
-
-    (_, out), gradients = jax.jit(jax.value_and_grad(weighed, has_aux=True))(inputs)
-    return [out, *jax.tree.leaves(gradients)]
+    return attended(q, k, v, prefix, own_slots(q))
 
 
 def heads_of(n_tokens, n_prefix):
@@ -64,7 +50,7 @@ def heads_of(n_tokens, n_prefix):
 @pytest.mark.parametrize("n_prefix", [None, 0, 7], ids="prefix {}".format)
 def test_outputs_and_gradients_are_those_of_all_scores_in_memory(short_blocks, n_tokens, n_prefix):
     inputs = heads_of(n_tokens, n_prefix)
-    ours, expected = (outputs_and_gradients(function, *inputs) for function in (in_blocks, whole))
+    ours, expected = (outputs_and_gradients(function, *inputs) for function in (attended, whole))
     assert short_blocks == [(2, 4, n_tokens, 16)]
     assert len(ours) == 4 + (n_prefix is not None)
     for one, other in zip(ours, expected, strict=True):
@@ -79,7 +65,7 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(short_blocks, 
     q, k, v, prefix = heads_of(30, 7)
     q, v, prefix = q.at[..., 0].set(6), v + mean, prefix.at[0, 0, :, 0].set(3).at[1].add(mean)
     halves = [x.astype(dtype) for x in (q, k, v, prefix)]
-    ours = outputs_and_gradients(in_blocks, *halves)
+    ours = outputs_and_gradients(attended, *halves)
     exact = outputs_and_gradients(whole, *(x.astype(jnp.float32) for x in halves))
     for one, right in zip(ours, exact, strict=True):
         assert one.dtype == dtype
@@ -140,14 +126,14 @@ def program_of_layers(cpu_compiler, function, n_layers, n_tokens, n_prefix):
     return compiled, 4 * 2 * 4 * n_tokens * (n_prefix + n_tokens)
 
 
-@pytest.mark.parametrize(("function", "has_them"), [(in_blocks, False), (whole, True)])
+@pytest.mark.parametrize(("function", "has_them"), [(attended, False), (whole, True)])
 def test_no_array_of_all_scores_is_ever_in_memory(cpu_compiler, function, has_them):
     compiled, scores = program_of_layers(cpu_compiler, function, 3, 1000, 10)
     assert ("[2,4,1000,1010]" in compiled.as_text()) == has_them
     assert (compiled.memory_analysis().temp_size_in_bytes > 1.75 * scores) == has_them, "three layers', or some blocks'"
 
 
-@pytest.mark.parametrize(("function", "are_there"), [(in_blocks, False), (whole, True)])
+@pytest.mark.parametrize(("function", "are_there"), [(attended, False), (whole, True)])
 def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(cpu_compiler, function, are_there):
     n_tokens = 8 * blocked.BLOCK
     compiled = jax.jit(lambda q, k, v: function(q, k, v, None)).lower(*heads_of(n_tokens, None)[:3])
@@ -155,7 +141,7 @@ def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(c
     assert (compiled.compile(cpu_compiler).memory_analysis().temp_size_in_bytes > scores / 2) == are_there
 
 
-@pytest.mark.parametrize(("function", "are_kept"), [(in_blocks, False), (whole, True)])
+@pytest.mark.parametrize(("function", "are_kept"), [(attended, False), (whole, True)])
 def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(cpu_compiler, monkeypatch, function, are_kept):
     monkeypatch.setattr(attention, "LONG_ROW", 1)
     compiled, scores = program_of_layers(cpu_compiler, function, 8, blocked.BLOCK, 10)

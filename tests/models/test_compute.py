@@ -27,30 +27,17 @@ from jaxprefix.models.layers import (
     matmul,
     rotate,
 )
-from tests.arrays import empty_cache, normals, random_prefix
+from tests.arrays import TOKENS, empty_cache, normals, random_prefix
 from tests.base_folders import GOLDEN_BASE
 from tests.markers import needs_gpu
+from tests.models.attending import attended, outputs_and_gradients
 from tests.tolerances import BFLOAT16, FUNCTION, HALF_CACHE, HALF_GRADIENT, MODEL
-
-TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 
 
 @pytest.fixture
 def heads():
-    """q, k, v [2, 30, 4, 16], a layer's prefix [2, 7, 4, 16], and what the output is weighed with."""
-    return normals(*[(2, 30, 4, 16)] * 3, (2, 7, 4, 16), (2, 30, 4, 16))
-
-
-def dense(q, k, v, prefix, *options):
-    return attend(q, heads_first(k), heads_first(v), prefix, *options)
-
-
-def outputs_and_gradients(function, q, k, v, prefix, weights):
-    def weighed(*inputs):
-        out = function(*inputs)
-        return jnp.sum(out * weights), out
-
-    return jax.jit(jax.value_and_grad(weighed, (0, 1, 2, 3), has_aux=True))(q, k, v, prefix)
+    """q, k, v [2, 30, 4, 16] and a layer's prefix [2, 7, 4, 16]."""
+    return normals(*[(2, 30, 4, 16)] * 3, (2, 7, 4, 16))
 
 
 def lowered_gradient(base, tokens):
@@ -65,23 +52,25 @@ def needed_memory(compiled):
 @jax.default_matmul_precision("highest")  # of JAX's own attention, which a GPU would compute in TF32
 def test_square_causal_attention_is_the_dense_one(heads):
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, 0.25, "xla"), *heads)
-    expected = outputs_and_gradients(dense, *heads)
-    for ours, theirs in zip(jax.tree.leaves(square), jax.tree.leaves(expected), strict=True):
+    expected = outputs_and_gradients(attended, *heads)
+    for ours, theirs in zip(square, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=FUNCTION * float(jnp.abs(theirs).max()))
 
 
 @jax.default_matmul_precision("highest")
 def test_square_causal_attention_without_a_prefix(heads):
-    q, k, v, _, _ = heads
-    np.testing.assert_allclose(square_causal(q, k, v, None, 0.25, "xla"), dense(q, k, v, None), rtol=0, atol=FUNCTION)
+    q, k, v, _ = heads
+    np.testing.assert_allclose(
+        square_causal(q, k, v, None, 0.25, "xla"), attended(q, k, v, None), rtol=0, atol=FUNCTION
+    )
 
 
 def test_causal_attention_that_is_not_square_is_another_one(heads):
-    q, k, v, prefix, _ = heads
+    q, k, v, prefix = heads
     fronts = jnp.broadcast_to(prefix[:, None], (2, 2, *prefix.shape[1:]))
     keys, values = (jnp.concatenate([front, x], axis=1) for front, x in zip(fronts, (k, v), strict=True))
     top_left = jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation="xla")
-    assert jnp.abs(top_left - dense(q, k, v, prefix)).max() > 0.1
+    assert jnp.abs(top_left - attended(q, k, v, prefix)).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -104,7 +93,7 @@ def test_cudnn_is_chosen_on_gpus_for_long_whole_rows_in_half_precision(monkeypat
     monkeypatch.setattr(attention, "square_causal", lambda *inputs: calls.append(inputs) or inputs[0])
     q = jnp.zeros((1, changes.get("tokens", 512), 2, 16), changes.get("dtype", jnp.bfloat16))
     slots = attention.own_slots(q) if "slots" in changes else None
-    dense(q, q, q, None, slots, 0.5, changes.get("method", "auto"))
+    attended(q, q, q, None, slots, 0.5, changes.get("method", "auto"))
     assert [scale for *_, scale, _ in calls] == [0.5] * chosen
 
 
@@ -145,11 +134,10 @@ def test_square_causal_attention_in_bfloat16_is_as_close_to_float32_as_the_dense
     if implementation == "cudnn" and not attention.cudnn_takes(width):
         pytest.skip("cuDNN needs Ampere or later, for wide heads Hopper")
     rows, front = (2, 600, 4, width), (2, 10, 4, width)
-    halves = normals(rows, rows, rows, front, rows, dtype=jnp.bfloat16)
+    halves = normals(rows, rows, rows, front, dtype=jnp.bfloat16)
     square = outputs_and_gradients(lambda *inputs: square_causal(*inputs, width**-0.5, implementation), *halves)
-    same = outputs_and_gradients(lambda *inputs: dense(*inputs, None, None, "dense"), *halves)
-    exact = outputs_and_gradients(dense, *(x.astype(jnp.float32) for x in halves))
-    (_, *square), (_, *same), (_, *exact) = map(jax.tree.leaves, (square, same, exact))  # all but the weighed sum
+    same = outputs_and_gradients(lambda *inputs: attended(*inputs, None, None, "dense"), *halves)
+    exact = outputs_and_gradients(attended, *(x.astype(jnp.float32) for x in halves))
     for ours, theirs, right in zip(square, same, exact, strict=True):
         strayed, allowed = (jnp.linalg.norm(x.astype(jnp.float32) - right) for x in (ours, theirs))
         assert strayed < BFLOAT16 * allowed
@@ -227,22 +215,20 @@ def test_attention_to_a_cache_in_float32_is_that_to_one_in_half_precision(heads,
 @pytest.mark.parametrize("layer", ["attention", "attention to a sink", "layer norm", "rotation"])
 def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(heads, dtype, layer):
     """A sink is a key that takes almost all of every query's weight; where values have a mean it shows in q and k."""
-    q, k, v, prefix, weights = heads
+    q, k, v, prefix = heads
     if layer == "attention to a sink":
         q, v, prefix = q.at[..., 0].set(6), v + 1, prefix.at[0, 0, :, 0].set(3).at[1].add(1)
     function, inputs = {
-        "attention": (dense, (q, k, v, prefix)),
-        "attention to a sink": (dense, (q, k, v, prefix)),
+        "attention": (attended, (q, k, v, prefix)),
+        "attention to a sink": (attended, (q, k, v, prefix)),
         "layer norm": (lambda x: layer_norm(x, k[0, 0, 0], v[0, 0, 0], 1e-5), (q + 1,)),
         "rotation": (lambda x: rotate(x, (jnp.cos(k[:, :, 0, :8]), jnp.sin(k[:, :, 0, :8]))), (q,)),
     }[layer]
 
-    def gradients(*inputs):
-        return jax.grad(lambda inputs: jnp.sum(function(*inputs) * weights))(inputs)
-
     rounded = [x.astype(dtype) for x in inputs]
-    exact = jax.jit(gradients)(*(x.astype(jnp.float32) for x in rounded))
-    for ours, right in zip(jax.jit(gradients)(*rounded), exact, strict=True):
+    _, *gradients = outputs_and_gradients(function, *rounded)
+    _, *exact = outputs_and_gradients(function, *(x.astype(jnp.float32) for x in rounded))
+    for ours, right in zip(gradients, exact, strict=True):
         assert jnp.linalg.norm(ours - right) < HALF_GRADIENT * jnp.finfo(dtype).eps * jnp.linalg.norm(right)
 
 

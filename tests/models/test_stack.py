@@ -18,11 +18,9 @@ from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import scanned_dtype
 from jaxprefix.shapes import PaddedShape
-from tests.arrays import empty_cache, random_prefix
+from tests.arrays import TOKENS, empty_cache, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.tolerances import BFLOAT16, MODEL
-
-TOKENS = jnp.asarray(np.random.default_rng(3).integers(4, 440, (2, 24)))
 
 
 @jax.jit

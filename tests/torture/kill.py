@@ -18,7 +18,7 @@ import tyro
 
 from jaxprefix.checkpoint import KEPT, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from tests.runs import metrics_of, run_config, same_end, start
+from tests.runs import assert_same_end, metrics_of, run_config, start
 
 SETTINGS = {"batch_size": 1, "n_epochs": 30, "checkpoint_every_n_steps": 5}
 """420 updates, of which every fifth, and the last one of every fourteen, is followed by a checkpoint."""
@@ -126,7 +126,7 @@ def main(n_kills: int = 30, seed: int = 0) -> None:
         where = ", while a checkpoint was written" if writing else ""
         print(f"kill {number:2}: {lost} updates lost after {newest_checkpoint(disk.folder)}{where}", flush=True)
     finish(config, "--resume")
-    same_end(config, whole)
+    assert_same_end(config, whole)
     one = size_of(whole.run_dir / "checkpoints") / KEPT
     assert disk.most <= (KEPT + 1.5) * one, "checkpoints pile up"  # the new one is there before the oldest is removed
     print(f"{n_kills} kills, {n_writing} of them while a checkpoint was written; seed {seed}")

@@ -14,7 +14,7 @@ import tyro
 
 from jaxprefix.config import TrainConfig
 from tests.pairs import ended, start_pair
-from tests.runs import run_config, same_end
+from tests.runs import assert_same_end, run_config
 from tests.torture.kill import n_logged
 
 SETTINGS = {"n_epochs": 20, "checkpoint_every_n_steps": 5}
@@ -51,7 +51,7 @@ def main(n_kills: int = 2, seed: int = 0) -> None:
         n_done = n_logged(config)
         codes, _, errors = ended(start_pair(config, "--resume"))
         assert codes == [0, 0], errors
-        same_end(config, whole)
+        assert_same_end(config, whole)
         print(f"process {victim} killed after update {n_done}: the other ended in {seconds:.1f} s", flush=True)
     print("prefix, newest checkpoint and metrics of each pair are the undisturbed one's, bit for bit")
     shutil.rmtree(folder)
