@@ -46,8 +46,8 @@ def test_a_run_goes_on_in_pytorch(tmp_path, uninterrupted):
     train(config)
     state = converted(config.run_dir, tmp_path / "state.pt", GOLDEN_BASE)
     record = reference_run(tmp_path, state, n_epochs=4)
-    np.testing.assert_allclose(record["losses"], uninterrupted[0][6:], rtol=LOSS)
-    np.testing.assert_allclose(record["rates"], uninterrupted[1][6:], rtol=RATE)
+    np.testing.assert_allclose(record.losses, uninterrupted[0][6:], rtol=LOSS)
+    np.testing.assert_allclose(record.rates, uninterrupted[1][6:], rtol=RATE)
 
 
 def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
@@ -55,7 +55,7 @@ def test_a_run_of_pytorch_goes_on_here(tmp_path, uninterrupted):
     encoder = tmp_path / "encoder.pt"
     torch.save(started_encoder(start), encoder)
     record = reference_run(tmp_path, encoder, "--save_state", tmp_path / "state.pt", n_epochs=2)
-    np.testing.assert_allclose(record["losses"], uninterrupted[0][:6], rtol=LOSS)
+    np.testing.assert_allclose(record.losses, uninterrupted[0][:6], rtol=LOSS)
     converted(tmp_path / "state.pt", tmp_path / "run", GOLDEN_BASE)
     config = run_config(tmp_path, "run", **RINNA, n_epochs=4, resume=True)
     assert train(config).n_done == 12
@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_within_an_epoch_goes_on_in_pytorch(tmp_path, uni
     stop_at(monkeypatch, 5)
     train(config)
     record = reference_run(tmp_path, converted(config.run_dir, tmp_path / "state.pt"), n_epochs=4)
-    np.testing.assert_allclose(record["losses"], uninterrupted[0][5:], rtol=LOSS)
+    np.testing.assert_allclose(record.losses, uninterrupted[0][5:], rtol=LOSS)
 
 
 def test_a_training_state_goes_into_an_empty_folder(tmp_path):
