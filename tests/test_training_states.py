@@ -23,7 +23,6 @@ from tests.parity.runs import encoder_state, reference_run, started_encoder
 from tests.runs import losses_of, metrics_of, run_config, stop_at
 from tests.tolerances import LOSS, RATE
 
-NEGATIVE = ENCODER | {"prefix_mlp.0.bias": -torch.ones(4)}
 RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
 
 
@@ -92,20 +91,17 @@ def test_a_torch_file_with_the_encoders_state_starts_a_run(tmp_path, golden_mode
         start_encoder(longer, golden_model, tokenizer, None)
 
 
-def test_damaged_training_states_are_refused(tmp_path):
-    good, moments = ENCODER, {"step": 3, "exp_avg": ENCODER, "exp_avg_sq": ENCODER}
-    for content, message in (
-        ({"encoder": good, "optimizer": moments | {"step": -1}}, "step must be a whole number, found -1"),
-        ({"encoder": good, "optimizer": moments | {"exp_avg": {}}}, "missing moments.1.0.mu.prefix_mlp.0.bias"),
-        ({"encoder": good | {"prefix_mlp.0.bias": torch.full((4,), torch.nan)}}, "0.bias holds numbers that are not"),
-        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(4, dtype=torch.int)}}, "floating-point numbers, found i"),
-        ({"encoder": good, "optimizer": moments | {"exp_avg_sq": NEGATIVE}}, "0.bias, a mean of squares, holds negati"),
-        ({"encoder": good | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(4,\), found \(9,\)"),
-        ({"encoder": good}, "holds an encoder without its optimizer"),
-    ):
-        torch.save(content, tmp_path / "state.pt")
-        with pytest.raises(InputError, match=message):
-            converted(tmp_path / "state.pt", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"encoder": ENCODER}, "holds an encoder without its optimizer"),
+        ({"encoder": ENCODER | {"prefix_mlp.0.bias": torch.ones(9)}}, r"expected shape \(4,\), found \(9,\)"),
+    ],
+)
+def test_what_is_no_training_state_makes_no_run(tmp_path, content, message):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=message):
+        converted(tmp_path / "state.pt", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,9 @@ ENCODER = {
     [
         ([], "expected a dict with the encoder's state, found list"),
         (ENCODER | {"prefix_wte.weight": torch.ones(6)}, r"prefix_wte.weight \(6,\) .* must have two axes"),
+        (ENCODER | {"prefix_mlp.0.bias": torch.full((4,), torch.nan)}, "0.bias holds numbers that are not finite"),
+        (ENCODER | {"prefix_mlp.0.bias": torch.ones(4, dtype=torch.int)}, "floating-point numbers, found int"),
+        (ENCODER | {"prefix_mlp.0.bias": torch.ones(9)}, r"expected shape \(4,\), found \(9,\)"),
     ],
 )
 def test_what_is_no_encoders_state_is_refused(tmp_path, content, message):
@@ -33,6 +36,13 @@ def test_moments_have_their_parameters_shapes(tmp_path):
     moments = {"exp_avg": dict(ENCODER), "exp_avg_sq": ENCODER | {"prefix_mlp.2.bias": torch.ones(9)}}
     torch.save({"encoder": ENCODER, "optimizer": {"step": 3, **moments}}, tmp_path / "state.pt")
     with pytest.raises(InputError, match=r"nu.prefix_mlp.2.bias: expected shape \(8,\), found \(9,\)$"):
+        read_training_state(tmp_path / "state.pt")
+
+
+def test_a_moment_that_is_missing_is_told(tmp_path):
+    moments = {"step": 3, "exp_avg": {}, "exp_avg_sq": ENCODER}
+    torch.save({"encoder": ENCODER, "optimizer": moments}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match=r"missing moments.1.0.mu.prefix_mlp.0.bias"):
         read_training_state(tmp_path / "state.pt")
 
 
