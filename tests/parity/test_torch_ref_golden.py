@@ -26,14 +26,9 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(GOLDEN_BASE)
-
-
-@pytest.fixture(scope="module")
-def batch(tokenizer):
+def batch(reference_tokenizer):
     examples = [Example(*pair) for pair in json.loads((GOLDEN / "forward.batch.json").read_text())]
-    return collate(examples, tokenizer)
+    return collate(examples, reference_tokenizer)
 
 
 def encoder_of(reference, state: str) -> PrefixEncoder:
@@ -58,17 +53,17 @@ def test_a_tokenizer_of_another_layout_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_chunks(tokenizer):
-    chunks = read_chunks(GOLDEN / "documents.jsonl", tokenizer)
+def test_chunks(reference_tokenizer):
+    chunks = read_chunks(GOLDEN / "documents.jsonl", reference_tokenizer)
     assert chunks == json.loads((GOLDEN / "forward.chunks.json").read_text())
 
 
-def test_logits_loss_and_gradients(reference, tokenizer, batch):
+def test_logits_loss_and_gradients(reference, reference_tokenizer, batch):
     encoder = encoder_of(reference, "enc")
     np.testing.assert_array_equal(batch[0].numpy(), FORWARD["input_ids"])
     cache = filled_cache(encoder(len(batch[0])))
     close(reference(batch[0], past_key_values=cache).logits[:, ::4], "logits")
-    loss = batch_loss(reference, encoder(len(batch[0])), batch, tokenizer.pad_id)
+    loss = batch_loss(reference, encoder(len(batch[0])), batch, reference_tokenizer.pad_id)
     close(loss, "loss")
     close(loss.exp(), "ppl")
     loss.backward()
@@ -91,14 +86,14 @@ def test_folded_weight_still_requires_grad(reference):
 
 
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_greedy_ids(reference, tokenizer, with_prefix):
+def test_greedy_ids(reference, reference_tokenizer, with_prefix):
     flags = generate_parser().parse_args(
         ["--pretrained_model_dir", str(GOLDEN_BASE), "--decode_method", "greedy", "--max_output_len", "40"]
     )
     prefix = load_prefix(GOLDEN / "forward.weight", reference) if with_prefix else None
     for prompt, expected in json.loads((GOLDEN / "forward.greedy.json").read_text()).items():
-        ids = tokenizer.encode(prompt) or [tokenizer.bos_id]
-        made = generate_ids(reference, ids, prefix, tokenizer.eos_id, flags)
+        ids = reference_tokenizer.encode(prompt) or [reference_tokenizer.bos_id]
+        made = generate_ids(reference, ids, prefix, reference_tokenizer.eos_id, flags)
         assert made == expected[0 if with_prefix else 1]
 
 

@@ -27,17 +27,11 @@ from torch_ref.data import Example, chunk_document, split_examples
 from torch_ref.generate import choose_token
 from torch_ref.models import load_base
 from torch_ref.prefix import PrefixEncoder
-from torch_ref.tokenizer import load_tokenizer
 from torch_ref.update import DeepSpeedSteps, PlainSteps, lr_lambda
 
 ROOT = Path(__file__).parents[2]
 LOG_LINE = r"\d+\.\d\ds Epoch \d+, step \d+, lr [\d.e-]+ - loss: [\d.]+, ppl: [\d.]+"
 DEV_LINE = r"\d+\.\d\ds Epoch \d+, dev - monitor: [\d.]+, ppl: [\d.]+"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(GOLDEN_BASE)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +60,12 @@ def flags_of(base=GOLDEN_BASE, **changes):
     return train_parser().parse_args([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
 
 
-def test_document_tail_is_dropped(tokenizer):
-    assert chunk_document("今日は晴れです。\n明日は雨です。", tokenizer) == []
+def test_document_tail_is_dropped(reference_tokenizer):
+    assert chunk_document("今日は晴れです。\n明日は雨です。", reference_tokenizer) == []
 
 
-def test_long_sentence_is_one_chunk(tokenizer):
-    chunks = chunk_document("短い。\n" + "猫が好きです" * 30 + "\n短い。", tokenizer)
+def test_long_sentence_is_one_chunk(reference_tokenizer):
+    chunks = chunk_document("短い。\n" + "猫が好きです" * 30 + "\n短い。", reference_tokenizer)
     assert [len(chunk) > 64 for chunk in chunks] == [False, True]
 
 
@@ -234,13 +228,15 @@ def test_gpt2_trains(gpt2_folder, tmp_path):
     assert record.dev[-1][0] < record.dev[0][0]
 
 
-def test_prompt_loop(tokenizer, monkeypatch, capsys):
+def test_prompt_loop(reference_tokenizer, monkeypatch, capsys):
     golden = json.loads((GOLDEN / "forward.greedy.json").read_text())
     monkeypatch.setattr("builtins.input", Mock(side_effect=[*golden, *[EOFError] * 3]))
     weight = str(GOLDEN / "forward.weight")
     flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--prefix_checkpoint_path", weight]
     generate.main([*flags, "--decode_method", "greedy", "--max_output_len", "5"])
-    assert capsys.readouterr().out.splitlines() == [p + tokenizer.decode(ids[:5]) for p, (ids, _) in golden.items()]
+    assert capsys.readouterr().out.splitlines() == [
+        p + reference_tokenizer.decode(ids[:5]) for p, (ids, _) in golden.items()
+    ]
     with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not 3"):
         generate.main([*flags, "--prefix_seq_len", "3"])
     with pytest.raises(ValueError, match="is gpt_neox, not --model_type gpt"):
@@ -327,18 +323,16 @@ def test_a_decoding_method_chooses_from_what_it_leaves(method, ids):
     assert set(choose_token(logits, flags).flatten().tolist()) == ids
 
 
-def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, capsys):
-    torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
-    record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=2, log_every_n_steps=3)
+def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, encoder_file, capsys):
+    record = reference_run(tmp_path, encoder_file, n_epochs=2, log_every_n_steps=3)
     told = re.findall(r"step [36], .* loss: ([\d.]+), ppl: ([\d.]+)", capsys.readouterr().out)
     losses = np.reshape(record.losses, (2, 3))
     expected = np.stack([losses.mean(axis=1), np.exp(losses).mean(axis=1)], axis=1)
     np.testing.assert_allclose(np.array(told, float), expected, rtol=1e-4)
 
 
-def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path):
-    torch.save(started_encoder(run_config(tmp_path)), tmp_path / "encoder.pt")
-    record = reference_run(tmp_path, tmp_path / "encoder.pt", n_epochs=3, n_training_steps=3)
+def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path, encoder_file):
+    record = reference_run(tmp_path, encoder_file, n_epochs=3, n_training_steps=3)
     assert (len(record.rates), len(record.dev)) == (3, 1)
 
 
