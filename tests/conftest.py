@@ -92,7 +92,7 @@ def users_compiling(quick_compiling, traced_anew):
 
 
 @pytest.fixture
-def cpu_compiler(users_compiling):
+def user_options(users_compiling):
     """Skip tests of what jax 0.10 makes for a CPU elsewhere; return `compile` options with a user's fusion emitters."""
     if not alone_on_a_cpu() or not jax.__version__.startswith("0.10."):
         pytest.skip("is about what jax 0.10 makes for a CPU")

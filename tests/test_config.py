@@ -71,6 +71,14 @@ def test_settings_of_decoding_that_cannot_be_meant(changes, message):
     assert str(error.value) == f"decoding:\n  - {message}"
 
 
+def given(config, name, value):
+    """Settings with a value that users may give: in tests, beartype would refuse it first."""
+    config = dataclasses.replace(config)
+    object.__setattr__(config, name, value)
+    config.__post_init__()
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "name", "value", "message"),
     [
@@ -89,10 +97,8 @@ def test_settings_of_decoding_that_cannot_be_meant(changes, message):
     ],
 )
 def test_types_that_python_does_not_check(config, name, value, message):
-    config = dataclasses.replace(config)
-    object.__setattr__(config, name, value)
     with pytest.raises(InputError) as error:
-        config.__post_init__()
+        given(config, name, value)
     assert str(error.value).split("\n  - ")[1:] == [message]
 
 
@@ -114,35 +120,27 @@ def test_bytes_of_a_shell_that_are_not_utf8_are_refused(config, name, value):
     assert str(error.value).split("\n  - ")[1:] == [f"--{name} must be UTF-8, is {str(value)!r}"]
 
 
-def given(name, value):
-    """A run_config with a value that Python does not check."""
-    config = run_config(Path())
-    object.__setattr__(config, name, value)
-    config.__post_init__()
-    return config
-
-
 @pytest.mark.parametrize("name", ["output_dir", "data_filepath", "checkpoint_path"])
 def test_a_bucket_is_no_path(name):
     with pytest.raises(InputError) as error:
-        given(name, "gs://bucket/runs")
+        given(run_config(Path()), name, "gs://bucket/runs")
     assert str(error.value) == f"train:\n  - --{name} must be a path on this machine, is 'gs://bucket/runs'"
 
 
 def test_a_colon_may_stand_in_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs:").mkdir()
-    assert given("output_dir", "c:/runs").output_dir == Path("c:/runs")
-    assert given("output_dir", "runs:/of/may").output_dir == Path("runs:/of/may")
+    assert given(run_config(Path()), "output_dir", "c:/runs").output_dir == Path("c:/runs")
+    assert given(run_config(Path()), "output_dir", "runs:/of/may").output_dir == Path("runs:/of/may")
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     """Of --output_dir=~/runs, a shell makes none."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert given("output_dir", "~/runs").output_dir == tmp_path / "runs"
-    assert given("data_filepath", "~nobody_here/data").data_filepath == Path("~nobody_here/data")
+    assert given(run_config(Path()), "output_dir", "~/runs").output_dir == tmp_path / "runs"
+    assert given(run_config(Path()), "data_filepath", "~nobody_here/data").data_filepath == Path("~nobody_here/data")
     for base in ("~/base", Path("~/base")):
-        assert given("pretrained_model_dir", base).pretrained_model_dir == str(tmp_path / "base")
+        assert given(run_config(Path()), "pretrained_model_dir", base).pretrained_model_dir == str(tmp_path / "base")
     (tmp_path / "base").symlink_to(GOLDEN_BASE)
     assert resolve_folder("~/base") == tmp_path / "base"
     config, tokenizer = read_model_config(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
@@ -165,16 +163,11 @@ def test_caches_need_a_home(monkeypatch):
 
 
 def test_a_path_may_be_a_str():
-    config = run_config(Path())
-    object.__setattr__(config, "data_filepath", "data.jsonl")
-    config.__post_init__()
-    assert config.data_filepath == Path("data.jsonl")
+    assert given(run_config(Path()), "data_filepath", "data.jsonl").data_filepath == Path("data.jsonl")
 
 
 def test_a_base_model_may_be_a_path():
-    object.__setattr__(config := GenerateConfig("base"), "pretrained_model_dir", Path("base"))
-    config.__post_init__()
-    assert config.pretrained_model_dir == "base"
+    assert given(GenerateConfig("base"), "pretrained_model_dir", Path("base")).pretrained_model_dir == "base"
 
 
 def test_a_copy_of_settings_may_have_another_dtype(tmp_path):
@@ -273,9 +266,7 @@ def test_what_has_no_effect_may_be_anything():
 
 
 def test_numbers_may_be_numpys():
-    config = run_config(Path())
-    object.__setattr__(config, "batch_size", np.int64(5))
-    config.__post_init__()
+    config = given(run_config(Path()), "batch_size", np.int64(5))
     assert (config.batch_size, type(config.batch_size)) == (5, int)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxprefix.decode
 from convert.errors import InputError, RunError
@@ -50,15 +51,19 @@ def test_one_text_is_no_list_of_prompts(model, tokenizer):
         generate(model, tokenizer, "朝の")
 
 
+unchecked_generate = inspect.unwrap(generate)
+"""Without beartype, as users have it."""
+
+
 def test_prompts_may_come_from_an_iterator(golden_model, tokenizer):
     texts, settings = ["朝の", "昨日"], {"decode_method": "greedy", "max_output_len": 3}
-    found = inspect.unwrap(generate)(golden_model, tokenizer, iter(texts), **settings)
+    found = unchecked_generate(golden_model, tokenizer, iter(texts), **settings)
     assert found == generate(golden_model, tokenizer, texts, **settings)
 
 
 def test_a_prompt_that_is_no_text_is_named(golden_model, tokenizer):
     with pytest.raises(InputError, match=r"^prompts\[1\] must be a text, is of type NoneType$"):
-        inspect.unwrap(generate)(golden_model, tokenizer, ["朝の", None])
+        unchecked_generate(golden_model, tokenizer, ["朝の", None])
 
 
 def test_a_prefix_that_is_not_finite_is_to_blame(golden_model, tokenizer):
@@ -159,7 +164,7 @@ def test_what_follows_eos_in_a_row_is_nobodys_fault(tokenizer, golden_model):
     stopping = dataclasses.replace(tokenizer, eos_id=made[0][3])
     expected = ids_of(golden_model, stopping, PROMPTS, decode=GREEDY)
     assert any(len(row) == 12 for row in expected), "some go on"
-    broken = jax.tree.map(lambda weight: weight, golden_model)
+    broken = nnx.clone(golden_model)
     broken.embed.weight[...] = broken.embed.weight[...].at[stopping.eos_id].set(jnp.nan)
     assert ids_of(broken, stopping, PROMPTS, decode=GREEDY) == expected
 
@@ -263,7 +268,7 @@ def test_an_empty_prompt_takes_a_position(golden_model, tokenizer):
 
 def test_every_step_draws_anew(golden_model, tokenizer):
     """Of a head of zeros all tokens are as likely: twelve that are alike would come of one random key."""
-    model = jax.tree.map(lambda weight: weight, golden_model)
+    model = nnx.clone(golden_model)
     model.head.weight[...] = jnp.zeros_like(model.head.weight[...])
     [made] = ids_of(model, tokenizer, [[5, 6]], decode=DecodeConfig("sample", max_output_len=12))
     assert len(set(made)) > 6

@@ -106,9 +106,9 @@ def test_logits_far_below_zero_do_not_vanish():
     np.testing.assert_allclose(loss, 3 * np.log(50), rtol=FUNCTION)
 
 
-def test_a_head_in_half_precision_is_not_copied_to_float32_as_a_whole(cpu_compiler):
+def test_a_head_in_half_precision_is_not_copied_to_float32_as_a_whole(user_options):
     hidden, head = jnp.zeros((2, 4, 64), jnp.bfloat16), jnp.zeros((6 * CPU_BLOCK, 64), jnp.bfloat16)
     compiled = jax.jit(jax.grad(lambda hidden, *rest: next_token_loss(hidden, *rest))).lower(
         hidden, head, jnp.zeros((2, 4), jnp.int32)
     )
-    assert compiled.compile(cpu_compiler).memory_analysis().temp_size_in_bytes < 4 * head.size
+    assert compiled.compile(user_options).memory_analysis().temp_size_in_bytes < 4 * head.size

@@ -157,7 +157,7 @@ def test_a_device_of_fsdp_8_holds_an_eighth_of_the_base(on_every_mesh):
     assert n_bytes == (whole - vectors) / 8 + vectors
 
 
-def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_rows(cpu_compiler):
+def test_a_device_of_fsdp_8_gathers_weights_twice_keeps_none_and_computes_its_rows(user_options):
     """By the compiler's account for devices that save memory, rather than be quick."""
     flags = f"{os.environ['XLA_FLAGS']} {SAVING_ORDER}"
     elementwise, block, *scanned = in_a_process(added_by_a_layer, **ON_CPUS, **OPTIMIZED, XLA_FLAGS=flags)

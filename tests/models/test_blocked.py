@@ -113,7 +113,7 @@ def test_a_model_with_long_rows_is_the_same(base_folder, model, tokenizer, short
         np.testing.assert_allclose(one, other, rtol=0, atol=MODEL * float(jnp.abs(other).max()))
 
 
-def program_of_layers(cpu_compiler, function, n_layers, n_tokens, n_prefix):
+def program_of_layers(user_options, function, n_layers, n_tokens, n_prefix):
     """Gradients of layers, each of whose output is the next one's queries; and the bytes of a layer's scores."""
 
     def summed(q, k, v, prefix):
@@ -122,27 +122,27 @@ def program_of_layers(cpu_compiler, function, n_layers, n_tokens, n_prefix):
         return q.sum()
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in heads_of(n_tokens, n_prefix)]
-    compiled = jax.jit(jax.grad(summed, (0, 1, 2, 3))).lower(*shapes).compile(cpu_compiler)
+    compiled = jax.jit(jax.grad(summed, (0, 1, 2, 3))).lower(*shapes).compile(user_options)
     return compiled, 4 * 2 * 4 * n_tokens * (n_prefix + n_tokens)
 
 
 @pytest.mark.parametrize(("function", "has_them"), [(attended, False), (whole, True)])
-def test_no_array_of_all_scores_is_ever_in_memory(cpu_compiler, function, has_them):
-    compiled, scores = program_of_layers(cpu_compiler, function, 3, 1000, 10)
+def test_no_array_of_all_scores_is_ever_in_memory(user_options, function, has_them):
+    compiled, scores = program_of_layers(user_options, function, 3, 1000, 10)
     assert ("[2,4,1000,1010]" in compiled.as_text()) == has_them
     assert (compiled.memory_analysis().temp_size_in_bytes > 1.75 * scores) == has_them, "three layers', or some blocks'"
 
 
 @pytest.mark.parametrize(("function", "are_there"), [(attended, False), (whole, True)])
-def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(cpu_compiler, function, are_there):
+def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(user_options, function, are_there):
     n_tokens = 8 * blocked.BLOCK
     compiled = jax.jit(lambda q, k, v: function(q, k, v, None)).lower(*heads_of(n_tokens, None)[:3])
     scores = 4 * 2 * 4 * n_tokens**2
-    assert (compiled.compile(cpu_compiler).memory_analysis().temp_size_in_bytes > scores / 2) == are_there
+    assert (compiled.compile(user_options).memory_analysis().temp_size_in_bytes > scores / 2) == are_there
 
 
 @pytest.mark.parametrize(("function", "are_kept"), [(attended, False), (whole, True)])
-def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(cpu_compiler, monkeypatch, function, are_kept):
+def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(user_options, monkeypatch, function, are_kept):
     monkeypatch.setattr(attention, "LONG_ROW", 1)
-    compiled, scores = program_of_layers(cpu_compiler, function, 8, blocked.BLOCK, 10)
+    compiled, scores = program_of_layers(user_options, function, 8, blocked.BLOCK, 10)
     assert (compiled.memory_analysis().temp_size_in_bytes > 6 * scores) == are_kept

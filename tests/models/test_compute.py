@@ -179,27 +179,27 @@ def test_a_weight_of_two_out_axes_is_one_of_their_product(n_rows):
         (jnp.bfloat16, 2, "f32[2,96]"),
     ],
 )
-def test_the_compiler_leaves_products_of_few_rows_as_they_are(cpu_compiler, dtype, n_rows, result):
+def test_the_compiler_leaves_products_of_few_rows_as_they_are(user_options, dtype, n_rows, result):
     arrays = jnp.zeros((n_rows, 48), dtype), jnp.zeros((96, 48), dtype)
-    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile(cpu_compiler).as_text()
+    assert f"{result}{{1,0}} dot(" in jax.jit(matmul).lower(*arrays).compile(user_options).as_text()
 
 
-def test_nothing_of_an_mlps_width_is_written_out_for_every_row(cpu_compiler):
+def test_nothing_of_an_mlps_width_is_written_out_for_every_row(user_options):
     base = abstract_model(read_model_config(GOLDEN_BASE))
-    program = lowered_gradient(base, jnp.zeros((128, 64), int)).compile(cpu_compiler).as_text()
+    program = lowered_gradient(base, jnp.zeros((128, 64), int)).compile(user_options).as_text()
     written = re.findall(r"%wrapped_broadcast\S* = f32\[([\d,]+)\]", program)
     assert "f32[128,64,256]" in program
     assert "128,64,256" not in written
     assert "128,64,64" in written, "layer norms' weights are, so lines are understood"
 
 
-def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(cpu_compiler):
+def test_a_loop_makes_no_float32_copy_of_a_half_precision_table(user_options):
     def follow(table, ids):
         return jax.lax.fori_loop(0, 5, lambda _, ids: table(ids).sum(axis=-1).astype(jnp.int32), ids)
 
     table = Embedding(4096, 64)
     table.weight = nnx.Param(jnp.zeros((4096, 64), jnp.bfloat16))
-    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile(cpu_compiler)) < table.weight.nbytes
+    assert needed_memory(jax.jit(follow).lower(table, jnp.arange(3)).compile(user_options)) < table.weight.nbytes
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -274,27 +274,27 @@ def test_what_is_recomputed_waits_for_its_gradient_on_a_gpu_too(as_on_a_gpu):
 
 
 @pytest.mark.parametrize("base_folder", ["parallel", "gpt2"], indirect=True)
-def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, cpu_compiler):
+def test_block_recomputation_keeps_one_array_of_each_layer(base_folder, user_options):
     config = read_model_config(base_folder)
 
     def added_by_a_layer(remat):
         deep, deeper = (dataclasses.replace(config, n_layer=n) for n in (2, 4))
         bases = (abstract_model(each, Compute(remat=remat)) for each in (deep, deeper))
-        needed = [needed_memory(lowered_gradient(base, TOKENS).compile(cpu_compiler)) for base in bases]
+        needed = [needed_memory(lowered_gradient(base, TOKENS).compile(user_options)) for base in bases]
         return (needed[1] - needed[0]) / 2
 
     assert added_by_a_layer("block") < 2 * TOKENS.size * config.n_embd * 4
     assert added_by_a_layer("elementwise") > 8 * TOKENS.size * config.n_embd * 4
 
 
-def test_layer_norms_keep_their_input_alone(cpu_compiler):
+def test_layer_norms_keep_their_input_alone(user_options):
     def summed(x, weight):
         for _ in range(8):
             x = x + jnp.sin(layer_norm(x, weight, weight, 1e-5))
         return x.sum()
 
     x = jnp.zeros((4, 64, 256))
-    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile(cpu_compiler)) < (8 + 3) * x.nbytes
+    assert needed_memory(jax.jit(jax.grad(summed)).lower(x, x[0, 0]).compile(user_options)) < (8 + 3) * x.nbytes
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu"])
@@ -323,8 +323,8 @@ def test_layers_in_half_precision_round_once(dtype, layer):
         np.testing.assert_array_equal(ours, exact.astype(dtype))
 
 
-def test_activations_keep_their_input_alone(cpu_compiler):
+def test_activations_keep_their_input_alone(user_options):
     config = read_model_config(GOLDEN_BASE)
     bases = (abstract_model(dataclasses.replace(config, n_layer=n)) for n in (2, 4))
-    fewer, more = (needed_memory(lowered_gradient(base, TOKENS).compile(cpu_compiler)) for base in bases)
+    fewer, more = (needed_memory(lowered_gradient(base, TOKENS).compile(user_options)) for base in bases)
     assert (more - fewer) / 2 < 16 * TOKENS.size * config.n_embd * 4  # one more of the MLP's width would make 17.7
