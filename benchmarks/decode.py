@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.processes import Turn, add_turns, peak_device_memory, peak_memory, platform_of, take_turns, turns_title
-from benchmarks.report import gib, largest, median, publish, ratio, table
+from benchmarks.processes import Turn, peak_device_memory, peak_memory, platform_of, take_turns
+from benchmarks.report import add_turns, gib, largest, median, publish, ratio, table, turns_title
 from benchmarks.shapes import SHAPES, make_folder, model_config
 from convert.prefix import write_adapter
 

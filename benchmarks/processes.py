@@ -1,6 +1,5 @@
 """The processes that are measured: side by side in rounds or turns, on one GPU; and the memory that they take."""
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -126,18 +125,6 @@ def platform_of(way: str) -> str:
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
-
-
-def add_turns(parser: argparse.ArgumentParser) -> None:
-    """Add the flag for the rounds of `take_turns`."""
-    parser.add_argument(
-        "--alone", type=int, default=0, metavar="ROUNDS", help="one process at a time: what fills a GPU's memory"
-    )
-
-
-def turns_title(n_turns: int, what: str, n_rounds: int) -> str:
-    """Describe the turns in a title."""
-    return f"{n_rounds} rounds of {n_turns} {what}" if n_rounds else f"{n_turns} {what} in turn"
 
 
 def peak_memory() -> int:

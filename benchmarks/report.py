@@ -50,6 +50,18 @@ def compute_suffix(compute: Compute) -> str:
     return remat + ("_scan" if compute.scan_layers else "")
 
 
+def add_turns(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the rounds of `take_turns`."""
+    parser.add_argument(
+        "--alone", type=int, default=0, metavar="ROUNDS", help="one process at a time: what fills a GPU's memory"
+    )
+
+
+def turns_title(n_turns: int, what: str, n_rounds: int) -> str:
+    """Describe the turns in a title."""
+    return f"{n_rounds} rounds of {n_turns} {what}" if n_rounds else f"{n_turns} {what} in turn"
+
+
 def ratio(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], field: str) -> float:
     """Return the median of a field's ratio, ours ÷ theirs, over the rounds or turns that both have; NaN for none."""
     beside = {_place(turn): turn[field] for turn in theirs}

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from benchmarks.processes import Turn, add_turns, peak_device_memory, peak_memory, platform_of, take_turns, turns_title
+from benchmarks.processes import Turn, peak_device_memory, peak_memory, platform_of, take_turns
 from benchmarks.report import (
     add_compute,
+    add_turns,
     compute_of,
     compute_suffix,
     compute_title,
@@ -34,6 +35,7 @@ from benchmarks.report import (
     publish,
     ratio,
     table,
+    turns_title,
 )
 from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
 from jaxprefix.batches import make_padded_batch

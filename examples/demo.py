@@ -42,8 +42,9 @@ def main() -> None:
     prefix = jaxprefix.load_prefix(config.run_dir, model.config, tokenizer)
     report: dict[str, float] = {}
     for name, trained in (("without", None), ("with", prefix)):
-        prompts, batch_size = PROMPTS * 3, len(PROMPTS)
-        texts = jaxprefix.generate(model, tokenizer, prompts, trained, config.seed, batch_size, max_output_len=48)
+        texts = jaxprefix.generate(
+            model, tokenizer, PROMPTS * 3, prefix=trained, seed=config.seed, batch_size=len(PROMPTS), max_output_len=48
+        )
         found = suffix_rate(texts, config.suffix)
         report |= {f"{measure}_{name}": value for measure, value in found.items()}
         print(f"\n--- {name} prefix: {found['suffix_rate']:.1%} of {found['sentences']} sentences end with 😃")

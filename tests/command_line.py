@@ -13,7 +13,7 @@ def train_flags(folder, **changes):
     return ["train", *flags_of(run_config(folder, **changes))]
 
 
-def fails(capsys, arguments, *messages):
+def assert_fails(capsys, arguments, *messages):
     """Run a command that must end with code 2, plain messages on stderr, and nothing else."""
     capsys.readouterr()  # of earlier commands
     code = main(arguments)

@@ -7,10 +7,7 @@ import dataclasses
 import io
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -41,7 +38,7 @@ from jaxprefix.train import train
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.examples import EXAMPLES
-from tests.runs import PATIENCE, run_config
+from tests.runs import printed_by, run_config
 
 ON_CPUS = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 OPTIMIZED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
@@ -53,10 +50,7 @@ def in_a_process(function, *arguments, **environment):
     """Call one of the functions below in a process with these environment variables; return its result."""
     name = function.__name__
     program = f"import json, sys; from {__name__} import {name}; print(json.dumps({name}(*json.loads(sys.argv[1]))))"
-    command = [sys.executable, "-c", program, json.dumps(arguments)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed_by(program, json.dumps(arguments), **environment).splitlines()[-1])
 
 
 def runs_on_meshes(folder, settings, runs):

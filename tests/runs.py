@@ -148,6 +148,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, update: int) -> None:
 def printed_by(program, *arguments, **environment):
     """Run a program in a process of its own, whose devices are not ours."""
     command = [sys.executable, "-c", program, *arguments]
-    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -17,7 +17,7 @@ from convert.errors import InputError, RunError
 from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
 from tests.base_folders import GOLDEN, make_base_folder
-from tests.command_line import BASE, fails, train_flags
+from tests.command_line import BASE, assert_fails, train_flags
 from tests.examples import data_file
 from tests.runs import PATIENCE, flags_of, metrics_of, run_config
 
@@ -33,21 +33,21 @@ from tests.runs import PATIENCE, flags_of, metrics_of, run_config
     ],
 )
 def test_data_that_cannot_be_used_is_named_by_its_line(capsys, tmp_path, content, message):
-    fails(capsys, train_flags(tmp_path, data_filepath=data_file(tmp_path, content)), message)
+    assert_fails(capsys, train_flags(tmp_path, data_filepath=data_file(tmp_path, content)), message)
 
 
 def test_missing_data_file(capsys, tmp_path):
-    fails(capsys, train_flags(tmp_path, data_filepath=tmp_path / "none.jsonl"), "none.jsonl: no such data file")
+    assert_fails(capsys, train_flags(tmp_path, data_filepath=tmp_path / "none.jsonl"), "none.jsonl: no such data file")
 
 
 def test_base_folder_without_config(capsys, tmp_path):
-    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path)), "config.json: no such file")
+    assert_fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path)), "config.json: no such file")
 
 
 def test_base_of_another_architecture(capsys, tmp_path):
     base = make_base_folder(tmp_path / "base", model_type="gpt_neox")
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    fails(
+    assert_fails(
         capsys,
         train_flags(tmp_path, pretrained_model_dir=str(base)),
         "model_type is 'llama'; supported: 'gpt_neox', 'gpt2'",
@@ -55,47 +55,53 @@ def test_base_of_another_architecture(capsys, tmp_path):
 
 
 def test_base_that_is_nowhere(capsys, tmp_path):
-    fails(capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path / "a b")), "no such folder, and not a hub id")
+    assert_fails(
+        capsys, train_flags(tmp_path, pretrained_model_dir=str(tmp_path / "a b")), "no such folder, and not a hub id"
+    )
 
 
 def test_prefix_of_another_base(capsys, tmp_path):
     base = make_base_folder(tmp_path / "base", num_hidden_layers=2)
     assert main(["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "prefix"), *BASE]) == 0
     command = ["generate", "--pretrained_model_dir", str(base), "--prompt", "a", "--prefix_checkpoint_path"]
-    fails(capsys, [*command, str(tmp_path / "prefix")], "another base model", "n_layer: made for 3, this base has 2")
+    assert_fails(
+        capsys, [*command, str(tmp_path / "prefix")], "another base model", "n_layer: made for 3, this base has 2"
+    )
 
 
 def test_too_few_positions(capsys, tmp_path):
     short = make_base_folder(tmp_path / "base", max_position_embeddings=64)
     flags = train_flags(tmp_path, pretrained_model_dir=str(short))
     too_long = "a prefix of 10 plus 63 tokens (the longest of 3 examples that do not fit)"
-    fails(capsys, flags, f"{too_long} exceeds the base model's 64 positions")
+    assert_fails(capsys, flags, f"{too_long} exceeds the base model's 64 positions")
 
 
 def test_unknown_flag(capsys, tmp_path):
-    fails(capsys, [*train_flags(tmp_path), "--learning_rat", "1"], "Unrecognized options: --learning_rat")
+    assert_fails(capsys, [*train_flags(tmp_path), "--learning_rat", "1"], "Unrecognized options: --learning_rat")
 
 
 def test_flags_of_deepspeed_are_named_as_such(capsys, tmp_path):
     given = ["--local-rank=0", "--deepspeed", "--deepspeed_config", "ds_config.json"]
-    fails(capsys, [*train_flags(tmp_path), *given], "error: --local-rank, --deepspeed, --deepspeed_config: flags of")
+    assert_fails(
+        capsys, [*train_flags(tmp_path), *given], "error: --local-rank, --deepspeed, --deepspeed_config: flags of"
+    )
 
 
 def test_output_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     convert = ["convert", str(GOLDEN / "forward.weight"), str(tmp_path / "file" / "p.weight")]
-    fails(capsys, convert, "p.weight: cannot be written (File exists)")
+    assert_fails(capsys, convert, "p.weight: cannot be written (File exists)")
 
 
 def test_all_wrong_settings_are_named_at_once(capsys):
     flags = ["--n_epochs", "0", "--adam_beta1", "1", "--bf16", "--fp16"]
     base = ["train", *BASE, "--data_filepath", "x", "--save_name", "y"]
-    fails(capsys, [*base, *flags], "--n_epochs must be positive", "--adam_beta1 must be", "exclude each other")
+    assert_fails(capsys, [*base, *flags], "--n_epochs must be positive", "--adam_beta1 must be", "exclude each other")
 
 
 def test_wrong_decode_settings(capsys):
     command = ["generate", *BASE, "--prompt", "a", "--top_p", "1.5", "--temperature", "0", "--top_k", "-1"]
-    fails(
+    assert_fails(
         capsys,
         command,
         "--top_p must be between 0 and 1",
@@ -122,16 +128,16 @@ def test_what_is_quick_to_check_does_not_wait_for_the_weights(capsys, tmp_path, 
     monkeypatch.setattr("jaxprefix.inference.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl")]
     prefix, prompt = ["--prefix_checkpoint_path", str(tmp_path / "none.weight")], ["--prompt", "朝" * 600]
-    fails(
+    assert_fails(
         capsys,
         ["evaluate", *BASE, *data, "--max_output_len", "600"],
         "601 tokens (--max_output_len and the longest prompt of 1)",
         "positions",
     )
-    fails(capsys, ["evaluate", *BASE, "--data_filepath", prefix[1]], "none.weight: no such data file")
-    fails(capsys, ["generate", *BASE, *prompt], "--max_output_len and the longest prompt", "512 positions")
+    assert_fails(capsys, ["evaluate", *BASE, "--data_filepath", prefix[1]], "none.weight: no such data file")
+    assert_fails(capsys, ["generate", *BASE, *prompt], "--max_output_len and the longest prompt", "512 positions")
     for command in (["evaluate"], ["generate", "--prompt", "a"]):
-        fails(capsys, [*command, *BASE, *prefix], "none.weight: no such prefix file or folder")
+        assert_fails(capsys, [*command, *BASE, *prefix], "none.weight: no such prefix file or folder")
 
 
 def test_paths_that_the_system_refuses(capsys, tmp_path):
@@ -145,7 +151,7 @@ def test_paths_that_the_system_refuses(capsys, tmp_path):
         ["convert", refused, str(tmp_path / "a.npy")],
     ]
     for command in commands:
-        fails(capsys, command, f"error: {refused}: ", "File name too long")
+        assert_fails(capsys, command, f"error: {refused}: ", "File name too long")
 
 
 def test_the_command_to_try_can_be_pasted(capsys, tmp_path):
@@ -157,7 +163,7 @@ def test_the_command_to_try_can_be_pasted(capsys, tmp_path):
 
 def test_seeds_have_a_limit(capsys, tmp_path):
     for command in (["generate", *BASE, "--prompt", "a"], ["evaluate", *BASE], train_flags(tmp_path)):
-        fails(capsys, [*command, "--seed", "9" * 23], "--seed must be")
+        assert_fails(capsys, [*command, "--seed", "9" * 23], "--seed must be")
 
 
 def test_ctrl_c_in_the_terminal_ends_with_a_checkpoint(tmp_path):
@@ -184,7 +190,7 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     assert main([*train_flags(tmp_path, data_filepath=path, n_epochs=1), "--skip_bad_lines"]) == 0
     assert report in (tmp_path / "run" / "log.txt").read_text()
     few = train_flags(tmp_path, data_filepath=path, train_data_size=100)
-    fails(capsys, [*few, "--skip_bad_lines"], f"lower one, or both; {report}")
+    assert_fails(capsys, [*few, "--skip_bad_lines"], f"lower one, or both; {report}")
     assert main(["evaluate", *BASE, "--data_filepath", str(path), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert report in capsys.readouterr().err
 

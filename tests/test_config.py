@@ -229,7 +229,7 @@ POSITIVE = [
 NOT_NEGATIVE = ["prefix_hidden_dim", "n_warmup_steps", "min_lr", "weight_decay", "grad_clip", "seed"]
 
 
-def test_no_number_among_the_settings_is_left_out():
+def test_no_number_of_training_is_left_out():
     numbers = {field.name for field in dataclasses.fields(TrainConfig) if field.type in (int, float)}
     assert numbers == {*POSITIVE, *NOT_NEGATIVE, "adam_beta1", "adam_beta2"}
 

@@ -19,7 +19,7 @@ from jaxprefix.models import load_model
 from jaxprefix.recipe import RECIPES
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
-from tests.command_line import BASE, PREFIX, fails
+from tests.command_line import BASE, PREFIX, assert_fails
 from tests.examples import data_file
 
 
@@ -62,8 +62,10 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     assert report("--prefix_checkpoint_path", str(run / "prefix")) == told
     strangers = shutil.copy(GOLDEN / "forward.weight", run)
     assert report("--prefix_checkpoint_path", strangers) == report(*PREFIX), "that it lies there says nothing"
+    assert main(["evaluate", *BASE, "--prefix_checkpoint_path", str(run), "--n_samples", "2"]) == 0
+    assert capsys.readouterr().err.startswith("suffix: '！'\n")
     (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
-    fails(
+    assert_fails(
         capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is nothing to the tokenizer"
     )
 
@@ -71,7 +73,7 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
 def test_evaluate_tells_of_unknown_tokens(capsys):
     """Of the suffix that a crab is nothing could be learnt, and anything unknown would count as it."""
     data = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--suffix", " 🦀"]
-    fails(
+    assert_fails(
         capsys,
         ["evaluate", *BASE, *data],
         "the suffix ' 🦀' holds text unknown to the tokenizer; --n_samples 0 skips the",
@@ -82,7 +84,7 @@ def test_evaluate_tells_of_unknown_tokens(capsys):
 
 def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp_path):
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 600, "completion": "の"}) + "\n")
-    fails(
+    assert_fails(
         capsys,
         ["evaluate", *BASE, "--data_filepath", str(data)],
         "line 1: a prefix of 0 plus 601 tokens (the longest row)",
@@ -91,7 +93,7 @@ def test_evaluate_checks_positions_and_that_there_is_something_to_do(capsys, tmp
     data.write_text(data.read_text() + json.dumps({"prompt": "朝", "completion": "の"}), encoding="utf-8")
     assert main(["evaluate", *BASE, "--data_filepath", str(data), "--n_samples", "0", "--skip_bad_lines"]) == 0
     assert f"skipped 1 example(s) of {data} as too long, first: line 1" in capsys.readouterr().err
-    fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
+    assert_fails(capsys, ["evaluate", *BASE, "--n_samples", "0"], "nothing to measure")
 
 
 def test_evaluate_without_samples_needs_no_room_for_them(capsys):
@@ -122,11 +124,11 @@ def test_the_type_is_that_of_the_prefixs_training_unless_given(capsys, tmp_path,
         assert main(["evaluate", *BASE, *prefix, "--n_samples", "1", "--max_output_len", "2", *given]) == 0
     assert held == ["float16"] * 2 + ["float32"] * 4
     (tmp_path / "run" / "config.json").write_text(json.dumps({"data_sha256": "", "dtype": "int8"}))
-    fails(capsys, ["generate", *BASE, *prefix, "--prompt", "朝の"], "config.json has an invalid dtype, 'int8'")
+    assert_fails(capsys, ["generate", *BASE, *prefix, "--prompt", "朝の"], "config.json has an invalid dtype, 'int8'")
 
 
 def test_evaluate_refuses_a_blank_suffix(capsys):
-    fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
+    assert_fails(capsys, ["evaluate", *BASE, "--suffix", " "], "--suffix is blank")
 
 
 def test_a_suffix_that_is_blank_in_texts_is_refused(tmp_path):
@@ -144,7 +146,7 @@ def test_a_run_that_tells_no_length_a_run_can_have(tmp_path, found):
 
 def test_evaluate_refuses_a_suffix_over_two_lines(capsys, tmp_path):
     base = ["evaluate", "--pretrained_model_dir", str(make_bpe_folder(tmp_path / "base")), "--n_samples", "2"]
-    fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' spans several lines")
+    assert_fails(capsys, [*base, "--suffix", "\n😃\n🎉"], r"the suffix '\n😃\n🎉' spans several lines")
     assert main([*base, "--suffix", "\n😃\n", "--max_output_len", "8"]) == 0
 
 
@@ -194,7 +196,7 @@ def test_the_longest_row_needs_room_after_the_prefix(capsys, tmp_path):
     data = data_file(tmp_path, json.dumps({"prompt": "朝" * 505, "completion": "の"}) + "\n")
     options = ["--data_filepath", str(data), "--n_samples", "0"]
     assert main(["evaluate", *BASE, *options]) == 0
-    fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "a prefix of 10 plus 50", "512 positions")
+    assert_fails(capsys, ["evaluate", *BASE, *PREFIX, *options], "a prefix of 10 plus 50", "512 positions")
 
 
 def test_evaluate_samples_so_many_prompts_at_a_time(monkeypatch):

@@ -42,6 +42,13 @@ from tests.runs import (
 from tests.torture.disk import OWN_MOUNTS, can_mount
 
 
+@pytest.fixture(autouse=True)
+def under_nohup_too():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def twice() -> None:
     signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
@@ -68,7 +75,7 @@ def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(tmp_path, monkey
     assert all(math.isfinite(loss) for loss in losses_of(config.run_dir))
 
 
-def test_the_example_it_comes_from_is_named(tmp_path, tokenizer):
+def test_the_example_that_is_not_finite_is_named(tmp_path, tokenizer):
     """One piece of the vocabulary has an embedding so large that its sum is infinite."""
     base = shutil.copytree(GOLDEN_BASE, tmp_path / "base")
     piece = tokenizer.encode("鯛")[-1]
@@ -132,13 +139,6 @@ def test_the_seed_decides_every_bit(finished, tmp_path):
     train(other)
     assert_same_end(again, finished)
     assert (read_prefix(other.run_dir)[0] != read_prefix(finished.run_dir)[0]).any()
-
-
-@pytest.fixture(autouse=True)
-def under_nohup_too():
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -238,7 +238,7 @@ def test_too_little_memory_tells_by_how_much(tmp_path, monkeypatch, capsys):
     assert "checkpoints/4, --resume goes on from it" in error
 
 
-def test_other_errors_of_the_device_stay_what_they_are(tmp_path, monkeypatch):
+def test_errors_of_a_device_that_is_not_full_stay_what_they_are(tmp_path, monkeypatch):
     def fail():
         raise jax.errors.JaxRuntimeError("INTERNAL: something is wrong with us")
 
@@ -248,7 +248,7 @@ def test_other_errors_of_the_device_stay_what_they_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("update", [2, 5])
-def test_a_folder_that_vanishes(tmp_path, monkeypatch, update):
+def test_a_run_folder_that_vanishes_ends_the_run(tmp_path, monkeypatch, update):
     config = run_config(tmp_path)
     at_update(monkeypatch, update, lambda: config.run_dir.rename(tmp_path / "elsewhere"))
     with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
@@ -291,7 +291,7 @@ def test_a_folder_that_vanishes_during_an_evaluation_is_not_made_again(tmp_path,
     assert not config.run_dir.exists()
 
 
-def test_what_the_system_says_and_what_is_left(finished):
+def test_a_failing_disk_is_told_of_with_what_is_left(finished):
     message = r"log.txt: cannot be written \(No space left on device\); the last good checkpoint is .*/8, --resume"
     with pytest.raises(RunError, match=message), within_disk(finished):
         raise OSError(errno.ENOSPC, "No space left on device", "log.txt")

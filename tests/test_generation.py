@@ -16,7 +16,7 @@ from jaxprefix.cli import main
 from jaxprefix.decode import BatchTiming
 from jaxprefix.generation import _print_timings, _typed_lines
 from jaxprefix.inference import read_prompts
-from tests.command_line import BASE, GREEDY, PREFIX, fails
+from tests.command_line import BASE, GREEDY, PREFIX, assert_fails
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,12 @@ from tests.command_line import BASE, GREEDY, PREFIX, fails
 )
 def test_prompt_file_without_prompts(capsys, tmp_path, name, message):
     (tmp_path / "blank.txt").write_text("\n\n")
-    fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], f"{tmp_path / name}: {message}")
+    assert_fails(capsys, ["generate", *BASE, "--prompt_file", str(tmp_path / name)], f"{tmp_path / name}: {message}")
 
 
 def test_prefix_length_that_disagrees(capsys):
     command = ["generate", *BASE, *PREFIX, "--prompt", "a", "--prefix_seq_len", "20"]
-    fails(capsys, command, "has prefix length 10, not --prefix_seq_len 20")
+    assert_fails(capsys, command, "has prefix length 10, not --prefix_seq_len 20")
 
 
 def test_generate_tells_the_timing_of_every_batch(capsys):
@@ -94,7 +94,9 @@ def test_json_is_json_in_every_encoding():
 
 def test_a_closed_input(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
-    fails(capsys, ["generate", *BASE], "neither --prompt nor --prompt_file is given, and standard input is closed")
+    assert_fails(
+        capsys, ["generate", *BASE], "neither --prompt nor --prompt_file is given, and standard input is closed"
+    )
 
 
 def test_a_closed_error_stream():

@@ -215,8 +215,9 @@ def _read_fields(raw: dict[str, Any], architecture: str, problems: list[str]) ->
     for field, (spellings, default) in fields.items():
         needed = field == "rotary_factor" and found["rotary_scaling"][1] in ("linear", "dynamic")
         found[field] = _lookup(raw, spellings, None if needed else default, problems)
-        if type(default) is bool and raw.get(spellings[0], default) is None:  # false in transformers 4, refused in 5
-            problems.append(f"{spellings[0]} must be true or false, found None")
+        if type(default) is bool:  # null is false in transformers 4, refused in 5
+            nulls = [name for name in spellings if name in raw and raw[name] is None]
+            problems += [f"{name} must be true or false, found null" for name in nulls]
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, dict):
             problems.append(f"{key} must be an object, found {raw[key]!r}")

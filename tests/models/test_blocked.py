@@ -35,6 +35,9 @@ def short_blocks(monkeypatch, traced_anew):
     return shapes
 
 
+in_blocks = attended
+
+
 def whole(q, k, v, prefix):
     return attended(q, k, v, prefix, own_slots(q))
 
@@ -50,7 +53,7 @@ def heads_of(n_tokens, n_prefix):
 @pytest.mark.parametrize("n_prefix", [None, 0, 7], ids="prefix {}".format)
 def test_outputs_and_gradients_are_those_of_all_scores_in_memory(short_blocks, n_tokens, n_prefix):
     inputs = heads_of(n_tokens, n_prefix)
-    ours, expected = (outputs_and_gradients(function, *inputs) for function in (attended, whole))
+    ours, expected = (outputs_and_gradients(function, *inputs) for function in (in_blocks, whole))
     assert short_blocks == [(2, 4, n_tokens, 16)]
     assert len(ours) == 4 + (n_prefix is not None)
     for one, other in zip(ours, expected, strict=True):
@@ -65,7 +68,7 @@ def test_gradients_in_half_precision_are_as_exact_as_its_roundoff(short_blocks, 
     q, k, v, prefix = heads_of(30, 7)
     q, v, prefix = q.at[..., 0].set(6), v + mean, prefix.at[0, 0, :, 0].set(3).at[1].add(mean)
     halves = [x.astype(dtype) for x in (q, k, v, prefix)]
-    ours = outputs_and_gradients(attended, *halves)
+    ours = outputs_and_gradients(in_blocks, *halves)
     exact = outputs_and_gradients(whole, *(x.astype(jnp.float32) for x in halves))
     for one, right in zip(ours, exact, strict=True):
         assert one.dtype == dtype
@@ -126,14 +129,14 @@ def program_of_layers(user_options, function, n_layers, n_tokens, n_prefix):
     return compiled, 4 * 2 * 4 * n_tokens * (n_prefix + n_tokens)
 
 
-@pytest.mark.parametrize(("function", "has_them"), [(attended, False), (whole, True)])
+@pytest.mark.parametrize(("function", "has_them"), [(in_blocks, False), (whole, True)])
 def test_no_array_of_all_scores_is_ever_in_memory(user_options, function, has_them):
     compiled, scores = program_of_layers(user_options, function, 3, 1000, 10)
     assert ("[2,4,1000,1010]" in compiled.as_text()) == has_them
     assert (compiled.memory_analysis().temp_size_in_bytes > 1.75 * scores) == has_them, "three layers', or some blocks'"
 
 
-@pytest.mark.parametrize(("function", "are_there"), [(attended, False), (whole, True)])
+@pytest.mark.parametrize(("function", "are_there"), [(in_blocks, False), (whole, True)])
 def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(user_options, function, are_there):
     n_tokens = 8 * blocked.BLOCK
     compiled = jax.jit(lambda q, k, v: function(q, k, v, None)).lower(*heads_of(n_tokens, None)[:3])
@@ -141,7 +144,7 @@ def test_the_scores_of_one_block_at_a_time_are_in_memory_without_gradients_too(u
     assert (compiled.compile(user_options).memory_analysis().temp_size_in_bytes > scores / 2) == are_there
 
 
-@pytest.mark.parametrize(("function", "are_kept"), [(attended, False), (whole, True)])
+@pytest.mark.parametrize(("function", "are_kept"), [(in_blocks, False), (whole, True)])
 def test_the_scores_of_a_block_are_not_kept_for_the_backward_pass(user_options, monkeypatch, function, are_kept):
     monkeypatch.setattr(attention, "LONG_ROW", 1)
     compiled, scores = program_of_layers(user_options, function, 8, blocked.BLOCK, 10)

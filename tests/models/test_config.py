@@ -11,7 +11,14 @@ OLD = {"rotary_pct": 0.5, "rotary_emb_base": 500}
 NEW = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}
 GPT2 = {key: value for key, value in TINY_GPT2.items() if key != "n_inner"}
 BARE = {key: value for key, value in TINY.items() if not key.startswith("rotary")}
-SIZES = [key for key in BARE if key.startswith(("num_", "hidden_size", "intermediate", "vocab", "max_"))]
+LARGEST = {
+    "num_hidden_layers": 2**7,
+    "num_attention_heads": 2**12,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**24,
+}
 
 
 def read(folder, config):
@@ -55,9 +62,9 @@ def test_absent_keys_are_transformers_defaults(tmp_path):
         (NEW | {"rope_scaling": {"rope_theta": 500.0}}, "contradiction: rope_scaling and rope_parameters differ"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type 'llama3' is not supported, only "),
         ({"use_parallel_residual": 1}, "use_parallel_residual must be true or false, found 1"),
-        ({"use_parallel_residual": None}, "use_parallel_residual must be true or false, found None"),
-        ({"attention_bias": None}, "attention_bias must be true or false, found None"),
-        (GPT2 | {"scale_attn_weights": None}, "scale_attn_weights must be true or false, found None"),
+        ({"use_parallel_residual": None}, "use_parallel_residual must be true or false, found null"),
+        ({"attention_bias": None}, "attention_bias must be true or false, found null"),
+        (GPT2 | {"scale_attn_weights": None}, "scale_attn_weights must be true or false, found null"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, found 'linear'"),
         ({"rope_parameters": [NEW]}, "rope_parameters must be an object, found \\[{"),
         ({"head_dim": 32}, "head_dim 32 is not width 64 divided by 4 heads"),
@@ -91,12 +98,30 @@ def test_what_is_not_supported_is_named(tmp_path, changes, message):
     assert len({*problems}) == len(problems)
 
 
-@pytest.mark.parametrize("changes", [*({key: 2**25} for key in SIZES), {"type": "linear", "factor": 2.0**25}])
-def test_no_size_is_larger_than_any_models(tmp_path, changes):
+def problems_of(folder, config):
+    try:
+        read(folder, config)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("key", "largest"), LARGEST.items())
+def test_no_size_is_larger_than_any_models(tmp_path, key, largest):
     """Or a damaged config.json would cost minutes and gigabytes before it is refused."""
-    *_, key = changes
-    with pytest.raises(InputError, match=rf"{key} 33554432(\.0)? is more than [\d,]+, the largest supported"):
-        read(tmp_path, BARE | changes | {"rope_scaling": changes if key == "factor" else None})
+    assert "the largest supported" not in problems_of(tmp_path, BARE | {key: largest})
+    told = f"{key} {largest + 1} is more than {largest:,}, the largest supported"
+    assert told in problems_of(tmp_path, BARE | {key: largest + 1})
+
+
+def test_no_positions_are_scaled_further_than_any_models(tmp_path):
+    largest, larger = ({"rope_scaling": {"type": "linear", "factor": factor}} for factor in (1024, 1025))
+    assert read(tmp_path, BARE | largest).rotary_factor == 1024
+    assert "factor 1025.0 is more than 1,024, the largest supported" in problems_of(tmp_path, BARE | larger)
+
+
+def test_no_scaling_has_several_spellings(tmp_path):
+    assert read(tmp_path, BARE | {"rope_scaling": False}) == read(tmp_path, BARE | {"rope_scaling": None})
 
 
 def test_the_same_base_elsewhere_needs_no_other_programs(tmp_path):
@@ -145,7 +170,7 @@ def test_gpt2s_norms_have_their_own_key(tmp_path):
 
 
 def test_what_gpt_neox_does_not_say_is_as_in_transformers(tmp_path):
-    ours = read(tmp_path, {"model_type": "gpt_neox"} | {key: BARE[key] for key in SIZES})
+    ours = read(tmp_path, {"model_type": "gpt_neox"} | {key: BARE[key] for key in LARGEST})
     theirs = transformers.GPTNeoXConfig()
     assert (ours.layer_norm_eps, ours.activation) == (theirs.layer_norm_eps, theirs.hidden_act)
     assert ours.tied_head == theirs.tie_word_embeddings

@@ -39,7 +39,8 @@ CASES = (
 def differing(ours: Any, theirs: Any) -> float:
     """Count the items that are not the same: token ids, texts, rows."""
     pairs = itertools.zip_longest(ours, theirs, fillvalue=())
-    return sum(not np.array_equal(a, b) for mine, other in pairs for a, b in itertools.zip_longest(mine, other))
+    unequal = sum(not np.array_equal(a, b) for mine, other in pairs for a, b in itertools.zip_longest(mine, other))
+    return unequal + abs(len(ours) - len(theirs))  # also if the rows that one side lacks are empty
 
 
 def absolute(ours: Any, theirs: Any) -> float:

@@ -12,7 +12,7 @@ import pytest
 from jaxprefix import batches, conversion, data, loop, loss, prefix, recipe, tokenizer, train, update
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
-from tests.parity.report import CASES, STAGES, compare, compare_case
+from tests.parity.report import CASES, STAGES, compare, compare_case, differing
 from tests.parity.sides import Ours, Theirs
 
 PLAIN, DEEPSPEED = CASES[0], next(case for case in CASES if case.deepspeed)
@@ -20,6 +20,14 @@ N_UPDATES = 12  # of the runs with a fault: enough to tell
 FAULTY = dataclasses.replace(PLAIN, n_training_steps=N_UPDATES)
 GPT2 = dataclasses.replace(next(case for case in CASES if case.model_type == "gpt"), n_training_steps=N_UPDATES)
 PAD_ID = 3  # of the golden base
+
+
+@pytest.mark.parametrize(
+    ("theirs", "n"), [([[1, 2], [3]], 0), ([[1, 2], [4]], 1), ([[1], [3]], 1), ([[1, 2]], 2), ([[1, 2], [3], []], 1)]
+)
+def test_items_that_differ_are_counted_and_so_are_those_that_one_side_lacks(theirs, n):
+    ours = [[1, 2], [3]]
+    assert differing(ours, theirs) == differing(theirs, ours) == n
 
 
 def with_recipe(**changes):

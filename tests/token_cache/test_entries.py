@@ -30,7 +30,9 @@ def test_many_processes_make_the_examples_of_one(data, tokenizer, capfd):
     assert len(list(token_cache._blocks(data))) > 3
     assert same(examples, read_examples(data, Chunking(tokenizer)))
     assert len(examples) > 80
-    assert "MB/s" in capfd.readouterr().err
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.startswith(f"tokenizing {data} with ")
+    assert last.endswith(" MB/s")
 
 
 @pytest.mark.usefixtures("in_this_process")
