@@ -22,7 +22,7 @@ import tyro
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
-from jaxprefix.screen import UnfailingStream, escape_unknown, mute
+from jaxprefix.screen import UnfailingStream, escape_unknown, mute, tell
 
 DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -75,7 +75,7 @@ def _main(arguments: list[str] | None) -> int:
 
 
 def _fail(error: PlainError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    tell(f"error: {error}")
     return error.exit_code
 
 
