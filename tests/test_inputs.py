@@ -1,7 +1,6 @@
 """What a run reads before it starts: what it is told of, and how an update's examples become micro-batches."""
 
 import dataclasses
-import json
 import re
 from itertools import chain
 
@@ -21,7 +20,7 @@ from jaxprefix.sharding import make_mesh
 from jaxprefix.train import summary, train
 from tests.arrays import random_prefix
 from tests.base_folders import make_bpe_folder
-from tests.examples import laid_out
+from tests.examples import laid_out, write_lines
 from tests.runs import losses_of, run_config
 from tests.tolerances import LOSS
 
@@ -56,10 +55,7 @@ def test_micro_batches_stay_as_they_are(tmp_path, changes):
 
 
 def pairs_file(folder, completions):
-    path = folder / "pairs.jsonl"
-    lines = [json.dumps({"prompt": "朝の", "completion": completion}) for completion in completions]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_lines(folder / "pairs.jsonl", *({"prompt": "朝の", "completion": each} for each in completions))
 
 
 def test_micro_batches_of_any_kind_make_the_same_losses(tmp_path):

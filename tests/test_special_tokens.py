@@ -1,7 +1,6 @@
 """Which ids begin and end a text: the tokenizer's own names, config.json's ids, SentencePiece's defaults."""
 
 import json
-import shutil
 
 import pytest
 import sentencepiece
@@ -9,7 +8,8 @@ import tokenizers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
-from tests.base_folders import GOLDEN_BASE, SAMPLE
+from tests.base_folders import SAMPLE
+from tests.tokenizer_folders import sentencepiece_folder
 
 
 def test_of_several_tokens_that_end_a_text_the_first_is_eos(own_bpe):
@@ -43,7 +43,7 @@ def test_where_no_added_token_is_special_a_word_is_none_either(tmp_path):
 
 def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
     """Its model has the trainer's bos, 1, also where a base model was trained with eos in its place."""
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    sentencepiece_folder(tmp_path)
     for given, expected in (
         ({"bos_token_id": 2, "eos_token_id": 2}, (2, 2)),
         ({"bos_token_id": 7}, (1, 2)),
@@ -58,15 +58,14 @@ def test_config_json_knows_better_than_a_sentencepiece_model(tmp_path):
 
 
 def test_config_json_may_name_an_added_token(tmp_path):
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    sentencepiece_folder(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": 440}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 440}))
     assert load_tokenizer(tmp_path).eos_id == 440
 
 
 def test_the_unknown_token_has_its_name_too(tmp_path):
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<unk>"}))
+    sentencepiece_folder(tmp_path, pad_token="<unk>")
     assert load_tokenizer(tmp_path).pad_id == 0
 
 

@@ -1,5 +1,4 @@
 import json
-import shutil
 
 import pytest
 import tokenizers
@@ -12,6 +11,7 @@ from jaxprefix import load_tokenizer
 from jaxprefix.models import fingerprint
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN_BASE, make_bpe_folder
+from tests.tokenizer_folders import sentencepiece_folder
 
 TEXTS = ["朝の市場は", " 先頭の空白", "改行\nを含む", "全角 空白", "😃😃", "", "ABC 123", "①株式会社ｱｲｳ"]
 
@@ -27,22 +27,14 @@ def test_special_ids_come_from_the_tokenizer_files(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id) == (1, 2, 3, 0)
 
 
-def copy_with(folder, special: dict | None):
-    folder.mkdir()
-    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
-    if special is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(special))
-    return folder
-
-
 def test_special_tokens_may_be_objects_or_missing(tmp_path):
-    renamed = load_tokenizer(copy_with(tmp_path / "a", {"bos_token": {"content": "[CLS]"}}))
+    renamed = load_tokenizer(sentencepiece_folder(tmp_path / "a", bos_token={"content": "[CLS]"}))
     assert (renamed.bos_id, renamed.eos_id) == (4, 2)
-    assert load_tokenizer(copy_with(tmp_path / "b", None)).bos_id == 1
+    assert load_tokenizer(sentencepiece_folder(tmp_path / "b")).bos_id == 1
 
 
 def test_fingerprint_is_of_the_vocabulary(tokenizer, tmp_path):
-    assert load_tokenizer(copy_with(tmp_path / "a", None)).fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(sentencepiece_folder(tmp_path / "a")).fingerprint == tokenizer.fingerprint
 
 
 def test_ids_beyond_the_tokenizer_leave_no_trace(tokenizer):
@@ -63,8 +55,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
     folder = (tmp_path / "\udce9").absolute()  # a byte that is not UTF-8
-    folder.mkdir()
-    shutil.copy(GOLDEN_BASE / "spiece.model", folder)
+    sentencepiece_folder(folder)
     with pytest.raises(InputError, match=r"spiece.model: not a SentencePiece model"):
         load_tokenizer(folder)
 
@@ -77,7 +68,7 @@ def test_a_tokenizer_without_bos_and_eos(tmp_path):
 
 @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "expected a JSON object")])
 def test_settings_that_are_no_object(tmp_path, content, message):
-    folder = copy_with(tmp_path / "a", None)
+    folder = sentencepiece_folder(tmp_path / "a")
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError, match=f"tokenizer_config.json: {message}"):
         load_tokenizer(folder)
@@ -121,7 +112,7 @@ def test_special_tokens_leave_no_trace(tokenizer):
 
 
 def test_a_token_for_padding_leaves_no_trace(tmp_path):
-    tokenizer = load_tokenizer(copy_with(tmp_path / "a", {"pad_token": "朝"}))
+    tokenizer = load_tokenizer(sentencepiece_folder(tmp_path / "a", pad_token="朝"))
     assert tokenizer.decode([tokenizer.pad_id, *tokenizer.encode("市場")]) == "市場"
 
 

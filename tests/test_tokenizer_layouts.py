@@ -13,7 +13,7 @@ from convert.errors import InputError
 from jaxprefix import load_tokenizer
 from jaxprefix.vocabularies import TokenizersFile
 from tests.base_folders import GOLDEN_BASE, SAMPLE, make_bpe_folder
-from tests.tokenizer_folders import changed_backend
+from tests.tokenizer_folders import changed_backend, sentencepiece_folder
 
 FRAGMENTS = [
     "今日は晴れ。",
@@ -113,7 +113,7 @@ def test_newlines_come_back_where_the_vocabulary_has_them(layout):
 
 
 def test_lower_casing_makes_another_tokenizer(tmp_path):
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    sentencepiece_folder(tmp_path)
     plain = load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
     assert load_tokenizer(tmp_path).fingerprint != plain.fingerprint
@@ -126,13 +126,9 @@ def test_padding_of_a_tokenizer_json_is_not_obeyed(own_bpe, bpe_folder):
 
 
 def test_added_tokens_have_ids_behind_the_model(tmp_path):
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    named = {"441": {"content": "<end>"}, "1": {"content": "<s>"}}
+    sentencepiece_folder(tmp_path, eos_token="<end>", added_tokens_decoder=named)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<chat>": 440, "<chat>2": 442}))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"eos_token": "<end>", "added_tokens_decoder": {"441": {"content": "<end>"}, "1": {"content": "<s>"}}}
-        )
-    )
     tokenizer, plain = load_tokenizer(tmp_path), load_tokenizer(GOLDEN_BASE)
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (441, 443)
     ids = tokenizer.encode("朝の<chat>2市場<chat>は")
@@ -142,7 +138,7 @@ def test_added_tokens_have_ids_behind_the_model(tmp_path):
 
 @pytest.mark.parametrize("added", [{"<a>": "x"}, {"<a>": -1}, {"": 440}])
 def test_added_tokens_without_an_id_are_refused(tmp_path, added):
-    shutil.copy(GOLDEN_BASE / "spiece.model", tmp_path)
+    sentencepiece_folder(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps(added))
     with pytest.raises(InputError, match="added tokens without a proper id"):
         load_tokenizer(tmp_path)

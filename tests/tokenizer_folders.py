@@ -10,10 +10,11 @@ from tests.base_folders import GOLDEN_BASE
 
 
 def sentencepiece_folder(folder, **settings):
-    """The golden base's SentencePiece model, with a tokenizer_config.json of its own."""
+    """The golden base's SentencePiece model; with a tokenizer_config.json if there are settings."""
     folder.mkdir(exist_ok=True)
     shutil.copy(GOLDEN_BASE / "spiece.model", folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if settings:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 
