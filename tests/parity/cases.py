@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, SAMPLE, make_base_folder
 
-N_TRAIN, N_DEV, BATCH_SIZE = 9, 5, 4  # batches of 4, 4, 1 and of 4, 1
+BATCH_SIZE = 4
 MAX_LR, SEED = 1e-3, 42  # ten times the default
 LOW_CLIP = 1e-2  # below the norm of any gradient of the first batch
 PROMPTS = ("", "今日は", "猫が", "電車で")
@@ -18,9 +18,13 @@ NUCLEUS = ((50, 0.95), (0, 0.9), (7, 0.0), (0, 0.05))
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to train: 60 updates on twelve documents."""
+    """One way to train; by default, 60 updates on the golden documents."""
 
     name: str
+    n_train: int = 9  # batches of 4, 4, 1
+    n_dev: int = 5  # batches of 4, 1
+    trained_base: bool = False
+    """The demo's base model, documents and prompts, instead of random weights and the golden documents."""
     deepspeed: bool = False
     model_type: str = "gpt-neox"
     parallel_residual: bool = False
@@ -36,10 +40,10 @@ class Case:
     @property
     def flags(self) -> dict[str, Any]:
         """The training flags that both sides take."""
-        n_epochs = self.n_training_steps * self.n_accum_steps // (-(-N_TRAIN // BATCH_SIZE))
+        n_epochs = self.n_training_steps * self.n_accum_steps // (-(-self.n_train // BATCH_SIZE))
         return {
-            "train_data_size": N_TRAIN,
-            "dev_data_size": N_DEV,
+            "train_data_size": self.n_train,
+            "dev_data_size": self.n_dev,
             "batch_size": BATCH_SIZE,
             "n_epochs": n_epochs,
             "n_training_steps": self.n_training_steps,
@@ -52,9 +56,16 @@ class Case:
             "log_every_n_steps": 1,
         }
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What both sides continue."""
+        return tuple((SAMPLE.parent / "prompts.txt").read_text().splitlines()) if self.trained_base else PROMPTS
+
 
 def make_files(case: Case, folder: Path) -> tuple[Path, Path]:
     """Return the case's base model and its data file."""
+    if case.trained_base:
+        return SAMPLE.parent / "small_base", SAMPLE
     base = GOLDEN_BASE
     if case.model_type == "gpt":
         base = make_base_folder(folder / "gpt2", seed=1, model_type="gpt2")

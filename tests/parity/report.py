@@ -33,6 +33,14 @@ CASES = (
         "DeepSpeed, accumulation 2, warmup 5, packed", deepspeed=True, packing=True, n_accum_steps=2, n_warmup_steps=5
     ),
     Case("DeepSpeed, bf16", deepspeed=True, bf16=True),
+    Case(
+        "the demo's base and data, 1,000 updates, packed",
+        packing=True,
+        trained_base=True,
+        n_train=197,  # 49 batches of 4, and 1
+        n_dev=38,
+        n_training_steps=1000,
+    ),
 )
 
 

@@ -43,10 +43,7 @@ from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh
 from tests.parity.cases import (
     LOW_CLIP,
-    N_DEV,
-    N_TRAIN,
     NUCLEUS,
-    PROMPTS,
     SEED,
     Case,
     as_cache,
@@ -93,9 +90,10 @@ class Ours:
 
     @functools.cached_property
     def _batches(self) -> list[Batch]:
-        train_set, _ = split_examples(Examples.of_lines(enumerate(self.chunks)), N_TRAIN, N_DEV, self.data)
+        sizes = self.case.n_train, self.case.n_dev
+        train_set, _ = split_examples(Examples.of_lines(enumerate(self.chunks)), *sizes, self.data)
         batches = []
-        for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
+        for chosen in batched(jax_order(self.case.n_train, SEED, 0)):
             group = [train_set[i] for i in chosen]
             n_rows = sum(1 if example.prompt else 2 for example in group)
             batches.append(make_padded_batch(group, self.tokenizer, PaddedShape(n_rows, int(row_lengths(group).max()))))
@@ -185,7 +183,7 @@ class Ours:
     @property
     def greedy_ids(self) -> list[list[int]]:
         prefix = load_prefix(self.run_dir, self.model.config)
-        prompts = [self.tokenizer.encode(prompt) for prompt in PROMPTS]
+        prompts = [self.tokenizer.encode(prompt) for prompt in self.case.prompts]
         decode = DecodeConfig(decode_method="greedy", max_output_len=40, recipe="rinna")
         return list(jaxprefix.decode.generate_ids(self.model, self.tokenizer, prompts, prefix, decode=decode))
 
@@ -232,9 +230,9 @@ class Theirs:
 
     @functools.cached_property
     def batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        train_set, _ = torch_ref.data.split_examples(self.chunks, N_TRAIN, N_DEV)
+        train_set, _ = torch_ref.data.split_examples(self.chunks, self.case.n_train, self.case.n_dev)
         batches = []
-        for chosen in batched(jax_order(N_TRAIN, SEED, 0)):
+        for chosen in batched(jax_order(self.case.n_train, SEED, 0)):
             inputs, labels = torch_ref.data.collate([train_set[i] for i in chosen], self.tokenizer)
             ignored = torch.where(labels == self.tokenizer.pad_id, IGNORED, labels)
             batches.append((inputs.numpy(), ignored.numpy()))
@@ -333,7 +331,7 @@ class Theirs:
         flags = ["--decode_method", "greedy", "--max_output_len", "40", "--pretrained_model_dir", str(self.base)]
         flags += ["--model_type", self.case.model_type]
         parsed = generate_parser().parse_args(flags)
-        prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.bos_id] for prompt in PROMPTS]
+        prompts = [self.tokenizer.encode(prompt) or [self.tokenizer.bos_id] for prompt in self.case.prompts]
         eos_id = self.tokenizer.eos_id
         return [torch_ref.generate.generate_ids(self.model, prompt, prefix, eos_id, parsed) for prompt in prompts]
 
