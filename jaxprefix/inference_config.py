@@ -25,7 +25,7 @@ class DecodeConfig:
     max_output_len: int = 128
     """Maximum number of new tokens per prompt."""
     top_p: float = 0.95
-    """nucleus: probability mass to keep; 0 switches it off."""
+    """nucleus: probability mass to keep; 0 and 1 keep all."""
     top_k: int = 50
     """nucleus: maximum number of tokens to keep; 0 keeps all."""
     temperature: float = 1.0

@@ -78,7 +78,7 @@ def nucleus(
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
-    The nucleus is the smallest set of them whose probabilities reach top_p (0: all; Holtzman et al., arXiv:1904.09751).
+    The nucleus is the smallest set of them whose probabilities reach top_p (0 or 1: all; Holtzman et al., arXiv:1904.09751).
     With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as in
     the original. Of equal logits the lower id comes first, also where top_k cuts. `normaliser` is the log of the sum
     of exponentials that probabilities are relative to: by default, the sum over those top_k.
@@ -88,4 +88,5 @@ def nucleus(
     probabilities = jax.nn.softmax(likeliest) if normaliser is None else jnp.exp(likeliest - normaliser)
     reached = jnp.cumsum(probabilities, axis=-1)
     outside = reached > top_p if drop_crossing else reached - probabilities >= top_p
-    return jnp.where(outside.at[:, 0].set(False) & (top_p > 0), -jnp.inf, likeliest), ids
+    cuts = (top_p > 0) & (top_p < 1)  # the sum may round to 1 far before the last token
+    return jnp.where(outside.at[:, 0].set(False) & cuts, -jnp.inf, likeliest), ids

@@ -47,6 +47,13 @@ def test_a_nucleus_ends_where_its_probabilities_reach_top_p(drop_crossing):
     assert jnp.isfinite(likeliest).tolist() == [[True, True, False, False]]
 
 
+@pytest.mark.parametrize("drop_crossing", [False, True])
+def test_a_nucleus_of_all_probability_keeps_all_tokens_although_their_sum_is_1_before_the_last(drop_crossing):
+    logits = jnp.asarray(np.random.default_rng(0).normal(scale=3, size=(50, 5000)), jnp.float32)
+    likeliest, _ = nucleus(logits, 0, 1.0, drop_crossing)
+    assert jnp.isfinite(likeliest).all()
+
+
 def test_samples_are_the_same_where_jax_has_64_bits():
     keys = jax.random.split(jax.random.key(0), 4000)
     logits, sampling = jnp.broadcast_to(LOGITS, (4000, 4)), Sampling(1.0, 0.9, SEED, 0)

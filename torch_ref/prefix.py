@@ -72,7 +72,6 @@ def fit(encoder: PrefixEncoder, target: torch.Tensor) -> None:
     """Fit the encoder to keys and values by mean squared error over all layers at once."""
     optimizer = torch.optim.AdamW(parameter_groups(encoder, 0.01), lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
     for _ in range(FITTING_STEPS):
-        loss = torch.nn.functional.mse_loss(encoder(1), target)
-        optimizer.zero_grad()
-        loss.backward()
+        torch.nn.functional.mse_loss(encoder(1), target).backward()
         optimizer.step()
+        optimizer.zero_grad()  # after the last step, too: training's first gradient would be added to it

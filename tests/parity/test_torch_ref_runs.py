@@ -1,42 +1,35 @@
-"""The reference as a program: its quirks, its files and log lines, several ranks.
+"""The reference trains as a program: its quirks, its files and log lines, several ranks.
 
 Each test of a quirk of the original fails when the reference does the sound thing instead.
 """
 
 import contextlib
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.parity.runs import reference_run, started_encoder
 from tests.runs import PATIENCE, run_config
 from tests.tolerances import LOSS
-from torch_ref import generate, train
-from torch_ref.config import deepspeed_config, generate_parser, train_parser
+from torch_ref import train
+from torch_ref.config import deepspeed_config, train_parser
 from torch_ref.data import Example, chunk_document, split_examples
-from torch_ref.generate import choose_token
 from torch_ref.models import load_base
-from torch_ref.prefix import PrefixEncoder
+from torch_ref.prefix import PrefixEncoder, fit
 from torch_ref.update import DeepSpeedSteps, PlainSteps, lr_lambda
 
 ROOT = Path(__file__).parents[2]
 LOG_LINE = r"\d+\.\d\ds Epoch \d+, step \d+, lr [\d.e-]+ - loss: [\d.]+, ppl: [\d.]+"
 DEV_LINE = r"\d+\.\d\ds Epoch \d+, dev - monitor: [\d.]+, ppl: [\d.]+"
-
-
-@pytest.fixture(scope="module")
-def gpt2_folder(tmp_path_factory):
-    return make_base_folder(tmp_path_factory.mktemp("base") / "gpt2", model_type="gpt2")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +101,18 @@ def test_accumulation_is_a_mean_under_deepspeed(tmp_path, monkeypatch):
     steps = DeepSpeedSteps(encoder, flags, 0)
     assert not steps.step(steps.forward(1).sum())
     np.testing.assert_array_equal(encoder.prefix_mlp[2].bias.grad, 1.0)  # 2 positions ÷ 2 micro-batches
+
+
+def test_a_run_that_fits_its_encoder_is_the_one_that_starts_from_the_fitted_encoder(run, tmp_path):
+    """The last fitting step's gradient is no part of the first update."""
+
+    def fit_and_save(encoder, target):
+        fit(encoder, target)
+        torch.save(encoder.state_dict(), tmp_path / "fitted.pt")
+
+    with patch.object(train, "fit", fit_and_save):
+        fitting = run(checkpoint_path="")
+    assert fitting.losses == run(checkpoint_path=tmp_path / "fitted.pt").losses
 
 
 def test_unfinished_accumulation_joins_the_next_epoch(run):
@@ -186,33 +191,6 @@ def test_min_lr_stands_in_the_deepspeed_config():
     assert deepspeed_config(flags_of(min_lr=0.5))["scheduler"]["params"]["warmup_min_lr"] == 0.5
 
 
-def test_nucleus_drops_the_crossing_token():
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    np.testing.assert_allclose(generate.nucleus_probabilities(logits, 0, 0.7), [[1, 0, 0]])
-    np.testing.assert_allclose(generate.nucleus_probabilities(logits, 50, 0.0), [[0.5, 0.3, 0.2]], rtol=1e-6)
-
-
-def positions_given(folder, max_output_len=3, prompt=(5, 6, 7)):
-    """The position ids of every call of a base model that generates behind a prefix of four."""
-    flags = ["--pretrained_model_dir", str(folder), "--decode_method", "greedy"]
-    flags += ["--max_output_len", str(max_output_len), "--model_type", "gpt" if "gpt2" in folder.name else "gpt-neox"]
-    parsed = generate_parser().parse_args(flags)
-    base = load_base(parsed)
-    heads = base.config.num_attention_heads
-    prefix = torch.zeros(2 * base.config.num_hidden_layers, 1, heads, 4, base.config.hidden_size // heads)
-    with patch.object(base, "forward", wraps=base.forward) as forward:
-        generate.generate_ids(base, prompt, prefix, -1, parsed)
-    return [call.kwargs.get("position_ids") for call in forward.call_args_list]
-
-
-def test_gpt2_positions_start_at_zero_and_skip_one(gpt2_folder):
-    assert [positions.tolist() for positions in positions_given(gpt2_folder)] == [[[0, 1, 2]], [[4]], [[5]]]
-
-
-def test_gpt_neox_counts_its_cache():
-    assert positions_given(GOLDEN_BASE) == [None] * 3
-
-
 def test_training_passes_neither_positions_nor_a_mask(gpt2_folder):
     base = load_base(flags_of(gpt2_folder, model_type="gpt"))
     encoder, batch = PrefixEncoder.of(base, 4, 3, 3), (torch.tensor([[1, 5, 3]]), torch.tensor([[5, 2, 3]]))
@@ -226,21 +204,6 @@ def test_gpt2_trains(gpt2_folder, tmp_path):
     with contextlib.chdir(tmp_path):
         record = train.train(flags)
     assert record.dev[-1][0] < record.dev[0][0]
-
-
-def test_prompt_loop(reference_tokenizer, monkeypatch, capsys):
-    golden = json.loads((GOLDEN / "forward.greedy.json").read_text())
-    monkeypatch.setattr("builtins.input", Mock(side_effect=[*golden, *[EOFError] * 3]))
-    weight = str(GOLDEN / "forward.weight")
-    flags = ["--pretrained_model_dir", str(GOLDEN_BASE), "--prefix_checkpoint_path", weight]
-    generate.main([*flags, "--decode_method", "greedy", "--max_output_len", "5"])
-    assert capsys.readouterr().out.splitlines() == [
-        p + reference_tokenizer.decode(ids[:5]) for p, (ids, _) in golden.items()
-    ]
-    with pytest.raises(ValueError, match=r"forward.weight: has 10 positions, not 3"):
-        generate.main([*flags, "--prefix_seq_len", "3"])
-    with pytest.raises(ValueError, match="is gpt_neox, not --model_type gpt"):
-        generate.main([*flags, "--model_type", "gpt"])
 
 
 LAUNCHERS = [
@@ -314,15 +277,6 @@ def test_updates_clip_and_decay_as_the_flags_say():
     np.testing.assert_allclose(norm, 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("method", "ids"), [("greedy", {1}), ("nucleus", {1, 2}), ("sample", {0, 1, 2})])
-def test_a_decoding_method_chooses_from_what_it_leaves(method, ids):
-    torch.manual_seed(0)
-    flags = ["--decode_method", method, "--top_k", "2", "--top_p", "0"]
-    flags = generate_parser().parse_args(["--pretrained_model_dir", "a", *flags])
-    logits = torch.tensor([[0.2, 0.45, 0.35]]).log().expand(200, -1)
-    assert set(choose_token(logits, flags).flatten().tolist()) == ids
-
-
 def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, encoder_file, capsys):
     record = reference_run(tmp_path, encoder_file, n_epochs=2, log_every_n_steps=3)
     told = re.findall(r"step [36], .* loss: ([\d.]+), ppl: ([\d.]+)", capsys.readouterr().out)
@@ -334,11 +288,3 @@ def test_each_log_point_is_of_the_batches_since_the_last(tmp_path, encoder_file,
 def test_a_run_ends_with_its_steps_though_an_epoch_ends_with_them_too(tmp_path, encoder_file):
     record = reference_run(tmp_path, encoder_file, n_epochs=3, n_training_steps=3)
     assert (len(record.rates), len(record.dev)) == (3, 1)
-
-
-def test_an_empty_prompt_begins_with_bos(monkeypatch):
-    seen = []
-    monkeypatch.setattr("builtins.input", Mock(side_effect=["", EOFError]))
-    monkeypatch.setattr(generate, "generate_ids", lambda base, ids, *_: seen.append(ids) or [])
-    generate.main(["--pretrained_model_dir", str(GOLDEN_BASE)])
-    assert seen == [[1]]
