@@ -78,10 +78,10 @@ def nucleus(
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """Return the top_k (0: all) largest logits, the largest first, and their ids; −∞ for those outside the nucleus.
 
-    The nucleus is the smallest set of them whose probabilities reach top_p (0 or 1: all; Holtzman et al., arXiv:1904.09751).
-    With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the likeliest, as in
-    the original. Of equal logits the lower id comes first, also where top_k cuts. `normaliser` is the log of the sum
-    of exponentials that probabilities are relative to: by default, the sum over those top_k.
+    The nucleus is the smallest set of them whose probabilities reach top_p (0 and 1: all; Holtzman et al.,
+    arXiv:1904.09751). With `drop_crossing` the token that takes the sum beyond top_p is dropped, too, unless it is the
+    likeliest, as in the original. Of equal logits the lower id comes first, also where top_k cuts. `normaliser` is the
+    log of the sum of exponentials that probabilities are relative to: by default, the sum over those top_k.
     """
     n_tokens = logits.shape[-1]
     likeliest, ids = jax.lax.top_k(logits, min(top_k or n_tokens, n_tokens))
