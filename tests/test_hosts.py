@@ -2,6 +2,8 @@
 
 import json
 import signal
+import threading
+import types
 from pathlib import Path
 from signal import Signals
 from unittest.mock import Mock
@@ -91,9 +93,30 @@ def test_an_old_run_in_a_folder_that_is_not_shared_does_not_count(monkeypatch, t
 
 
 @pytest.mark.usefixtures("second_of_two")
-def test_the_own_error_is_told_though_the_others_are_too_slow(monkeypatch):
+def test_a_mark_that_a_killed_run_left_does_not_show_that_a_folder_is_shared(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(hosts, "wait_until_visible", seen.append)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", lambda number: number)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda failed: np.array([failed]))
+    for _ in range(2):
+        hosts.check_shared(tmp_path)
+    assert len({path.name for path in seen}) == 2
+
+
+def test_a_run_of_one_process_asks_and_waits_for_nobody(monkeypatch, tmp_path):
+    monkeypatch.setattr("orbax.checkpoint.multihost.get_barrier_sync_fn", Mock(side_effect=AssertionError))
+    hosts.wait_for_all("end")
+    hosts.check_shared(tmp_path / "nowhere")
+    before = threading.enumerate()
+    with hosts.Watchdog(minutes=30.0):
+        assert threading.enumerate() == before, "nor does it watch them"
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize("kind", [RunError, jax.errors.JaxRuntimeError])
+def test_the_own_error_is_told_though_the_others_are_too_slow_or_gone(monkeypatch, kind):
     def wait_for_all(name):
-        raise RunError("not all processes reached this step")
+        raise kind("not all processes reached this step")
 
     def fail():
         raise InputError("no such file")
@@ -101,7 +124,7 @@ def test_the_own_error_is_told_though_the_others_are_too_slow(monkeypatch):
     monkeypatch.setattr(hosts, "wait_for_all", wait_for_all)
     with pytest.raises(InputError, match="no such file"):
         hosts.agree("read its inputs", fail)
-    with pytest.raises(RunError, match="not all processes"):
+    with pytest.raises(kind, match="not all processes"):
         hosts.agree("read its inputs", lambda: "read")
 
 
@@ -115,19 +138,58 @@ def test_one_that_is_slow_for_too_long(monkeypatch):
         hosts.wait_for_all("load the base")
 
 
+def test_one_that_is_gone_is_not_taken_for_slow(monkeypatch):
+    gone = jax.errors.JaxRuntimeError("UNAVAILABLE: another task died")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("orbax.checkpoint.multihost.get_barrier_sync_fn", lambda: Mock(side_effect=gone))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another task died"):
+        hosts.wait_for_all("load the base")
+
+
 def test_one_that_failed_alone_leaves_with_its_own_code(second_of_two, exit_codes, monkeypatch):
     monkeypatch.setattr(hosts, "LEAVE_SECONDS", 0)
-    hosts.leave_soon(2)  # not joined yet: nothing to wait for
+    hosts.leave_soon(1)  # not joined yet: nothing to wait for
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", Mock(side_effect=AssertionError))  # where a platform does not work
-    hosts.leave_soon(1)
-    assert exit_codes.get(timeout=PATIENCE) == 1
+    hosts.leave_soon(2)
+    assert exit_codes.get(timeout=PATIENCE) == 2
 
 
 def test_a_process_that_hangs_is_ended(second_of_two, exit_codes, capsys):
     with hosts.Watchdog(minutes=1e-4):
         assert exit_codes.get(timeout=PATIENCE) == 1
     assert "error: no start, update, evaluation or checkpoint ended within 0.0001 minutes" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_process_is_ended_that_hangs_for_so_many_minutes_not_one_that_goes_on(exit_codes, monkeypatch):
+    """By a clock that the test sets, and at which the watchdog goes on looking."""
+    now, looked = [0.0], threading.Event()
+
+    def monotonic():
+        if threading.current_thread() is not threading.main_thread():
+            looked.set()
+        return now[0]
+
+    monkeypatch.setattr(hosts, "time", types.SimpleNamespace(monotonic=monotonic))
+    with hosts.Watchdog(minutes=0.01) as watchdog:
+        for _ in range(3):
+            now[0] += 0.5
+            for _ in range(2):  # a look that follows another shows that this one ended nothing
+                looked.clear()
+                assert looked.wait(PATIENCE)
+            watchdog.still_going()
+        now[0] += 0.7
+        assert exit_codes.get(timeout=PATIENCE) == 1
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_nothing_watches_a_run_that_has_ended():
+    before = threading.enumerate()
+    with hosts.Watchdog(minutes=30.0):
+        [watching] = set(threading.enumerate()) - set(before)
+    watching.join(PATIENCE)
+    assert not watching.is_alive()
 
 
 @pytest.mark.usefixtures("second_of_two")
@@ -142,6 +204,18 @@ def test_a_failure_of_the_system_is_told_to_the_others(monkeypatch):
     with pytest.raises(OSError, match="disk"):
         hosts.agree("open the log", fail)
     assert told == [True]
+
+
+def test_a_save_waits_for_all_unless_it_has_failed_here(monkeypatch):
+    waited = []
+    barrier = "orbax.checkpoint.multihost.get_barrier_sync_fn"
+    monkeypatch.setattr(barrier, lambda: lambda **options: waited.append(options))
+    hosts.barrier_unless_failed(key="saved", timeout_ms=7)
+    try:
+        raise OSError
+    except OSError:
+        hosts.barrier_unless_failed(key="failed", timeout_ms=7)
+    assert waited == [{"key": "saved", "timeout_ms": 7}]
 
 
 def test_a_barrier_waits_for_an_hour(monkeypatch):
