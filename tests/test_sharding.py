@@ -11,10 +11,12 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.memory import SAVING_ORDER
+from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
+from jaxprefix.config import Compute
 from jaxprefix.devices import compiling_for
-from jaxprefix.models import abstract_model, load_model, path_name, weight_shapes, weight_table
+from jaxprefix.models import abstract_model, is_stacked, load_model, path_name, weight_shapes, weight_table
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, split_heads, with_gathered_embeddings
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
@@ -23,6 +25,7 @@ from tests.on_devices import (
     NEOX_20B,
     ON_CPUS,
     OPTIMIZED,
+    SMALL,
     added_by_a_layer,
     arrays_added_up_by_a_layer,
     gathers_under_tensor,
@@ -51,6 +54,24 @@ def test_the_20b_configuration_has_a_rule_a_shape_and_a_place_for_every_tensor(s
     total = sum(map(math.prod, shapes.values()))
     assert total == 20_554_567_680
     assert per_device < 1.002 * total / 8
+
+
+QKV_IN_PARTS = {"110m": {"qkv.weight": (2, 4), "qkv.bias": (2,)}, "gpt2": {"qkv.weight": (1, 2, 4), "qkv.bias": (1, 2)}}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("shape", QKV_IN_PARTS)
+def test_fsdp_splits_the_models_width_and_tensor_what_is_computed_of_it(shape, scan_layers):
+    """Vectors of the model's width are whole on all devices, and so are the layers of a loop."""
+    in_parts = {"embed.weight": (2, 4), "head.weight": (2, 4), "embed_positions.weight": (1, 4)} | QKV_IN_PARTS[shape]
+    in_parts |= {"out.weight": (4, 2), "up.weight": (2, 4), "up.bias": (2,), "down.weight": (4, 2)}
+    place = base_sharding(abstract_mesh(fsdp=4, tensor=2), SMALL["n_head"])
+    model = dataclasses.replace(model_config(SHAPES[shape]), n_layer=4, **SMALL)
+    for path, leaf in jax.tree.leaves_with_path(abstract_model(model, Compute(scan_layers=scan_layers))):
+        name, size = path_name(path), leaf.shape
+        own = in_parts.get(".".join(name.split(".")[-2:]), (1,))
+        parts = tuple(np.divide(size, place(name, size).shard_shape(size)))
+        assert parts == ((1, *own) if is_stacked(name) else own), name
 
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole():
