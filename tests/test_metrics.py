@@ -36,8 +36,8 @@ def test_ppl_of_a_huge_loss_is_infinite():
 
 
 def test_rows_of_dev_batches_can_be_split_evenly(tokenizer):
-    """An example with a prompt makes one row; a mesh of four takes four at a time."""
-    mesh = AbstractMesh((2, 2, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
+    """An example with a prompt makes one row; a mesh that splits rows in four takes four at a time."""
+    mesh = AbstractMesh((2, 2, 3), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
     [batch] = dev_batches([Example([5], [6])], tokenizer, 1, mesh)
     assert batch.tokens.shape == (4, 2)
 

@@ -17,7 +17,14 @@ from convert.table import expand, path_of
 from jaxprefix.config import Compute
 from jaxprefix.devices import compiling_for
 from jaxprefix.models import abstract_model, is_stacked, load_model, path_name, weight_shapes, weight_table
-from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, split_heads, with_gathered_embeddings
+from jaxprefix.sharding import (
+    base_sharding,
+    decoded_rows,
+    make_mesh,
+    split_heads,
+    with_gathered_embeddings,
+    with_split_rows,
+)
 from jaxprefix.train import train
 from tests.base_folders import make_base_folder
 from tests.markers import needs_cuda_plugin
@@ -88,6 +95,14 @@ def test_an_embedding_stays_split_over_tensor_as_far_as_it_is_a_head():
         assert [constraint.params["sharding"].spec for constraint in constraints] == [spec, P(None, None)]
 
 
+def test_in_a_loop_over_layers_rows_are_split_over_data_and_fsdp():
+    mesh, compute = abstract_mesh(data=2, fsdp=2), Compute(scan_layers=True)
+    base = abstract_model(dataclasses.replace(NEOX_20B, n_layer=2, **SMALL), compute)
+    hidden = jax.make_jaxpr(lambda base, tokens: with_split_rows(base, mesh).hidden(tokens)[0])
+    program = str(hidden(base, jax.ShapeDtypeStruct((8, 16), jnp.int32)))
+    assert str(P(("data", "fsdp"))) in program
+
+
 def test_rows_to_decode_are_split_over_data_alone():
     for sizes, n_parts in (({"data": 2, "fsdp": 4}, 2), ({"fsdp": 8}, 1)):
         place = base_sharding(abstract_mesh(**sizes), NEOX_20B.n_head)
@@ -100,11 +115,6 @@ def test_rows_to_decode_are_split_over_data_alone():
         assert (rows.spec, n_rows) == (P("data"), n_parts)
 
 
-def test_a_mesh_must_take_all_devices():
-    with pytest.raises(InputError, match="--mesh data=2,tensor=3 is for 6 devices, there are 1"):
-        make_mesh({"data": 2, "tensor": 3})
-
-
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What JAX tells of a device of one of several hosts with GPUs."""
@@ -114,6 +124,19 @@ class Device:
     slice_index: int
     platform: str = "gpu"
     device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_mesh_must_take_all_devices():
+    with pytest.raises(InputError, match="--mesh data=2,tensor=3 is for 6 devices, there are 1"):
+        make_mesh({"data": 2, "tensor": 3})
+    eight = compiling_for([Device(n, 0, 0) for n in range(8)])
+    with eight, pytest.raises(InputError, match="--mesh data=2 is for 2 devices, there are 8"):
+        make_mesh({"data": 2})
+
+
+def test_without_sizes_a_mesh_is_along_data():
+    with compiling_for([Device(n, 0, 0) for n in range(8)]):
+        assert make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 def test_devices_of_several_hosts_make_a_mesh_in_which_those_of_a_host_are_neighbours():
@@ -214,12 +237,12 @@ def test_gpus_that_share_a_parallel_layers_weights_add_up_three_arrays_in_half_p
 
 
 def test_heads_that_tensor_does_not_divide_stay_whole():
-    for n_head, qkv, gpt2s, out in ((6, (288, 96), (3, 96, 96), (96, 96)), (8, (72, 96), (3, 24, 96), (96, 24))):
-        place = base_sharding(abstract_mesh(tensor=4), n_head)
+    for n_head, qkv, gpt2s, out in ((6, (288, 48), (3, 96, 48), (48, 96)), (8, (72, 48), (3, 24, 48), (48, 24))):
+        place = base_sharding(abstract_mesh(fsdp=2, tensor=4), n_head)
         assert place("layers.0.attention.qkv.weight", (288, 96)).shard_shape((288, 96)) == qkv
         assert place("layers.0.attention.qkv.weight", (3, 96, 96)).shard_shape((3, 96, 96)) == gpt2s
         assert place("layers.0.attention.out.weight", (96, 96)).shard_shape((96, 96)) == out
-        assert place("layers.0.mlp.up.weight", (384, 96)).shard_shape((384, 96)) == (96, 96)
+        assert place("layers.0.mlp.up.weight", (384, 96)).shard_shape((384, 96)) == (96, 48)
     with compiling_for([Device(n, 0, 0) for n in range(4)]):
         specs = [split_heads(make_mesh({"tensor": 4}), n_head).spec for n_head in (6, 8)]
     assert specs == [P(), P(None, None, None, "tensor", None)], "of a prefix"
