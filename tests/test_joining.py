@@ -93,6 +93,9 @@ def test_what_another_processs_end_does_to_this_one_is_told_plainly(kind, monkey
         raise lost
     with pytest.raises(RunError, match=r"\(INTERNAL: NCCL operation .*\); NCCL_DEBUG=INFO tells more$"), joined(config):
         raise kind("INTERNAL: NCCL operation ncclGroupEnd() failed: unhandled system error")
+    for noticed in ("UNAVAILABLE: Connection to coordination service failed", "tasks are unhealthy: Heartbeat timeout"):
+        with pytest.raises(RunError, match=rf"^the other .* ended \({noticed}\)$"), joined(config):
+            raise kind(noticed)
     for other in ("INTERNAL", "RESOURCE_EXHAUSTED: of NCCL", "invalid literal 'igloo'"):
         with pytest.raises(kind, match=f"^{other}$"), joined(config):
             raise kind(other)
@@ -184,3 +187,19 @@ def test_jax_does_not_take_sigterm_for_itself(monkeypatch):
     jax.config.update("jax_enable_preemption_service", True)
     with joined(HostsConfig(True)):
         assert seen == [False]
+
+
+@pytest.mark.usefixtures("nobody_to_join")
+def test_jax_waits_for_as_long_as_it_is_told_and_past_a_proxy(monkeypatch):
+    asked, environment = {}, {"http_proxy": "p"}
+
+    def initialize(*_, **how):
+        asked.update(how, **environment)
+
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=0)])
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with joined(HostsConfig(True)):
+        assert asked["initialization_timeout"] > joining.JOIN_SECONDS, "or it would abort before the error is told"
+        assert asked["heartbeat_timeout_seconds"] == asked["shutdown_timeout_seconds"] == joining.HEARTBEAT_SECONDS
+        assert asked["grpc_proxy"] == ""
