@@ -52,6 +52,12 @@ def test_of_several_processes_the_first_alone_puts_a_damaged_one_aside(finished,
     assert "damaged" not in capfd.readouterr().err
 
 
+def test_all_processes_read_the_checkpoint_that_the_first_one_sees(finished, monkeypatch):
+    monkeypatch.setattr("jaxprefix.checkpoint.broadcast_from_first", lambda _: np.int32([4, -1]))
+    with Checkpoints(finished.run_dir / "checkpoints", writing=False) as checkpoints:
+        assert checkpoints.read()[1]["n_done"] == 4
+
+
 def test_an_array_may_lie_in_any_order(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxprefix import faults
 from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.cli import main
 from jaxprefix.data import UpdatePlan
-from jaxprefix.faults import FiniteGuard, within_disk
+from jaxprefix.faults import FiniteGuard, stop_on_signal, within_disk
 from jaxprefix.inputs import read_inputs
 from jaxprefix.metrics import _batch_loss, dev_loss
 from jaxprefix.train import train
@@ -223,6 +224,14 @@ def test_a_second_signal_ends_at_once(finished, tmp_path, monkeypatch, capsys):
     assert f"s {ending}" in (config.run_dir / "log.txt").read_text()
     train(run_config(tmp_path, resume=True))
     assert_same_end(config, finished)
+
+
+def test_one_of_many_processes_that_is_ended_at_once_waits_for_no_update(tmp_path, monkeypatch):
+    """The others may never make their part of it."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "block_until_ready", Mock(side_effect=AssertionError))
+    with pytest.raises(RunError, match="a second signal ended the run at once"), stop_on_signal(run_config(tmp_path)):
+        raise KeyboardInterrupt
 
 
 def test_too_little_memory_tells_by_how_much(tmp_path, monkeypatch, capsys):

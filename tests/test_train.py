@@ -18,7 +18,7 @@ from convert.errors import InputError
 from convert.prefix import read_prefix
 from jaxprefix import devices, hosts, load_prefix, run_folder, start
 from jaxprefix.check import check
-from jaxprefix.config import CheckConfig, Compute
+from jaxprefix.config import CheckConfig, Compute, HostsConfig
 from jaxprefix.evaluation import evaluate
 from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
@@ -236,9 +236,12 @@ def test_a_revision_is_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch):
-    heard = []
+    begun, heard = [], []
+    monkeypatch.setattr("jaxprefix.hosts.Watchdog.__enter__", lambda self: begun.append(self._minutes) or self)
     monkeypatch.setattr("jaxprefix.hosts.Watchdog.still_going", lambda self: heard.append(1))
-    train(run_config(tmp_path, log_every_n_steps=100, n_epochs=1, dev_data_size=8))
+    settings = {"log_every_n_steps": 100, "n_epochs": 1, "dev_data_size": 8, "hosts": HostsConfig(stall_minutes=7.0)}
+    train(run_config(tmp_path, **settings))
+    assert begun == [7.0]
     assert len(heard) == 1 + 4 + 2 + 1 + 1, "the start, updates, batches of the dev set, the ends of epoch and run"
 
 
@@ -260,6 +263,11 @@ def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     steps += ["check the run's folder", "lock the run's folder", "load the base", "start the prefix"]
     steps += ["start from process 0's encoder"]
     assert named == [*steps, "open the run's folder", "see the run's folder", "open the log"]
+
+
+def test_whether_there_is_a_checkpoint_the_first_process_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "broadcast_from_first", lambda seen_here: np.array(not seen_here))
+    assert train_module.has_checkpoint(run_config(tmp_path, resume=True))
 
 
 def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
