@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxprefix.decode
 import jaxprefix.inference
 from benchmarks.memory import h100s
 from benchmarks.shapes import SHAPES, model_config
@@ -186,7 +187,10 @@ def used_on_meshes():
 
 
 def devices_that_evaluate():
-    """How many devices hold the base when it is measured from Python: without a mesh, and with one of eight."""
+    """How many devices hold the base, and in how many parts rows to decode are, when it is measured from Python.
+
+    Without a mesh, and with one of eight devices.
+    """
     counts = []
 
     def watched(*arguments):
@@ -194,8 +198,12 @@ def devices_that_evaluate():
         counts.append(len(base.embed.weight.sharding.device_set))
         return base
 
-    jaxprefix.inference.load_model = watched
-    for mesh in None, "tensor=8":
+    def watched_decode(base, prefix, rows, *others):
+        counts.append(len({str(shard.index) for shard in rows.addressable_shards}))
+        return _decode(base, prefix, rows, *others)
+
+    jaxprefix.inference.load_model, jaxprefix.decode._decode = watched, watched_decode
+    for mesh in None, "data=2,tensor=4":
         evaluate(EvaluateConfig(str(GOLDEN_BASE), n_samples=1, mesh=mesh, decode=DecodeConfig(max_output_len=2)))
     return counts
 

@@ -25,7 +25,7 @@ def test_devices_that_share_the_base_generate_and_measure_what_one_does():
 
 
 def test_from_python_too_one_device_measures_unless_a_mesh_is_given():
-    assert in_a_process(devices_that_evaluate, **ON_CPUS) == [1, 8]
+    assert in_a_process(devices_that_evaluate, **ON_CPUS) == [1, 1, 8, 2], "the base's devices, and parts of the rows"
 
 
 def test_a_model_on_a_mesh_of_ones_own_generates():
