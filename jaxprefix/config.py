@@ -123,7 +123,7 @@ class TrainConfig:
     train_data_size: int = 1000
     """Examples to train on: the first ones of the file, which must hold at least this many plus dev_data_size."""
     dev_data_size: int = 10
-    """Examples to evaluate on after every epoch: the last ones of the file."""
+    """Examples to evaluate on after every epoch and at the end: the last ones of the file."""
     batch_size: int = 4
     """Examples per micro-batch, over all devices; an example without a prompt makes two rows."""
     n_accum_steps: int = 1
@@ -161,7 +161,8 @@ class TrainConfig:
     recipe: RecipeName = "default"
     """`rinna` reproduces the original's quirks; see the README's table."""
     checkpoint_path: Path | None = None
-    """Start from another run's newest encoder or from a torch file of one; with --prefix_hidden_dim 0, any prefix."""
+    """Start from another run's newest encoder or a torch file of one; with --prefix_hidden_dim 0, from any prefix, such
+    as a run's best."""
     resume: Annotated[bool, tyro.conf.arg(aliases=("--resume_training",))] = False
     """Go on from the newest checkpoint of the run `save_name`."""
     overwrite: bool = False
@@ -177,7 +178,7 @@ class TrainConfig:
     save_log: bool = True
     """Save a text log, metrics.jsonl and TensorBoard scalars."""
     log_every_n_steps: int = 100
-    """Updates between log points; each reports means over the updates since the last."""
+    """Updates between log points; each reports means over the updates since the last, and the newest learning rate."""
     filename_note: str = ""
     """A note appended to save_name in the name of the run's folder."""
     compute: tyro.conf.OmitArgPrefixes[Compute] = Compute()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
 # A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS, _QUOTES = "。！？!?", "」』）)", "\"'”’"
+_CLOSING = _MARKS + _BRACKETS + _QUOTES + "."
 AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 """What ends a sentence within a line, for a tokenizer that turns newlines into spaces."""
 NOWHERE = re.compile("(?!)")
@@ -19,11 +20,12 @@ def suffix_rate(texts: Iterable[str], suffix: str, ends: re.Pattern[str] = AT_MA
 
 
 def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) -> tuple[int, int]:
-    """Return (sentences, those that end with the suffix) of a text; an unfinished last sentence does not count.
+    """Return (sentences, those that end with the suffix) of a text that continues a prompt.
 
-    A sentence ends with its line, at the suffix, or at one of `ends` when the suffix does not follow.
+    A sentence ends with its line, at the suffix, or at one of `ends` when the suffix does not follow. An unfinished
+    last sentence does not count, nor does the prompt's own if only its end is in the text.
     """
-    task = suffix.strip()
+    text, task = text.lstrip(f"{_CLOSING} "), suffix.strip()
     begins = suffix[: suffix.index(task)].lstrip(" ")  # a tokenizer may put one space before every text
     if "\n" in begins:  # then the suffix is on the line after its sentence
         text = text.replace(begins + task, f" {task}")
@@ -34,12 +36,11 @@ def count_sentences(text: str, suffix: str, ends: re.Pattern[str] = AT_MARKS) ->
 
 def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, int]:
     """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
-    closing = _MARKS + _BRACKETS + _QUOTES + "."
     first, *others = line.split(task)
     *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # marks after a suffix end no sentence
-    suffixed = [piece.strip() for piece in pieces if piece.strip().strip(closing)]
-    before = [ends.findall(piece.rstrip(closing)) for piece in suffixed]  # sentences before the one with the suffix
-    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip().strip(closing)
+    suffixed = [piece.strip() for piece in pieces if piece.strip().strip(_CLOSING)]
+    before = [ends.findall(piece.rstrip(_CLOSING)) for piece in suffixed]  # sentences before the one with the suffix
+    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip().strip(_CLOSING)
     return len(suffixed) + sum(map(len, before)) + len(ends.findall(rest)) + bool(unmarked), len(suffixed)
 
 

@@ -20,7 +20,10 @@ SMILE = " 😃"
         ("I paid 3.5 yen. You paid more. 😃", (2, 1)),
         ("He left. 😃. She stayed. 😃", (2, 2)),
         ("He left (why?), and she stayed. 😃", (1, 1)),
-        (" 😃 次の文。", (1, 0)),  # a suffix that answers the prompt's own sentence
+        (" 😃 次の文。", (1, 0)),  # the prompt's own sentence does not count if only its end is generated, …
+        ("。 😃 次の文。", (1, 0)),
+        ("。」 次の文。 😃", (1, 1)),  # … whether the suffix follows or not
+        ("。\n次の文。 😃", (1, 1)),
         ("見出し\n本文です。 😃", (2, 1)),  # a line ends its sentence
         ("一行目\n二行目。\n三行目 😃\n途中", (3, 1)),
         ("一。\n\n😃\n二。 😃\n", (2, 1)),
