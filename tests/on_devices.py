@@ -68,6 +68,11 @@ def runs_on_meshes(folder, settings, runs):
     return loaded_under_fsdp(settings["pretrained_model_dir"])
 
 
+def n_parts(array):
+    """Into how many parts an array is split."""
+    return len({str(shard.index) for shard in array.addressable_shards})
+
+
 def loaded_under_fsdp(folder):
     """For two meshes: how often a base's weights are read, into how many parts each is split, and a device's bytes."""
     read, n_read, found = FiniteWeight.read, [], []
@@ -75,8 +80,8 @@ def loaded_under_fsdp(folder):
     for sizes in ({"data": 2, "fsdp": 4}, {"fsdp": 8}):
         n_read.clear()
         leaves = jax.tree.leaves(load_model(folder, sharding_of=base_sharding(make_mesh(sizes), 4)))
-        n_parts = [len({str(shard.index) for shard in leaf.addressable_shards}) for leaf in leaves]
-        found.append((len(n_read), n_parts, sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)))
+        n_bytes = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        found.append((len(n_read), [*map(n_parts, leaves)], n_bytes))
     return found
 
 
@@ -163,12 +168,13 @@ def arrays_added_up_by_a_layer():
 
 
 def told_of_the_mesh(folder):
-    """Who splits rows in a run under fsdp=8, and how many devices the loss is told of."""
-    told, next_token_loss = set(), loss.next_token_loss
+    """Who splits packed rows under fsdp=8, how many devices the loss is told of, and in how many parts dev rows are."""
+    told, next_token_loss, dev_batch_loss = set(), loss.next_token_loss, metrics._batch_loss
     for module in (metrics, update):
         module.with_split_rows = lambda *given, name=module.__name__: told.add(name) or with_split_rows(*given)
     loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
-    train(run_config(Path(folder), mesh="fsdp=8", n_training_steps=1, save_model=False, save_log=False))
+    metrics._batch_loss = lambda *given: told.add(f"{n_parts(given[2].tokens)} parts") or dev_batch_loss(*given)
+    train(run_config(Path(folder), mesh="fsdp=8", n_training_steps=1, packing=True, save_model=False, save_log=False))
     return sorted(told)
 
 
@@ -199,7 +205,7 @@ def devices_that_evaluate():
         return base
 
     def watched_decode(base, prefix, rows, *others):
-        counts.append(len({str(shard.index) for shard in rows.addressable_shards}))
+        counts.append(n_parts(rows))
         return _decode(base, prefix, rows, *others)
 
     jaxprefix.inference.load_model, jaxprefix.decode._decode = watched, watched_decode

@@ -250,4 +250,4 @@ def test_heads_that_tensor_does_not_divide_stay_whole():
 
 def test_the_dev_sets_rows_are_split_as_an_updates_are(tmp_path):
     told = in_a_process(told_of_the_mesh, str(tmp_path), **ON_CPUS)
-    assert told == ["8 devices", "jaxprefix.metrics", "jaxprefix.update"]
+    assert told == ["8 devices", "8 parts", "jaxprefix.metrics", "jaxprefix.update"]

@@ -136,7 +136,8 @@ def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, 
     for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
         rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), 3)
         rate = jax.device_put(rate, replicated(mesh))
-        state, _ = update(state, rate, FrozenBase.of(golden_model), stacked(tokenizer, group))
+        state, _ = update(given := state, rate, FrozenBase.of(golden_model), stacked(tokenizer, group))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given)), "two states would take twice the memory"
     assert update._cache_size() == 1
     for leaf, copy in zip(jax.tree.leaves(golden_model), before, strict=True):
         np.testing.assert_array_equal(leaf, copy)
