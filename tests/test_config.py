@@ -43,6 +43,8 @@ MESH = "--mesh must be axis=size,… with axes from data, fsdp, tensor; found"
         ({"mesh": "data=2,rows=2"}, f"{MESH} 'data=2,rows=2'"),
         ({"dtype": "bfloat16", "fp16": True}, "--dtype bfloat16 contradicts --fp16"),
         ({"mesh": ""}, f"{MESH} ''"),
+        ({"mesh": "data=0"}, f"{MESH} 'data=0'"),
+        ({"mesh": "data=²"}, f"{MESH} 'data=²'"),
     ],
 )
 def test_settings_of_train_that_cannot_be_meant(changes, message):

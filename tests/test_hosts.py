@@ -30,6 +30,7 @@ from tests.runs import PATIENCE, run_config
         ({"coordinator_address": "", "num_processes": 2, "process_id": 0}, "must be host:port, found ''"),
         ({"coordinator_address": "a:1", "num_processes": 0, "process_id": 0}, "--num_processes must be positive, is 0"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "below --num_processes, is 2"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": -1}, "below --num_processes, is -1"),
         ({"stall_minutes": 0.0}, "--stall_minutes must be positive, is 0.0"),
     ],
 )

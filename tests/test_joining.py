@@ -201,5 +201,5 @@ def test_jax_waits_for_as_long_as_it_is_told_and_past_a_proxy(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with joined(HostsConfig(True)):
         assert asked["initialization_timeout"] > joining.JOIN_SECONDS, "or it would abort before the error is told"
-        assert asked["heartbeat_timeout_seconds"] == asked["shutdown_timeout_seconds"] == joining.HEARTBEAT_SECONDS
+        assert asked["heartbeat_timeout_seconds"] == asked["shutdown_timeout_seconds"] == 30
         assert asked["grpc_proxy"] == ""
