@@ -9,10 +9,10 @@ import jax
 import pytest
 
 from convert.errors import InputError, RunError
-from jaxprefix import joining
+from jaxprefix import hosts, joining
 from jaxprefix.config import HostsConfig
 from jaxprefix.joining import joined
-from tests.pairs import free_port, slurm
+from tests.pairs import PAGE, free_port, slurm
 from tests.runs import PATIENCE
 
 OWN_RISK = {"JAX_ENABLE_COMPILATION_CACHE": "1"}
@@ -37,9 +37,17 @@ def test_a_port_that_is_taken():
 
 
 def test_joining_comes_before_jax_is_used():
+    """Not even a process on the host of process 0 asks whether its port is free."""
     jax.devices()
-    with pytest.raises(InputError, match=r"cannot join the other processes: .* must be called before any JAX"):
-        join(free_port(), process_id=1)
+    told = r"cannot join the other processes: .* must be called before any JAX"
+    with socket.create_server(("", 0)) as process_0, pytest.raises(InputError, match=told):
+        join(process_0.getsockname()[1], process_id=1)
+
+
+def test_the_page_tells_how_long_processes_wait():
+    page = PAGE.read_text()
+    assert f"({joining.JOIN_SECONDS} seconds for each of the three)" in page
+    assert f"exits with its own code after {hosts.LEAVE_SECONDS} seconds" in page
 
 
 @pytest.mark.usefixtures("nobody_to_join")
