@@ -74,6 +74,11 @@ def test_the_others_failure_is_told_here(second_of_two, monkeypatch):
         hosts.agree("read its inputs", lambda: "read")
 
 
+def test_what_is_so_on_one_process_is_so_anywhere(second_of_two, monkeypatch):
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda flag: np.array([True, flag]))
+    assert hosts.anywhere(False)
+
+
 def test_a_folder_that_is_not_shared(second_of_two, monkeypatch, tmp_path):
     monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0)
     with pytest.raises(InputError, match="process 1 does not see what process 0 wrote; --output_dir must be a folder"):
