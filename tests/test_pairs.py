@@ -217,7 +217,7 @@ def test_a_killed_process_ends_the_other(tmp_path):
         assert all(process.poll() is None for process in pair)
         time.sleep(0.05)
     pair[1].kill()
-    codes, _, errors = ended(pair, timeout=90)  # JAX by itself: 100
+    codes, _, errors = ended(pair, timeout=90)
     assert codes[0] in (1, -signal.SIGABRT)
     assert "another task died" in errors[0]
 
