@@ -1,6 +1,6 @@
 """The settings of train, check and convert, as frozen dataclasses; tyro makes the command line from them.
 
-Flag names and defaults are the original's wherever it has the flag, except for those that the README names.
+Flag names and defaults are the original's wherever it has the flag, except for those that docs/original.md names.
 """
 
 import dataclasses

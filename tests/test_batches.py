@@ -17,7 +17,7 @@ def test_batch_is_padded_right_and_below(tokenizer):
 
 
 def test_pad_tokens_of_a_text_are_learnt(tokenizer):
-    """The original takes them for padding: the README tells of it."""
+    """The original takes them for padding: docs/original.md tells of it."""
     example = Example([], [tokenizer.pad_id, 10])
     labels = make_padded_batch([example], tokenizer, padded_shape([example], 1, 1)).labels
     assert labels.tolist() == [[tokenizer.pad_id, 10, tokenizer.eos_id], [10, tokenizer.eos_id, IGNORED]]

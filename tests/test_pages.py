@@ -1,4 +1,4 @@
-"""The commands on our pages are ones that the command line takes."""
+"""The commands on our pages are ones that the command line takes, and their links lead somewhere."""
 
 import re
 import shlex
@@ -62,6 +62,22 @@ def test_commands_on_a_page_can_be_pasted(page):
     for block in shell_blocks(PAGES[page]):
         if not block.startswith("#!"):
             assert not re.search(r"(^|\s)#", block, re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
