@@ -31,8 +31,8 @@ def measure(path: Path, cache: str) -> dict[str, float]:
     """Read a file's examples in this process; return seconds, and the peak memory of it and its helpers together."""
     os.environ["XDG_CACHE_HOME"] = cache
     from jaxprefix import load_tokenizer
-    from jaxprefix.examples import Chunking
-    from jaxprefix.token_cache import load_examples
+    from jaxprefix.data.examples import Chunking
+    from jaxprefix.data.token_cache import load_examples
 
     tokenizer = load_tokenizer(SMALL_BASE)
     peak, done = 0, threading.Event()

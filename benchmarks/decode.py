@@ -41,9 +41,9 @@ def prompts(folder: Path, n_rows: int) -> np.ndarray:
 def jaxprefix_decoder(folder: Path, n_rows: int, n_new: int, dtype: str) -> Callable[[], Ids]:
     """Return a function that decodes once, and returns the new ids of every row."""
     from jaxprefix import load_model, load_prefix, load_tokenizer
-    from jaxprefix.compiling import prepare_compiling
     from jaxprefix.decode import generate_ids
     from jaxprefix.inference_config import DecodeConfig
+    from jaxprefix.machine.compiling import prepare_compiling
 
     prepare_compiling()
     model = load_model(folder, dtype)

@@ -40,7 +40,7 @@ def account(mesh: str, flags: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from jaxprefix.check import compiled_update
-    from jaxprefix.shapes import PaddedShape
+    from jaxprefix.data.shapes import PaddedShape
 
     names = (flags.shape, Path(), flags.shape)
     config = TrainConfig(*names, dtype=flags.dtype, mesh=mesh, compute=compute_of(flags))
@@ -65,7 +65,7 @@ def h100s(n_devices: int) -> contextlib.AbstractContextManager[None]:
     """Compile for this many H100s of one host, from a description of them."""
     from jax.experimental import topologies
 
-    from jaxprefix.devices import compiling_for
+    from jaxprefix.machine.devices import compiling_for
 
     try:
         host = topologies.get_topology_desc(

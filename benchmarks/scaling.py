@@ -38,7 +38,7 @@ def updates(shape: str, dtype: DType, tokens: int, layers: int, prefix: int) -> 
     import jax
     import jax.numpy as jnp
 
-    from jaxprefix.batches import Batch
+    from jaxprefix.data.batches import Batch
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
     from jaxprefix.sharding import make_mesh, replicated

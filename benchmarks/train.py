@@ -38,11 +38,12 @@ from benchmarks.report import (
     turns_title,
 )
 from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, is_gpt2, make_folder, sizes_of
-from jaxprefix.batches import make_padded_batch
 from jaxprefix.config import DType, TrainConfig
-from jaxprefix.data import IGNORED, UpdatePlan, row_lengths
-from jaxprefix.examples import Chunking, read_examples
-from jaxprefix.shapes import PaddedShape
+from jaxprefix.data.batches import make_padded_batch
+from jaxprefix.data.examples import Chunking, read_examples
+from jaxprefix.data.plan import UpdatePlan
+from jaxprefix.data.rows import IGNORED, row_lengths
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.tokenizer import load_tokenizer
 
 PREFIX = 10
@@ -73,8 +74,8 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     """Prepare the update of `jaxprefix train`, with its packed batches."""
     import jax
 
-    from jaxprefix.compiling import prepare_compiling
     from jaxprefix.inputs import read_inputs, update_batches
+    from jaxprefix.machine.compiling import prepare_compiling
     from jaxprefix.models import load_model
     from jaxprefix.prefix import new_encoder
     from jaxprefix.sharding import base_sharding, make_mesh, replicated

@@ -2,7 +2,7 @@
 
 A torch file holds {"encoder": {name: tensor}, "optimizer": {"step": n, "exp_avg": …, "exp_avg_sq": …}}, with the
 encoder's names in "exp_avg" and "exp_avg_sq", too; a bare {name: tensor} is an encoder without its optimizer.
-Our checkpoints hold arrays under dotted paths (`jaxprefix.checkpoint`).
+Our checkpoints hold arrays under dotted paths (`jaxprefix.run.checkpoint`).
 """
 
 from collections.abc import Mapping

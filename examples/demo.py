@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jaxprefix
 from jaxprefix.config import TrainConfig
-from jaxprefix.screen import escape_unknown
+from jaxprefix.machine.screen import escape_unknown
 from jaxprefix.sentences import suffix_rate
 from jaxprefix.train import train
 

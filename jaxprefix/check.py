@@ -11,17 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprefix.base_folder import base_identity, open_base
-from jaxprefix.batches import Batch, Packing
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
-from jaxprefix.data import UpdatePlan, label_counts, split_examples
-from jaxprefix.devices import devices
-from jaxprefix.examples import Examples
+from jaxprefix.data.batches import Batch, Packing
+from jaxprefix.data.examples import Examples
+from jaxprefix.data.plan import UpdatePlan, split_examples
+from jaxprefix.data.rows import label_counts
+from jaxprefix.data.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.inputs import batch_shapes, check_rows, load_data
-from jaxprefix.memory import GIB
+from jaxprefix.machine.devices import devices
+from jaxprefix.machine.memory import GIB
 from jaxprefix.models import abstract_model, check_weights, held_dtype, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
-from jaxprefix.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
 from jaxprefix.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ import tyro
 from convert.errors import InputError, PlainError, RunError
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
-from jaxprefix.screen import UnfailingStream, escape_unknown, mute, tell
+from jaxprefix.machine.screen import UnfailingStream, escape_unknown, mute, tell
 
 DESCRIPTION = "Prefix-tuning of GPT-NeoX and GPT-2 language models. jaxprefix --version prints the version."
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -94,7 +94,7 @@ def _run(arguments: list[str] | None) -> int:
 def _perform(settings: Command) -> int:
     """Do what a command's settings ask for, and return its exit code."""
     if not isinstance(settings, ConvertConfig):  # converting compiles nothing
-        from jaxprefix import compiling
+        from jaxprefix.machine import compiling
 
         compiling.prepare_compiling()
     match settings:
@@ -120,7 +120,7 @@ def _perform(settings: Command) -> int:
 
 def _train(config: TrainConfig) -> int:
     from convert.prefix import PREFIX_FOLDER
-    from jaxprefix.hosts import is_first, leave_soon
+    from jaxprefix.machine.hosts import is_first, leave_soon
     from jaxprefix.train import train
 
     try:

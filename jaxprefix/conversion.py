@@ -11,14 +11,14 @@ from convert.torch_files import is_torch_file, load_torch, save_torch
 from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
 from convert.weights import has_weights
 from jaxprefix.base_folder import base_identity, open_base
-from jaxprefix.checkpoint import Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.config import ConvertConfig
 from jaxprefix.hub import BASE_CONFIG
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import check_prefix, check_sizes
-from jaxprefix.run_description import check_base, is_run_folder
-from jaxprefix.run_folder import CHECKPOINTS, check_takes_state
-from jaxprefix.run_lock import only_writer
+from jaxprefix.run.checkpoint import Checkpoints, check_arrays, newest_checkpoint
+from jaxprefix.run.description import check_base, is_run_folder
+from jaxprefix.run.folder import CHECKPOINTS, check_takes_state
+from jaxprefix.run.lock import only_writer
 from jaxprefix.start import Progress
 
 TRAINING_STATE_SUFFIX = ".pt"

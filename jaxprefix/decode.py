@@ -19,15 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from convert.errors import InputError, RunError
 from jaxprefix.config import SEED_LIMIT
-from jaxprefix.devices import on_a_cpu
+from jaxprefix.data.shapes import round_up
 from jaxprefix.inference_config import DecodeConfig
+from jaxprefix.machine.devices import on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import Cache, cache_of, own_slots, positions_of
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sampling import Sampling, are_finite, choose_tokens
-from jaxprefix.shapes import round_up
 from jaxprefix.sharding import decoded_rows
 from jaxprefix.tokenizer import Tokenizer
 

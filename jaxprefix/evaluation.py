@@ -5,15 +5,15 @@ import math
 from convert.errors import InputError, RunError
 from jaxprefix.base_folder import BaseFolder
 from jaxprefix.config import mesh_sizes
+from jaxprefix.data.examples import Chunking, Examples
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
-from jaxprefix.examples import Chunking, Examples
 from jaxprefix.inference import as_trained, load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows, usable_examples
+from jaxprefix.machine.screen import tell
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
-from jaxprefix.screen import tell
 from jaxprefix.sentences import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ from jaxprefix.config import mesh_sizes
 from jaxprefix.decode import BatchTiming, check_prompts, stream
 from jaxprefix.inference import load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import GenerateConfig
+from jaxprefix.machine.screen import tell, warn
 from jaxprefix.prefix import check_length
-from jaxprefix.screen import tell, warn
 from jaxprefix.sharding import make_mesh
 
 

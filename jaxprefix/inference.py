@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import DType, TrainConfig
-from jaxprefix.devices import compiling_for, devices, half_type, own_device
-from jaxprefix.examples import parse_line, string_of
+from jaxprefix.data.examples import parse_line, string_of
 from jaxprefix.hub import fetch_weights
 from jaxprefix.inference_config import EvaluateConfig, InferenceConfig
-from jaxprefix.memory import released_after_errors, within_memory
+from jaxprefix.machine.devices import compiling_for, devices, half_type, own_device
+from jaxprefix.machine.memory import released_after_errors, within_memory
 from jaxprefix.models import BaseModel, load_model
 from jaxprefix.prefix import Prefix, load_prefix
-from jaxprefix.run_description import setting_of
+from jaxprefix.run.description import setting_of
 from jaxprefix.sharding import base_sharding
 
 

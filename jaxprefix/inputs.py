@@ -9,17 +9,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprefix.base_folder import BaseFolder, open_base
-from jaxprefix.batches import Batch, lay_out
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import UpdatePlan, row_lengths, split_examples, without_long_rows
-from jaxprefix.examples import Chunking, Example, Examples
+from jaxprefix.data.batches import Batch, lay_out
+from jaxprefix.data.examples import Chunking, Example, Examples
+from jaxprefix.data.plan import UpdatePlan, split_examples
+from jaxprefix.data.rows import row_lengths, without_long_rows
+from jaxprefix.data.shapes import Shape, fitting_shape, pack_rows, packed_shapes, padded_shape
+from jaxprefix.data.token_cache import load_examples
 from jaxprefix.hub import fetch_weights
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.recipe import RECIPES
-from jaxprefix.shapes import Shape, fitting_shape, pack_rows, packed_shapes, padded_shape
 from jaxprefix.sharding import n_row_parts
-from jaxprefix.token_cache import load_examples
 from jaxprefix.tokenizer import Tokenizer
 
 

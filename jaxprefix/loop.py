@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 
 from convert.errors import RunError
 from convert.prefix import PREFIX_FOLDER
-from jaxprefix.batches import Batch
-from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
-from jaxprefix.faults import FiniteGuard, StopRequest, check_still_there, what_is_left
-from jaxprefix.hosts import Verdict, Vote, Watchdog, is_first, spread
+from jaxprefix.data.batches import Batch
 from jaxprefix.inputs import Inputs, update_batches
+from jaxprefix.machine.hosts import Verdict, Vote, Watchdog, is_first, spread
 from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_log import RunLog
+from jaxprefix.run.checkpoint import Checkpoints
+from jaxprefix.run.faults import FiniteGuard, StopRequest, check_still_there, what_is_left
+from jaxprefix.run.log import RunLog
 from jaxprefix.sharding import split_rows
 from jaxprefix.start import Progress
 from jaxprefix.update import FrozenBase, LearningRate, Outcome, TrainState, Update, n_applied

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.data import IGNORED
-from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
+from jaxprefix.data.rows import IGNORED
+from jaxprefix.machine.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.models.attention import own_slots, positions_of
 from jaxprefix.models.layers import einsum, matmul, vecdot

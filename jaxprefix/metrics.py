@@ -11,14 +11,14 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
-from jaxprefix.batches import Batch, filled_batches, make_padded_batch
-from jaxprefix.examples import Example
-from jaxprefix.hosts import spread
+from jaxprefix.data.batches import Batch, filled_batches, make_padded_batch
+from jaxprefix.data.examples import Example
+from jaxprefix.data.shapes import padded_shape
 from jaxprefix.loss import batch_loss
+from jaxprefix.machine.hosts import spread
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import Recipe
-from jaxprefix.shapes import padded_shape
 from jaxprefix.sharding import n_row_parts, split_rows, with_split_rows
 from jaxprefix.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ from jaxprefix.models import BaseModel, path_name
 from jaxprefix.models.attention import Prefix, heads_first
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.models.layers import Embedding, Linear
-from jaxprefix.run_description import is_run_folder
+from jaxprefix.run.description import is_run_folder
 from jaxprefix.settings import expanded
 from jaxprefix.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprefix.devices import on_a_cpu
 from jaxprefix.inference_config import DecodeConfig
+from jaxprefix.machine.devices import on_a_cpu
 from jaxprefix.recipe import RECIPES
 
 LIKELY = 4096

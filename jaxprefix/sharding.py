@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from convert.errors import InputError
 from jaxprefix.config import MESH_AXES
-from jaxprefix.devices import devices
+from jaxprefix.machine.devices import devices
 from jaxprefix.models import BaseModel, is_stacked, path_name
 
 ROWS = ("data", "fsdp")

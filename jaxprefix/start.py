@@ -13,14 +13,14 @@ import numpy as np
 from convert.errors import InputError
 from convert.prefix import PREFIX_FOLDER, is_bare_prefix, read_prefix
 from convert.training_state import read_training_state
-from jaxprefix.checkpoint import Checkpoints, from_names, named
 from jaxprefix.config import TrainConfig
-from jaxprefix.hosts import agree, broadcast_from_first, check_same, is_first
+from jaxprefix.machine.hosts import agree, broadcast_from_first, check_same, is_first
+from jaxprefix.machine.screen import warn
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DEV_LOSS, DirectPrefix, Encoder, check_length, load_prefix, new_encoder
-from jaxprefix.run_description import check_base
-from jaxprefix.run_folder import CHECKPOINTS
-from jaxprefix.screen import warn
+from jaxprefix.run.checkpoint import Checkpoints, from_names, named
+from jaxprefix.run.description import check_base
+from jaxprefix.run.folder import CHECKPOINTS
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import LossScale, TrainState, first_state
 

@@ -13,22 +13,22 @@ from jax.sharding import Mesh
 
 from convert.errors import PlainError
 from jaxprefix.base_folder import base_identity
-from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig, mesh_sizes
-from jaxprefix.data import label_counts, max_rows_per_example, row_lengths
-from jaxprefix.devices import half_type, own_device
-from jaxprefix.faults import less_memory, stop_on_signal, within_disk
-from jaxprefix.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, spread
+from jaxprefix.data.rows import label_counts, max_rows_per_example, row_lengths
 from jaxprefix.inputs import Inputs, read_inputs
-from jaxprefix.joining import joined
 from jaxprefix.loop import Run, loop
-from jaxprefix.memory import released_after_errors, within_memory
+from jaxprefix.machine.devices import half_type, own_device
+from jaxprefix.machine.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, spread
+from jaxprefix.machine.joining import joined
+from jaxprefix.machine.memory import released_after_errors, within_memory
 from jaxprefix.models import fingerprint, load_model
 from jaxprefix.prefix import Encoder
-from jaxprefix.run_description import common_settings, describe_run
-from jaxprefix.run_folder import CHECKPOINTS, check_run_folder, open_shared_folder
-from jaxprefix.run_lock import only_run
-from jaxprefix.run_log import RunLog
+from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.run.description import common_settings, describe_run
+from jaxprefix.run.faults import less_memory, stop_on_signal, within_disk
+from jaxprefix.run.folder import CHECKPOINTS, check_run_folder, open_shared_folder
+from jaxprefix.run.lock import only_run
+from jaxprefix.run.log import RunLog
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
 from jaxprefix.start import Progress, restore_state, starting_state
 from jaxprefix.update import learning_rate, make_update

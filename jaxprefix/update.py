@@ -11,11 +11,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprefix.batches import Batch
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED
-from jaxprefix.devices import on_a_cpu
+from jaxprefix.data.batches import Batch
+from jaxprefix.data.rows import IGNORED
 from jaxprefix.loss import batch_loss
+from jaxprefix.machine.devices import on_a_cpu
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Encoder, Prefix, decays
 from jaxprefix.recipe import RECIPES, Recipe

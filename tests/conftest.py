@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 
 from jaxprefix import load_model, load_tokenizer
-from jaxprefix.devices import alone_on_a_cpu, compiling_for
+from jaxprefix.machine.devices import alone_on_a_cpu, compiling_for
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, SAMPLE, make_base_folder
 from tests.errors import Recorder

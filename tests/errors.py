@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from convert.errors import InputError, PlainError, RunError
-from jaxprefix.orbax_errors import SaveError
+from jaxprefix.run.orbax_errors import SaveError
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "errors.md"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from jaxprefix.examples import Example, Examples
+from jaxprefix.data.examples import Example, Examples
 
 EXAMPLES = [Example([], list(range(10, 10 + n))) for n in (5, 9, 14, 7)] + [Example([20, 21], [30, 31, 32])]
 """Four without a prompt, of different lengths, and one with."""

@@ -23,17 +23,17 @@ from benchmarks.memory import h100s
 from benchmarks.shapes import SHAPES, model_config
 from convert.weights import FiniteWeight
 from jaxprefix import generate, load_model, load_tokenizer, loss, metrics, update
-from jaxprefix.batches import make_packed_batch
 from jaxprefix.check import compiled_memory, compiled_update
 from jaxprefix.cli import main
 from jaxprefix.config import Compute
+from jaxprefix.data.batches import make_packed_batch
+from jaxprefix.data.shapes import PackedShape, PaddedShape
 from jaxprefix.decode import _decode
 from jaxprefix.evaluation import evaluate
-from jaxprefix.hosts import spread
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
+from jaxprefix.machine.hosts import spread
 from jaxprefix.models import abstract_model, attention, blocked, path_name
 from jaxprefix.sampling import Sampling
-from jaxprefix.shapes import PackedShape, PaddedShape
 from jaxprefix.sharding import base_sharding, decoded_rows, make_mesh, split_rows, with_split_rows
 from jaxprefix.train import train
 from tests.arrays import random_prefix

@@ -16,10 +16,10 @@ import pytest
 
 import jaxprefix.train as train_module
 from convert.prefix import read_prefix
-from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import TrainConfig
-from jaxprefix.run_description import describe_run
-from jaxprefix.run_folder import check_run_folder, open_run_folder
+from jaxprefix.run.checkpoint import Checkpoints
+from jaxprefix.run.description import describe_run
+from jaxprefix.run.folder import check_run_folder, open_run_folder
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}

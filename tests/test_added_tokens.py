@@ -9,7 +9,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from convert.errors import InputError
 from jaxprefix import load_tokenizer
-from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.data.examples import Chunking, read_examples
 from jaxprefix.vocabularies import BYTE_LEVEL_CLASSES
 from tests.base_folders import GOLDEN_BASE, make_bpe_folder
 from tests.tokenizer_folders import changed_backend, changed_json, sentencepiece_folder

@@ -20,7 +20,7 @@ from benchmarks.scaling import line_through
 from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, make_folder
 from benchmarks.train import strung_together, torch_batches
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import IGNORED
+from jaxprefix.data.rows import IGNORED
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.sharding import make_mesh
 from tests import ways

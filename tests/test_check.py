@@ -8,13 +8,13 @@ import pytest
 
 import jaxprefix.check as check_module
 from benchmarks.shapes import SMALL_BASE
-from jaxprefix.batches import lay_out
 from jaxprefix.check import abstract_batch, compiled_memory, compiled_update, training_memory
 from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
+from jaxprefix.data.batches import lay_out
+from jaxprefix.data.shapes import PackedShape, PaddedShape
 from jaxprefix.inputs import read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
-from jaxprefix.shapes import PackedShape, PaddedShape
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder

@@ -14,8 +14,8 @@ import pytest
 
 import jaxprefix
 from convert.errors import InputError, RunError
-from jaxprefix.checkpoint import newest_checkpoint
 from jaxprefix.cli import main
+from jaxprefix.run.checkpoint import newest_checkpoint
 from tests.base_folders import GOLDEN, make_base_folder
 from tests.command_line import BASE, assert_fails, train_flags
 from tests.examples import data_file
@@ -213,7 +213,7 @@ def test_a_process_that_fails_does_not_wait_for_the_others(tmp_path, monkeypatch
 
     left = []
     monkeypatch.setattr("jaxprefix.train.train", fail)
-    monkeypatch.setattr("jaxprefix.hosts.leave_soon", left.append)
+    monkeypatch.setattr("jaxprefix.machine.hosts.leave_soon", left.append)
     assert main(train_flags(tmp_path)) == code
     assert left == [code]
     monkeypatch.setattr("jaxprefix.train.train", lambda _: sys.exit(143))  # as of SIGTERM at process 1

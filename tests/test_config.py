@@ -10,10 +10,10 @@ from convert.errors import InputError
 from jaxprefix.config import CheckConfig, Compute, ConvertConfig, HostsConfig, TrainConfig
 from jaxprefix.hub import resolve_folder
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
+from jaxprefix.machine.user_cache import cache_folder
 from jaxprefix.models.config import read_model_config
 from jaxprefix.prefix import load_prefix, save_prefix
 from jaxprefix.tokenizer import load_tokenizer
-from jaxprefix.user_cache import cache_folder
 from tests.arrays import random_prefix
 from tests.base_folders import GOLDEN_BASE
 from tests.runs import run_config

@@ -10,16 +10,16 @@ from flax import nnx
 
 from convert.prefix import read_prefix, to_folded
 from jaxprefix import load_prefix
-from jaxprefix.batches import make_padded_batch
-from jaxprefix.data import IGNORED, row_lengths
+from jaxprefix.data.batches import make_padded_batch
+from jaxprefix.data.examples import Chunking, Example, read_examples
+from jaxprefix.data.rows import IGNORED, row_lengths
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.decode import generate_ids
-from jaxprefix.examples import Chunking, Example, read_examples
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.loss import next_token_loss
 from jaxprefix.prefix import PrefixEncoder, base_keys_values, fit
 from jaxprefix.recipe import RECIPES
 from jaxprefix.sampling import nucleus
-from jaxprefix.shapes import PaddedShape
 from tests.base_folders import GOLDEN
 from tests.parity.runs import named
 from tests.parity.sides import in_order_of_ids

@@ -16,14 +16,15 @@ from safetensors.numpy import save_file
 from convert.errors import InputError
 from convert.prefix import read_prefix
 from convert.untrusted import JSON_BYTES, member
-from jaxprefix import lines, load_model, load_prefix
+from jaxprefix import load_model, load_prefix
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
+from jaxprefix.data import lines
+from jaxprefix.data.examples import Chunking, read_examples
 from jaxprefix.evaluation import evaluate
-from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.models.config import read_model_config
-from jaxprefix.run_description import check_base, setting_of
+from jaxprefix.run.description import check_base, setting_of
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.hostile import others, prefixes
 from tests.hostile.others import FakeTokenizer, base_with_weights, write_gzip

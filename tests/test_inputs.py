@@ -10,12 +10,13 @@ import pytest
 
 import jaxprefix.train as train_module
 from convert.errors import InputError
-from jaxprefix.data import UpdatePlan, label_counts, row_lengths
-from jaxprefix.examples import Example, Examples
+from jaxprefix.data.examples import Example, Examples
+from jaxprefix.data.plan import UpdatePlan
+from jaxprefix.data.rows import label_counts, row_lengths
+from jaxprefix.data.shapes import packed_shapes
 from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs, update_batches
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.prefix import DirectPrefix
-from jaxprefix.shapes import packed_shapes
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import summary, train
 from tests.arrays import random_prefix

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxprefix.loss
-from jaxprefix.data import IGNORED
+from jaxprefix.data.rows import IGNORED
 from jaxprefix.loss import CPU_BLOCK, _in_chunks, next_token_loss
 from tests.arrays import normals
 from tests.tolerances import FUNCTION, HALF_GRADIENT

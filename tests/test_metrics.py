@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from jaxprefix.examples import Example
+from jaxprefix.data.examples import Example
 from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh

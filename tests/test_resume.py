@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import jaxprefix.loop as loop_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
-from jaxprefix.run_folder import open_run_folder
+from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.run.folder import open_run_folder
 from jaxprefix.train import train
 from jaxprefix.update import LossScale
 from tests.base_folders import GOLDEN_BASE, changed_weights

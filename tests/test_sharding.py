@@ -15,7 +15,7 @@ from benchmarks.shapes import SHAPES, model_config
 from convert.errors import InputError
 from convert.table import expand, path_of
 from jaxprefix.config import Compute
-from jaxprefix.devices import compiling_for
+from jaxprefix.machine.devices import compiling_for
 from jaxprefix.models import abstract_model, is_stacked, load_model, path_name, weight_shapes, weight_table
 from jaxprefix.sharding import (
     base_sharding,

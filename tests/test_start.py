@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from convert.errors import InputError
 from convert.prefix import ADAPTER_WEIGHTS, read_prefix
 from jaxprefix import load_model, start
-from jaxprefix.checkpoint import Checkpoints
+from jaxprefix.run.checkpoint import Checkpoints
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.conversion import converted

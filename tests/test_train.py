@@ -16,14 +16,16 @@ import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import devices, hosts, load_prefix, run_folder, start
+from jaxprefix import load_prefix, start
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, HostsConfig
+from jaxprefix.data.examples import Chunking, read_examples
 from jaxprefix.evaluation import evaluate
-from jaxprefix.examples import Chunking, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
+from jaxprefix.machine import devices, hosts
 from jaxprefix.metrics import dev_batches, dev_loss
 from jaxprefix.models import attention, load_model
+from jaxprefix.run import folder as run_folder
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from jaxprefix.train import train
@@ -237,8 +239,8 @@ def test_a_revision_is_asked_for(tmp_path, monkeypatch):
 
 def test_the_watchdog_hears_of_every_update_and_dev_batch(tmp_path, monkeypatch):
     begun, heard = [], []
-    monkeypatch.setattr("jaxprefix.hosts.Watchdog.__enter__", lambda self: begun.append(self._minutes) or self)
-    monkeypatch.setattr("jaxprefix.hosts.Watchdog.still_going", lambda self: heard.append(1))
+    monkeypatch.setattr("jaxprefix.machine.hosts.Watchdog.__enter__", lambda self: begun.append(self._minutes) or self)
+    monkeypatch.setattr("jaxprefix.machine.hosts.Watchdog.still_going", lambda self: heard.append(1))
     settings = {"log_every_n_steps": 100, "n_epochs": 1, "dev_data_size": 8, "hosts": HostsConfig(stall_minutes=7.0)}
     train(run_config(tmp_path, **settings))
     assert begun == [7.0]

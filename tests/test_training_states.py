@@ -9,11 +9,11 @@ import torch
 
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix.checkpoint import Checkpoints
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_lock import only_writer
+from jaxprefix.run.checkpoint import Checkpoints
+from jaxprefix.run.lock import only_writer
 from jaxprefix.start import start_encoder
 from jaxprefix.train import train
 from tests.base_folders import GOLDEN_BASE, make_base_folder

@@ -12,10 +12,10 @@ import pytest
 
 from jaxprefix import load_model
 from jaxprefix import update as update_module
-from jaxprefix.batches import Batch, make_padded_batch
-from jaxprefix.data import IGNORED
+from jaxprefix.data.batches import Batch, make_padded_batch
+from jaxprefix.data.rows import IGNORED
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.prefix import DirectPrefix, new_encoder
-from jaxprefix.shapes import PaddedShape
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
     FrozenBase,

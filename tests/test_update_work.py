@@ -11,9 +11,9 @@ import pytest
 from benchmarks.shapes import model_config, neox
 from jaxprefix.check import compiled_update
 from jaxprefix.config import TrainConfig
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model, layers, stack, weight_shapes
-from jaxprefix.shapes import PaddedShape
 
 # No two axes of an activation are the two of a weight: its rows, heads and tokens have other sizes.
 MODEL = model_config(neox(3, 256, 4, 3072, intermediate_size=896))

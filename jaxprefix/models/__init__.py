@@ -23,8 +23,8 @@ from convert.table import Table, stream_weights, write_weights
 from convert.untrusted import member
 from convert.weights import SHARD_INDEX, TORCH_INDEX, FiniteWeight, Index, empty_pages
 from jaxprefix.config import Compute, DType
-from jaxprefix.devices import own_device
 from jaxprefix.hub import fetch_weights, resolve_folder
+from jaxprefix.machine.devices import own_device
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.models.gpt2 import GPT2
 from jaxprefix.models.gpt_neox import GPTNeoX

@@ -19,9 +19,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from convert.errors import InputError
-from jaxprefix.batches import Packing
 from jaxprefix.config import AttentionMethod
-from jaxprefix.devices import FIRST_WITH_BFLOAT16, alone_on_a_cpu, cuda_generation, own_device
+from jaxprefix.data.batches import Packing
+from jaxprefix.machine.devices import FIRST_WITH_BFLOAT16, alone_on_a_cpu, cuda_generation, own_device
 from jaxprefix.models.blocked import attend_in_blocks
 from jaxprefix.models.layers import einsum, vecdot
 from jaxprefix.models.packing import on_texts

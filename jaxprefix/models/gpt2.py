@@ -3,8 +3,8 @@
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.batches import Packing
 from jaxprefix.config import Compute
+from jaxprefix.data.batches import Packing
 from jaxprefix.models.attention import (
     Cache,
     LayerCache,

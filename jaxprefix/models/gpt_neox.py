@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxprefix.batches import Packing
 from jaxprefix.config import Compute
+from jaxprefix.data.batches import Packing
 from jaxprefix.models.attention import (
     Cache,
     LayerCache,

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt16
 
-from jaxprefix.devices import alone_on_a_cpu, on_a_cpu
+from jaxprefix.machine.devices import alone_on_a_cpu, on_a_cpu
 from jaxprefix.models.config import ModelConfig
 
 Weight = Float[Array, "*out n_in"] | UInt16[Array, "*out n_in"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from jaxprefix.batches import Packing
+from jaxprefix.data.batches import Packing
 
 
 def on_texts(function: Callable[..., Any], packing: Packing | None, *arrays: Shaped[Array, "B T ..."]) -> Any:

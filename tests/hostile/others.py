@@ -14,7 +14,7 @@ from jaxprefix.base_folder import open_base
 from jaxprefix.cli import main
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
-from jaxprefix.examples import Chunking, read_examples
+from jaxprefix.data.examples import Chunking, read_examples
 from jaxprefix.models import copy_base_model
 from tests.base_folders import GOLDEN_BASE, changed_weights, make_base_folder
 from tests.hostile.prefixes import CreatesAFile

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.batches import make_packed_batch
 from jaxprefix.config import Compute
+from jaxprefix.data.batches import make_packed_batch
+from jaxprefix.data.shapes import PackedShape
 from jaxprefix.loss import batch_loss
 from jaxprefix.models import attention, blocked
 from jaxprefix.models.attention import attend, own_slots
-from jaxprefix.shapes import PackedShape
 from tests.arrays import normals, random_prefix
 from tests.examples import EXAMPLES
 from tests.models.attending import attended, outputs_and_gradients

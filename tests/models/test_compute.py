@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxprefix import load_model
 from jaxprefix.config import Compute
-from jaxprefix.devices import compiling_for
+from jaxprefix.machine.devices import compiling_for
 from jaxprefix.models import abstract_model, attention, gpt2, gpt_neox
 from jaxprefix.models.attention import attend, heads_first, square_causal
 from jaxprefix.models.config import read_model_config

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from jaxprefix import load_model
-from jaxprefix.batches import lay_out, make_packed_batch, make_padded_batch
 from jaxprefix.config import Compute
-from jaxprefix.data import rows_of
+from jaxprefix.data.batches import lay_out, make_packed_batch, make_padded_batch
+from jaxprefix.data.rows import rows_of
+from jaxprefix.data.shapes import PackedShape, PaddedShape
 from jaxprefix.loss import batch_loss, next_token_loss
 from jaxprefix.models import attention
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.packing import on_texts, pack, unpack
-from jaxprefix.shapes import PackedShape, PaddedShape
 from tests.arrays import normals, random_prefix
 from tests.base_folders import with_config
 from tests.examples import EXAMPLES, PROMPTED

@@ -12,12 +12,12 @@ from convert.errors import InputError
 from jaxprefix import load_model
 from jaxprefix.check import compiled_memory
 from jaxprefix.config import CheckConfig, Compute
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.loss import next_token_loss
 from jaxprefix.models import abstract_model
 from jaxprefix.models.attention import own_slots
 from jaxprefix.models.config import read_model_config
 from jaxprefix.models.layers import scanned_dtype
-from jaxprefix.shapes import PaddedShape
 from tests.arrays import TOKENS, empty_cache, random_prefix
 from tests.base_folders import GOLDEN_BASE, make_base_folder
 from tests.tolerances import BFLOAT16, MODEL

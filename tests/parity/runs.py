@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxprefix import load_model
 from jaxprefix.config import TrainConfig
-from jaxprefix.data import epoch_order
+from jaxprefix.data.plan import epoch_order
 from jaxprefix.prefix import Encoder, new_encoder
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from torch_ref import train as reference

@@ -30,16 +30,17 @@ import torch_ref.tokenizer
 import torch_ref.train
 from convert.prefix import to_folded
 from jaxprefix import load_model, load_prefix, load_tokenizer
-from jaxprefix.batches import Batch, make_padded_batch
-from jaxprefix.checkpoint import Checkpoints, from_names
 from jaxprefix.config import ConvertConfig, TrainConfig
 from jaxprefix.conversion import convert
-from jaxprefix.data import IGNORED, row_lengths, split_examples
-from jaxprefix.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.data.batches import Batch, make_padded_batch
+from jaxprefix.data.examples import Chunking, Example, Examples, read_examples
+from jaxprefix.data.plan import split_examples
+from jaxprefix.data.rows import IGNORED, row_lengths
+from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run_folder import CHECKPOINTS
-from jaxprefix.shapes import PaddedShape
+from jaxprefix.run.checkpoint import Checkpoints, from_names
+from jaxprefix.run.folder import CHECKPOINTS
 from jaxprefix.sharding import make_mesh
 from tests.parity.cases import (
     LOW_CLIP,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import batches, conversion, data, loop, loss, prefix, recipe, tokenizer, train, update
+from jaxprefix import conversion, data, loop, loss, prefix, recipe, tokenizer, train, update
+from jaxprefix.data import batches
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case, differing

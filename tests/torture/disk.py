@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxprefix.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.config import TrainConfig
-from jaxprefix.run_description import is_run_folder
+from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.run.description import is_run_folder
 from tests.runs import PATIENCE, run_config, start
 
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -33,7 +33,7 @@ from convert.errors import InputError, RunError
 from convert.prefix import read_prefix
 from jaxprefix import cli, load_tokenizer
 from jaxprefix.config import Compute, ConvertConfig, HostsConfig, TrainConfig
-from jaxprefix.examples import Chunking, Example, chunk_document, read_examples
+from jaxprefix.data.examples import Chunking, Example, chunk_document, read_examples
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig, GenerateConfig
 from jaxprefix.models.config import read_model_config
 from tests.base_folders import GOLDEN, GOLDEN_BASE, TINY, TINY_GPT2

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from jaxprefix.checkpoint import KEPT, newest_checkpoint
 from jaxprefix.config import TrainConfig
+from jaxprefix.run.checkpoint import KEPT, newest_checkpoint
 from tests.runs import assert_same_end, metrics_of, run_config, start
 
 SETTINGS = {"batch_size": 1, "n_epochs": 30, "checkpoint_every_n_steps": 5}

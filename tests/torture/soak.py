@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import tyro
 
 import jaxprefix
-from jaxprefix.compiling import prepare_compiling
 from jaxprefix.decode import PROMPT_STEP
+from jaxprefix.machine.compiling import prepare_compiling
 from tests.base_folders import GOLDEN, GOLDEN_BASE
 from tests.memory import memory
 from tests.runs import run_config, start

@@ -1,0 +1,1 @@
+"""From lines of JSON to the arrays of a batch. No jax in here."""
