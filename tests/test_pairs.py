@@ -198,7 +198,7 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
     for place in ("one", "other"):
         (tmp_path / place).mkdir()
     shutil.copytree(undisturbed[0].run_dir, tmp_path / "one" / "run")
-    impatient = ("-c", IMPATIENT.format("hosts", "VISIBLE_SECONDS"))
+    impatient = ("-c", IMPATIENT.format("machine.hosts", "VISIBLE_SECONDS"))
     config, other = run_config(tmp_path / "one", **LONG), ("--output_dir", str(tmp_path / "other"))
     codes, _, errors = ended(start_pair(config, "--resume", each=((), other), program=impatient))
     assert codes == [2, 2], errors
@@ -212,7 +212,7 @@ def test_a_folder_of_runs_that_is_not_shared_ends_both_before_checkpoints_are_lo
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
     config = run_config(tmp_path)
-    pair = start_pair(config, program=("-c", IMPATIENT.format("joining", "HEARTBEAT_SECONDS")))
+    pair = start_pair(config, program=("-c", IMPATIENT.format("machine.joining", "HEARTBEAT_SECONDS")))
     while not (config.run_dir / "log.txt").is_file():
         assert all(process.poll() is None for process in pair)
         time.sleep(0.05)
@@ -239,7 +239,7 @@ def test_ctrl_c_ends_a_process_that_waits_for_others_to_join(tmp_path):
 @pytest.mark.slow
 def test_a_coordinator_that_does_not_answer(tmp_path):
     _, second = documented_flags()
-    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("joining", "JOIN_SECONDS")))
+    process = start(run_config(tmp_path), *second, program=("-c", IMPATIENT.format("machine.joining", "JOIN_SECONDS")))
     [code], _, [error] = ended([process])
     assert code == 2
     told = r"error: process 0 or another process did not join at 127.0.0.1:\d+ within 2 seconds"

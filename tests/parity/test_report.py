@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jaxprefix import conversion, data, loop, loss, prefix, recipe, tokenizer, train, update
-from jaxprefix.data import batches
+from jaxprefix import conversion, loop, loss, prefix, recipe, tokenizer, train, update
+from jaxprefix.data import batches, rows
 from jaxprefix.models import gpt_neox
 from tests.parity.cases import make_files
 from tests.parity.report import CASES, STAGES, compare, compare_case, differing
@@ -110,7 +110,7 @@ FAULTS = {
         lambda: replaced(
             loss,
             "next_token_loss",
-            lambda of: lambda h, head, labels, *n: of(h, head, jnp.where(labels == data.IGNORED, PAD_ID, labels), *n),
+            lambda of: lambda h, head, labels, *n: of(h, head, jnp.where(labels == rows.IGNORED, PAD_ID, labels), *n),
         ),
     ),
     "gradient of the prefix values lost": ("gradients", lambda: replaced(gpt_neox, "attend", gradient_of_values_lost)),
