@@ -11,7 +11,7 @@ from pathlib import Path
 import jaxprefix
 from jaxprefix.config import TrainConfig
 from jaxprefix.machine.screen import escape_unknown
-from jaxprefix.sentences import suffix_rate
+from jaxprefix.suffix_rate import suffix_rate
 from jaxprefix.train import train
 
 DATA = Path(__file__).resolve().parent.parent / "data"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer", "save_prefix"]
 
-_ROOMS = {
+_MODULE_OF = {
     "generate": "decode",
     "load_model": "models",
     "load_prefix": "prefix",
@@ -30,9 +30,9 @@ def _imported(name: str) -> Any:
         from importlib import metadata
 
         return metadata.version(__name__)
-    if name not in _ROOMS:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
 if not TYPE_CHECKING:  # a type checker would assume that every name exists

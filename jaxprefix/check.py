@@ -14,10 +14,9 @@ from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.config import CheckConfig, TrainConfig, mesh_sizes
 from jaxprefix.data.batches import Batch, Packing
 from jaxprefix.data.examples import Examples
-from jaxprefix.data.plan import UpdatePlan, split_examples
 from jaxprefix.data.rows import label_counts
 from jaxprefix.data.shapes import PackedShape, PaddedShape, Shape, round_up
-from jaxprefix.inputs import batch_shapes, check_rows, load_data
+from jaxprefix.inputs import batch_shapes, divided, load_data
 from jaxprefix.machine.devices import devices
 from jaxprefix.machine.memory import GIB
 from jaxprefix.models import abstract_model, check_weights, held_dtype, path_name, weight_shapes
@@ -32,7 +31,8 @@ from jaxprefix.vocabularies import SentencePiece
 
 def check(config: CheckConfig) -> Iterator[str]:
     """Yield the report line by line. Raises InputError for anything that would stop a run."""
-    folder, model, tokenizer = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
+    folder, model, tokenizer = base
     if Path(config.pretrained_model_dir).is_dir():  # a hub id's weights may not be downloaded yet
         check_weights(folder, model)
     if config.checkpoint_path is not None:  # read it as a new run would
@@ -50,11 +50,9 @@ def check(config: CheckConfig) -> Iterator[str]:
         yield from describe_data(examples, tokenizer)
         if examples.tally.n_sentences:
             yield describe_suffix(config.suffix, tokenizer)
-        sizes = (config.train_data_size, config.dev_data_size)
-        train_set, dev_set = split_examples(examples, *sizes, config.data_filepath)  # raises if there are too few
+        inputs = divided(config, base, examples)
+        n_columns = inputs.longest_row
         yield from examples.tally.report(config.data_filepath)
-        plan = UpdatePlan(config, len(train_set))
-        n_columns = check_rows(model, tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
     yield f"positions: prefix {config.prefix_seq_len} + longest row {n_columns} of {model.max_positions:,}"
     if config.hosts.several:
         yield "memory: not estimated for several hosts, since one does not see the others' devices"
@@ -63,7 +61,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     if config.data_filepath is None:
         shape: Shape = PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns)
     else:
-        shape = batch_shapes(config, train_set, plan, mesh)[-1]
+        shape = batch_shapes(config, inputs.train_set, inputs.plan, mesh)[-1]
     yield describe_memory(config, model, shape)
 
 

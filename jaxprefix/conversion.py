@@ -15,11 +15,11 @@ from jaxprefix.config import ConvertConfig
 from jaxprefix.hub import BASE_CONFIG
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import check_prefix, check_sizes
-from jaxprefix.run.checkpoint import Checkpoints, check_arrays, newest_checkpoint
+from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, check_arrays, newest_checkpoint
 from jaxprefix.run.description import check_base, is_run_folder
-from jaxprefix.run.folder import CHECKPOINTS, check_takes_state
+from jaxprefix.run.folder import check_takes_state
 from jaxprefix.run.lock import only_writer
-from jaxprefix.start import Progress
+from jaxprefix.run.progress import Progress
 
 TRAINING_STATE_SUFFIX = ".pt"
 PREFIX_SUFFIXES = (".weight", ".checkpoint", ".npy", ".safetensors")

@@ -11,11 +11,11 @@ from jaxprefix.inference import as_trained, load_base, on_its_devices, open_with
 from jaxprefix.inference_config import EvaluateConfig
 from jaxprefix.inputs import check_rows, usable_examples
 from jaxprefix.machine.screen import tell
-from jaxprefix.metrics import dev_batches, dev_loss
+from jaxprefix.metrics import evaluation_batches, loss_and_ppl
 from jaxprefix.prefix import Prefix
 from jaxprefix.recipe import RECIPES, Recipe
-from jaxprefix.sentences import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.sharding import make_mesh
+from jaxprefix.suffix_rate import AT_MARKS, NOWHERE, suffix_rate, without_cut_end
 from jaxprefix.tokenizer import Tokenizer
 
 Report = dict[str, dict[str, float | int]]
@@ -53,8 +53,8 @@ def _evaluate(config: EvaluateConfig) -> Report:
     for way, used in ways.items():
         values = report[way] = {}
         if examples is not None:
-            batches = dev_batches(examples, base.tokenizer, config.batch_size, mesh, recipe.packs_dev)
-            values |= dev_loss(model, used, batches, mesh, recipe)
+            batches = evaluation_batches(examples, base.tokenizer, config.batch_size, mesh, recipe.packs_dev)
+            values |= loss_and_ppl(model, used, batches, mesh, recipe)
             if not math.isfinite(values["loss"]):
                 told = overflow_hint(model.embed.weight.dtype.name)
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from convert.errors import InputError
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import DType, TrainConfig
-from jaxprefix.data.examples import parse_line, string_of
+from jaxprefix.data.lines import parse_line, string_of
 from jaxprefix.hub import fetch_weights
 from jaxprefix.inference_config import EvaluateConfig, InferenceConfig
 from jaxprefix.machine.devices import compiling_for, devices, half_type, own_device

@@ -32,6 +32,8 @@ class Inputs(NamedTuple):
     dev_set: Examples
     n_unused: int
     """Examples of the file in neither set."""
+    longest_row: int
+    """Tokens."""
     plan: UpdatePlan
 
 
@@ -39,13 +41,21 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """Read configuration, tokenizer and data, and check that they fit together before weights are downloaded."""
     base = open_base(config.pretrained_model_dir, config.revision, config.model_type)
     check_attention(config.compute.attention, base.config.head_dim)
-    examples = load_data(config, base.config, base.tokenizer)
-    train_set, dev_set = split_examples(examples, config.train_data_size, config.dev_data_size, config.data_filepath)
-    check_rows(base.config, base.tokenizer, config.prefix_seq_len, config.data_filepath, train_set, dev_set)
-    n_unused = len(examples) - len(train_set) - len(dev_set)
-    inputs = Inputs(base, train_set, dev_set, n_unused, UpdatePlan(config, len(train_set)))
+    inputs = divided(config, base, load_data(config, base.config, base.tokenizer))
     fetch_weights(config.pretrained_model_dir, base.path)
     return inputs
+
+
+def divided(config: TrainConfig, base: BaseFolder, examples: Examples) -> Inputs:
+    """Divide a file's examples into a run's sets and updates.
+
+    Raises InputError if there are too few, one has too long a row, or the updates cannot be made of them.
+    """
+    path, sizes = config.data_filepath, (config.train_data_size, config.dev_data_size)
+    train_set, dev_set = split_examples(examples, *sizes, path)
+    longest_row = check_rows(base.config, base.tokenizer, config.prefix_seq_len, path, train_set, dev_set)
+    plan = UpdatePlan(config, len(train_set))
+    return Inputs(base, train_set, dev_set, len(examples) - sum(sizes), longest_row, plan)
 
 
 def load_data(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer) -> Examples:

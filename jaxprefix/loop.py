@@ -15,15 +15,15 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch
 from jaxprefix.inputs import Inputs, update_batches
 from jaxprefix.machine.hosts import Verdict, Vote, Watchdog, is_first, spread
-from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
+from jaxprefix.metrics import LossMeter, evaluation_batches, loss_and_ppl
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
 from jaxprefix.run.checkpoint import Checkpoints
 from jaxprefix.run.faults import FiniteGuard, StopRequest, check_still_there, what_is_left
 from jaxprefix.run.log import RunLog
+from jaxprefix.run.progress import Progress
 from jaxprefix.sharding import split_rows
-from jaxprefix.start import Progress
 from jaxprefix.update import FrozenBase, LearningRate, Outcome, TrainState, Update, n_applied
 
 
@@ -146,14 +146,14 @@ def save(run: Run, state: TrainState, progress: Progress) -> None:
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
     """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
     prefix, inputs, recipe = prefix_of(state.encoder), run.inputs, RECIPES[run.config.recipe]
-    packing = run.config.packing and recipe.packs_dev
+    size, packing = run.config.batch_size, run.config.packing and recipe.packs_dev
 
     def batches() -> Iterator[Batch]:
-        for batch in dev_batches(inputs.dev_set, inputs.base.tokenizer, run.config.batch_size, run.mesh, packing):
+        for batch in evaluation_batches(inputs.dev_set, inputs.base.tokenizer, size, run.mesh, packing):
             run.watchdog.still_going()
             yield batch
 
-    metrics = dev_loss(run.base, prefix, batches(), run.mesh, recipe)
+    metrics = loss_and_ppl(run.base, prefix, batches(), run.mesh, recipe)
     progress.to_evaluate = False
     run.log.point("dev", progress.n_done, epoch, **metrics)
     loss = metrics["loss"]
@@ -178,11 +178,11 @@ def offending_examples(run: Run, state: TrainState, update: int) -> list[str]:
     examples, prefix = [train_set[number] for number in numbers], prefix_of(state.encoder)
     lines, offending = [], []
     for number, (prompt, target), alone in zip(
-        numbers, examples, dev_batches(examples, tokenizer, 1, run.mesh), strict=True
+        numbers, examples, evaluation_batches(examples, tokenizer, 1, run.mesh), strict=True
     ):
         where = f"{run.config.data_filepath}, line {train_set.line_numbers[number]}"
         lines.append(f"{where}: {tokenizer.decode(prompt + target)[:50]!r}")
-        if not math.isfinite(dev_loss(run.base, prefix, [alone], run.mesh)["loss"]):
+        if not math.isfinite(loss_and_ppl(run.base, prefix, [alone], run.mesh)["loss"]):
             offending.append(lines[-1])
         run.watchdog.still_going()
     return offending or lines

@@ -69,7 +69,7 @@ def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def dev_batches(
+def evaluation_batches(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     batch_size: int,
@@ -88,7 +88,7 @@ def dev_batches(
         yield make_padded_batch(examples[first : first + batch_size], tokenizer, shape)
 
 
-def dev_loss(
+def loss_and_ppl(
     base: BaseModel, prefix: Prefix | None, batches: Iterable[Batch], mesh: Mesh, recipe: Recipe = Recipe()
 ) -> dict[str, float]:
     """Return {"loss": nats per token, "ppl": perplexity}, averaged over the batches as the recipe says.

@@ -1,11 +1,9 @@
 """What training starts from: an encoder fitted to the base model, another run's encoder, or a checkpoint."""
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,32 +16,11 @@ from jaxprefix.machine.hosts import agree, broadcast_from_first, check_same, is_
 from jaxprefix.machine.screen import warn
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import DEV_LOSS, DirectPrefix, Encoder, check_length, load_prefix, new_encoder
-from jaxprefix.run.checkpoint import Checkpoints, from_names, named
+from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, from_names, named
 from jaxprefix.run.description import check_base
-from jaxprefix.run.folder import CHECKPOINTS
+from jaxprefix.run.progress import Progress
 from jaxprefix.tokenizer import Tokenizer
 from jaxprefix.update import LossScale, TrainState, first_state
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, besides its arrays."""
-
-    n_done: int = 0
-    best_dev_loss: float | None = None
-    """Kept in the prefix's file, not in checkpoints, which are saved before their epoch is measured."""
-    has_prefix: bool = False
-    """Whether a prefix has been saved."""
-    window: Sequence[Any] = ()
-    """`LossSums` since the last log point."""
-    n_skipped: int = 0
-    """Updates that float16 has skipped in a row."""
-    to_evaluate: bool = False
-    """Whether an evaluation was due when this was saved; a resumed run begins with it, even if it was made since."""
-
-    def to_save(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: all but the best dev loss."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "best_dev_loss"}
 
 
 def earlier_arrays(config: TrainConfig, identity: dict[str, str]) -> dict[str, np.ndarray] | None:

@@ -23,14 +23,15 @@ from jaxprefix.machine.joining import joined
 from jaxprefix.machine.memory import released_after_errors, within_memory
 from jaxprefix.models import fingerprint, load_model
 from jaxprefix.prefix import Encoder
-from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
+from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, newest_checkpoint
 from jaxprefix.run.description import common_settings, describe_run
 from jaxprefix.run.faults import less_memory, stop_on_signal, within_disk
-from jaxprefix.run.folder import CHECKPOINTS, check_run_folder, open_shared_folder
+from jaxprefix.run.folder import check_run_folder, open_shared_folder
 from jaxprefix.run.lock import only_run
 from jaxprefix.run.log import RunLog
+from jaxprefix.run.progress import Progress
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
-from jaxprefix.start import Progress, restore_state, starting_state
+from jaxprefix.start import restore_state, starting_state
 from jaxprefix.update import learning_rate, make_update
 
 

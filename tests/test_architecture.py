@@ -20,31 +20,54 @@ MAY_NOT_IMPORT = {
     "torch_ref": {"jax", "flax", "optax", "jaxprefix"},
     "convert": {"jax", "flax", "jaxprefix", "torch_ref"},
 }
-# A room imports only rooms of its own floor or of floors below it.
-FLOORS = [
-    {"__main__"},
-    {"cli"},
-    {"train", "conversion", "check", "generation", "evaluation"},
-    {"loop"},
-    {"inputs", "inference", "run.faults", "start"},
-    {"update", "decode", "metrics", "run.folder"},
-    {"prefix", "sampling", "loss", "sharding", "run.checkpoint", "run.lock"},
-    {"run.description", "run.log", "run.orbax_errors"},
-    {"base_folder"},
-    {"models"},
-    {"data.batches"},
-    {"data.shapes"},
-    {"data.plan", "data.rows"},
-    {"data.token_cache"},
-    {"data.examples"},
-    {"data.lines"},
-    {"tokenizer"},
-    {"vocabularies"},
-    {"inference_config", "machine.joining"},
-    {"config", "hub", "machine.compiling", "machine.hosts"},
-    {"recipe", "machine.devices", "machine.memory", "machine.user_cache"},
-    {"settings", "sentences", "machine.screen"},
-]
+# A room, a file or a folder, imports only rooms of its own floor or of floors below it.
+FLOORS = {
+    "jaxprefix": [
+        {"__main__"},
+        {"cli"},
+        {"train"},
+        {"check", "conversion", "loop"},
+        {"evaluation", "start"},
+        {"generation", "metrics", "update"},
+        {"decode", "inference", "loss"},
+        {"prefix"},
+        {"inputs", "run"},
+        {"base_folder", "sharding"},
+        {"models"},
+        {"data", "sampling"},
+        {"inference_config", "machine", "tokenizer"},
+        {"config", "hub"},
+        {"recipe", "settings", "suffix_rate", "vocabularies"},
+    ],
+    "jaxprefix/run": [
+        {"faults"},
+        {"folder"},
+        {"checkpoint", "lock"},
+        {"description", "log", "orbax_errors", "progress"},
+    ],
+    "jaxprefix/models": [
+        {"__init__"},
+        {"gpt2", "gpt_neox"},
+        {"stack"},
+        {"attention"},
+        {"blocked", "packing"},
+        {"layers"},
+        {"config"},
+    ],
+    "jaxprefix/data": [
+        {"batches"},
+        {"shapes"},
+        {"plan", "rows"},
+        {"token_cache"},
+        {"examples"},
+        {"lines"},
+    ],
+    "jaxprefix/machine": [
+        {"joining"},
+        {"compiling", "hosts"},
+        {"devices", "memory", "screen", "user_cache"},
+    ],
+}
 
 
 def imported(path: Path, body: list[ast.stmt] | None = None) -> set[str]:
@@ -69,24 +92,23 @@ def test_packages_keep_apart(package):
         assert not top_packages(imported(path)) & MAY_NOT_IMPORT[package], path
 
 
-def room_of(path: Path) -> str:
-    """The room that a file of jaxprefix belongs to: the file itself, or all models."""
-    parts = path.relative_to(ROOT / "jaxprefix").with_suffix("").parts
-    return "models" if parts[0] == "models" else ".".join(parts)
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_its_floor(package):
+    rooms = {
+        path.stem for path in (ROOT / package).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"__init__"} == set().union(*FLOORS[package]) - {"__init__"}
 
 
-FILES = [path for path in (ROOT / "jaxprefix").rglob("*.py") if not room_of(path).endswith("__init__")]
-
-
-def test_every_room_has_its_floor():
-    assert {room_of(path) for path in FILES} == set().union(*FLOORS)
-
-
-@pytest.mark.parametrize("path", FILES, ids=room_of)
-def test_no_arrow_runs_back_up(path):
-    own = next(index for index, floor in enumerate(FLOORS) if room_of(path) in floor)
-    above = tuple(f"jaxprefix.{room}." for floor in FLOORS[:own] for room in floor)
-    assert not [name for name in imported(path) if f"{name}.".startswith(above)]
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_arrow_runs_back_up(package):
+    folder, module = ROOT / package, package.replace("/", ".")
+    for index, floor in enumerate(FLOORS[package]):
+        above = tuple(f"{module}.{room}." for rooms in FLOORS[package][:index] for room in rooms)
+        for room in floor:
+            for path in [folder / f"{room}.py", *(folder / room).rglob("*.py")]:
+                names = imported(path) if path.is_file() else set()
+                assert not [name for name in names if f"{name}.".startswith(above)], path
 
 
 def test_torch_is_imported_only_inside_functions_of_convert():

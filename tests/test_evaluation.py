@@ -104,10 +104,10 @@ def test_evaluate_without_samples_needs_no_room_for_them(capsys):
 
 def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
     options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--json"]
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": 800.0, "ppl": math.inf})
+    monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", lambda *_: {"loss": 800.0, "ppl": math.inf})
     assert main(["evaluate", *BASE, *options]) == 0
     assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", lambda *_: {"loss": math.nan, "ppl": math.nan})
+    monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", lambda *_: {"loss": math.nan, "ppl": math.nan})
     assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
     message = "error: the loss without prefix is nan: its numbers grow beyond float16; use --dtype bfloat16"
     assert message in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_evaluate_measures_what_it_is_told_in_the_way_it_is_told(monkeypatch, tm
         return iter([[5], [5, 5]] if prefix is None else [[6]])
 
     texts = {(5,): "晴れ。", (5, 5): "雨。雪。", (6,): "晴れ。 😃"}
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", fake_loss)
+    monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", fake_loss)
     monkeypatch.setattr("jaxprefix.evaluation.generate_ids", fake_ids)
     monkeypatch.setattr("jaxprefix.evaluation.continuation", lambda _, prompt, made: texts[tuple(made)])
     places = {"prompt_file": tmp_path / "prompts.txt", "data_filepath": GOLDEN / "documents.jsonl"}
@@ -236,7 +236,7 @@ def test_evaluate_goes_through_data_as_its_recipe_does(monkeypatch, recipe, pack
         seen.extend(batches)
         return {"loss": 1.0, "ppl": 1.0}
 
-    monkeypatch.setattr("jaxprefix.evaluation.dev_loss", fake_loss)
+    monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", fake_loss)
     settings = {"n_samples": 0, "batch_size": 2, "decode": DecodeConfig(recipe=recipe)}
     evaluate(EvaluateConfig(str(GOLDEN_BASE), data_filepath=GOLDEN / "documents.jsonl", **settings))
     assert {batch.packing is not None for batch in seen} == {packed}

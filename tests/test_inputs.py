@@ -15,7 +15,7 @@ from jaxprefix.data.plan import UpdatePlan
 from jaxprefix.data.rows import label_counts, row_lengths
 from jaxprefix.data.shapes import packed_shapes
 from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs, update_batches
-from jaxprefix.metrics import dev_batches, dev_loss
+from jaxprefix.metrics import evaluation_batches, loss_and_ppl
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh
 from jaxprefix.train import summary, train
@@ -164,8 +164,8 @@ def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer
     inputs = read_inputs(config)
     batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, mesh, 0)))
     examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
-    expected = dev_loss(golden_model, None, dev_batches(examples, tokenizer, 4, mesh), mesh)
-    assert dev_loss(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
+    expected = loss_and_ppl(golden_model, None, evaluation_batches(examples, tokenizer, 4, mesh), mesh)
+    assert loss_and_ppl(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
 
 
 def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):

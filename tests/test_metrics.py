@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxprefix.data.examples import Example
-from jaxprefix.metrics import LossMeter, dev_batches, dev_loss
+from jaxprefix.metrics import LossMeter, evaluation_batches, loss_and_ppl
 from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import make_mesh
 from tests.examples import EXAMPLES, PROMPTED
@@ -38,24 +38,24 @@ def test_ppl_of_a_huge_loss_is_infinite():
 def test_rows_of_dev_batches_can_be_split_evenly(tokenizer):
     """An example with a prompt makes one row; a mesh that splits rows in four takes four at a time."""
     mesh = AbstractMesh((2, 2, 3), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3)
-    [batch] = dev_batches([Example([5], [6])], tokenizer, 1, mesh)
+    [batch] = evaluation_batches([Example([5], [6])], tokenizer, 1, mesh)
     assert batch.tokens.shape == (4, 2)
 
 
 def test_packed_dev_batches_have_the_loss_of_padded_ones(golden_model, tokenizer):
     examples, mesh = [*EXAMPLES, *PROMPTED], make_mesh()
-    packed, padded = (list(dev_batches(examples, tokenizer, 2, mesh, packing)) for packing in (True, False))
+    packed, padded = (list(evaluation_batches(examples, tokenizer, 2, mesh, packing)) for packing in (True, False))
     assert len(packed) < len(padded)
-    expected = dev_loss(golden_model, None, padded, mesh)
-    assert dev_loss(golden_model, None, packed, mesh) == pytest.approx(expected, rel=LOSS)
+    expected = loss_and_ppl(golden_model, None, padded, mesh)
+    assert loss_and_ppl(golden_model, None, packed, mesh) == pytest.approx(expected, rel=LOSS)
 
 
 def test_a_dev_loss_is_averaged_as_its_recipe_says(golden_model, tokenizer):
     mesh = make_mesh()
-    batches = list(dev_batches(EXAMPLES, tokenizer, 2, mesh))
-    losses = [dev_loss(golden_model, None, [batch], mesh)["loss"] for batch in batches]
+    batches = list(evaluation_batches(EXAMPLES, tokenizer, 2, mesh))
+    losses = [loss_and_ppl(golden_model, None, [batch], mesh)["loss"] for batch in batches]
     n_labels = [batch.n_labels for batch in batches]
     for recipe, weights in (Recipe(), n_labels), (RECIPES["rinna"], None):
         expected = np.average(losses, weights=weights)
-        assert dev_loss(golden_model, None, batches, mesh, recipe)["loss"] == pytest.approx(expected, rel=LOSS)
+        assert loss_and_ppl(golden_model, None, batches, mesh, recipe)["loss"] == pytest.approx(expected, rel=LOSS)
     assert np.mean(losses) != pytest.approx(np.average(losses, weights=n_labels), rel=LOSS)

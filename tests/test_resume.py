@@ -223,7 +223,7 @@ def test_other_devices_go_on_within_rounding(finished, tmp_path):
 def test_what_comes_while_the_dev_set_is_gone_through_costs_no_update(finished, tmp_path, monkeypatch):
     config = run_config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "dev_loss", lambda *_: 1 / 0)
+        patch.setattr(loop_module, "loss_and_ppl", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert newest_checkpoint(config.run_dir / "checkpoints") == 4
@@ -274,7 +274,7 @@ def test_the_loss_scale_and_its_skipped_updates_go_on(tmp_path, monkeypatch):
 def test_a_run_of_one_epoch_that_ends_in_its_dev_set_goes_on_with_it(tmp_path, monkeypatch):
     config = run_config(tmp_path, n_epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(loop_module, "dev_loss", lambda *_: 1 / 0)
+        patch.setattr(loop_module, "loss_and_ppl", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert train(run_config(tmp_path, n_epochs=1, resume=True)).best_dev_loss == losses_of(config.run_dir, "dev")[0]

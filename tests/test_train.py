@@ -23,9 +23,9 @@ from jaxprefix.data.examples import Chunking, read_examples
 from jaxprefix.evaluation import evaluate
 from jaxprefix.inference_config import DecodeConfig, EvaluateConfig
 from jaxprefix.machine import devices, hosts
-from jaxprefix.metrics import dev_batches, dev_loss
+from jaxprefix.metrics import evaluation_batches, loss_and_ppl
 from jaxprefix.models import attention, load_model
-from jaxprefix.run import folder as run_folder
+from jaxprefix.run import folder
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from jaxprefix.train import train
@@ -73,10 +73,10 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
     raised = iter([1.0, 0.0, 2.0])  # makes the second of three epochs the best, on every machine
 
     def dev_loss_raised(*arguments):
-        metrics = dev_loss(*arguments)
+        metrics = loss_and_ppl(*arguments)
         return metrics | {"loss": metrics["loss"] + next(raised)}
 
-    monkeypatch.setattr("jaxprefix.loop.dev_loss", dev_loss_raised)
+    monkeypatch.setattr("jaxprefix.loop.loss_and_ppl", dev_loss_raised)
     config = run_config(tmp_path, n_epochs=3)
     train(config)
     losses = losses_of(config.run_dir, "dev")
@@ -84,7 +84,7 @@ def test_the_best_prefix_is_kept(tmp_path, monkeypatch):
     model, tokenizer = load_model(GOLDEN_BASE), load_tokenizer(GOLDEN_BASE)
     dev_set = read_examples(config.data_filepath, Chunking(tokenizer))[-4:]
     prefix, mesh = load_prefix(config.run_dir, model.config, tokenizer), make_mesh()
-    found = dev_loss(model, prefix, dev_batches(dev_set, tokenizer, 4, mesh), mesh)["loss"]
+    found = loss_and_ppl(model, prefix, evaluation_batches(dev_set, tokenizer, 4, mesh), mesh)["loss"]
     assert found == pytest.approx(min(losses), rel=LOSS)
 
 
@@ -187,7 +187,7 @@ def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
         return {"loss": 1.0, "ppl": 1.0}
 
     for module in ("loop", "evaluation"):
-        monkeypatch.setattr(f"jaxprefix.{module}.dev_loss", spy)
+        monkeypatch.setattr(f"jaxprefix.{module}.loss_and_ppl", spy)
     for number, settings in enumerate(({"packing": True}, {"packing": False}, {"packing": True, "recipe": "rinna"})):
         train(run_config(tmp_path, str(number), n_training_steps=1, train_data_size=9, **settings))
     assert packed == [True, False, False]
@@ -258,7 +258,7 @@ def test_of_many_processes_the_first_alone_writes_the_prefix(tmp_path, monkeypat
 
 def test_whatever_may_fail_on_one_process_is_told_to_all(tmp_path, monkeypatch):
     named, agree = [], train_module.agree
-    for module in (train_module, run_folder, hosts, start):
+    for module in (train_module, folder, hosts, start):
         monkeypatch.setattr(module, "agree", lambda name, attempt: (named.append(name), agree(name, attempt))[1])
     train(run_config(tmp_path, n_training_steps=1))
     steps = ["read its inputs", "make its mesh", "read the weights", "describe the run", "match process 0's settings"]
@@ -277,13 +277,13 @@ def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop_module, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
     before_updates(monkeypatch, lambda _: now.__setitem__(0, now[0] + 1))
-    dev_loss = loop_module.dev_loss
+    loss_and_ppl = loop_module.loss_and_ppl
 
     def slow_dev_loss(*given):
         now[0] += 3600
-        return dev_loss(*given)
+        return loss_and_ppl(*given)
 
-    monkeypatch.setattr(loop_module, "dev_loss", slow_dev_loss)
+    monkeypatch.setattr(loop_module, "loss_and_ppl", slow_dev_loss)
     config = run_config(tmp_path)
     train(config)
     assert all(point["tokens_per_s"] > 10 for point in metrics_of(config.run_dir))
@@ -291,7 +291,7 @@ def test_tokens_per_second_are_those_of_training_alone(tmp_path, monkeypatch):
 
 def test_of_equal_prefixes_the_first_is_kept(tmp_path, monkeypatch):
     saves = []
-    monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_: {"loss": 1.0, "ppl": 2.7})
+    monkeypatch.setattr("jaxprefix.loop.loss_and_ppl", lambda *_: {"loss": 1.0, "ppl": 2.7})
     monkeypatch.setattr("jaxprefix.loop.save_prefix", lambda *arguments: saves.append(arguments))
     train(run_config(tmp_path, n_epochs=2))
     assert len(saves) == 1

@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from convert.errors import InputError
-from convert.untrusted import unique_keys
-from jaxprefix.data.lines import LINE_BYTES, read_lines
+from jaxprefix.data.lines import parse_line, read_lines, string_of
 from jaxprefix.recipe import Recipe
-from jaxprefix.settings import is_utf8
 from jaxprefix.tokenizer import Tokenizer
 
 SCANNED = 2**24
@@ -277,29 +274,3 @@ def _whole_chunks(sentences: Sequence[str], chunking: Chunking) -> Iterator[list
         if chunk and not (end == len(whole) and recipe.drop_document_tails):
             yield chunk
         start, newline = end, ""
-
-
-def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
-    """Return a line's object, None if it is blank. Raises an InputError that begins with `where`."""
-    if len(line) > LINE_BYTES:
-        raise InputError(f"{where}: is longer than {LINE_BYTES:,} bytes; split the document")
-    if b"\0" in line:
-        raise InputError(f"{where}: holds NUL bytes; the file must be UTF-8 text")
-    try:
-        text = line.decode("utf-8").strip()
-        record = json.loads(text, object_pairs_hook=unique_keys) if text else None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-    if text and not isinstance(record, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    return record
-
-
-def string_of(record: dict[str, Any], field: str, where: str) -> str:
-    """Return a string field of an object. Raises an InputError that begins with `where`."""
-    value = record[field]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
-    if not is_utf8(value):
-        raise InputError(f"{where}: `{field}` holds an unpaired surrogate")
-    return value

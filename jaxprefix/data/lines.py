@@ -4,12 +4,15 @@ import codecs
 import functools
 import gzip
 import hashlib
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from convert.errors import InputError
+from convert.untrusted import unique_keys
+from jaxprefix.settings import is_utf8
 
 LINE_BYTES = 2**23
 """Longest line; tokenizing one takes up to some 70 times its length in memory."""
@@ -82,3 +85,29 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any] | None:
+    """Return a line's object, None if it is blank. Raises an InputError that begins with `where`."""
+    if len(line) > LINE_BYTES:
+        raise InputError(f"{where}: is longer than {LINE_BYTES:,} bytes; split the document")
+    if b"\0" in line:
+        raise InputError(f"{where}: holds NUL bytes; the file must be UTF-8 text")
+    try:
+        text = line.decode("utf-8").strip()
+        record = json.loads(text, object_pairs_hook=unique_keys) if text else None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+    if text and not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def string_of(record: dict[str, Any], field: str, where: str) -> str:
+    """Return a string field of an object. Raises an InputError that begins with `where`."""
+    value = record[field]
+    if not isinstance(value, str):
+        raise InputError(f"{where}: `{field}` must be a string, found {type(value).__name__}")
+    if not is_utf8(value):
+        raise InputError(f"{where}: `{field}` holds an unpaired surrogate")
+    return value

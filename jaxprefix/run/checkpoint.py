@@ -33,6 +33,8 @@ from jaxprefix.machine.screen import warn
 from jaxprefix.models import path_name
 from jaxprefix.run.orbax_errors import SaveError, orbax_kept_short, short_reason
 
+CHECKPOINTS = "checkpoints"
+"""Their folder in that of a run."""
 KEPT = 2
 MOST_CHECKPOINTS = 8
 """Most checkpoints considered; more than KEPT exist only if removing one failed, or the run was killed first."""

@@ -14,9 +14,8 @@ import jax
 from convert.errors import RunError
 from jaxprefix.config import TrainConfig
 from jaxprefix.machine.devices import half_type
-from jaxprefix.run.checkpoint import newest_checkpoint
+from jaxprefix.run.checkpoint import CHECKPOINTS, newest_checkpoint
 from jaxprefix.run.description import CONFIG_FILE
-from jaxprefix.run.folder import CHECKPOINTS
 from jaxprefix.run.orbax_errors import SaveError, short_reason
 
 MOST_SKIPPED = 20

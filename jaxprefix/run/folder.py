@@ -11,12 +11,10 @@ from convert.files import is_incidental
 from convert.prefix import PREFIX_FOLDER
 from jaxprefix.config import TrainConfig
 from jaxprefix.machine.hosts import agree, agree_first, wait_until_visible
-from jaxprefix.run.checkpoint import newest_checkpoint
+from jaxprefix.run.checkpoint import CHECKPOINTS, newest_checkpoint
 from jaxprefix.run.description import CONFIG_FILE, check_same_run, is_run_folder, write_description
 from jaxprefix.run.log import check_metrics
 from jaxprefix.settings import is_utf8
-
-CHECKPOINTS = "checkpoints"
 
 
 def open_shared_folder(config: TrainConfig, description: dict[str, Any]) -> None:

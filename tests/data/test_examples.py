@@ -147,7 +147,6 @@ def test_mixed_file(tokenizer, tmp_path):
 def test_bad_line_is_named_or_skipped(tokenizer, tmp_path, monkeypatch, line, message):
     if "longer" in message:
         monkeypatch.setattr(lines, "LINE_BYTES", 1000)
-        monkeypatch.setattr("jaxprefix.data.examples.LINE_BYTES", 1000)
     path = tmp_path / "d.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"text": "a"}\n' + line + b'\n\n{"text": "b"}\n' + line)

@@ -39,8 +39,7 @@ from jaxprefix.data.rows import IGNORED, row_lengths
 from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.inference_config import DecodeConfig
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run.checkpoint import Checkpoints, from_names
-from jaxprefix.run.folder import CHECKPOINTS
+from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, from_names
 from jaxprefix.sharding import make_mesh
 from tests.parity.cases import (
     LOW_CLIP,

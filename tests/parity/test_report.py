@@ -130,7 +130,7 @@ FAULTS = {
     ),
     "dev loss weighted by tokens": (
         "dev_losses",
-        lambda: replaced(loop, "dev_loss", lambda dev_loss: lambda *arguments: dev_loss(*arguments[:4])),
+        lambda: replaced(loop, "loss_and_ppl", lambda loss_and_ppl: lambda *arguments: loss_and_ppl(*arguments[:4])),
     ),
     "saved layout": (
         "saved",

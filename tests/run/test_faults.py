@@ -22,7 +22,7 @@ from convert.prefix import read_prefix
 from jaxprefix.cli import main
 from jaxprefix.data.plan import UpdatePlan
 from jaxprefix.inputs import read_inputs
-from jaxprefix.metrics import _batch_loss, dev_loss
+from jaxprefix.metrics import _batch_loss, loss_and_ppl
 from jaxprefix.run import faults
 from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.run.faults import FiniteGuard, stop_on_signal, within_disk
@@ -60,7 +60,7 @@ def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(tmp_path, monkey
     heard = []
     monkeypatch.setattr("jaxprefix.machine.hosts.Watchdog.still_going", lambda self: heard.append(1))
     if finite_alone:
-        monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *_, **__: {"loss": 1.0})
+        monkeypatch.setattr("jaxprefix.loop.loss_and_ppl", lambda *_, **__: {"loss": 1.0})
     changes = {"prefix_hidden_dim": 0, "max_lr": 1e38, "grad_clip": 0.0, "checkpoint_every_n_steps": 1}
     config = run_config(tmp_path, **changes)
     told = r"update 2: the loss is nan.*checkpoints/1, but --resume would come to the same update"
@@ -126,7 +126,7 @@ def test_skipped_updates_must_follow_one_another(tmp_path):
 
 
 def test_a_dev_loss_that_is_never_finite_keeps_no_prefix(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("jaxprefix.loop.dev_loss", lambda *arguments: {"loss": math.nan, "ppl": math.nan})
+    monkeypatch.setattr("jaxprefix.loop.loss_and_ppl", lambda *arguments: {"loss": math.nan, "ppl": math.nan})
     config = run_config(tmp_path, n_training_steps=1)
     assert main(["train", *flags_of(config)]) == 1
     assert "error: no dev loss was finite" in capsys.readouterr().err
@@ -286,14 +286,14 @@ def test_a_folder_that_vanishes_during_an_evaluation_is_not_made_again(tmp_path,
 
     def measure(*arguments):
         measured.append(1)
-        return dev_loss(*arguments)
+        return loss_and_ppl(*arguments)
 
     def vanish_after(checkpoints):
         finish(checkpoints)
         if measured:
             shutil.rmtree(config.run_dir, ignore_errors=True)
 
-    monkeypatch.setattr("jaxprefix.loop.dev_loss", measure)
+    monkeypatch.setattr("jaxprefix.loop.loss_and_ppl", measure)
     monkeypatch.setattr(Checkpoints, "finish", vanish_after)
     with pytest.raises(RunError, match=r"run: vanished while the run was going on"):
         train(config)

@@ -13,7 +13,7 @@ import pytest
 
 import jaxprefix.train as train_module
 from convert.errors import InputError
-from jaxprefix.run import lock as run_lock
+from jaxprefix.run import lock
 from jaxprefix.run.lock import only_run, only_writer
 from jaxprefix.train import train
 from tests.runs import run_config
@@ -56,14 +56,14 @@ def test_the_working_folder_can_be_locked(tmp_path, monkeypatch):
 
 
 def test_an_owner_who_leaves_at_that_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=BlockingIOError))
+    monkeypatch.setattr(lock, "_locked", Mock(side_effect=BlockingIOError))
     with pytest.raises(InputError, match="is in use by another process"), only_writer(tmp_path / "run"):
         pass
 
 
 def test_an_owner_who_has_not_yet_said_its_name(tmp_path, monkeypatch):
     (tmp_path / ".run.lock").touch()
-    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=BlockingIOError))
+    monkeypatch.setattr(lock, "_locked", Mock(side_effect=BlockingIOError))
     with pytest.raises(InputError, match="is in use by another process; wait"), only_writer(tmp_path / "run"):
         pass
 
@@ -80,7 +80,7 @@ def test_a_host_that_has_crashed_is_waited_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", slept := Mock())
     (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
     file = (tmp_path / "lock").open("w")
-    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=[BlockingIOError, BlockingIOError, file]))
+    monkeypatch.setattr(lock, "_locked", Mock(side_effect=[BlockingIOError, BlockingIOError, file]))
     with only_writer(tmp_path / "run"):
         told = f"{tmp_path}/.run.lock is held by process 7 on elsewhere; waiting up to 120 s, since that host may have"
         assert capsys.readouterr().err.startswith(told)
@@ -89,9 +89,9 @@ def test_a_host_that_has_crashed_is_waited_for(tmp_path, monkeypatch, capsys):
 
 def test_a_host_that_holds_a_lock_for_long_has_not_crashed(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", Mock())
-    monkeypatch.setattr(run_lock, "LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 0.01)
     (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
-    monkeypatch.setattr(run_lock, "_locked", Mock(side_effect=BlockingIOError))
+    monkeypatch.setattr(lock, "_locked", Mock(side_effect=BlockingIOError))
     with pytest.raises(InputError, match="is in use by process 7 on elsewhere; wait"), only_writer(tmp_path / "run"):
         pass
 
@@ -164,7 +164,7 @@ def test_a_lock_that_is_removed_or_made_anew_meanwhile_is_not_taken(tmp_path, mo
 
 def test_a_run_that_writes_locks_its_folder_and_asks_whether_all_see_where_it_lies(tmp_path, monkeypatch):
     shared, config = [], run_config(tmp_path)
-    monkeypatch.setattr(run_lock, "check_shared", shared.append)
+    monkeypatch.setattr(lock, "check_shared", shared.append)
     with only_run(config):
         assert in_use(config.run_dir)
     assert shared == [tmp_path]
@@ -181,7 +181,7 @@ def test_a_run_has_one_lock_under_all_its_names(tmp_path):
 
 
 def test_a_run_without_checkpoints_needs_no_locks(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "_lock", lambda file: False)
+    monkeypatch.setattr(lock, "_lock", lambda file: False)
     with only_run(run_config(tmp_path, save_model=False)):
         pass
     told = "does not support file locks, which checkpoints need"
@@ -194,7 +194,7 @@ def test_a_host_that_may_have_crashed_is_waited_for_no_longer_than_told(tmp_path
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     (tmp_path / ".run.lock").write_text("process 7 on elsewhere\n")
-    monkeypatch.setattr(run_lock, "_locked", locked := Mock(side_effect=[BlockingIOError] * 200))
+    monkeypatch.setattr(lock, "_locked", locked := Mock(side_effect=[BlockingIOError] * 200))
     with pytest.raises(InputError, match="is in use by process 7 on elsewhere"), only_writer(tmp_path / "run"):
         pass
     assert locked.call_count == 122

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.run import folder as run_folder
+from jaxprefix.run import folder
 from jaxprefix.run.folder import check_run_folder, open_run_folder
 from tests.base_folders import make_base_folder
 from tests.runs import begin, check_resumed, run_config
@@ -22,7 +22,7 @@ def test_an_overwriting_that_was_cut_short_can_be_repeated(tmp_path, monkeypatch
     (config.run_dir / "zz.txt").touch()
     again = dataclasses.replace(config, overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(folder.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             open_run_folder(again, {"data_sha256": ""})
     open_run_folder(again, {"data_sha256": ""})

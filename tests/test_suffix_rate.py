@@ -1,6 +1,6 @@
 import pytest
 
-from jaxprefix.sentences import NOWHERE, count_sentences, suffix_rate, without_cut_end
+from jaxprefix.suffix_rate import NOWHERE, count_sentences, suffix_rate, without_cut_end
 
 SMILE = " 😃"
 
