@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 
@@ -45,6 +45,22 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
 def _join(config: HostsConfig) -> None:
     """Connect this process to the others, and check that their devices can reach each other."""
+    _connect(config)
+    _check_devices()
+    if not on_a_cpu() and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+        # XLA divides the choice of a program's kernels among processes: one that does not find the program in its
+        # cache would wait forever for the share of one that does.
+        jax.config.update("jax_enable_compilation_cache", False)
+    unreached = InputError(
+        f"all processes joined, but their devices did not reach each other within {JOIN_SECONDS} seconds; "
+        "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME chooses the network"
+    )
+    with _within_time(unreached):
+        anywhere(False)
+
+
+def _connect(config: HostsConfig) -> None:
+    """Connect this process to the others."""
     if config.process_id == 0 and config.coordinator_address is not None:
         _check_port(int(config.coordinator_address.rpartition(":")[2]))
     _bypass_proxy()
@@ -53,7 +69,7 @@ def _join(config: HostsConfig) -> None:
     who = "some of the other processes" if config.process_id == 0 else "process 0 or another process"
     missing = f"{who} did not join at {address} within {JOIN_SECONDS} seconds; has each its own --process_id?"
     try:
-        with _within_time(lambda: InputError(missing)):
+        with _within_time(InputError(missing)):
             jax.distributed.initialize(
                 config.coordinator_address,
                 config.num_processes,
@@ -67,34 +83,25 @@ def _join(config: HostsConfig) -> None:
         raise InputError(f"--distributed: no supported cluster was detected ({error})") from error
     except RuntimeError as error:
         raise InputError(f"cannot join the other processes: {error}") from error
-    # The processes exchange their devices here, before a slow download can delay one of them.
-    with _within_time(
-        lambda: InputError(
-            f"all processes joined, but not all told their devices within {JOIN_SECONDS} seconds; does every host see "
-            "its GPUs? With JAX_PLATFORMS=cuda, one that does not says so"
-        )
-    ):
+
+
+def _check_devices() -> None:
+    """Exchange devices, before a slow download can delay a process, and check that all have the same number."""
+    untold = InputError(
+        f"all processes joined, but not all told their devices within {JOIN_SECONDS} seconds; does every host see its "
+        "GPUs? With JAX_PLATFORMS=cuda, one that does not says so"
+    )
+    with _within_time(untold):
         counts = collections.Counter(device.process_index for device in devices())
     if len(set(counts.values())) > 1:
         found = ", ".join(f"process {process} has {count}" for process, count in sorted(counts.items()))
         raise InputError(f"all processes must have the same number of devices; {found}")
-    if not on_a_cpu() and "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
-        # XLA divides the choice of a program's kernels among processes: one that does not find the program in its
-        # cache would wait forever for the share of one that does.
-        jax.config.update("jax_enable_compilation_cache", False)
-    with _within_time(
-        lambda: InputError(
-            f"all processes joined, but their devices did not reach each other within {JOIN_SECONDS} seconds; "
-            "NCCL_DEBUG=INFO tells more, NCCL_SOCKET_IFNAME chooses the network"
-        )
-    ):
-        anywhere(False)
 
 
 @contextlib.contextmanager
-def _within_time(error: Callable[[], InputError]) -> Iterator[None]:
+def _within_time(error: InputError) -> Iterator[None]:
     """End the program with an error if the block, which waits for other processes, takes longer than JOIN_SECONDS."""
-    timer = threading.Timer(JOIN_SECONDS, lambda: end_at_once(error()))
+    timer = threading.Timer(JOIN_SECONDS, end_at_once, [error])
     timer.daemon = True
     timer.start()
     try:
