@@ -1,6 +1,6 @@
 """What a training run reads, and checks, before it starts; and the batch of every update."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch, lay_out
 from jaxprefix.data.examples import Chunking, Example, Examples
-from jaxprefix.data.plan import UpdatePlan, split_examples
+from jaxprefix.data.plan import UpdatePlan, micro_batches_of, split_examples
 from jaxprefix.data.rows import row_lengths, without_long_rows
-from jaxprefix.data.shapes import Shape, fitting_shape, pack_rows, packed_shapes, padded_shape
+from jaxprefix.data.shapes import Shape, fitting_shape, packed_shapes, padded_shape
 from jaxprefix.data.token_cache import load_examples
 from jaxprefix.hub import fetch_weights
 from jaxprefix.models.attention import check_attention
@@ -88,27 +88,6 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: 
     begins = tokenizer.decode([*prompt, *target][:40])
     model.check_fit(prefix_len, longest, what, begins, where)
     return longest
-
-
-def micro_batches_of(
-    config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan
-) -> Callable[[int], list[list[int]]]:
-    """Return a function from an update's number to the example numbers of each of its micro-batches.
-
-    An update's packed micro-batches have one shape, so its examples are dealt out anew, to about equally long ones. If
-    the recipe averages the means of micro-batches, they are not, since it then matters which examples each one holds.
-    """
-    if config.n_accum_steps == 1 or not config.packing or RECIPES[config.recipe].average_batch_means:
-        return plan.micro_batches
-    lengths = row_lengths(train_set).sum(axis=1)
-
-    def about_equal(update: int) -> list[list[int]]:
-        groups = plan.micro_batches(update)
-        numbers = np.concatenate(groups)
-        dealt = pack_rows(lengths[numbers].tolist(), len(groups), config.batch_size)
-        return [numbers[group].tolist() for group in dealt]
-
-    return about_equal
 
 
 def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:

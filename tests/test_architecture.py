@@ -55,9 +55,9 @@ FLOORS = {
         {"config"},
     ],
     "jaxprefix/data": [
-        {"batches"},
+        {"batches", "plan"},
         {"shapes"},
-        {"plan", "rows"},
+        {"rows"},
         {"token_cache"},
         {"examples"},
         {"lines"},

@@ -11,10 +11,10 @@ import pytest
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from jaxprefix.data.examples import Example, Examples
-from jaxprefix.data.plan import UpdatePlan
+from jaxprefix.data.plan import UpdatePlan, micro_batches_of
 from jaxprefix.data.rows import label_counts, row_lengths
 from jaxprefix.data.shapes import packed_shapes
-from jaxprefix.inputs import batch_shapes, micro_batches_of, read_inputs, update_batches
+from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
 from jaxprefix.metrics import evaluation_batches, loss_and_ppl
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from convert.errors import InputError
 from jaxprefix.config import TrainConfig
-from jaxprefix.data.examples import Examples
+from jaxprefix.data.examples import Example, Examples
+from jaxprefix.data.rows import row_lengths
+from jaxprefix.data.shapes import pack_rows
 from jaxprefix.recipe import RECIPES
 
 
@@ -81,6 +84,27 @@ class UpdatePlan:
     def _batch(self, epoch: int, index: int) -> list[int]:
         order = epoch_order(self.n_examples, self.config.seed, epoch)
         return order[index * self.config.batch_size : (index + 1) * self.config.batch_size].tolist()
+
+
+def micro_batches_of(
+    config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan
+) -> Callable[[int], list[list[int]]]:
+    """Return a function from an update's number to the example numbers of each of its micro-batches.
+
+    An update's packed micro-batches have one shape, so its examples are dealt out anew, to about equally long ones. If
+    the recipe averages the means of micro-batches, they are not, since it then matters which examples each one holds.
+    """
+    if config.n_accum_steps == 1 or not config.packing or RECIPES[config.recipe].average_batch_means:
+        return plan.micro_batches
+    lengths = row_lengths(train_set).sum(axis=1)
+
+    def about_equal(update: int) -> list[list[int]]:
+        groups = plan.micro_batches(update)
+        numbers = np.concatenate(groups)
+        dealt = pack_rows(lengths[numbers].tolist(), len(groups), config.batch_size)
+        return [numbers[group].tolist() for group in dealt]
+
+    return about_equal
 
 
 @functools.lru_cache(maxsize=2)
