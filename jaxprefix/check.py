@@ -1,7 +1,7 @@
 """What `jaxprefix check` reports about a training run before it starts: base model, tokenizer, data, memory."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from jaxprefix.data.shapes import PackedShape, PaddedShape, Shape, round_up
 from jaxprefix.inputs import batch_shapes, divided, load_data
 from jaxprefix.machine.devices import devices
 from jaxprefix.machine.memory import GIB
-from jaxprefix.models import abstract_model, check_weights, held_dtype, path_name, weight_shapes
+from jaxprefix.metrics import dev_batches, loss_on_mesh
+from jaxprefix.models import BaseModel, abstract_model, check_weights, held_dtype, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
@@ -58,11 +59,12 @@ def check(config: CheckConfig) -> Iterator[str]:
         yield "memory: not estimated for several hosts, since one does not see the others' devices"
         return
     mesh = make_mesh(mesh_sizes(config.mesh))
-    if config.data_filepath is None:
-        shape: Shape = PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns)
-    else:
+    shape: Shape = PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns)
+    dev_batch = None
+    if config.data_filepath is not None:
         shape = batch_shapes(config, inputs.train_set, inputs.plan, mesh)[-1]
-    yield describe_memory(config, model, shape)
+        dev_batch = next(dev_batches(config, inputs, mesh))
+    yield from describe_memory(config, model, shape, dev_batch)
 
 
 def describe_model(model: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
@@ -108,33 +110,53 @@ def describe_suffix(suffix: str, tokenizer: Tokenizer) -> str:
     return f"suffix {suffix!r}: {len(tokenizer.encode(suffix))} token(s)"
 
 
-def describe_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> str:
-    """Say how much memory an update needs on each device."""
+def describe_memory(
+    config: TrainConfig, model: ModelConfig, shape: Shape, dev_batch: Batch | None = None
+) -> Iterator[str]:
+    """Say how much memory an update needs on each device, and the dev set's batches if they need more."""
     weights, work = training_memory(config, model, shape)
     n_devices = len(devices())
     how = "packed" if isinstance(shape, PackedShape) else "padded"
     rows = f"{how} to {shape.n_rows} rows × {shape.n_columns} tokens"
-    return (
+    yield (
         f"memory for an update of {config.batch_size} × {config.n_accum_steps} examples, {rows}, in {config.dtype}, "
         f"on each of {n_devices} device(s): {weights / GIB:.2f} GiB weights and state + {work / GIB:.2f} GiB work"
     )
+    if dev_batch is not None and (dev_work := dev_memory(config, model, dev_batch)) > work:
+        n_rows, n_columns = dev_batch.tokens.shape
+        yield f"memory for the dev set, {n_rows} rows × {n_columns} tokens at a time: {dev_work / GIB:.2f} GiB work"
 
 
 def training_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
-    """Return the bytes that an update needs on each device, as the compiler reports them: (weights and state, work).
+    """Return the bytes that an update needs on each device, as the compiler reports them: (weights and state, work)."""
+    return extrapolated(model, lambda model: compiled_memory(config, model, shape))
 
-    Only models of two and three layers are compiled; each further layer is assumed to add as much as the third one.
+
+def dev_memory(config: TrainConfig, model: ModelConfig, batch: Batch) -> int:
+    """Return the bytes of work that the loss of a batch [rows, columns] of the dev set needs on each device."""
+    return extrapolated(model, lambda model: needed_by(compiled_dev_loss(config, model, batch)))[1]
+
+
+def extrapolated(model: ModelConfig, memory: Callable[[ModelConfig], tuple[int, int]]) -> tuple[int, int]:
+    """Return the memory of a program of a deep model from those of a model of two layers and of three.
+
+    Each further layer is assumed to add as much as the third one.
     """
     if model.n_layer <= 3:
-        return compiled_memory(config, model, shape)
-    two, three = (compiled_memory(config, dataclasses.replace(model, n_layer=n), shape) for n in (2, 3))
+        return memory(model)
+    two, three = (memory(dataclasses.replace(model, n_layer=n)) for n in (2, 3))
     state, work = (int(b + (model.n_layer - 3) * (b - a)) for a, b in zip(two, three, strict=True))
     return state, work
 
 
 def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tuple[int, int]:
     """Return the same as `training_memory`, by compiling the model with all its layers."""
-    analysis = compiled_update(config, model, shape).memory_analysis()
+    return needed_by(compiled_update(config, model, shape))
+
+
+def needed_by(program: jax.stages.Compiled) -> tuple[int, int]:
+    """Return the bytes of a program's inputs, and of what it needs besides, on each device."""
+    analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
 
@@ -142,17 +164,31 @@ def compiled_memory(config: TrainConfig, model: ModelConfig, shape: Shape) -> tu
 def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> jax.stages.Compiled:
     """Compile an update on the config's mesh from shapes alone; no array is made."""
     mesh = make_mesh(mesh_sizes(config.mesh))
+    base = abstract_base(config, model, mesh)
+    arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
+    state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
+    update: Any = make_update(config, mesh)
+    return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
+
+
+def compiled_dev_loss(config: TrainConfig, model: ModelConfig, batch: Batch) -> jax.stages.Compiled:
+    """Compile the loss of a batch [rows, columns] of the dev set, from its shape alone."""
+    mesh = make_mesh(mesh_sizes(config.mesh))
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split_rows(mesh, axis=0)), batch)
+    axes = (model.n_layer, 2, config.prefix_seq_len, model.n_head, model.head_dim)
+    prefix = jax.ShapeDtypeStruct(axes, jnp.float32, sharding=replicated(mesh))
+    return loss_on_mesh.lower(abstract_base(config, model, mesh), prefix, rows, mesh).compile()
+
+
+def abstract_base(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> BaseModel:
+    """Return the base model as it lies on the mesh, with shapes in place of weights."""
     place = base_sharding(mesh, model.n_head)
 
     def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name, shape = path_name(path), leaf.shape
         return jax.ShapeDtypeStruct(shape, held_dtype(name, shape, config.dtype), sharding=place(name, shape))
 
-    base = jax.tree.map_with_path(placed, abstract_model(model, config.compute))
-    arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
-    state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
-    update: Any = make_update(config, mesh)
-    return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
+    return jax.tree.map_with_path(placed, abstract_model(model, config.compute))
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh, shape: Shape) -> Batch:

@@ -15,7 +15,7 @@ from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch
 from jaxprefix.inputs import Inputs, update_batches
 from jaxprefix.machine.hosts import Verdict, Vote, Watchdog, is_first, spread
-from jaxprefix.metrics import LossMeter, evaluation_batches, loss_and_ppl
+from jaxprefix.metrics import LossMeter, dev_batches, evaluation_batches, loss_and_ppl
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import prefix_of, save_prefix
 from jaxprefix.recipe import RECIPES
@@ -146,10 +146,9 @@ def save(run: Run, state: TrainState, progress: Progress) -> None:
 def evaluate(run: Run, state: TrainState, progress: Progress, epoch: int) -> None:
     """Measure the prefix on the dev set, and save it if its loss is the lowest so far."""
     prefix, inputs, recipe = prefix_of(state.encoder), run.inputs, RECIPES[run.config.recipe]
-    size, packing = run.config.batch_size, run.config.packing and recipe.packs_dev
 
     def batches() -> Iterator[Batch]:
-        for batch in evaluation_batches(inputs.dev_set, inputs.base.tokenizer, size, run.mesh, packing):
+        for batch in dev_batches(run.config, inputs, run.mesh):
             run.watchdog.still_going()
             yield batch
 

@@ -11,14 +11,16 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
+from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch, filled_batches, make_padded_batch
 from jaxprefix.data.examples import Example
 from jaxprefix.data.shapes import padded_shape
+from jaxprefix.inputs import Inputs
 from jaxprefix.loss import batch_loss
 from jaxprefix.machine.hosts import spread
 from jaxprefix.models import BaseModel
 from jaxprefix.prefix import Prefix
-from jaxprefix.recipe import Recipe
+from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.sharding import n_row_parts, split_rows, with_split_rows
 from jaxprefix.tokenizer import Tokenizer
 
@@ -88,6 +90,12 @@ def evaluation_batches(
         yield make_padded_batch(examples[first : first + batch_size], tokenizer, shape)
 
 
+def dev_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh) -> Iterator[Batch]:
+    """Yield a run's dev set in batches of one shape."""
+    packing = config.packing and RECIPES[config.recipe].packs_dev
+    return evaluation_batches(inputs.dev_set, inputs.base.tokenizer, config.batch_size, mesh, packing)
+
+
 def loss_and_ppl(
     base: BaseModel, prefix: Prefix | None, batches: Iterable[Batch], mesh: Mesh, recipe: Recipe = Recipe()
 ) -> dict[str, float]:
@@ -103,12 +111,13 @@ def loss_and_ppl(
             meter.add(float(total) / n_labels, n_labels)
 
     for batch in batches:
-        in_flight.append((_batch_loss(base, prefix, spread(batch, split_rows(mesh, axis=0)), mesh), batch.n_labels))
+        in_flight.append((loss_on_mesh(base, prefix, spread(batch, split_rows(mesh, axis=0)), mesh), batch.n_labels))
         settle(n_left=1)
     settle(n_left=0)
     return meter.means()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _batch_loss(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh) -> Float[Array, ""]:
+def loss_on_mesh(base: BaseModel, prefix: Prefix | None, batch: Any, mesh: Mesh) -> Float[Array, ""]:
+    """Return the cross entropy in nats of a `Batch` of JAX arrays, summed over all labels."""
     return batch_loss(with_split_rows(base, mesh), prefix, batch, mesh.size)

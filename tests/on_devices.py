@@ -169,11 +169,11 @@ def arrays_added_up_by_a_layer():
 
 def told_of_the_mesh(folder):
     """Who splits packed rows under fsdp=8, how many devices the loss is told of, and in how many parts dev rows are."""
-    told, next_token_loss, dev_batch_loss = set(), loss.next_token_loss, metrics._batch_loss
+    told, next_token_loss, dev_batch_loss = set(), loss.next_token_loss, metrics.loss_on_mesh
     for module in (metrics, update):
         module.with_split_rows = lambda *given, name=module.__name__: told.add(name) or with_split_rows(*given)
     loss.next_token_loss = lambda *given: told.add(f"{given[3]} devices") or next_token_loss(*given)
-    metrics._batch_loss = lambda *given: told.add(f"{n_parts(given[2].tokens)} parts") or dev_batch_loss(*given)
+    metrics.loss_on_mesh = lambda *given: told.add(f"{n_parts(given[2].tokens)} parts") or dev_batch_loss(*given)
     train(run_config(Path(folder), mesh="fsdp=8", n_training_steps=1, packing=True, save_model=False, save_log=False))
     return sorted(told)
 

@@ -18,7 +18,7 @@ from jaxprefix.models.config import read_model_config
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
 from tests.base_folders import GOLDEN, GOLDEN_BASE, make_bpe_folder
-from tests.examples import PROMPTED
+from tests.examples import PROMPTED, write_lines
 from tests.runs import run_config
 
 
@@ -119,6 +119,20 @@ def test_memory_is_that_of_the_largest_batch_of_the_run(monkeypatch, tmp_path, p
     (_, _, shape), *_ = accounts
     expected = jax.tree.map(lambda array: array.shape, tuple(abstract_batch(config, make_mesh(), shape)))
     assert expected == max(batches)
+
+
+@pytest.mark.parametrize("packing", ["--packing", "--no_packing"])
+def test_memory_of_a_dev_set_that_needs_more_than_an_update_is_told(capsys, tmp_path, packing):
+    pairs = [{"prompt": "朝の", "completion": "川" * (300 if n >= 16 else 3)} for n in range(32)]
+    data = write_lines(tmp_path / "pairs.jsonl", *pairs)
+    sizes = ("--train_data_size", 16, "--batch_size", 16, packing)
+    *_, with_long = report(capsys, GOLDEN_BASE, "--data_filepath", data, *sizes, "--dev_data_size", 16)[1]
+    told = re.fullmatch(r"memory for the dev set, (\d+) rows × (\d+) tokens at a time: \d\.\d\d GiB work", with_long)
+    assert int(told[1]) * int(told[2]) >= 16 * 300
+    *_, with_short = report(
+        capsys, GOLDEN_BASE, "--data_filepath", data, "--train_data_size", 31, *sizes[2:], "--dev_data_size", 1
+    )[1]
+    assert with_short.startswith("memory for an update of ")
 
 
 @pytest.mark.parametrize("shape", [PaddedShape(4, 20, 9), PackedShape(2, 40, ((2, 20),), 16)], ids=str)

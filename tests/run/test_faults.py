@@ -22,7 +22,7 @@ from convert.prefix import read_prefix
 from jaxprefix.cli import main
 from jaxprefix.data.plan import UpdatePlan
 from jaxprefix.inputs import read_inputs
-from jaxprefix.metrics import _batch_loss, loss_and_ppl
+from jaxprefix.metrics import loss_and_ppl, loss_on_mesh
 from jaxprefix.run import faults
 from jaxprefix.run.checkpoint import Checkpoints, newest_checkpoint
 from jaxprefix.run.faults import FiniteGuard, stop_on_signal, within_disk
@@ -86,10 +86,10 @@ def test_the_example_that_is_not_finite_is_named(tmp_path, tokenizer):
     pairs = [{"prompt": "朝", "completion": text} for text in ("市場", "市場。", "鯛", "魚屋", "声")]
     data.write_text("\n".join(json.dumps(pair) for pair in pairs))
     changes = {"data_filepath": data, "train_data_size": 4, "dev_data_size": 1}
-    n_programs = _batch_loss._cache_size()
+    n_programs = loss_on_mesh._cache_size()
     with pytest.raises(RunError, match="update 1: the loss is nan") as error:
         train(run_config(tmp_path, pretrained_model_dir=str(base), **changes))
-    assert _batch_loss._cache_size() == n_programs + 1, "one for all examples, whatever their lengths"
+    assert loss_on_mesh._cache_size() == n_programs + 1, "one for all examples, whatever their lengths"
     first, *examples = str(error.value).split("\n  - ")
     assert "the run has no checkpoint" in first
     assert [line.partition(":")[0] for line in examples] == [f"{data}, line 3"]
