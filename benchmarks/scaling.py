@@ -41,6 +41,7 @@ def updates(shape: str, dtype: DType, tokens: int, layers: int, prefix: int) -> 
     from jaxprefix.data.batches import Batch
     from jaxprefix.models import abstract_model
     from jaxprefix.prefix import new_encoder
+    from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import make_mesh, replicated
     from jaxprefix.update import FrozenBase, first_state, learning_rate, make_update
 
@@ -57,7 +58,7 @@ def updates(shape: str, dtype: DType, tokens: int, layers: int, prefix: int) -> 
     state = jax.device_put(first_state(config, encoder), replicated(mesh))
     rows = random.integers(0, model.vocab_size, (1, tokens // ROW, ROW + 1), np.int32)
     batch = Batch(rows[..., :-1], rows[..., 1:])
-    update = make_update(config, mesh)
+    update = make_update(config.adamw, RECIPES[config.recipe], mesh)
     frozen_base = FrozenBase.of(base)
 
     def step() -> None:

@@ -74,10 +74,11 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     """Prepare the update of `jaxprefix train`, with its packed batches."""
     import jax
 
-    from jaxprefix.inputs import read_inputs, update_batches
+    from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
     from jaxprefix.machine.compiling import prepare_compiling
     from jaxprefix.models import load_model
     from jaxprefix.prefix import new_encoder
+    from jaxprefix.recipe import RECIPES
     from jaxprefix.sharding import base_sharding, make_mesh, replicated
     from jaxprefix.update import FrozenBase, first_state, learning_rate, make_update
 
@@ -89,8 +90,8 @@ def jaxprefix_training(config: TrainConfig) -> Training:
     rate = jax.device_put(learning_rate(config, inputs.plan.n_updates), replicated(mesh))
     encoder = new_encoder(base, *config.encoder_sizes, config.seed)
     state = jax.device_put(first_state(config, encoder), replicated(mesh))
-    compiled_update = make_update(config, mesh)
-    batches = list(update_batches(config, inputs, mesh, 0))
+    compiled_update = make_update(config.adamw, RECIPES[config.recipe], mesh)
+    batches = list(update_batches(config, inputs, batch_shapes(config, inputs, mesh), 0))
     frozen_base = FrozenBase.of(base)
 
     def update(number: int) -> Callable[[], object]:

@@ -23,6 +23,7 @@ from jaxprefix.metrics import dev_batches, loss_on_mesh
 from jaxprefix.models import BaseModel, abstract_model, check_weights, held_dtype, path_name, weight_shapes
 from jaxprefix.models.attention import check_attention
 from jaxprefix.models.config import ModelConfig
+from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated, split_rows
 from jaxprefix.start import abstract_state, earlier_arrays, start_encoder
 from jaxprefix.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def check(config: CheckConfig) -> Iterator[str]:
     shape: Shape = PaddedShape(round_up(2 * config.batch_size, n_row_parts(mesh)), n_columns)
     dev_batch = None
     if config.data_filepath is not None:
-        shape = batch_shapes(config, inputs.train_set, inputs.plan, mesh)[-1]
+        shape = batch_shapes(config, inputs, mesh)[-1]
         dev_batch = next(dev_batches(config, inputs, mesh))
     yield from describe_memory(config, model, shape, dev_batch)
 
@@ -167,7 +168,7 @@ def compiled_update(config: TrainConfig, model: ModelConfig, shape: Shape) -> ja
     base = abstract_base(config, model, mesh)
     arrays = abstract_state(config, base), learning_rate(config, config.n_training_steps)
     state, rate = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), arrays)
-    update: Any = make_update(config, mesh)
+    update: Any = make_update(config.adamw, RECIPES[config.recipe], mesh)
     return update.lower(state, rate, FrozenBase.of(base), abstract_batch(config, mesh, shape)).compile()
 
 

@@ -6,7 +6,7 @@ Flag names and defaults are the original's wherever it has the flag, except for 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -34,6 +34,16 @@ class Compute:
 
     def __post_init__(self) -> None:
         convert_and_check(self, "computing")
+
+
+class AdamW(NamedTuple):
+    """The settings of the optimizer that are constants of a compiled update."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    grad_clip: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +253,11 @@ class TrainConfig:
     def encoder_sizes(self) -> tuple[int, int, int]:
         """Prefix length, embedding width and hidden width of the encoder."""
         return self.prefix_seq_len, self.prefix_input_dim, self.prefix_hidden_dim
+
+    @property
+    def adamw(self) -> AdamW:
+        """The optimizer's settings."""
+        return AdamW(self.adam_beta1, self.adam_beta2, self.adam_eps, self.weight_decay, self.grad_clip)
 
 
 @dataclasses.dataclass(frozen=True)

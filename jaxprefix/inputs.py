@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxprefix.base_folder import BaseFolder, open_base
 from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch, lay_out
-from jaxprefix.data.examples import Chunking, Example, Examples
+from jaxprefix.data.examples import Chunking, Examples
 from jaxprefix.data.plan import UpdatePlan, micro_batches_of, split_examples
 from jaxprefix.data.rows import row_lengths, without_long_rows
 from jaxprefix.data.shapes import Shape, fitting_shape, packed_shapes, padded_shape
@@ -90,18 +90,18 @@ def check_rows(model: ModelConfig, tokenizer: Tokenizer, prefix_len: int, path: 
     return longest
 
 
-def batch_shapes(config: TrainConfig, train_set: Sequence[Example], plan: UpdatePlan, mesh: Mesh) -> Sequence[Shape]:
+def batch_shapes(config: TrainConfig, inputs: Inputs, mesh: Mesh) -> Sequence[Shape]:
     """Return the shapes of a run's micro-batches, ascending; padded ones all have one shape."""
+    train_set, plan = inputs.train_set, inputs.plan
     if config.packing:
         updates = map(micro_batches_of(config, train_set, plan), range(plan.n_updates))
         return packed_shapes(train_set, updates, n_row_parts(mesh))
     return [padded_shape(train_set, config.batch_size, n_row_parts(mesh))]
 
 
-def update_batches(config: TrainConfig, inputs: Inputs, mesh: Mesh, first: int) -> Iterator[Batch]:
-    """Yield the batches [micro-batches, rows, columns] of all updates from `first` on, of one or a few shapes."""
+def update_batches(config: TrainConfig, inputs: Inputs, shapes: Sequence[Shape], first: int) -> Iterator[Batch]:
+    """Yield the batches [micro-batches, rows, columns] of all updates from `first` on, each of one of these shapes."""
     plan, tokenizer = inputs.plan, inputs.base.tokenizer
-    shapes = batch_shapes(config, inputs.train_set, plan, mesh)
     micro_batches = micro_batches_of(config, inputs.train_set, plan)
     for number in range(first, plan.n_updates):
         groups = [[inputs.train_set[i] for i in group] for group in micro_batches(number)]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from signal import Signals
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from convert.errors import RunError
 from convert.prefix import PREFIX_FOLDER
 from jaxprefix.config import TrainConfig
 from jaxprefix.data.batches import Batch
+from jaxprefix.data.shapes import Shape
 from jaxprefix.inputs import Inputs, update_batches
 from jaxprefix.machine.hosts import Verdict, Vote, Watchdog, is_first, spread
 from jaxprefix.metrics import LossMeter, dev_batches, evaluation_batches, loss_and_ppl
@@ -34,6 +35,7 @@ class Run(NamedTuple):
     inputs: Inputs
     base: BaseModel
     mesh: Mesh
+    shapes: Sequence[Shape]
     update: Update
     rate: LearningRate
     log: RunLog
@@ -49,7 +51,7 @@ def loop(run: Run, state: TrainState, progress: Progress, stop: StopRequest) -> 
     config, plan, vote = run.config, run.inputs.plan, Vote(run.mesh)
     batches = (
         (batch.n_labels, spread(batch, split_rows(run.mesh)))
-        for batch in update_batches(config, run.inputs, run.mesh, progress.n_done)
+        for batch in update_batches(config, run.inputs, run.shapes, progress.n_done)
     )
     batch, base = next(batches, None), FrozenBase.of(run.base)
     if progress.to_evaluate:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from signal import Signals
@@ -13,9 +14,10 @@ from jax.sharding import Mesh
 
 from convert.errors import PlainError
 from jaxprefix.base_folder import base_identity
-from jaxprefix.config import TrainConfig, mesh_sizes
+from jaxprefix.config import AdamW, TrainConfig, mesh_sizes
 from jaxprefix.data.rows import label_counts, max_rows_per_example, row_lengths
-from jaxprefix.inputs import Inputs, read_inputs
+from jaxprefix.data.shapes import Shape
+from jaxprefix.inputs import Inputs, batch_shapes, read_inputs
 from jaxprefix.loop import Run, loop
 from jaxprefix.machine.devices import half_type, own_device
 from jaxprefix.machine.hosts import Watchdog, agree, agree_first, broadcast_from_first, check_same, is_first, spread
@@ -23,6 +25,7 @@ from jaxprefix.machine.joining import joined
 from jaxprefix.machine.memory import released_after_errors, within_memory
 from jaxprefix.models import fingerprint, load_model
 from jaxprefix.prefix import Encoder
+from jaxprefix.recipe import RECIPES, Recipe
 from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, newest_checkpoint
 from jaxprefix.run.description import common_settings, describe_run
 from jaxprefix.run.faults import less_memory, stop_on_signal, within_disk
@@ -32,7 +35,7 @@ from jaxprefix.run.log import RunLog
 from jaxprefix.run.progress import Progress
 from jaxprefix.sharding import base_sharding, make_mesh, n_row_parts, replicated
 from jaxprefix.start import restore_state, starting_state
-from jaxprefix.update import learning_rate, make_update
+from jaxprefix.update import Update, learning_rate, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +104,9 @@ def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
             log.line(f"resumed after update {progress.n_done}" if resuming else "no checkpoint: starting over")
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
-        update = make_update(config, mesh)
-        run = Run(config, inputs, base, mesh, update, rate, log, checkpoints, watchdog)
+        shapes = tuple(batch_shapes(config, inputs, mesh))
+        update = shared_update(config.adamw, RECIPES[config.recipe], mesh, shapes)
+        run = Run(config, inputs, base, mesh, shapes, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
         if checkpoints:
             checkpoints.finish()  # errors that it raises belong in the log
@@ -116,6 +120,15 @@ def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
     if finished and jax.process_count() == 1:  # several would not all know of it
         stopped_by = stop.received
     return TrainResult(config.run_dir, progress.n_done, finished, progress.best_dev_loss, stopped_by)
+
+
+@functools.lru_cache(maxsize=1)
+def shared_update(adamw: AdamW, recipe: Recipe, mesh: Mesh, shapes: tuple[Shape, ...]) -> Update:
+    """Return the update of a run; the next run in this process has it, too, unless these differ.
+
+    A sweep over learning rates compiles once, and one over seeds keeps no programs of the shapes before.
+    """
+    return make_update(adamw, recipe, mesh)
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import AdamW, TrainConfig
 from jaxprefix.data.batches import Batch
 from jaxprefix.data.rows import IGNORED
 from jaxprefix.loss import batch_loss
@@ -116,27 +116,21 @@ def learning_rate(config: TrainConfig, n_updates: int) -> LearningRate:
     return LearningRate(*map(jax.device_put, numbers))
 
 
-def make_optimizer(config: TrainConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(adamw: AdamW, rate: optax.Schedule) -> optax.GradientTransformation:
     """Make the optimizer: clipping by the global norm, then AdamW with decoupled weight decay on all but biases."""
-    adamw = optax.adamw(
-        rate,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
-    return optax.chain(clipping(config), adamw)  # always a chain, so that names in checkpoints stay the same
+    beta1, beta2, eps, weight_decay, grad_clip = adamw
+    steps = optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decays)
+    return optax.chain(clipping(grad_clip), steps)  # always a chain, so that names in checkpoints stay the same
 
 
-def clipping(config: TrainConfig) -> optax.GradientTransformation:
+def clipping(grad_clip: float) -> optax.GradientTransformation:
     """Make the clipping by the global norm; with --grad_clip 0, nothing is clipped."""
-    return optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    return optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
 
 
 def first_state(config: TrainConfig, encoder: Encoder) -> TrainState:
     """Return the state before the first update of an encoder."""
-    optimizer = make_optimizer(config, optax.constant_schedule(0))  # the first state does not depend on the rate
+    optimizer = make_optimizer(config.adamw, optax.constant_schedule(0))  # the first state does not depend on the rate
     scale = LossScale.start() if config.dtype == "float16" else None
     return TrainState(encoder, jax.jit(optimizer.init)(encoder), scale)
 
@@ -176,7 +170,7 @@ def loss_and_gradient(
     return loss / scale, pull_back(gradient / scale)[0]
 
 
-def make_update(config: TrainConfig, mesh: Mesh) -> Update:
+def make_update(adamw: AdamW, recipe: Recipe, mesh: Mesh) -> Update:
     """Return one update, jitted: (state, rate, frozen base, batch [micro-batches, rows, columns]) → (state, outcome).
 
     An update whose loss or gradient is not finite changes nothing in the state but the loss scale. The base keeps its
@@ -184,10 +178,10 @@ def make_update(config: TrainConfig, mesh: Mesh) -> Update:
     """
 
     def update(state: TrainState, rate: LearningRate, base: FrozenBase, batch: Batch) -> tuple[TrainState, Outcome]:
-        optimizer = make_optimizer(config, rate)
+        optimizer = make_optimizer(adamw, rate)
         scale = 1.0 if state.loss_scale is None else state.loss_scale.value
         model = with_split_rows(base.model, mesh)
-        loss, gradient = loss_and_gradient(state.encoder, model, batch, RECIPES[config.recipe], mesh, scale)
+        loss, gradient = loss_and_gradient(state.encoder, model, batch, recipe, mesh, scale)
         updates, moments = optimizer.update(gradient, state.moments, state.encoder)
         outcome = Outcome(loss, optax.tree.norm(gradient))
         finite = jnp.isfinite(loss) & jnp.isfinite(outcome.gradient_norm)

@@ -121,10 +121,10 @@ def newest_state(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
 
 def before_updates(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:
     """Do something just before each update is made, given its number."""
-    make = train_module.make_update
+    shared_update = train_module.shared_update
 
-    def make_update(*arguments):
-        update, numbers = make(*arguments), itertools.count(1)
+    def own_update(*arguments):
+        update, numbers = shared_update(*arguments), itertools.count(1)
 
         def disturbed(*state):
             action(next(numbers))
@@ -132,7 +132,7 @@ def before_updates(monkeypatch: pytest.MonkeyPatch, action: Callable[[int], obje
 
         return disturbed
 
-    monkeypatch.setattr(train_module, "make_update", make_update)
+    monkeypatch.setattr(train_module, "shared_update", own_update)
 
 
 def at_update(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], object]) -> None:

@@ -21,7 +21,7 @@ from benchmarks.shapes import SAMPLE, SHAPES, attention_flops, make_folder
 from benchmarks.train import strung_together, torch_batches
 from jaxprefix.config import TrainConfig
 from jaxprefix.data.rows import IGNORED
-from jaxprefix.inputs import read_inputs, update_batches
+from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
 from jaxprefix.sharding import make_mesh
 from tests import ways
 from tests.markers import needs_cuda_plugin
@@ -67,7 +67,8 @@ def test_all_ways_train_on_the_same_labels_in_rows_of_the_wanted_length(tmp_path
     batches, n_useful, lengths = torch_batches(config)
     assert all(80 < tokens.shape[1] <= 101 for tokens, _ in batches)
     assert [of_batch.sum() for of_batch in lengths] == n_useful  # without a prompt, each token has a label
-    ours = [*update_batches(config, read_inputs(config), make_mesh(), 0)]
+    inputs = read_inputs(config)
+    ours = [*update_batches(config, inputs, batch_shapes(config, inputs, make_mesh()), 0)]
     assert n_useful == [(batch.labels != IGNORED).sum() for batch in ours]
 
     def learnt(tokens, labels):

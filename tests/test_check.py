@@ -13,7 +13,7 @@ from jaxprefix.cli import main
 from jaxprefix.config import CheckConfig, Compute, TrainConfig
 from jaxprefix.data.batches import lay_out
 from jaxprefix.data.shapes import PackedShape, PaddedShape
-from jaxprefix.inputs import read_inputs, update_batches
+from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
 from jaxprefix.models.config import read_model_config
 from jaxprefix.sharding import make_mesh
 from jaxprefix.tokenizer import load_tokenizer
@@ -114,7 +114,7 @@ def test_memory_is_that_of_the_largest_batch_of_the_run(monkeypatch, tmp_path, p
     flags = {**vars(run_config(tmp_path, packing=packing, n_accum_steps=2))}
     list(check_module.check(CheckConfig(**flags)))
     inputs = read_inputs(config := TrainConfig(**flags))
-    for batch in update_batches(config, inputs, make_mesh(), 0):
+    for batch in update_batches(config, inputs, batch_shapes(config, inputs, make_mesh()), 0):
         batches.append(jax.tree.map(np.shape, tuple(batch)))
     (_, _, shape), *_ = accounts
     expected = jax.tree.map(lambda array: array.shape, tuple(abstract_batch(config, make_mesh(), shape)))

@@ -10,11 +10,13 @@ import pytest
 
 import jaxprefix.train as train_module
 from convert.errors import InputError
+from jaxprefix.config import TrainConfig
+from jaxprefix.data.batches import Batch
 from jaxprefix.data.examples import Example, Examples
 from jaxprefix.data.plan import UpdatePlan, micro_batches_of
 from jaxprefix.data.rows import label_counts, row_lengths
 from jaxprefix.data.shapes import packed_shapes
-from jaxprefix.inputs import batch_shapes, read_inputs, update_batches
+from jaxprefix.inputs import Inputs, batch_shapes, read_inputs, update_batches
 from jaxprefix.metrics import evaluation_batches, loss_and_ppl
 from jaxprefix.prefix import DirectPrefix
 from jaxprefix.sharding import make_mesh
@@ -32,6 +34,10 @@ def skewed(n_examples: int) -> Examples:
     return laid_out(Example([5], [6] * length) for length in lengths.tolist())
 
 
+def batches_of(config: TrainConfig, inputs: Inputs) -> list[Batch]:
+    return [*update_batches(config, inputs, batch_shapes(config, inputs, make_mesh()), 0)]
+
+
 def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
     config, examples = run_config(tmp_path, packing=True, n_accum_steps=4), skewed(90)  # an epoch ends with a part
     plan, lengths = UpdatePlan(config, 90), row_lengths(examples).sum(axis=1)
@@ -44,7 +50,8 @@ def test_micro_batches_that_share_a_shape_are_about_equally_long(tmp_path):
         columns += [max(lengths[group].sum() for group in groups) for groups in (before, after)]
     assert columns[1] < 0.8 * columns[0]
     updates = map(dealt, range(plan.n_updates))
-    assert batch_shapes(config, examples, plan, make_mesh()) == packed_shapes(examples, updates, len(jax.devices()))
+    inputs = read_inputs(config)._replace(train_set=examples, plan=plan)
+    assert batch_shapes(config, inputs, make_mesh()) == packed_shapes(examples, updates, len(jax.devices()))
 
 
 @pytest.mark.parametrize("changes", [{"n_accum_steps": 1}, {"packing": False}, {"recipe": "rinna"}])
@@ -152,17 +159,17 @@ def test_a_prefix_beyond_the_positions_leaves_no_example_out(tmp_path):
 def test_a_packed_run_has_four_shapes_and_little_padding(tmp_path):
     config = run_config(tmp_path, n_accum_steps=2, batch_size=2, n_epochs=20, packing=True)
     inputs = read_inputs(config)
-    batches = list(update_batches(config, inputs, make_mesh(), 0))
+    batches = batches_of(config, inputs)
     assert len(batches) == 80
     assert len({tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches}) == 4
-    padded = update_batches(dataclasses.replace(config, packing=False), inputs, make_mesh(), 0)
+    padded = batches_of(dataclasses.replace(config, packing=False), inputs)
     assert sum(b.labels.size for b in batches) < 0.95 * sum(b.labels.size for b in padded)
 
 
 def test_a_packed_batch_has_the_dev_loss_of_its_examples(golden_model, tokenizer, tmp_path):
     config, mesh = run_config(tmp_path, packing=True), make_mesh()
     inputs = read_inputs(config)
-    batch = jax.tree.map(lambda array: array[0], next(update_batches(config, inputs, mesh, 0)))
+    batch = jax.tree.map(lambda array: array[0], batches_of(config, inputs)[0])
     examples = [inputs.train_set[number] for number in inputs.plan.micro_batches(0)[0]]
     expected = loss_and_ppl(golden_model, None, evaluation_batches(examples, tokenizer, 4, mesh), mesh)
     assert loss_and_ppl(golden_model, None, [batch], mesh) == pytest.approx(expected, rel=LOSS)
@@ -172,14 +179,15 @@ def test_an_accumulation_group_that_an_epoch_cuts_off_counts_once(tmp_path):
     for packing in (False, True):
         config = run_config(tmp_path, train_data_size=9, n_accum_steps=2, n_epochs=1, packing=packing)
         inputs = read_inputs(config)  # three micro-batches
-        batches = list(update_batches(config, inputs, make_mesh(), 0))
+        batches = batches_of(config, inputs)
         assert sum(batch.n_labels for batch in batches) == label_counts(inputs.train_set).sum()
         assert len(batches) == 2
 
 
 def test_prompts_with_completions_make_one_row_each(tmp_path):
     config, examples = run_config(tmp_path), Examples.of_lines(enumerate([Example([5], [6, 7])] * 8))
-    assert batch_shapes(config, examples, UpdatePlan(config, 8), make_mesh()) == [(4, 3, None)]
+    inputs = read_inputs(config)._replace(train_set=examples, plan=UpdatePlan(config, 8))
+    assert batch_shapes(config, inputs, make_mesh()) == [(4, 3, None)]
 
 
 @pytest.mark.parametrize(("n_devices", "warned"), [(8, False), (16, True)])

@@ -16,7 +16,7 @@ import jaxprefix.loop as loop_module
 import jaxprefix.train as train_module
 from convert.errors import InputError
 from convert.prefix import read_prefix
-from jaxprefix import load_prefix, start
+from jaxprefix import load_prefix, start, update
 from jaxprefix.check import check
 from jaxprefix.config import CheckConfig, Compute, HostsConfig
 from jaxprefix.data.examples import Chunking, read_examples
@@ -196,6 +196,23 @@ def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
         decode = DecodeConfig(recipe=recipe)
         evaluate(EvaluateConfig(str(GOLDEN_BASE), data_filepath=GOLDEN / "documents.jsonl", n_samples=0, decode=decode))
     assert packed == [True, True, False]
+
+
+def test_a_run_shares_what_the_last_one_compiled_unless_it_is_another_program(tmp_path, traced_anew, monkeypatch):
+    """And keeps no other programs, which would add up over a sweep."""
+    traced, loss_and_gradient = [], update.loss_and_gradient
+    monkeypatch.setattr(update, "loss_and_gradient", lambda *given: traced.append(1) or loss_and_gradient(*given))
+    unsaved = {"n_training_steps": 1, "train_data_size": 9, "save_model": False, "save_log": False}
+    for changes, n_traced in (
+        ({}, 1),
+        ({"max_lr": 1e-3, "n_warmup_steps": 3, "seed": 1}, 1),
+        ({"weight_decay": 0.5}, 2),
+        ({"weight_decay": 0.5, "batch_size": 2}, 3),
+        ({"recipe": "rinna", "batch_size": 2}, 4),
+        ({}, 5),
+    ):
+        train(run_config(tmp_path, **unsaved | changes))
+        assert len(traced) == n_traced, changes
 
 
 def test_a_run_in_a_thread_hears_no_signals(tmp_path):

@@ -16,6 +16,7 @@ from jaxprefix.data.batches import Batch, make_padded_batch
 from jaxprefix.data.rows import IGNORED
 from jaxprefix.data.shapes import PaddedShape
 from jaxprefix.prefix import DirectPrefix, new_encoder
+from jaxprefix.recipe import RECIPES
 from jaxprefix.sharding import make_mesh, replicated
 from jaxprefix.update import (
     FrozenBase,
@@ -34,6 +35,7 @@ from tests.runs import run_config
 from tests.tolerances import FUNCTION, MODEL
 
 RATE = LearningRate(*map(jnp.float32, (0.1, 0, 0, 100, 1)))
+ADAMW = run_config(Path()).adamw
 
 
 def stacked(tokenizer, *groups) -> Batch:
@@ -54,7 +56,7 @@ def start(golden_model):
 
 def run(start, base, batch, recipe="default", optimizer=None, loss_scale=None):
     optimizer = optimizer or optax.sgd(1.0)
-    update = make_update(run_config(Path(), recipe=recipe), make_mesh())
+    update = make_update(ADAMW, RECIPES[recipe], make_mesh())
     with unittest.mock.patch.object(update_module, "make_optimizer", return_value=optimizer):
         moved, outcome = update(start(optimizer, loss_scale), RATE, FrozenBase.of(base), batch)
     return moved, outcome.loss
@@ -66,7 +68,7 @@ def gap(first, second) -> float:
 
 
 def test_an_update_is_float32_where_jax_has_64_bits(start, golden_model, tokenizer):
-    update, optimizer = make_update(run_config(Path()), make_mesh()), make_optimizer(run_config(Path()), RATE)
+    update, optimizer = make_update(ADAMW, RECIPES["default"], make_mesh()), make_optimizer(ADAMW, RATE)
     with jax.enable_x64(True):
         made = jax.eval_shape(update, start(optimizer), RATE, FrozenBase.of(golden_model), stacked(tokenizer, EXAMPLES))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(made)} == {"float32", "int32"}
@@ -131,8 +133,8 @@ def test_padding_has_no_part_in_the_update(start, golden_model, tokenizer):
 def test_the_base_is_bit_identical_afterwards_and_the_step_compiles_once(start, golden_model, tokenizer, tmp_path):
     before = [np.array(leaf) for leaf in jax.tree.leaves(golden_model)]
     mesh, config = make_mesh(), run_config(tmp_path)
-    update = make_update(config, mesh)
-    state, golden_model = jax.device_put((start(make_optimizer(config, RATE)), golden_model), replicated(mesh))
+    update = make_update(config.adamw, RECIPES["default"], mesh)
+    state, golden_model = jax.device_put((start(make_optimizer(config.adamw, RATE)), golden_model), replicated(mesh))
     for group, max_lr in ((EXAMPLES, 0.1), (EXAMPLES[:2], 0.2), (EXAMPLES[3:], 0.3)):
         rate = learning_rate(dataclasses.replace(config, max_lr=max_lr), 3)
         rate = jax.device_put(rate, replicated(mesh))
@@ -147,7 +149,7 @@ def test_no_decay_on_biases(tmp_path, golden_model):
     encoder = new_encoder(golden_model, 6, 5, 4, seed=0)
     still = jax.tree.map(jnp.zeros_like, encoder)
     config = run_config(tmp_path, weight_decay=0.5, max_lr=0.1, n_training_steps=100, n_epochs=1)
-    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    optimizer = make_optimizer(config.adamw, optax.constant_schedule(0.1))
     moved = optax.apply_updates(encoder, optimizer.update(still, optimizer.init(encoder), encoder)[0])
     for name in ("0", "2"):
         old, new = encoder.prefix_mlp[name], moved.prefix_mlp[name]
@@ -162,7 +164,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_averaged_by_the_betas(tm
     ones = jax.tree.map(jnp.ones_like, encoder)
     gradient = jax.tree.map(lambda one: one * 5 / optax.tree.norm(ones), ones)
     config = run_config(tmp_path, grad_clip=grad_clip, adam_beta1=0.75, adam_beta2=0.5)
-    optimizer = make_optimizer(config, optax.constant_schedule(0.1))
+    optimizer = make_optimizer(config.adamw, optax.constant_schedule(0.1))
     _, (_, (adam, *_)) = optimizer.update(gradient, optimizer.init(encoder), encoder)
     assert float(optax.tree.norm(adam.mu)) == pytest.approx(norm / 4, rel=1e-4)
     assert float(optax.tree.sum(adam.nu)) == pytest.approx(norm**2 / 2, rel=1e-4)
@@ -171,7 +173,7 @@ def test_gradients_are_clipped_by_their_global_norm_and_averaged_by_the_betas(tm
 def test_adams_epsilon_is_that_of_the_settings(tmp_path):
     """The first step is the gradient over its own size plus epsilon."""
     encoder, ones = (DirectPrefix(fill((1, 2, 3, 1, 2))) for fill in (jnp.zeros, jnp.ones))
-    optimizer = make_optimizer(run_config(tmp_path, adam_eps=1.0, grad_clip=0.0), optax.constant_schedule(0.1))
+    optimizer = make_optimizer(run_config(tmp_path, adam_eps=1.0, grad_clip=0.0).adamw, optax.constant_schedule(0.1))
     step, _ = optimizer.update(ones, optimizer.init(encoder), encoder)
     np.testing.assert_allclose(step(), -0.05, rtol=FUNCTION)
 
@@ -229,9 +231,9 @@ def test_an_update_reports_the_norm_of_the_gradient_before_clipping(start, golde
         return jnp.float32(1), jax.tree.map(lambda one: one * 5 / optax.tree.norm(ones), ones)
 
     monkeypatch.setattr(update_module, "loss_and_gradient", known)
-    config = run_config(Path(), grad_clip=0.01)
-    state, base = start(make_optimizer(config, RATE)), FrozenBase.of(golden_model)
-    _, outcome = make_update(config, make_mesh())(state, RATE, base, stacked(tokenizer, EXAMPLES))
+    adamw = run_config(Path(), grad_clip=0.01).adamw
+    state, base = start(make_optimizer(adamw, RATE)), FrozenBase.of(golden_model)
+    _, outcome = make_update(adamw, RECIPES["default"], make_mesh())(state, RATE, base, stacked(tokenizer, EXAMPLES))
     assert float(outcome.gradient_norm) == pytest.approx(5, rel=FUNCTION)
 
 

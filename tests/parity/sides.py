@@ -137,7 +137,7 @@ class Ours:
 
     @property
     def clipped_gradients(self) -> dict[str, np.ndarray]:
-        clip = jaxprefix.update.clipping(dataclasses.replace(self.config, grad_clip=LOW_CLIP))
+        clip = jaxprefix.update.clipping(LOW_CLIP)
         return named(clip.update(self._loss_and_gradient[1], clip.init(self.encoder))[0])
 
     @functools.cached_property

@@ -121,7 +121,7 @@ FAULTS = {
         lambda: replaced(
             update,
             "make_optimizer",
-            lambda make: lambda config, rate: make(dataclasses.replace(config, adam_eps=1e-3), rate),
+            lambda make: lambda adamw, rate: make(adamw._replace(eps=1e-3), rate),
         ),
     ),
     "last update lost": (
