@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -105,7 +105,7 @@ def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         shapes = tuple(batch_shapes(config, inputs, mesh))
-        update = shared_update(config.adamw, RECIPES[config.recipe], mesh, shapes)
+        update = shared_update(config.adamw, RECIPES[config.recipe], mesh, shapes, types_of((state, base)))
         run = Run(config, inputs, base, mesh, shapes, update, rate, log, checkpoints, watchdog)
         stopped_by = loop(run, state, progress, stop)
         if checkpoints:
@@ -123,12 +123,19 @@ def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
 
 
 @functools.lru_cache(maxsize=1)
-def shared_update(adamw: AdamW, recipe: Recipe, mesh: Mesh, shapes: tuple[Shape, ...]) -> Update:
-    """Return the update of a run; the next run in this process has it, too, unless these differ.
+def shared_update(adamw: AdamW, recipe: Recipe, mesh: Mesh, shapes: tuple[Shape, ...], types: Hashable) -> Update:
+    """Return the update of a run; the next run in this process has it, too, unless one of these differs.
 
-    A sweep over learning rates compiles once, and one over seeds keeps no programs of the shapes before.
+    So a sweep over learning rates compiles once. `shapes` (of batches) and `types` (of state and base) only tell runs
+    apart: a sweep over anything else does not keep the programs of all its runs.
     """
     return make_update(adamw, recipe, mesh)
+
+
+def types_of(arrays: Any) -> Hashable:
+    """Return what programs of these arrays are compiled for."""
+    leaves, structure = jax.tree.flatten(arrays)
+    return structure, *map(jax.typeof, leaves)
 
 
 def checked_description(config: TrainConfig, inputs: Inputs, identity: dict[str, str]) -> dict[str, Any]:

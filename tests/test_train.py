@@ -209,7 +209,8 @@ def test_a_run_shares_what_the_last_one_compiled_unless_it_is_another_program(tm
         ({"weight_decay": 0.5}, 2),
         ({"weight_decay": 0.5, "batch_size": 2}, 3),
         ({"recipe": "rinna", "batch_size": 2}, 4),
-        ({}, 5),
+        ({"prefix_seq_len": 5}, 5),
+        ({}, 6),
     ):
         train(run_config(tmp_path, **unsaved | changes))
         assert len(traced) == n_traced, changes
