@@ -198,22 +198,37 @@ def test_the_dev_set_is_packed_unless_its_batches_count(tmp_path, monkeypatch):
     assert packed == [True, True, False]
 
 
-def test_a_run_shares_what_the_last_one_compiled_unless_it_is_another_program(tmp_path, traced_anew, monkeypatch):
-    """And keeps no other programs, which would add up over a sweep."""
+UNSAVED = {"n_training_steps": 1, "train_data_size": 9, "save_model": False, "save_log": False}
+
+
+def test_a_run_with_another_learning_rate_compiles_no_update(tmp_path, traced_anew, monkeypatch):
     traced, loss_and_gradient = [], update.loss_and_gradient
     monkeypatch.setattr(update, "loss_and_gradient", lambda *given: traced.append(1) or loss_and_gradient(*given))
-    unsaved = {"n_training_steps": 1, "train_data_size": 9, "save_model": False, "save_log": False}
-    for changes, n_traced in (
-        ({}, 1),
-        ({"max_lr": 1e-3, "n_warmup_steps": 3, "seed": 1}, 1),
-        ({"weight_decay": 0.5}, 2),
-        ({"weight_decay": 0.5, "batch_size": 2}, 3),
-        ({"recipe": "rinna", "batch_size": 2}, 4),
-        ({"prefix_seq_len": 5}, 5),
-        ({}, 6),
-    ):
-        train(run_config(tmp_path, **unsaved | changes))
-        assert len(traced) == n_traced, changes
+    for changes in {}, {"max_lr": 1e-3, "n_warmup_steps": 3, "seed": 1}:
+        train(run_config(tmp_path, **UNSAVED | changes))
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_decay": 0.5},
+        {"recipe": "rinna"},
+        {"batch_size": 2},
+        {"prefix_seq_len": 5},
+        {"compute": Compute("dense")},
+    ],
+    ids=str,
+)
+def test_a_run_of_another_program_has_its_own_update_and_drops_the_last_one(tmp_path, monkeypatch, changes):
+    """Or their programs would add up over a sweep."""
+    updates = []
+    monkeypatch.setattr(train_module, "loop", lambda run, *_: updates.append(run.update))
+    for changed in {}, {"save_name": "second"}, changes, {}:
+        train(run_config(tmp_path, **UNSAVED | changed))
+    first, second, other, last = updates
+    assert first is second
+    assert len({id(each) for each in (first, other, last)}) == 3
 
 
 def test_a_run_in_a_thread_hears_no_signals(tmp_path):
