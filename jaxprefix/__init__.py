@@ -3,7 +3,12 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from convert.errors import InputError, RunError
+try:
+    from convert.errors import InputError, RunError
+except ModuleNotFoundError as error:
+    import convert
+
+    raise ImportError(f"{convert.__file__}: hides jaxprefix's package convert; rename it") from error
 
 if TYPE_CHECKING:
     from jaxprefix.decode import generate
@@ -11,8 +16,7 @@ if TYPE_CHECKING:
     from jaxprefix.prefix import load_prefix, save_prefix
     from jaxprefix.tokenizer import load_tokenizer
 
-    __version__: str
-
+__version__ = "0.1.0"
 __all__ = ["InputError", "RunError", "generate", "load_model", "load_prefix", "load_tokenizer", "save_prefix"]
 
 _MODULE_OF = {
@@ -26,10 +30,6 @@ _MODULE_OF = {
 
 def _imported(name: str) -> Any:
     """Import a public name when it is first used, so that code which does not compute need not wait for JAX."""
-    if name == "__version__":
-        from importlib import metadata
-
-        return metadata.version(__name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

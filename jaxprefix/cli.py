@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import errno
 import gc
-import importlib.metadata
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Annotated
 import tyro
 
 from convert.errors import InputError, PlainError, RunError
+from jaxprefix import __version__
 from jaxprefix.config import CheckConfig, ConvertConfig, TrainConfig
 from jaxprefix.inference_config import EvaluateConfig, GenerateConfig
 from jaxprefix.machine.screen import UnfailingStream, escape_unknown, mute, tell
@@ -52,7 +52,7 @@ def _main(arguments: list[str] | None) -> int:
     escape_unknown(sys.stdout)
     try:
         if (sys.argv[1:] if arguments is None else arguments) == ["--version"]:
-            print(f"jaxprefix {importlib.metadata.version('jaxprefix')}")
+            print("jaxprefix", __version__)
             exit_code = 0
         else:
             exit_code = _run(arguments)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import jaxprefix
 from convert.errors import InputError, RunError
 from jaxprefix.cli import main
 from jaxprefix.run.checkpoint import newest_checkpoint
@@ -195,10 +194,19 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     assert report in capsys.readouterr().err
 
 
+def test_a_module_of_the_users_that_hides_ours_is_named(tmp_path):
+    (tmp_path / "convert.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxprefix"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.endswith(
+        f"ImportError: {tmp_path / 'convert.py'}: hides jaxprefix's package convert; rename it\n"
+    )
+
+
 def test_the_version_is_told(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"jaxprefix {importlib.metadata.version('jaxprefix')}\n"
-    assert jaxprefix.__version__ == importlib.metadata.version("jaxprefix")
     assert main(["--help"]) == 0
     assert "jaxprefix --version" in capsys.readouterr().out
 

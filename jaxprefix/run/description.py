@@ -12,6 +12,7 @@ from convert.errors import InputError
 from convert.files import replacing
 from convert.prefix import PREFIX_FOLDER
 from convert.untrusted import member, read_object
+from jaxprefix import __version__
 from jaxprefix.base_folder import differing_fields
 from jaxprefix.config import TrainConfig
 from jaxprefix.data.lines import sha256_of
@@ -36,13 +37,13 @@ def describe_run(config: TrainConfig, identity: dict[str, str]) -> dict[str, Any
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the software that computes a run; this package's is a checksum of its sources."""
+    """Return the versions of the software that computes a run, and a checksum of this package's sources."""
     digest = hashlib.sha256()
     for package in ("convert", "jaxprefix"):
         for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
             digest.update(path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    return versions | {"sources": digest.hexdigest()[:16]}
+    return {"jaxprefix": __version__, "sources": digest.hexdigest()[:16], **versions}
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,12 @@ def test_the_version_of_a_run_is_a_checksum_of_all_sources(tmp_path, monkeypatch
         (tmp_path / package / "a.py").write_text(package)
         found.add(describe_run(run_config(tmp_path), {})["versions"]["sources"])
     assert len(found) == 4
+
+
+def test_a_run_says_which_version_trained_it(tmp_path):
+    versions = describe_run(run_config(tmp_path), {})["versions"]
+    assert versions["jaxprefix"] == importlib.metadata.version("jaxprefix")
+    assert versions.keys() == {"jaxprefix", "sources", "jax", "jaxlib"}
 
 
 def test_a_run_that_does_not_say_its_base_is_of_another(tmp_path):
