@@ -157,7 +157,8 @@ def _evaluate(config: EvaluateConfig) -> None:
         print(json.dumps(finite))
     else:
         for way, values in report.items():
-            print(f"{way + ':':16}" + ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
+            told = (f"{name} {value:{',' if isinstance(value, int) else '.5g'}}" for name, value in values.items())
+            print(f"{way + ':':16}" + ", ".join(told))
 
 
 def entry_point() -> None:

@@ -190,7 +190,7 @@ class TrainConfig:
     log_every_n_steps: int = 100
     """Updates between log points; each reports means over the updates since the last, and the newest learning rate."""
     filename_note: str = ""
-    """A note appended to save_name in the name of the run's folder."""
+    """A note appended to save_name, after a dot, in the name of the run's folder."""
     compute: tyro.conf.OmitArgPrefixes[Compute] = Compute()
     hosts: tyro.conf.OmitArgPrefixes[HostsConfig] = HostsConfig()
 

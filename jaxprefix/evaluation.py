@@ -6,6 +6,7 @@ from convert.errors import InputError, RunError
 from jaxprefix.base_folder import BaseFolder
 from jaxprefix.config import mesh_sizes
 from jaxprefix.data.examples import Chunking, Examples
+from jaxprefix.data.rows import label_counts
 from jaxprefix.decode import check_prompts, continuation, generate_ids, overflow_hint
 from jaxprefix.inference import as_trained, load_base, on_its_devices, open_with_prefix, read_prompts
 from jaxprefix.inference_config import EvaluateConfig
@@ -37,7 +38,8 @@ def _evaluate(config: EvaluateConfig) -> Report:
     base, prefix = open_with_prefix(config)
     suffix: str = as_trained(config, "suffix")
     recipe = RECIPES[config.decode.recipe]
-    tell(f"suffix: {suffix!r}")
+    max_seq_len, dtype = (as_trained(config, name) for name in ("max_seq_len", "dtype"))
+    tell(f"suffix: {suffix!r}, max_seq_len: {max_seq_len}, dtype: {dtype}")
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
     examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
     model = load_base(config, base, mesh)
@@ -58,6 +60,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
             if not math.isfinite(values["loss"]):
                 told = overflow_hint(model.embed.weight.dtype.name)
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")
+            values["tokens"] = int(label_counts(examples).sum())
         if prompts:
             made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
             values |= suffix_rate(map(sampled, prompts, made_ids), ending, ends)

@@ -31,7 +31,7 @@ def test_evaluate_with_and_without_prefix(capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert report.keys() == {"with_prefix", "without_prefix"}
     for values in report.values():
-        assert values.keys() == {"loss", "ppl", "sentences", "suffix_rate"}
+        assert values.keys() == {"loss", "ppl", "tokens", "sentences", "suffix_rate"}
         assert values["ppl"] == pytest.approx(np.exp(values["loss"]))
     assert report["with_prefix"]["loss"] != report["without_prefix"]["loss"]
     assert main(["evaluate", *BASE, *options, "--n_samples", "0"]) == 0
@@ -63,7 +63,7 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     strangers = shutil.copy(GOLDEN / "forward.weight", run)
     assert report("--prefix_checkpoint_path", strangers) == report(*PREFIX), "that it lies there says nothing"
     assert main(["evaluate", *BASE, "--prefix_checkpoint_path", str(run), "--n_samples", "2"]) == 0
-    assert capsys.readouterr().err.startswith("suffix: '！'\n")
+    assert capsys.readouterr().err.startswith("suffix: '！', max_seq_len: 20, dtype: float32\n")
     (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
     assert_fails(
         capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is nothing to the tokenizer"
@@ -106,7 +106,7 @@ def test_evaluate_refuses_a_loss_that_is_not_finite(capsys, monkeypatch):
     options = ["--data_filepath", str(GOLDEN / "documents.jsonl"), "--n_samples", "0", "--json"]
     monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", lambda *_: {"loss": 800.0, "ppl": math.inf})
     assert main(["evaluate", *BASE, *options]) == 0
-    assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None}}
+    assert json.loads(capsys.readouterr().out) == {"without_prefix": {"loss": 800.0, "ppl": None, "tokens": 2353}}
     monkeypatch.setattr("jaxprefix.evaluation.loss_and_ppl", lambda *_: {"loss": math.nan, "ppl": math.nan})
     assert main(["evaluate", *BASE, *options, "--dtype", "float16"]) == 1
     message = "error: the loss without prefix is nan: its numbers grow beyond float16; use --dtype bfloat16"

@@ -1,6 +1,7 @@
 """What a run starts from: another run's encoder, a prefix file, its own checkpoint."""
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -85,12 +86,15 @@ def test_a_best_prefix_that_is_gone_or_damaged_is_made_anew(finished, tmp_path, 
         shutil.rmtree(prefix)
         if damage == "empty":
             prefix.mkdir()
+    description = prefix.parent / "config.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"checkpoint_path": "moved"}))
     config = run_config(tmp_path, resume=True, n_epochs=3, checkpoint_path=tmp_path / "not read any more")
     assert train(config).best_dev_loss == losses_of(config.run_dir, "dev")[-1]
     [warning] = re.findall("WARNING: .*", capsys.readouterr().err)
     assert warning.startswith(f"WARNING: {prefix}")
     assert warning.endswith("; the best prefix from here on is kept")
     assert read_prefix(config.run_dir)[0].shape == (10, 384)
+    assert json.loads(description.read_text())["checkpoint_path"] == "moved"
 
 
 def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_path, capsys):

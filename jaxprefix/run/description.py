@@ -14,12 +14,13 @@ from convert.prefix import PREFIX_FOLDER
 from convert.untrusted import member, read_object
 from jaxprefix import __version__
 from jaxprefix.base_folder import differing_fields
-from jaxprefix.config import TrainConfig
+from jaxprefix.config import Compute, HostsConfig, TrainConfig
 from jaxprefix.data.lines import sha256_of
 from jaxprefix.machine.devices import own_device
 
 CONFIG_FILE = "config.json"
-PLACES = {"hosts", "output_dir", "pretrained_model_dir", "revision", "base_model", "data_filepath", "checkpoint_path"}
+PATHS = {"output_dir", "data_filepath", "checkpoint_path"}
+PLACES = {"hosts", "pretrained_model_dir", "revision", "base_model", *PATHS}
 """Settings of locations and processes; they may differ between processes, since weights and data have checksums."""
 MAY_CHANGE_ON_RESUME = {
     *PLACES,
@@ -66,7 +67,8 @@ def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[st
 def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool) -> None:
     """Check that a resumed run is the one in the folder. Raises InputError that names the settings that differ.
 
-    A run without a checkpoint yet `starts_over`, so that what it starts from matters, too.
+    A run without a checkpoint yet `starts_over`, so that what it starts from matters, too; later that may be gone, but
+    none can be given that was not given then.
     """
     earlier = _read_description(folder)
     if not folder.exists():
@@ -75,7 +77,7 @@ def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool)
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)
     compared = earlier.keys() - MAY_CHANGE_ON_RESUME  # a setting that an earlier version did not have is not compared
-    if starts_over:
+    if starts_over or earlier.get("checkpoint_path") is None:
         compared |= earlier.keys() & {"checkpoint_path"}
     changed = [
         f"{field}: was {earlier[field]!r}, now {value!r}"
@@ -104,7 +106,7 @@ def check_base(run_dir: Path, identity: dict[str, str]) -> None:
     """Check that an earlier run was made for a base model. Raises InputError that names the fields that differ."""
     earlier = _read_description(run_dir).get("base")
     if not isinstance(earlier, dict):
-        raise InputError(f"{run_dir}: not a run, {CONFIG_FILE} is missing or damaged")
+        raise _no_run(run_dir)
     if differing := differing_fields(dict.fromkeys(identity) | earlier, identity):  # a run has all fields
         raise InputError.all(f"{run_dir}: the run is for another base model:", differing)
 
@@ -117,6 +119,30 @@ def setting_of(folder: Path | None, name: str) -> Any:
     if not description and folder.name == PREFIX_FOLDER:
         description = _read_description(folder.parent)
     return description.get(name)
+
+
+def config_of(run_dir: str | Path, **changes: Any) -> TrainConfig:
+    """Return the settings of an earlier run, to make another like it; `changes` replace some, such as save_name.
+
+    `resume`, `overwrite` and the processes are as by default. Raises InputError for a folder that is no run.
+    """
+    description = _read_description(Path(run_dir))
+    if not {"pretrained_model_dir", "data_filepath", "save_name"} <= description.keys():
+        raise _no_run(Path(run_dir))
+    compute = description.get("compute")
+    settings = _settings_in(description, TrainConfig) | {"resume": False, "overwrite": False, "hosts": HostsConfig()}
+    settings["compute"] = Compute(**_settings_in(compute, Compute)) if isinstance(compute, dict) else Compute()
+    paths = {name: Path(settings[name]) for name in PATHS if isinstance(settings.get(name), str)}
+    return TrainConfig(**settings | paths | changes)
+
+
+def _settings_in(description: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Return what a description says of the fields of a class of settings."""
+    return {field.name: description[field.name] for field in dataclasses.fields(kind) if field.name in description}
+
+
+def _no_run(run_dir: Path) -> InputError:
+    return InputError(f"{run_dir}: not a run, {CONFIG_FILE} is missing or damaged")
 
 
 def is_run_folder(folder: Path) -> bool:
