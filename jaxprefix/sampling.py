@@ -60,13 +60,16 @@ def choose_tokens(
 
 
 def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, "B"]:
-    """Draw an index from each row's softmax with one number from [0, 1): the index where the running sum passes it.
+    """Draw an index from each row's softmax with one number from [0, 1): the first one whose running sum passes it.
 
     `jax.random.categorical` needs a random number for each token, which takes a third of a step on a CPU.
     """
-    sums = jnp.cumsum(jnp.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
-    below = jnp.nextafter(sums[:, -1], 0)  # a product rounded up to the last sum would fall past all indices
-    return (sums <= jnp.minimum(numbers * sums[:, -1], below)[:, None]).sum(axis=-1)
+    weights, n_tokens = jnp.exp(logits - logits.max(axis=-1, keepdims=True)), logits.shape[-1]
+    sums = jnp.cumsum(weights, axis=-1)  # added in blocks: they may fall again, also where weights are 0
+    largest = jnp.where(weights > 0, sums, 0).max(axis=-1)
+    below = jnp.nextafter(largest, 0)  # a product rounded up to the largest sum would pass at no index
+    passed = (weights > 0) & (sums > jnp.minimum(numbers * largest, below)[:, None])
+    return jnp.where(passed, jnp.arange(n_tokens), n_tokens).min(axis=-1)
 
 
 def nucleus(

@@ -5,7 +5,9 @@ import pytest
 
 import jaxprefix.sampling
 from jaxprefix.inference_config import DecodeConfig
+from jaxprefix.machine.devices import on_a_cpu
 from jaxprefix.sampling import Sampling, are_finite, choose_tokens, draw, nucleus
+from tests.arrays import normals
 
 SEED = np.uint32(0)
 GREEDY = DecodeConfig(decode_method="greedy")
@@ -97,6 +99,17 @@ def test_a_draw_never_takes_what_has_no_probability():
     logits = jnp.asarray([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf]] * 3)
     numbers = jnp.asarray([0.0, 0.5, 1 - 2**-24])
     np.testing.assert_array_equal(draw(logits, numbers), [1, 3, 3])
+
+
+def test_nor_does_a_draw_among_thousands_whose_running_sums_fall_again():
+    """XLA's CPU compiler adds in blocks, and rounds in each."""
+    (logits,) = normals((512, 4096))
+    likeliest, _ = nucleus(3 * logits, 0, 0.9)
+    sums = jnp.cumsum(jax.nn.softmax(likeliest), axis=-1)
+    assert not on_a_cpu() or (jnp.diff(sums, axis=-1) < 0).any(), "or there is nothing to see"
+    for steps in range(1, 5):
+        drawn = draw(likeliest, jnp.full(512, 1 - steps * 2**-24))
+        assert jnp.isfinite(jnp.take_along_axis(likeliest, drawn[:, None], axis=-1)).all()
 
 
 def test_temperature_comes_before_the_nucleus():
