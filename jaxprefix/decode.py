@@ -87,7 +87,8 @@ def generate(
 
     `decode` takes the fields of DecodeConfig: decode_method ("nucleus"), max_output_len (128 tokens), top_p (0.95),
     top_k (50), temperature (1.0), recipe ("default"). An empty prompt starts from bos. Generation stops before eos.
-    Sampling depends on the seed and on a prompt's place in the list; on the batch only through the logits' last digits.
+    Sampling depends on the seed and on a prompt's place in the list; on the batch only through the logits' last digits,
+    which now and then change a token, most often with `sample`.
     One program is compiled, and kept, for each combination of the base model's shapes and type, the prefix length (or
     none), the number of prompts up to batch_size, the length of the longest prompt, max_output_len (these three rounded
     up, see `bucket`), and the other fields but top_p and temperature. Raises InputError when prefix, prompt and output
