@@ -38,10 +38,16 @@ def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, in
     """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
     first, *others = line.split(task)
     *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # marks after a suffix end no sentence
-    suffixed = [piece.strip() for piece in pieces if piece.strip().strip(_CLOSING)]
-    before = [ends.findall(piece.rstrip(_CLOSING)) for piece in suffixed]  # sentences before the one with the suffix
-    unmarked = rest.endswith("\n") and ends.split(rest)[-1].strip().strip(_CLOSING)
-    return len(suffixed) + sum(map(len, before)) + len(ends.findall(rest)) + bool(unmarked), len(suffixed)
+    suffixed = [piece.strip() for piece in pieces if _has_words(piece)]
+    others = ends.split(rest)[: None if rest.endswith("\n") else -1]
+    for piece in suffixed:
+        others += ends.split(piece.rstrip(f"{_CLOSING} "))[:-1]  # without the sentence that the suffix ends
+    return len(suffixed) + sum(map(_has_words, others)), len(suffixed)
+
+
+def _has_words(piece: str) -> bool:
+    """Tell whether there is more than marks and spaces in a piece of a line."""
+    return not all(character.isspace() or character in _CLOSING for character in piece)
 
 
 def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -30,6 +30,9 @@ SMILE = " 😃"
         ("「A。 😃」 😃", (1, 1)),
         ("😃", (0, 0)),
         ("", (0, 0)),
+        ("すごい！ ！ ！", (1, 0)),  # marks alone are no sentence
+        ("晴れ。 ！ ！ ！ 😃", (1, 1)),
+        ("晴れ。 😃 。 ！ 😃", (1, 1)),
     ],
 )
 def test_count_sentences(text, counts):
