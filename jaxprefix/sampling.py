@@ -69,7 +69,7 @@ def draw(logits: Float[Array, "B K"], numbers: Float[Array, "B"]) -> Int[Array, 
     largest = jnp.where(weights > 0, sums, 0).max(axis=-1)
     below = jnp.nextafter(largest, 0)  # a product rounded up to the largest sum would pass at no index
     passed = (weights > 0) & (sums > jnp.minimum(numbers * largest, below)[:, None])
-    return jnp.where(passed, jnp.arange(n_tokens), n_tokens).min(axis=-1)
+    return jnp.where(passed, jnp.arange(n_tokens), n_tokens - 1).min(axis=-1)
 
 
 def nucleus(

@@ -48,7 +48,9 @@ def _versions() -> dict[str, str]:
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Write config.json, whole or not at all."""
+    """Write config.json, whole or not at all. What a resumed run began with stays there, though it may be gone."""
+    if (began_with := _read_description(folder).get("checkpoint_path")) is not None:
+        description = description | {"checkpoint_path": began_with}
     with replacing(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
