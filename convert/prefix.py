@@ -69,7 +69,7 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         folded = np.array(array.reshape(array.shape[0], -1), dtype=np.float32, order="C")
     if not np.isfinite(folded).all():
         raise InputError(f"{path}: holds {int((~np.isfinite(folded)).sum())} numbers that are not finite")
-    _check_shape(path, header, folded.shape[1])
+    check_shape(path, header, folded.shape[1])
     return folded, header
 
 
@@ -220,7 +220,7 @@ def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
     return dict(zip(_SHAPE, map(str, (n_layer, n_head, head_dim)), strict=True))
 
 
-def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
+def check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
     """Raise InputError if a header's shape contradicts the numbers per position."""
     if width % 2:
         raise InputError(f"{path}: has {width} numbers per position, which must be an even number, for keys and values")

@@ -100,6 +100,14 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
     save_torch(path, {"encoder": group(ENCODER), "optimizer": {"step": int(arrays[STEPS[0]]), **moments}})
 
 
+def folded_prefix(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the prefix [P, L·2·N·H] that the encoder among a checkpoint's arrays makes."""
+    if DIRECT in arrays:
+        return arrays[DIRECT]
+    embedding, weight, bias, out_weight, out_bias = (arrays[ENCODER.format(name=name)] for name in PARAMETERS)
+    return np.tanh(embedding @ weight.T + bias) @ out_weight.T + out_bias
+
+
 def _shape_problems(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Say which shapes contradict the encoder's sizes: P, input_dim, hidden_dim, and the width of the prefix."""
     shapes = {key: array.shape for key, array in arrays.items()}

@@ -286,6 +286,8 @@ class ConvertConfig:
     """Base model that the source must fit; needed to write an adapter folder unless the source states its shape."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    newest: bool = False
+    """Of a run, take the prefix of its newest checkpoint instead of the best one; .pt always holds the newest state."""
 
     def __post_init__(self) -> None:
         convert_and_check(self, "convert")

@@ -1,14 +1,30 @@
 """What `jaxprefix convert` does: recognises the source by its content, checks it, and writes the target."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from convert.errors import InputError
 from convert.files import filling
-from convert.prefix import ADAPTER_CONFIG, PREFIX_FOLDER, read_prefix, write_adapter, write_npy, write_safetensors
+from convert.prefix import (
+    ADAPTER_CONFIG,
+    PREFIX_FOLDER,
+    check_shape,
+    read_prefix,
+    write_adapter,
+    write_npy,
+    write_safetensors,
+)
 from convert.torch_files import is_torch_file, load_torch, save_torch
-from convert.training_state import SCALE, STEPS, is_training_state, read_training_state, write_training_state
+from convert.training_state import (
+    SCALE,
+    STEPS,
+    folded_prefix,
+    is_training_state,
+    read_training_state,
+    write_training_state,
+)
 from convert.weights import has_weights
 from jaxprefix.base_folder import base_identity, open_base
 from jaxprefix.config import ConvertConfig
@@ -16,7 +32,7 @@ from jaxprefix.hub import BASE_CONFIG
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import check_prefix, check_sizes
 from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, check_arrays, newest_checkpoint
-from jaxprefix.run.description import check_base, is_run_folder
+from jaxprefix.run.description import CONFIG_FILE, check_base, is_run_folder, setting_of
 from jaxprefix.run.folder import check_takes_state
 from jaxprefix.run.lock import only_writer
 from jaxprefix.run.progress import Progress
@@ -48,6 +64,8 @@ def _convert(config: ConvertConfig) -> str:
         raise InputError(f"{source}: no such file or folder")
     if target.suffix == TRAINING_STATE_SUFFIX:
         return _export_training_state(config)
+    if config.newest:
+        return _convert_prefix(config)
     if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
         return _import_training_state(config)
     if _is_base_model(source):
@@ -71,7 +89,7 @@ def _is_base_model(source: Path) -> bool:
 
 def _convert_prefix(config: ConvertConfig) -> str:
     source, target = config.source, config.target
-    folded, header = read_prefix(source)
+    folded, header = _newest_prefix(source) if config.newest else read_prefix(source)
     if config.pretrained_model_dir is not None:
         _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision)
         check_prefix(source, folded, header, model_config, tokenizer)
@@ -91,14 +109,26 @@ def _convert_prefix(config: ConvertConfig) -> str:
     return f"{target}: {kind}prefix of {folded.shape[0]} positions, {folded.nbytes:,} bytes"
 
 
+def _newest_prefix(run_dir: Path) -> tuple[np.ndarray, dict[str, str]]:
+    """Return the prefix in a run's newest checkpoint as `read_prefix` returns that of a file."""
+    folded, base = folded_prefix(_newest_state(run_dir, "--newest")[0]), setting_of(run_dir, "base")
+    told = base if isinstance(base, dict) else {}
+    header = {field: value for field, value in told.items() if isinstance(value, str) and field != "weights"}
+    check_shape(run_dir / CONFIG_FILE, header, folded.shape[1])
+    return folded, header
+
+
+def _newest_state(run_dir: Path, needed_for: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the arrays and the progress in a run's newest checkpoint. Raises InputError if it has none."""
+    if newest_checkpoint(run_dir / CHECKPOINTS) is None:
+        raise InputError(f"{run_dir}: not a run folder with a checkpoint, which {needed_for} needs")
+    with Checkpoints(run_dir / CHECKPOINTS, writing=False) as checkpoints:
+        return checkpoints.read()
+
+
 def _export_training_state(config: ConvertConfig) -> str:
     """Write the state in a run's newest checkpoint as a torch file."""
-    if newest_checkpoint(config.source / CHECKPOINTS) is None:
-        raise InputError(
-            f"{config.source}: not a run folder with a checkpoint, which a {TRAINING_STATE_SUFFIX} target needs"
-        )
-    with Checkpoints(config.source / CHECKPOINTS, writing=False) as checkpoints:
-        arrays, progress = checkpoints.read()
+    arrays, progress = _newest_state(config.source, f"a {TRAINING_STATE_SUFFIX} target")
     _check_state(config, arrays)
     write_training_state(config.target, arrays, config.source)
     return f"{config.target}: encoder and optimizer after {progress['n_done']} updates"

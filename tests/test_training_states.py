@@ -1,6 +1,7 @@
 """Training states on their way between us and PyTorch."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -8,19 +9,20 @@ import pytest
 import torch
 
 from convert.errors import InputError
-from convert.prefix import read_prefix
+from convert.prefix import read_prefix, to_folded
+from jaxprefix import load_model
 from jaxprefix.config import ConvertConfig
 from jaxprefix.conversion import convert
 from jaxprefix.recipe import RECIPES
-from jaxprefix.run.checkpoint import Checkpoints
+from jaxprefix.run.checkpoint import Checkpoints, from_names
 from jaxprefix.run.lock import only_writer
-from jaxprefix.start import start_encoder
+from jaxprefix.start import abstract_state, start_encoder
 from jaxprefix.train import train
-from tests.base_folders import GOLDEN_BASE, make_base_folder
+from tests.base_folders import GOLDEN, GOLDEN_BASE, make_base_folder
 from tests.conversion import converted
 from tests.convert.test_training_state import ENCODER
 from tests.parity.runs import encoder_state, reference_run, started_encoder
-from tests.runs import losses_of, metrics_of, run_config, stop_at
+from tests.runs import losses_of, metrics_of, newest_state, run_config, stop_at
 from tests.tolerances import LOSS, RATE
 
 RINNA = {"recipe": "rinna", "train_data_size": 10, "n_training_steps": 60}
@@ -206,6 +208,40 @@ def test_a_converted_state_leaves_a_better_prefix_its_place(finished, tmp_path, 
     assert train(config).best_dev_loss == best
     assert all(loss > best for loss in losses_of(config.run_dir, "dev")[-2:])
     np.testing.assert_array_equal(read_prefix(config.run_dir)[0], read_prefix(finished.run_dir)[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"prefix_hidden_dim": 0}], ids=["MLP", "direct"])
+def test_the_newest_prefix_is_that_of_the_last_update(tmp_path, monkeypatch, changes):
+    """Of update 6; the best one is that of update 4, an epoch."""
+    config = run_config(tmp_path, **changes)
+    stop_at(monkeypatch, 6)
+    train(config)
+    newest = converted(config.run_dir, tmp_path / "newest", newest=True)
+    (arrays, _), (folded, header) = newest_state(config), read_prefix(newest)
+    encoder = from_names({"encoder": abstract_state(config, load_model(GOLDEN_BASE)).encoder}, arrays, newest)[
+        "encoder"
+    ]
+    np.testing.assert_allclose(folded, to_folded(encoder()), rtol=0, atol=1e-5)
+    best, told = read_prefix(config.run_dir)
+    assert np.abs(best - folded).max() > 1e-3
+    assert header == {field: value for field, value in told.items() if field != "dev_loss"}
+    same = read_prefix(converted(config.run_dir, tmp_path / "newest.npy", GOLDEN_BASE, newest=True))[0]
+    np.testing.assert_array_equal(same, folded)
+
+
+def test_a_newest_prefix_needs_a_run_with_a_checkpoint_and_a_sound_config(finished, tmp_path):
+    with pytest.raises(InputError, match="not a run folder with a checkpoint, which --newest needs"):
+        converted(GOLDEN / "forward.weight", tmp_path / "a.npy", newest=True)
+    run = shutil.copytree(finished.run_dir, tmp_path / "run")
+    description = run / "config.json"
+    told = json.loads(description.read_text())
+    description.write_text(json.dumps(told | {"base": told["base"] | {"n_layer": "many"}}))
+    with pytest.raises(InputError, match=r"config.json: has 384 numbers per position, which do not fit .*'many'"):
+        converted(run, tmp_path / "adapter", newest=True)
+    description.unlink()
+    with pytest.raises(InputError, match="does not say what base model it is for"):
+        converted(run, tmp_path / "adapter", newest=True)
+    assert converted(run, tmp_path / "adapter", GOLDEN_BASE, newest=True).is_dir()
 
 
 def test_a_training_state_is_taken_from_a_run_that_goes_on(finished, tmp_path):
