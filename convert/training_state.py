@@ -100,11 +100,17 @@ def write_training_state(path: Path, arrays: Mapping[str, np.ndarray], source: P
     save_torch(path, {"encoder": group(ENCODER), "optimizer": {"step": int(arrays[STEPS[0]]), **moments}})
 
 
-def folded_prefix(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the prefix [P, L·2·N·H] that the encoder among a checkpoint's arrays makes."""
+def folded_prefix(arrays: Mapping[str, np.ndarray], source: Path) -> np.ndarray:
+    """Return the prefix [P, L·2·N·H] that the encoder among a checkpoint's arrays makes.
+
+    Raises InputError naming what `source` lacks.
+    """
     if DIRECT in arrays:
         return arrays[DIRECT]
-    embedding, weight, bias, out_weight, out_bias = (arrays[ENCODER.format(name=name)] for name in PARAMETERS)
+    names = [ENCODER.format(name=name) for name in PARAMETERS]
+    if problems := [f"missing {name}" for name in names if name not in arrays] or _shape_problems(arrays):
+        raise InputError.all(f"{source}: not the checkpoint of a prefix:", problems)
+    embedding, weight, bias, out_weight, out_bias = (arrays[name] for name in names)
     return np.tanh(embedding @ weight.T + bias) @ out_weight.T + out_bias
 
 

@@ -111,7 +111,8 @@ def _convert_prefix(config: ConvertConfig) -> str:
 
 def _newest_prefix(run_dir: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Return the prefix in a run's newest checkpoint as `read_prefix` returns that of a file."""
-    folded, base = folded_prefix(_newest_state(run_dir, "--newest")[0]), setting_of(run_dir, "base")
+    folded = folded_prefix(_newest_state(run_dir, "--newest")[0], run_dir)
+    base = setting_of(run_dir, "base")
     told = base if isinstance(base, dict) else {}
     header = {field: value for field, value in told.items() if isinstance(value, str) and field != "weights"}
     check_shape(run_dir / CONFIG_FILE, header, folded.shape[1])

@@ -1,11 +1,13 @@
 """Files that are no training state."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from convert.errors import InputError
-from convert.training_state import is_training_state, read_training_state, write_training_state
+from convert.training_state import folded_prefix, is_training_state, read_training_state, write_training_state
 
 ENCODER = {
     "prefix_wte.weight": torch.ones(2, 3),
@@ -30,6 +32,19 @@ def test_what_is_no_encoders_state_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "state.pt")
     with pytest.raises(InputError, match=message):
         read_training_state(tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix_wte.weight": None}, r"x: not the checkpoint of a prefix:\s+missing encoder.prefix_wte.weight$"),
+        ({"prefix_mlp.0.bias": torch.ones(9)}, r"0.bias: expected shape \(4,\), found \(9,\)$"),
+    ],
+)
+def test_what_makes_no_prefix_is_told(changes, message):
+    arrays = {f"encoder.{name}": array.numpy() for name, array in (ENCODER | changes).items() if array is not None}
+    with pytest.raises(InputError, match=message):
+        folded_prefix(arrays, Path("x"))
 
 
 def test_moments_have_their_parameters_shapes(tmp_path):
