@@ -37,7 +37,7 @@ def test_what_is_no_encoders_state_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prefix_wte.weight": None}, r"x: not the checkpoint of a prefix:\s+missing encoder.prefix_wte.weight$"),
+        ({"prefix_wte.weight": None}, "x: not the checkpoint of a prefix:\n  - missing encoder.prefix_wte.weight$"),
         ({"prefix_mlp.0.bias": torch.ones(9)}, r"0.bias: expected shape \(4,\), found \(9,\)$"),
     ],
 )
