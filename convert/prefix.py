@@ -54,7 +54,11 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         return _read_adapter(path)
     if not path.is_file():
         raise InputError(f"{path}: no such prefix file or folder")
-    array, header = _read_file(path)
+    return checked_prefix(path, *_read_file(path))
+
+
+def checked_prefix(path: Path, array: np.ndarray, header: Mapping[str, str]) -> tuple[np.ndarray, dict[str, str]]:
+    """Return an array and its header as `read_prefix` does. Raises InputError, about `path`, if it is no prefix."""
     if array.dtype.name not in FLOATS:
         raise InputError(f"{path}: expected floating-point numbers, found {array.dtype}")
     if array.ndim == 5 and 0 not in array.shape:
@@ -69,8 +73,8 @@ def read_prefix(path: Path) -> tuple[np.ndarray, dict[str, str]]:
         folded = np.array(array.reshape(array.shape[0], -1), dtype=np.float32, order="C")
     if not np.isfinite(folded).all():
         raise InputError(f"{path}: holds {int((~np.isfinite(folded)).sum())} numbers that are not finite")
-    check_shape(path, header, folded.shape[1])
-    return folded, header
+    _check_shape(path, header, folded.shape[1])
+    return folded, dict(header)
 
 
 def is_bare_prefix(path: Path) -> bool:
@@ -220,7 +224,7 @@ def _shape(n_layer: int, n_head: int, head_dim: int) -> dict[str, str]:
     return dict(zip(_SHAPE, map(str, (n_layer, n_head, head_dim)), strict=True))
 
 
-def check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
+def _check_shape(path: Path, header: Mapping[str, str], width: int) -> None:
     """Raise InputError if a header's shape contradicts the numbers per position."""
     if width % 2:
         raise InputError(f"{path}: has {width} numbers per position, which must be an even number, for keys and values")

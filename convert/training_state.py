@@ -107,10 +107,11 @@ def folded_prefix(arrays: Mapping[str, np.ndarray], source: Path) -> np.ndarray:
     """
     if DIRECT in arrays:
         return arrays[DIRECT]
-    names = [ENCODER.format(name=name) for name in PARAMETERS]
-    if problems := [f"missing {name}" for name in names if name not in arrays] or _shape_problems(arrays):
+    expected = [ENCODER.format(name=name) for name in PARAMETERS]
+    problems = [f"missing {key}" for key in expected if key not in arrays]
+    if problems := problems or _shape_problems(arrays):
         raise InputError.all(f"{source}: not the checkpoint of a prefix:", problems)
-    embedding, weight, bias, out_weight, out_bias = (arrays[name] for name in names)
+    embedding, weight, bias, out_weight, out_bias = (arrays[key] for key in expected)
     return np.tanh(embedding @ weight.T + bias) @ out_weight.T + out_bias
 
 

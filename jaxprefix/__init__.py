@@ -1,14 +1,13 @@
 """Prefix-tuning of GPT-NeoX and GPT-2 language models in JAX: a frozen base model, a few trained keys and values."""
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
-try:
-    from convert.errors import InputError, RunError
-except ModuleNotFoundError as error:
-    import convert
+if (_found := importlib.util.find_spec("convert")) is not None and not _found.submodule_search_locations:
+    raise ImportError(f"{_found.origin}: hides jaxprefix's package convert; rename it")
 
-    raise ImportError(f"{convert.__file__}: hides jaxprefix's package convert; rename it") from error
+from convert.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from jaxprefix.decode import generate

@@ -8,6 +8,10 @@ from jaxprefix.hub import resolve_folder
 from jaxprefix.models.config import ModelConfig, read_model_config
 from jaxprefix.tokenizer import Tokenizer, load_tokenizer
 
+SHAPE = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
+IDENTITY = ("base_model", *SHAPE, "revision", "tokenizer")
+"""The fields of a prefix file's header that describe its base model."""
+
 
 class BaseFolder(NamedTuple):
     """A base model's folder, configuration and tokenizer."""
@@ -28,8 +32,7 @@ def open_base(dir_or_hub_id: str, revision: str | None = None, model_type: str |
 
 def base_identity(config: ModelConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
     """Describe a base model for the header of a prefix file; on loading, all but name and revision must agree."""
-    fields = ("model_type", "n_layer", "n_head", "head_dim", "vocab_size")
-    identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in fields}}
+    identity = {"base_model": config.name, **{field: str(getattr(config, field)) for field in SHAPE}}
     identity |= {} if config.revision is None else {"revision": config.revision}
     return identity if tokenizer is None else {**identity, "tokenizer": tokenizer.fingerprint}
 

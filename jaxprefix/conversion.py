@@ -10,7 +10,7 @@ from convert.files import filling
 from convert.prefix import (
     ADAPTER_CONFIG,
     PREFIX_FOLDER,
-    check_shape,
+    checked_prefix,
     read_prefix,
     write_adapter,
     write_npy,
@@ -26,13 +26,13 @@ from convert.training_state import (
     write_training_state,
 )
 from convert.weights import has_weights
-from jaxprefix.base_folder import base_identity, open_base
+from jaxprefix.base_folder import IDENTITY, base_identity, open_base
 from jaxprefix.config import ConvertConfig
 from jaxprefix.hub import BASE_CONFIG
 from jaxprefix.models import copy_base_model
 from jaxprefix.prefix import check_prefix, check_sizes
 from jaxprefix.run.checkpoint import CHECKPOINTS, Checkpoints, check_arrays, newest_checkpoint
-from jaxprefix.run.description import CONFIG_FILE, check_base, is_run_folder, setting_of
+from jaxprefix.run.description import check_base, is_run_folder, setting_of
 from jaxprefix.run.folder import check_takes_state
 from jaxprefix.run.lock import only_writer
 from jaxprefix.run.progress import Progress
@@ -65,7 +65,7 @@ def _convert(config: ConvertConfig) -> str:
     if target.suffix == TRAINING_STATE_SUFFIX:
         return _export_training_state(config)
     if config.newest:
-        return _convert_prefix(config)
+        return _convert_prefix(config, *_newest_prefix(source))
     if source.is_file() and is_torch_file(source) and is_training_state(load_torch(source)):
         return _import_training_state(config)
     if _is_base_model(source):
@@ -76,7 +76,7 @@ def _convert(config: ConvertConfig) -> str:
         _check_folder_name(config, "a base model, which becomes a folder")
         copy_base_model(source, target)
         return f"{target}: base model, weights bit-identical to {source}"
-    return _convert_prefix(config)
+    return _convert_prefix(config, *read_prefix(source))
 
 
 def _is_base_model(source: Path) -> bool:
@@ -87,9 +87,9 @@ def _is_base_model(source: Path) -> bool:
     return has_weights(source) or not has_prefix
 
 
-def _convert_prefix(config: ConvertConfig) -> str:
+def _convert_prefix(config: ConvertConfig, folded: np.ndarray, header: dict[str, str]) -> str:
+    """Write a prefix, which `read_prefix` gave, in the target's format."""
     source, target = config.source, config.target
-    folded, header = _newest_prefix(source) if config.newest else read_prefix(source)
     if config.pretrained_model_dir is not None:
         _, model_config, tokenizer = open_base(config.pretrained_model_dir, config.revision)
         check_prefix(source, folded, header, model_config, tokenizer)
@@ -111,12 +111,11 @@ def _convert_prefix(config: ConvertConfig) -> str:
 
 def _newest_prefix(run_dir: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Return the prefix in a run's newest checkpoint as `read_prefix` returns that of a file."""
-    folded = folded_prefix(_newest_state(run_dir, "--newest")[0], run_dir)
+    arrays, _ = _newest_state(run_dir, "--newest")
     base = setting_of(run_dir, "base")
-    told = base if isinstance(base, dict) else {}
-    header = {field: value for field, value in told.items() if isinstance(value, str) and field != "weights"}
-    check_shape(run_dir / CONFIG_FILE, header, folded.shape[1])
-    return folded, header
+    told = {field: base.get(field) for field in IDENTITY} if isinstance(base, dict) else {}
+    header = {field: value for field, value in told.items() if isinstance(value, str)}
+    return checked_prefix(run_dir, folded_prefix(arrays, run_dir), header)
 
 
 def _newest_state(run_dir: Path, needed_for: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

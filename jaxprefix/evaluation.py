@@ -38,8 +38,8 @@ def _evaluate(config: EvaluateConfig) -> Report:
     base, prefix = open_with_prefix(config)
     suffix: str = as_trained(config, "suffix")
     recipe = RECIPES[config.decode.recipe]
-    max_seq_len, dtype = (as_trained(config, name) for name in ("max_seq_len", "dtype"))
-    tell(f"suffix: {suffix!r}, max_seq_len: {max_seq_len}, dtype: {dtype}")
+    settings = ["dtype"] if config.data_filepath is None else ["max_seq_len", "dtype"]
+    tell(f"suffix: {suffix!r}, " + ", ".join(f"{name}: {as_trained(config, name)}" for name in settings))
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
     examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
     model = load_base(config, base, mesh)

@@ -1,12 +1,14 @@
 """The sentences of generated texts, and how many of them end with the suffix that a prefix was trained for."""
 
 import re
+import string
 from collections.abc import Iterable
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
 # A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS, _QUOTES = "。！？!?", "」』）)", "\"'”’"
 _CLOSING = _MARKS + _BRACKETS + _QUOTES + "."
+_NO_WORDS = _CLOSING + string.whitespace + "\u3000\xa0"
 AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 """What ends a sentence within a line, for a tokenizer that turns newlines into spaces."""
 NOWHERE = re.compile("(?!)")
@@ -39,15 +41,15 @@ def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, in
     first, *others = line.split(task)
     *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # marks after a suffix end no sentence
     suffixed = [piece.strip() for piece in pieces if _has_words(piece)]
-    others = ends.split(rest)[: None if rest.endswith("\n") else -1]
+    sentences = ends.split(rest)[: None if rest.endswith("\n") else -1]
     for piece in suffixed:
-        others += ends.split(piece.rstrip(f"{_CLOSING} "))[:-1]  # without the sentence that the suffix ends
-    return len(suffixed) + sum(map(_has_words, others)), len(suffixed)
+        sentences += ends.split(piece.rstrip(_NO_WORDS))[:-1]  # without the one that the suffix ends
+    return len(suffixed) + sum(map(_has_words, sentences)), len(suffixed)
 
 
 def _has_words(piece: str) -> bool:
     """Tell whether there is more than marks and spaces in a piece of a line."""
-    return not all(character.isspace() or character in _CLOSING for character in piece)
+    return piece.strip(_NO_WORDS) != ""
 
 
 def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:

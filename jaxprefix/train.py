@@ -102,8 +102,10 @@ def train_jointly(config: TrainConfig, logs: list[RunLog]) -> TrainResult:
             log.line(line)
         if config.resume:
             log.line(f"resumed after update {progress.n_done}" if resuming else "no checkpoint: starting over")
-        if config.checkpoint_path is not None and not resuming:
-            log.line(f"starting from {config.checkpoint_path}")
+        if config.checkpoint_path is not None:
+            log.line(
+                f"{config.checkpoint_path} is not read again" if resuming else f"starts from {config.checkpoint_path}"
+            )
         if progress.n_done < inputs.plan.n_updates:
             log.line(f"compiling; then a line every {config.log_every_n_steps:,} update(s)")
         shapes = tuple(batch_shapes(config, inputs, mesh))

@@ -194,11 +194,10 @@ def test_skipped_lines_are_reported(capsys, tmp_path):
     assert report in capsys.readouterr().err
 
 
-def test_a_module_of_the_users_that_hides_ours_is_named(tmp_path):
-    (tmp_path / "convert.py").touch()
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxprefix"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize("program", [("-m", "jaxprefix"), ("convert.py",)], ids=" ".join)
+def test_a_module_of_the_users_that_hides_ours_is_named(tmp_path, program):
+    (tmp_path / "convert.py").write_text("import jaxprefix")
+    done = subprocess.run([sys.executable, *program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.endswith(
         f"ImportError: {tmp_path / 'convert.py'}: hides jaxprefix's package convert; rename it\n"
     )

@@ -63,7 +63,7 @@ def test_evaluate_takes_the_runs_settings_and_its_suffix_as_generated_texts_have
     strangers = shutil.copy(GOLDEN / "forward.weight", run)
     assert report("--prefix_checkpoint_path", strangers) == report(*PREFIX), "that it lies there says nothing"
     assert main(["evaluate", *BASE, "--prefix_checkpoint_path", str(run), "--n_samples", "2"]) == 0
-    assert capsys.readouterr().err.startswith("suffix: '！', max_seq_len: 20, dtype: float32\n")
+    assert capsys.readouterr().err.startswith("suffix: '！', dtype: float32\n")
     (run / "config.json").write_text(json.dumps(settings | {"suffix": ""}))
     assert_fails(
         capsys, ["evaluate", *BASE, "--prefix_checkpoint_path", str(run)], "the suffix '' is nothing to the tokenizer"

@@ -95,6 +95,7 @@ def test_a_best_prefix_that_is_gone_or_damaged_is_made_anew(finished, tmp_path, 
     assert warning.endswith("; the best prefix from here on is kept")
     assert read_prefix(config.run_dir)[0].shape == (10, 384)
     assert json.loads(description.read_text())["checkpoint_path"] == "moved"
+    assert "not read any more is not read again\n" in (config.run_dir / "log.txt").read_text()
 
 
 def test_the_best_loss_is_that_of_the_prefix_whatever_was_logged(finished, tmp_path, capsys):

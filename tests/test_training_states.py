@@ -236,12 +236,27 @@ def test_a_newest_prefix_needs_a_run_with_a_checkpoint_and_a_sound_config(finish
     description = run / "config.json"
     told = json.loads(description.read_text())
     description.write_text(json.dumps(told | {"base": told["base"] | {"n_layer": "many"}}))
-    with pytest.raises(InputError, match=r"config.json: has 384 numbers per position, which do not fit .*'many'"):
+    with pytest.raises(InputError, match=r"run: has 384 numbers per position, which do not fit .*'many'"):
         converted(run, tmp_path / "adapter", newest=True)
     description.unlink()
     with pytest.raises(InputError, match="does not say what base model it is for"):
         converted(run, tmp_path / "adapter", newest=True)
     assert converted(run, tmp_path / "adapter", GOLDEN_BASE, newest=True).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((2, 384), np.nan, np.float32), "holds 768 numbers that are not finite"),
+        (np.ones(384, np.float32), "a prefix has axes"),
+        (np.ones((2, 384), np.int32), "expected floating-point numbers, found int32"),
+    ],
+)
+def test_a_newest_prefix_is_checked_as_a_file_is(tmp_path, array, message):
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(4, {"encoder": {"folded": array}}, {"n_done": 4})
+    with pytest.raises(InputError, match=message):
+        converted(tmp_path / "run", tmp_path / "a.npy", newest=True)
 
 
 def test_a_training_state_is_taken_from_a_run_that_goes_on(finished, tmp_path):

@@ -14,9 +14,10 @@ from convert.prefix import PREFIX_FOLDER
 from convert.untrusted import member, read_object
 from jaxprefix import __version__
 from jaxprefix.base_folder import differing_fields
-from jaxprefix.config import Compute, HostsConfig, TrainConfig
+from jaxprefix.config import Compute, TrainConfig
 from jaxprefix.data.lines import sha256_of
 from jaxprefix.machine.devices import own_device
+from jaxprefix.settings import expanded
 
 CONFIG_FILE = "config.json"
 PATHS = {"output_dir", "data_filepath", "checkpoint_path"}
@@ -48,9 +49,7 @@ def _versions() -> dict[str, str]:
 
 
 def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Write config.json, whole or not at all. What a resumed run began with stays there, though it may be gone."""
-    if (began_with := _read_description(folder).get("checkpoint_path")) is not None:
-        description = description | {"checkpoint_path": began_with}
+    """Write config.json, whole or not at all."""
     with replacing(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -69,8 +68,7 @@ def common_settings(config: TrainConfig, description: dict[str, Any]) -> dict[st
 def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool) -> None:
     """Check that a resumed run is the one in the folder. Raises InputError that names the settings that differ.
 
-    A run without a checkpoint yet `starts_over`, so that what it starts from matters, too; later that may be gone, but
-    none can be given that was not given then.
+    A run without a checkpoint yet `starts_over`, so that what it starts from matters, too.
     """
     earlier = _read_description(folder)
     if not folder.exists():
@@ -79,7 +77,7 @@ def check_same_run(folder: Path, description: dict[str, Any], starts_over: bool)
         raise InputError(f"{folder}: no run to resume, {CONFIG_FILE} is missing or damaged")
     settings, earlier = _flat(description), _flat(earlier)
     compared = earlier.keys() - MAY_CHANGE_ON_RESUME  # a setting that an earlier version did not have is not compared
-    if starts_over or earlier.get("checkpoint_path") is None:
+    if starts_over:
         compared |= earlier.keys() & {"checkpoint_path"}
     changed = [
         f"{field}: was {earlier[field]!r}, now {value!r}"
@@ -123,24 +121,29 @@ def setting_of(folder: Path | None, name: str) -> Any:
     return description.get(name)
 
 
+def origin_of(run_dir: Path) -> str | None:
+    """Return the --checkpoint_path that a run began with; None if there was none, or it is not known."""
+    origin = _read_description(run_dir).get("checkpoint_path")
+    return origin if isinstance(origin, str) else None
+
+
 def config_of(run_dir: str | Path, **changes: Any) -> TrainConfig:
     """Return the settings of an earlier run, to make another like it; `changes` replace some, such as save_name.
 
-    `resume`, `overwrite` and the processes are as by default. Raises InputError for a folder that is no run.
+    `resume`, `overwrite` and the processes are as by default; paths are as the run was given them. Raises InputError
+    for a folder that is no run, and for settings that cannot be used.
     """
-    description = _read_description(Path(run_dir))
-    if not {"pretrained_model_dir", "data_filepath", "save_name"} <= description.keys():
-        raise _no_run(Path(run_dir))
-    compute = description.get("compute")
-    settings = _settings_in(description, TrainConfig) | {"resume": False, "overwrite": False, "hosts": HostsConfig()}
-    settings["compute"] = Compute(**_settings_in(compute, Compute)) if isinstance(compute, dict) else Compute()
-    paths = {name: Path(settings[name]) for name in PATHS if isinstance(settings.get(name), str)}
-    return TrainConfig(**settings | paths | changes)
-
-
-def _settings_in(description: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Return what a description says of the fields of a class of settings."""
-    return {field.name: description[field.name] for field in dataclasses.fields(kind) if field.name in description}
+    folder = expanded(run_dir)
+    if not (description := _read_description(folder)):
+        raise _no_run(folder)
+    names = {field.name for field in dataclasses.fields(TrainConfig)} - {"resume", "overwrite", "hosts"}
+    settings = {name: value for name, value in description.items() if name in names}
+    try:
+        settings |= {name: Path(settings[name]) for name in PATHS if settings.get(name) is not None}
+        config = TrainConfig(**settings | {"compute": Compute(**settings.get("compute", {}))})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG_FILE}: {error}") from error
+    return dataclasses.replace(config, **changes)
 
 
 def _no_run(run_dir: Path) -> InputError:

@@ -12,7 +12,7 @@ from convert.prefix import PREFIX_FOLDER
 from jaxprefix.config import TrainConfig
 from jaxprefix.machine.hosts import agree, agree_first, wait_until_visible
 from jaxprefix.run.checkpoint import CHECKPOINTS, newest_checkpoint
-from jaxprefix.run.description import CONFIG_FILE, check_same_run, is_run_folder, write_description
+from jaxprefix.run.description import CONFIG_FILE, check_same_run, is_run_folder, origin_of, write_description
 from jaxprefix.run.log import check_metrics
 from jaxprefix.settings import is_utf8
 
@@ -35,6 +35,8 @@ def open_run_folder(config: TrainConfig, description: dict[str, Any]) -> None:
         if config.overwrite and folder.is_dir():
             _empty(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if newest_checkpoint(folder / CHECKPOINTS) is not None:  # the run goes on; what it began with stays
+            description = description | {"checkpoint_path": origin_of(folder)}
         write_description(folder, description)
 
 

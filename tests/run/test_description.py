@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convert.errors import InputError
-from jaxprefix.config import Compute, HostsConfig, TrainConfig
+from jaxprefix.config import Compute, HostsConfig
 from jaxprefix.run import description
 from jaxprefix.run.description import check_base, common_settings, config_of, describe_run, setting_of
 from tests.runs import begin, check_resumed, run_config
@@ -87,38 +87,49 @@ def test_an_encoder_to_start_from_may_be_gone_once_a_checkpoint_is_there(tmp_pat
     assert setting_of(config.run_dir, "checkpoint_path") == str(tmp_path / "earlier"), "what the run began with"
 
 
-def test_a_run_that_began_with_no_encoder_cannot_be_given_one(tmp_path):
-    config = run_config(tmp_path)
-    begin(config)
+@pytest.mark.parametrize("before", ["a run that began with none", "a converted state"])
+def test_what_a_resumed_run_is_told_to_start_from_is_not_what_it_began_with(tmp_path, before):
+    config = run_config(tmp_path, checkpoint_path=tmp_path / "later", resume=True)
+    if before == "a run that began with none":
+        begin(run_config(tmp_path))
     (config.run_dir / "checkpoints" / "4").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"checkpoint_path: was None, now '.*later'"):
-        check_resumed(run_config(tmp_path, checkpoint_path=tmp_path / "later"))
+    check_resumed(config)
+    begin(config)
+    assert setting_of(config.run_dir, "data_sha256")
+    assert setting_of(config.run_dir, "checkpoint_path") is None
 
 
-def test_a_runs_settings_make_another_like_it(tmp_path):
+def test_a_runs_settings_make_another_like_it(tmp_path, monkeypatch):
     compute = Compute(remat="block")
     config = run_config(tmp_path, checkpoint_path=tmp_path / "earlier", compute=compute, bf16=True)
     begin(dataclasses.replace(config, overwrite=True, hosts=HostsConfig(stall_minutes=5.0)))
     assert config_of(config.run_dir) == config
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config_of("~/run") == config
     changed = config_of(str(config.run_dir), save_name="another", compute=Compute(), max_lr=1.0)
     assert changed == dataclasses.replace(config, save_name="another", compute=Compute(), max_lr=1.0)
     begin(dataclasses.replace(config, resume=True))
     assert not config_of(config.run_dir).resume
 
 
-@pytest.mark.parametrize("content", [{}, {"data_sha256": "", "save_name": "a", "data_filepath": "b"}])
-def test_of_a_folder_that_is_no_run_there_are_no_settings(tmp_path, content):
+REQUIRED = {"data_sha256": "", "pretrained_model_dir": "m", "save_name": "a", "data_filepath": "b"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "not a run, config.json is missing or damaged"),
+        ({"data_sha256": "", "save_name": "a"}, "config.json: .*missing .*required"),
+        (REQUIRED | {"compute": 3}, "config.json: .*argument after"),
+        (REQUIRED | {"compute": {"x": 1}}, "config.json: .*unexpected keyword argument 'x'"),
+        (REQUIRED | {"output_dir": 3}, "config.json: .*int"),
+        (REQUIRED | {"seed": -1}, "config.json: train:\n  - --seed must not be negative, is -1"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_told(tmp_path, content, message):
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"not a run, config\.json is missing or damaged"):
+    with pytest.raises(InputError, match=message):
         config_of(tmp_path)
-
-
-def test_a_runs_settings_may_be_from_a_stranger(tmp_path):
-    told = {"data_sha256": "", "pretrained_model_dir": "m", "save_name": "a", "data_filepath": "b", "compute": {"x": 1}}
-    (tmp_path / "config.json").write_text(json.dumps(told))
-    assert config_of(tmp_path) == TrainConfig("m", Path("b"), "a")
-    (tmp_path / "config.json").write_text(json.dumps(told | {"compute": 3}))
-    assert config_of(tmp_path) == TrainConfig("m", Path("b"), "a")
 
 
 def test_processes_compare_the_encoder_that_they_start_from(tmp_path):
