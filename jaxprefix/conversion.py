@@ -113,8 +113,8 @@ def _newest_prefix(run_dir: Path) -> tuple[np.ndarray, dict[str, str]]:
     """Return the prefix in a run's newest checkpoint as `read_prefix` returns that of a file."""
     arrays, _ = _newest_state(run_dir, "--newest")
     base = setting_of(run_dir, "base")
-    told = {field: base.get(field) for field in IDENTITY} if isinstance(base, dict) else {}
-    header = {field: value for field, value in told.items() if isinstance(value, str)}
+    told = base if isinstance(base, dict) else {}
+    header = {field: told[field] for field in IDENTITY if isinstance(told.get(field), str)}
     return checked_prefix(run_dir, folded_prefix(arrays, run_dir), header)
 
 

@@ -42,6 +42,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
     tell(f"suffix: {suffix!r}, " + ", ".join(f"{name}: {as_trained(config, name)}" for name in settings))
     prompts, ending = _encoded_prompts(config, base, prefix, suffix) if config.n_samples else ([], "")
     examples = None if config.data_filepath is None else _examples(config, base, prefix, suffix, recipe)
+    n_tokens = 0 if examples is None else int(label_counts(examples).sum())
     model = load_base(config, base, mesh)
 
     def sampled(prompt: list[int], made: list[int]) -> str:
@@ -60,7 +61,7 @@ def _evaluate(config: EvaluateConfig) -> Report:
             if not math.isfinite(values["loss"]):
                 told = overflow_hint(model.embed.weight.dtype.name)
                 raise RunError(f"the loss {way.replace('_', ' ')} is {values['loss']}: {told}")
-            values["tokens"] = int(label_counts(examples).sum())
+            values["tokens"] = n_tokens
         if prompts:
             made_ids = generate_ids(model, base.tokenizer, prompts, used, config.seed, config.batch_size, config.decode)
             values |= suffix_rate(map(sampled, prompts, made_ids), ending, ends)

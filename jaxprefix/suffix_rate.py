@@ -1,14 +1,13 @@
 """The sentences of generated texts, and how many of them end with the suffix that a prefix was trained for."""
 
 import re
-import string
 from collections.abc import Iterable
 
 # A sentence ends at its marks, unless a closing bracket follows; then at the bracket, if a space follows that.
 # A full stop needs a space after it: 3.5 is no end.
 _MARKS, _BRACKETS, _QUOTES = "。！？!?", "」』）)", "\"'”’"
 _CLOSING = _MARKS + _BRACKETS + _QUOTES + "."
-_NO_WORDS = _CLOSING + string.whitespace + "\u3000\xa0"
+_NO_WORDS_AT_END = re.compile(rf"[\s{_CLOSING}]+\Z")
 AT_MARKS = re.compile(rf"[{_MARKS}]+(?:(?![{_MARKS}{_BRACKETS}])|[{_BRACKETS}]+(?=\s|$))|\.+(?=\s|$)")
 """What ends a sentence within a line, for a tokenizer that turns newlines into spaces."""
 NOWHERE = re.compile("(?!)")
@@ -40,16 +39,16 @@ def _count_in_line(line: str, task: str, ends: re.Pattern[str]) -> tuple[int, in
     """Count in one line, which ends with its newline unless it is the text's last; `task` is the suffix, stripped."""
     first, *others = line.split(task)
     *pieces, rest = [first, *(piece.lstrip(_MARKS + ".") for piece in others)]  # marks after a suffix end no sentence
-    suffixed = [piece.strip() for piece in pieces if _has_words(piece)]
+    suffixed = list(filter(None, map(_up_to_words, pieces)))
     sentences = ends.split(rest)[: None if rest.endswith("\n") else -1]
     for piece in suffixed:
-        sentences += ends.split(piece.rstrip(_NO_WORDS))[:-1]  # without the one that the suffix ends
-    return len(suffixed) + sum(map(_has_words, sentences)), len(suffixed)
+        sentences += ends.split(piece)[:-1]  # without the one that the suffix ends
+    return len(suffixed) + sum(map(bool, map(_up_to_words, sentences))), len(suffixed)
 
 
-def _has_words(piece: str) -> bool:
-    """Tell whether there is more than marks and spaces in a piece of a line."""
-    return piece.strip(_NO_WORDS) != ""
+def _up_to_words(piece: str) -> str:
+    """Return a piece of a line without the marks and spaces at its end: nothing, if it has no words."""
+    return _NO_WORDS_AT_END.sub("", piece)
 
 
 def _summed(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -33,6 +33,7 @@ SMILE = " 😃"
         ("すごい！ ！ ！", (1, 0)),  # marks alone are no sentence
         ("晴れ。 ！\u3000！\t！ 😃", (1, 1)),
         ("晴れ。 😃 。 ！ 😃", (1, 1)),
+        ("晴れ。\u2003😃\u2003😃", (1, 1)),
     ],
 )
 def test_count_sentences(text, counts):

@@ -218,9 +218,8 @@ def test_the_newest_prefix_is_that_of_the_last_update(tmp_path, monkeypatch, cha
     train(config)
     newest = converted(config.run_dir, tmp_path / "newest", newest=True)
     (arrays, _), (folded, header) = newest_state(config), read_prefix(newest)
-    encoder = from_names({"encoder": abstract_state(config, load_model(GOLDEN_BASE)).encoder}, arrays, newest)[
-        "encoder"
-    ]
+    like = {"encoder": abstract_state(config, load_model(GOLDEN_BASE)).encoder}
+    encoder = from_names(like, arrays, newest)["encoder"]
     np.testing.assert_allclose(folded, to_folded(encoder()), rtol=0, atol=1e-5)
     best, told = read_prefix(config.run_dir)
     assert np.abs(best - folded).max() > 1e-3
